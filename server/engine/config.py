@@ -1,0 +1,21 @@
+"""What the engine needs to know at start. Frozen: run-time facts (pages, eos ids) are never written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits and choices of one engine. Token counts unless the name says bytes."""
+
+    max_model_len: int = 8192
+    max_num_seqs: int = 64  # running at once
+    max_num_batched_tokens: int = 1024  # of one step, all requests together (chunked prefill)
+    page_size: int = 32  # tokens of one layer in one page
+    kv_cache_bytes: int = 1 << 30  # both K and V, all layers
+    enable_prefix_caching: bool = True
+    executor: str = "auto"  # auto | native | torch: see server.model.executor
+    attention_backend: str = "auto"
+    quantization: str | None = None
+    seed: int = 0
