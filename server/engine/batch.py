@@ -1,0 +1,127 @@
+"""One step's work as flat arrays: packed tokens, sorted by size, and the program of layers to run over them.
+
+T = tokens of the step, R = requests, S = rows whose logits are wanted.
+
+Requests are sorted by size, largest first. For any nested order the rows at or above a station's threshold are then a
+prefix: they run the teacher's block, the rest run the student's layer. A step is thus a list of (layer, first request,
+end request) segments over one packed hidden-state array: views only, no gather, no concatenation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from model_store.assembly import Elasticity
+from server.engine.request import Request
+
+
+class Segment(NamedTuple):
+    """Run layer `layer` (global id) over requests [start, stop) of the sorted batch."""
+
+    layer: int
+    start: int
+    stop: int
+    station: int
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """What an executor gets. All arrays are numpy, int32 unless noted; `block_tables` is shared, not copied."""
+
+    requests: list[Request]  # [R], sorted by size descending
+    sizes: np.ndarray  # [R]
+    input_ids: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    query_start: np.ndarray  # [R + 1], tokens of request r are [query_start[r], query_start[r + 1])
+    context_lens: np.ndarray  # [R], positions that hold KV after this step
+    slots: np.ndarray  # [R], row of the block tables
+    block_tables: np.ndarray  # [global layers, max_num_seqs, max_blocks]
+    program: list[Segment]  # in running order
+    embed_cut: int  # requests [0, cut) take the teacher's embedding, the rest the student's
+    norm_cut: int
+    head_cut: int
+    logits_rows: np.ndarray  # [S], token index of each wanted row, ascending
+    logits_start: np.ndarray  # [R + 1], rows of request r are [logits_start[r], logits_start[r + 1])
+    sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [R'] that get a new token
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
+
+    def tokens(self, start: int, stop: int) -> slice:
+        """Token range of requests [start, stop)."""
+        return slice(int(self.query_start[start]), int(self.query_start[stop]))
+
+
+def build_batch(
+    scheduled: list[tuple[Request, int]], elasticity: Elasticity, block_tables: np.ndarray
+) -> ForwardBatch:
+    """Pack `scheduled` = [(request, tokens it advances by)] into one batch."""
+    # Within a size decode rows come first, so that kernels meet runs of one-token rows.
+    scheduled = sorted(scheduled, key=lambda item: (-item[0].path.size, item[1] > 1))
+    requests = [request for request, _ in scheduled]
+    counts = np.fromiter((count for _, count in scheduled), np.int32, len(scheduled))
+    computed = np.fromiter((request.num_computed_tokens for request in requests), np.int32, len(requests))
+    sizes = np.fromiter((request.path.size for request in requests), np.int32, len(requests))
+    query_start = np.zeros(len(requests) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+
+    input_ids = np.empty(query_start[-1], np.int32)
+    positions = np.empty(query_start[-1], np.int32)
+    logits_rows: list[int] = []
+    logits_start = np.zeros(len(requests) + 1, np.int32)
+    samples: list[int] = []
+    for row, (request, count) in enumerate(scheduled):
+        start, begin = int(query_start[row]), request.num_computed_tokens
+        stop = start + count
+        if count == 1 and begin + 1 == request.num_tokens and request.output_token_ids:
+            input_ids[start] = request.output_token_ids[-1]
+            positions[start] = begin
+        else:
+            input_ids[start:stop] = request.token_ids(begin, begin + count)
+            positions[start:stop] = np.arange(begin, begin + count, dtype=np.int32)
+        is_last = begin + count == request.num_tokens
+        if request.sampling.prompt_logprobs is not None and begin < request.num_prompt_tokens - 1:
+            # Position i's logits score token i + 1, so the prompt's own rows end one before its last token.
+            logits_rows.extend(range(start, start + min(count, request.num_prompt_tokens - 1 - begin)))
+        if is_last and request.sampling.max_tokens > 0:
+            logits_rows.append(stop - 1)
+            samples.append(row)
+        logits_start[row + 1] = len(logits_rows)
+
+    def cut(threshold: int) -> int:
+        # sizes descend; count those >= threshold.
+        return int(np.searchsorted(-sizes, -threshold, side="right"))
+
+    program: list[Segment] = []
+    num_teacher = elasticity.num_teacher_layers
+    for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
+        split = cut(threshold)
+        if split:
+            program.extend(Segment(t, 0, split, station.index) for t in range(station.start, station.stop))
+        if split < len(requests):
+            program.append(Segment(num_teacher + station.index, split, len(requests), station.index))
+    return ForwardBatch(
+        requests=requests,
+        sizes=sizes,
+        input_ids=input_ids,
+        positions=positions,
+        query_start=query_start,
+        context_lens=computed + counts,
+        slots=np.fromiter((request.slot for request in requests), np.int32, len(requests)),
+        block_tables=block_tables,
+        program=program,
+        embed_cut=cut(elasticity.embed_threshold),
+        norm_cut=cut(elasticity.norm_threshold),
+        head_cut=cut(elasticity.head_threshold),
+        logits_rows=np.asarray(logits_rows, np.int32),
+        logits_start=logits_start,
+        sample_requests=np.asarray(samples, np.int32),
+    )

@@ -1,0 +1,83 @@
+"""The seam between the engine and whatever computes a step: C++ on CPU, torch anywhere, Triton on CUDA.
+
+An executor owns the weights of one loaded pair and the KV memory. Which one runs is decided once at start by walking
+a preference list in which every candidate passed over says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from server.engine.batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from model_store.pair import LoadedPair
+    from server.engine.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """Runs steps. Not thread-safe: one engine thread calls it.
+
+    `block_tables` of a batch index pages of one layer each. A page holds K and V of `page_size` tokens of one layer,
+    [num_kv_heads, page_size, head_dim] each; how the pool is laid out in memory is the executor's business.
+    """
+
+    name: str
+
+    def page_bytes(self) -> int:
+        """Bytes of one page, K and V together."""
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Allocate (or replace) the KV pool."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Run the program over the batch, writing KV. Returns the final-normed hidden state at `logits_rows`, [S, E]."""
+
+    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+        """Apply the head: rows [0, num_teacher) take the teacher's, the rest the student's. [n, E] -> float32 [n, V]."""
+
+    def describe(self) -> str:
+        """One line for the start-up log."""
+
+
+Candidate = tuple[str, Callable[["LoadedPair", "EngineConfig"], "Executor | str"]]
+
+
+def _native(pair: LoadedPair, config: EngineConfig) -> Executor | str:
+    try:
+        from server.kernels.cpu.executor import create
+    except ImportError as error:
+        return f"not available ({error})"
+    return create(pair, config)
+
+
+def _torch(pair: LoadedPair, config: EngineConfig) -> Executor | str:
+    from server.model.torch_executor import TorchExecutor
+
+    if config.quantization:
+        return f"does not do --quantization {config.quantization}"
+    return TorchExecutor(pair, page_size=config.page_size)
+
+
+CANDIDATES: list[Candidate] = [("native", _native), ("torch", _torch)]
+
+
+def create_executor(pair: LoadedPair, config: EngineConfig) -> Executor:
+    """The first executor of the preference list that can serve this pair; raises ValueError with all reasons if none can."""
+    reasons = []
+    for name, build in CANDIDATES:
+        if config.executor not in ("auto", name):
+            reasons.append(f"{name}: not asked for (--executor {config.executor})")
+            continue
+        built = build(pair, config)
+        if not isinstance(built, str):
+            logger.info("executor: %s%s", built.describe(), f" (passed over: {'; '.join(reasons)})" if reasons else "")
+            return built
+        reasons.append(f"{name}: {built}")
+    raise ValueError("no executor can serve this pair: " + "; ".join(reasons))
