@@ -37,7 +37,7 @@ class WaitingQueue:
 
     def _insert(self, request: Request, rank: int) -> None:
         assert request.request_id not in self._members
-        # A later preemption goes before an earlier one: the victim is always the youngest, so this restores arrival order.
+        # A later preemption goes first: the victim is always the youngest, so this restores arrival order.
         sequence = next(self._sequence)
         heapq.heappush(self._heap, (request.priority, rank, sequence if rank else -sequence, request))
         self._members[request.request_id] = request

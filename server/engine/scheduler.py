@@ -82,15 +82,20 @@ class Scheduler:
 
     # --- the way in and out
 
-    def why_never(self, request: Request) -> str | None:
-        """The reason a request could not run even on an idle server, or None."""
-        smallest = self.elasticity.path(request.sizes[0])
-        need = self.kv_cache.num_pages_for(self._max_tokens(request), smallest)
-        if need > self.kv_cache.num_pages:
+    def limit_sizes(self, request: Request) -> str | None:
+        """Drop from `request.sizes` those whose KV would not fit even on an idle server.
+
+        Returns the reason if none is left, None otherwise. Without this an unlucky choice would wait for ever.
+        """
+        blocks = self.kv_cache.num_blocks_for(min(request.max_total_tokens + 1, self.config.max_model_len))
+        fits = tuple(s for s in request.sizes if blocks * s <= self.kv_cache.num_pages)
+        if not fits:
             return (
-                f"This request needs up to {need} KV-cache pages at its smallest allowed size and the server has "
-                f"{self.kv_cache.num_pages}: shorten the prompt, lower max_tokens, or allow a smaller size."
+                f"This request needs up to {blocks * request.sizes[0]} KV-cache pages at its smallest allowed size and "
+                f"{self.kv_cache.num_pages} exist: shorten the prompt, lower max_tokens, or allow a smaller size."
             )
+        if fits != request.sizes:
+            request.sizes, request.size_reason = fits, "kv_capacity"
         return None
 
     def add(self, request: Request) -> None:
@@ -178,7 +183,7 @@ class Scheduler:
             # The whole prompt must fit now, not only its first chunk: admitting on a chunk invites preemption. Cached
             # blocks nobody holds are counted as free, so adopting them uses up free pages as well.
             idle_prefix = sum(len(block.pages) for block in prefix if block.ref_count == 0)
-            need = self.kv_cache.num_pages_for(request.num_tokens + 1, path) - len(prefix) * path.num_layers
+            need = self.kv_cache.num_pages_for(request.num_tokens, path) - len(prefix) * path.num_layers
             if count <= 0 or not self.kv_cache.can_allocate(need + idle_prefix):
                 break
             self.waiting.remove(request)
@@ -259,9 +264,6 @@ class Scheduler:
         self.kv_cache.free(request)
         self._free_slots.append(request.slot)
         request.slot = -1
-
-    def _max_tokens(self, request: Request) -> int:
-        return min(request.max_total_tokens, self.config.max_model_len)
 
     def check_integrity(self) -> None:
         """Assert the invariants that every scenario must leave intact."""

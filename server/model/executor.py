@@ -37,10 +37,10 @@ class Executor(Protocol):
         """Allocate (or replace) the KV pool."""
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the program over the batch, writing KV. Returns the final-normed hidden state at `logits_rows`, [S, E]."""
+        """Run the program over the batch, writing KV. Returns the final-normed hidden rows at `logits_rows`, [S, E]."""
 
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
-        """Apply the head: rows [0, num_teacher) take the teacher's, the rest the student's. [n, E] -> float32 [n, V]."""
+        """Apply the head, the teacher's to rows [0, num_teacher), else the student's. [n, E] -> float32 [n, V]."""
 
     def describe(self) -> str:
         """One line for the start-up log."""
@@ -69,7 +69,7 @@ CANDIDATES: list[Candidate] = [("native", _native), ("torch", _torch)]
 
 
 def create_executor(pair: LoadedPair, config: EngineConfig) -> Executor:
-    """The first executor of the preference list that can serve this pair; raises ValueError with all reasons if none can."""
+    """The first executor of the preference list that can serve this pair; ValueError with all reasons if none can."""
     reasons = []
     for name, build in CANDIDATES:
         if config.executor not in ("auto", name):

@@ -1,0 +1,211 @@
+"""The engine's asyncio face: one thread runs steps, the event loop submits requests and reads their outputs.
+
+Everything that crosses over is a plain object. Per step there is a single wake-up of the event loop, however many
+requests advanced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from server.engine.engine import Engine
+from server.engine.request import Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+
+class OutputStream:
+    """Outputs of one request as an async iterator.
+
+    Outputs that pile up while the reader is busy are merged, so a slow reader costs bounded memory and never holds
+    the engine. Closing it early aborts the request.
+    """
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._abort = abort
+        self._pending: RequestOutput | None = None
+        self._ready = asyncio.Event()
+        self._finished = False
+
+    def put(self, output: RequestOutput) -> None:
+        """Called on the event loop."""
+        if self._finished:
+            return
+        self._pending = output if self._pending is None else merge(self._pending, output)
+        self._ready.set()
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._finished:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        self._ready.clear()
+        output, self._pending = self._pending, None
+        self._finished = output.is_finished
+        return output
+
+    async def aclose(self) -> None:
+        if not self._finished:
+            self._finished = True
+            self._abort(self.request_id)
+
+
+def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
+    """Two consecutive outputs of one request as one."""
+    then.decision = then.decision or first.decision
+    then.new_token_ids = first.new_token_ids + then.new_token_ids
+    if first.new_logprobs is not None or then.new_logprobs is not None:
+        then.new_logprobs = (first.new_logprobs or []) + (then.new_logprobs or [])
+    then.prompt_logprobs = then.prompt_logprobs or first.prompt_logprobs
+    then.num_cached_tokens = max(then.num_cached_tokens, first.num_cached_tokens)
+    return then
+
+
+class AsyncEngine:
+    """Owns the engine thread. All methods are called on the event loop unless they say otherwise."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._streams: dict[str, OutputStream] = {}
+        self._inbox: deque[Request | str] = deque()  # requests to add, ids to abort
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._step_started: float | None = None  # None while idle
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Abort what still runs and end the thread."""
+        with self._wake:
+            self._inbox.extend(self._streams)
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 30)
+
+    def submit(self, request: Request) -> OutputStream:
+        """Hand a request to the engine. Its first output is its admission or its refusal."""
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is already in use")
+        stream = OutputStream(request.request_id, self.abort)
+        if not self.is_alive:
+            stream.put(_error(request.request_id, "The engine is not running.", 503))
+            return stream
+        self._streams[request.request_id] = stream
+        self._send(request)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Idempotent; blocks are free after the engine's current step."""
+        if self._streams.pop(request_id, None) is not None:
+            self._send(request_id)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_alive and not self._stopping
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the current step has been running; 0 while idle. A wedged step shows here."""
+        started = self._step_started
+        return 0.0 if started is None else time.monotonic() - started
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._streams)
+
+    # --- engine thread
+
+    def _send(self, item: Request | str) -> None:
+        with self._wake:
+            self._inbox.append(item)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not self._inbox and not self.engine.has_work and not self._stopping:
+                        self._wake.wait()
+                    inbox, self._inbox = self._inbox, deque()
+                    stopping = self._stopping
+                outputs = self._drain(inbox)
+                if stopping:
+                    self._publish(outputs)
+                    return
+                if self.engine.has_work:
+                    self._step_started = time.monotonic()
+                    outputs += self.engine.step()
+                    self._step_started = None
+                self._publish(outputs)
+                if not self.engine.scheduler.running and self.engine.has_work and not outputs:
+                    # Only a policy that holds requests back leads here; look again soon, or when something arrives.
+                    with self._wake:
+                        if not self._inbox:
+                            self._wake.wait(0.002)
+        except BaseException:
+            logger.critical("engine thread died", exc_info=True)
+            raise
+        finally:
+            self._step_started = None
+            self._loop_call(self._fail_all)
+
+    def _drain(self, inbox: deque[Request | str]) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        aborted = {item for item in inbox if isinstance(item, str)}
+        for item in inbox:
+            if isinstance(item, str) or item.request_id in aborted:
+                continue
+            try:
+                self.engine.add_request(item)
+            except ValueError as error:
+                outputs.append(_error(item.request_id, str(error), 400))
+        if aborted:
+            outputs += self.engine.abort(list(aborted))
+        return outputs
+
+    def _publish(self, outputs: list[RequestOutput]) -> None:
+        if outputs:
+            self._loop_call(self._deliver, outputs)
+
+    def _loop_call(self, function: Callable, *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # --- event loop
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+                if output.is_finished:
+                    del self._streams[output.request_id]
+
+    def _fail_all(self) -> None:
+        """Whatever ended the thread, nobody may wait for it."""
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            stream.put(_error(request_id, "The engine stopped before this request was finished.", 503))
+
+
+def _error(request_id: str, message: str, status: int) -> RequestOutput:
+    return RequestOutput(request_id, finish_reason="error", error=message, error_status=status)

@@ -1,0 +1,268 @@
+"""The loop: schedule, run, sample, book. A plain synchronous object; tests call `step()` by hand."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from model_store.pair import LoadedPair
+from server.engine.batch import ForwardBatch, build_batch
+from server.engine.config import EngineConfig
+from server.engine.kv_cache import KVCacheManager
+from server.engine.request import Request, RequestOutput, TokenLogprobs
+from server.engine.sampler import Sampler, token_logprobs
+from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
+from server.model.executor import Executor, create_executor
+
+logger = logging.getLogger(__name__)
+
+# Rows of prompt logprobs that go through the head at once: bounds the [rows, vocabulary] float32 scratch.
+_PROMPT_ROWS = 128
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot for gauges and load reports."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    kv_usage: float
+    num_pages: int
+    num_free_pages: int
+    running_by_size: dict[int, int]
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one step did. Times in seconds; `gap` is the time between the end of the last model call and this one."""
+
+    num_scheduled_tokens: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    step_time: float
+    model_time: float
+    gap: float
+    sizes: dict[int, int] = field(default_factory=dict)  # size -> requests in the step
+    num_preempted: int = 0
+
+
+class MetricsSink(Protocol):
+    def on_step(self, stats: StepStats) -> None: ...
+    def on_request_finished(self, request: Request) -> None: ...
+
+
+class Engine:
+    """One loaded pair, its KV pool and its scheduler."""
+
+    def __init__(
+        self,
+        pair: LoadedPair,
+        config: EngineConfig,
+        *,
+        policy: SizePolicy | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.config = config
+        self.spec = pair.spec
+        self.elasticity = pair.elasticity
+        self.sizes: tuple[int, ...] = tuple(pair.sizes)
+        self.missing_sizes: dict[int, str] = dict(getattr(pair, "missing_sizes", {}) or {})
+        self.executor = executor or create_executor(pair, config)
+        num_pages = max(config.kv_cache_bytes // self.executor.page_bytes(), 1)
+        self.executor.allocate_kv(num_pages)
+        num_layers = self.elasticity.num_teacher_layers + len(self.elasticity.stations)
+        self.kv_cache = KVCacheManager(
+            num_pages=num_pages,
+            page_size=config.page_size,
+            num_layers=num_layers,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
+        self.sampler = Sampler(config.seed)
+        self.metrics_sink: MetricsSink | None = None
+        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+        self._last_model_end: float | None = None
+
+    # --- requests
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it could not run even on an idle server."""
+        if request.num_tokens == 0:
+            raise ValueError("prompt is empty")
+        if request.request_id in self.scheduler.requests:
+            raise ValueError(f"request id {request.request_id!r} is already in use")
+        if reason := self.scheduler.limit_sizes(request):
+            raise ValueError(reason)
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: list[str]) -> list[RequestOutput]:
+        finished = [self.scheduler.requests[i] for i in request_ids if i in self.scheduler.requests]
+        outputs = self.scheduler.abort(request_ids)
+        self._forget(finished)
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    # --- one step
+
+    def step(self) -> list[RequestOutput]:
+        """Advance everyone who can. An exception fails the requests of this step, nobody else, and is not raised."""
+        started = time.monotonic()
+        planned = self.scheduler.schedule()
+        if not planned.scheduled:
+            self._last_model_end = None
+            return planned.outputs
+        try:
+            batch = build_batch(planned.scheduled, self.elasticity, self.kv_cache.block_tables)
+            model_start = time.monotonic()
+            sampled = self._run(batch)
+            model_end = time.monotonic()
+        except Exception as error:
+            logger.exception("step failed")
+            failed = [request for request, _ in planned.scheduled]
+            outputs = self.scheduler.fail(failed, f"The model step failed: {type(error).__name__}: {error}")
+            self._forget(failed)
+            return planned.outputs + outputs
+        gap = 0.0 if self._last_model_end is None else model_start - self._last_model_end
+        self._last_model_end = model_end
+        before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
+        outputs = planned.outputs + self.scheduler.update(planned, sampled)
+        self._attach_prompt_logprobs(outputs)
+        self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
+        self._observe(planned, batch, before, started, model_start, model_end, gap)
+        return outputs
+
+    def _run(self, batch: ForwardBatch) -> dict[str, SampledToken]:
+        hidden = self.executor.forward(batch)
+        if not len(batch.logits_rows):
+            return {}
+        last_rows = batch.logits_start[batch.sample_requests + 1] - 1
+        head_rows = int(batch.logits_start[batch.head_cut])
+        if len(last_rows) < len(batch.logits_rows):
+            self._score_prompts(batch, hidden, head_rows)
+            if not len(last_rows):
+                return {}
+            hidden = hidden[torch.from_numpy(last_rows.astype(np.int64))]
+            head_rows = int((last_rows < head_rows).sum())
+        logits = self.executor.logits(hidden, head_rows)
+        requests = [batch.requests[row] for row in batch.sample_requests]
+        tokens = self.sampler.sample(logits, requests)
+        for request, token in zip(requests, tokens, strict=True):
+            if request.grammar is not None:
+                request.grammar.accept(token.token_id)
+        return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}
+
+    def _score_prompts(self, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> None:
+        """Logprobs of prompt tokens for requests that asked; kept until their first output."""
+        for row, request in enumerate(batch.requests):
+            wanted = request.sampling.prompt_logprobs
+            first, begin = int(batch.logits_start[row]), request.num_computed_tokens
+            count = min(int(batch.context_lens[row]), request.num_prompt_tokens - 1) - begin
+            if wanted is None or count <= 0:
+                continue
+            scores = self._prompt_logprobs.setdefault(request.request_id, [None])
+            del scores[begin + 1 :]  # a preempted request computes its prompt again
+            for start in range(0, count, _PROMPT_ROWS):
+                rows = hidden[first + start : first + min(start + _PROMPT_ROWS, count)]
+                logits = self.executor.logits(rows, len(rows) if first < head_rows else 0)
+                logprobs = torch.log_softmax(logits, dim=-1)
+                for i in range(len(rows)):
+                    token = request.prompt_token_ids[begin + start + i + 1]
+                    scores.append(token_logprobs(logprobs[i], token, wanted))
+
+    def _attach_prompt_logprobs(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if output.request_id in self._prompt_logprobs and (output.new_token_ids or output.is_finished):
+                output.prompt_logprobs = self._prompt_logprobs.pop(output.request_id)
+
+    def _forget(self, requests: list[Request], outputs: list[RequestOutput] = ()) -> None:
+        by_id = {output.request_id: output for output in outputs if output.is_finished}
+        for request in requests:
+            self._prompt_logprobs.pop(request.request_id, None)
+            if output := by_id.get(request.request_id):
+                output.timings = _timings(request)
+            if self.metrics_sink is not None:
+                self.metrics_sink.on_request_finished(request)
+
+    def _observe(
+        self,
+        planned: SchedulerOutput,
+        batch: ForwardBatch,
+        before: list[tuple[Request, int]],
+        started: float,
+        model_start: float,
+        model_end: float,
+        gap: float,
+    ) -> None:
+        observe = getattr(self.scheduler.policy, "observe_step", None)
+        if observe is not None:
+            observe(batch, model_end - model_start)
+        if self.metrics_sink is None:
+            return
+        num_prompt = sum(
+            max(0, min(computed + count, request.num_prompt_tokens) - computed)
+            for (request, count), (_, computed) in zip(planned.scheduled, before, strict=True)
+        )
+        sizes, counts = np.unique(batch.sizes, return_counts=True)
+        self.metrics_sink.on_step(
+            StepStats(
+                num_scheduled_tokens=batch.num_tokens,
+                num_prompt_tokens=num_prompt,
+                num_generation_tokens=len(batch.sample_requests),
+                step_time=time.monotonic() - started,
+                model_time=model_end - model_start,
+                gap=gap,
+                sizes=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
+                num_preempted=planned.num_preempted,
+            )
+        )
+
+    # --- reports
+
+    def stats(self) -> EngineStats:
+        scheduler, kv_cache = self.scheduler, self.kv_cache
+        by_size: dict[int, int] = {}
+        for request in tuple(scheduler.running):
+            if request.path is not None:
+                by_size[request.path.size] = by_size.get(request.path.size, 0) + 1
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=scheduler.waiting.num_tokens,
+            kv_usage=kv_cache.usage,
+            num_pages=kv_cache.num_pages,
+            num_free_pages=kv_cache.num_free_pages,
+            running_by_size=by_size,
+            prefix_cache_queries=kv_cache.prefix_queries,
+            prefix_cache_hits=kv_cache.prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+
+
+def _timings(request: Request) -> dict[str, float]:
+    """Seconds: queue, prefill, decode, ttft, e2e; those that happened."""
+    timings = {}
+    if request.scheduled_time is not None:
+        timings["queue"] = request.scheduled_time - request.arrival_time
+    if request.first_token_time is not None and request.scheduled_time is not None:
+        timings["prefill"] = request.first_token_time - request.scheduled_time
+        timings["ttft"] = request.first_token_time - request.arrival_time
+        timings["decode"] = request.last_token_time - request.first_token_time
+        timings["e2e"] = request.last_token_time - request.arrival_time
+    return timings

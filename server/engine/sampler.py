@@ -1,0 +1,219 @@
+"""Logits to tokens and log-probabilities.
+
+S = rows, V = vocabulary. Order of operations: raw logprobs -> grammar and allowed tokens -> bad words, min_tokens ->
+logit bias -> repetition, presence and frequency penalties -> temperature -> min_p -> top_k -> top_p -> draw.
+
+The draw inverts the cumulative distribution at one uniform number per row, taken on the host from the request's own
+generator. So a seed gives the same text on any device and in any batch, up to rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from server.engine.request import Request, TokenLogprobs
+from server.engine.scheduler import SampledToken
+
+# Wide enough that a nucleus rarely needs a full sort of the vocabulary, which costs as much as a small model's step.
+_NUCLEUS_WIDTH = 256
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """Per request: its random numbers and what it has generated so far (for penalties)."""
+
+    random: random.Random
+    prompt_ids: torch.Tensor | None = None  # unique prompt tokens, for the repetition penalty
+    counts: dict[int, int] = field(default_factory=dict)  # generated token -> how often
+    num_counted: int = 0
+
+
+class Sampler:
+    """Draws one token per row. Holds no request's state; that travels on `Request.sampler_state`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+
+    def sample(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
+        """logits float32 [S, V], row i for requests[i]; modified in place. Returns a token (and logprobs) per row."""
+        raw = self._raw_logprobs(logits, requests)
+        for row, request in enumerate(requests):
+            if _needs_processing(request):
+                self._process(logits[row], request)
+        if all(request.sampling.is_greedy for request in requests):
+            tokens = logits.argmax(dim=-1).tolist()
+        else:
+            tokens = self._draw(logits, requests)
+        scores = {row: token_logprobs(raw[row], tokens[row], requests[row].sampling.logprobs) for row in raw}
+        return [SampledToken(token, scores.get(row)) for row, token in enumerate(tokens)]
+
+    # --- logprobs
+
+    def _raw_logprobs(self, logits: torch.Tensor, requests: list[Request]) -> dict[int, torch.Tensor]:
+        rows = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
+        if not rows:
+            return {}
+        return dict(zip(rows, torch.log_softmax(logits[rows], dim=-1), strict=True))
+
+    # --- what the request asks of its logits
+
+    def _state(self, request: Request) -> SamplerState:
+        if request.sampler_state is None:
+            seed = request.sampling.seed
+            source = random.Random(seed if seed is not None else self._random.getrandbits(64))
+            request.sampler_state = SamplerState(source)
+        return request.sampler_state
+
+    def _process(self, row: torch.Tensor, request: Request) -> None:
+        """Apply masks, bias and penalties to one row [V] in place."""
+        sampling = request.sampling
+        if request.grammar is not None:
+            mask = np.unpackbits(request.grammar.bitmask().view(np.uint8), bitorder="little")[: len(row)]
+            allowed = torch.zeros(len(row), dtype=torch.bool, device=row.device)
+            allowed[: len(mask)] = torch.from_numpy(mask.astype(bool)).to(row.device)
+            row.masked_fill_(~allowed, -torch.inf)
+        if sampling.allowed_token_ids is not None:
+            keep = torch.tensor(sampling.allowed_token_ids, device=row.device)
+            kept = row[keep]
+            row.fill_(-torch.inf)
+            row[keep] = kept
+        for word in sampling.bad_words_ids:
+            prefix = word[:-1]
+            if not prefix or tuple(request.output_token_ids[-len(prefix) :]) == prefix:
+                row[word[-1]] = -torch.inf
+        if len(request.output_token_ids) < sampling.min_tokens:
+            banned = list(sampling.stop_token_ids | sampling.eos_token_ids)
+            row[banned] = -torch.inf
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias), device=row.device)
+            row[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device)
+        if _has_penalties(request):
+            self._penalise(row, request)
+
+    def _penalise(self, row: torch.Tensor, request: Request) -> None:
+        """CTRL's repetition penalty over prompt and output; OpenAI's presence and frequency penalties over output."""
+        sampling, state = request.sampling, self._state(request)
+        for token in request.output_token_ids[state.num_counted :]:
+            state.counts[token] = state.counts.get(token, 0) + 1
+        state.num_counted = len(request.output_token_ids)
+        generated = torch.tensor(list(state.counts), dtype=torch.long, device=row.device)
+        if sampling.repetition_penalty != 1.0:
+            if state.prompt_ids is None:
+                state.prompt_ids = torch.tensor(sorted(set(request.prompt_token_ids)), dtype=torch.long)
+            seen = torch.cat((state.prompt_ids.to(row.device), generated)).unique()
+            values = row[seen]
+            factor = sampling.repetition_penalty
+            row[seen] = torch.where(values > 0, values / factor, values * factor)
+        if state.counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            counts = torch.tensor(list(state.counts.values()), dtype=row.dtype, device=row.device)
+            row[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+    # --- the draw
+
+    def _draw(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+        tokens = [0] * len(requests)
+        plain, cut, greedy = [], [], []
+        for row, request in enumerate(requests):
+            sampling = request.sampling
+            if sampling.is_greedy:
+                greedy.append(row)
+            elif sampling.top_p < 1.0 or 0 < sampling.top_k < logits.shape[-1]:
+                cut.append(row)
+            else:
+                plain.append(row)
+        if greedy:
+            _scatter(tokens, greedy, logits[greedy].argmax(dim=-1).tolist())
+        if plain:
+            _scatter(tokens, plain, self._draw_plain(logits[plain], [requests[row] for row in plain]))
+        if cut:
+            _scatter(tokens, cut, self._draw_cut(logits[cut], [requests[row] for row in cut]))
+        return tokens
+
+    def _draw_plain(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+        """No top_k, no top_p: the whole (min_p-masked) distribution, no sort. logits [S, V]."""
+        probs = torch.softmax(logits / _column([r.sampling.temperature for r in requests], logits), dim=-1)
+        min_p = _column([r.sampling.min_p for r in requests], logits)
+        probs = probs.masked_fill_(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+        return self._invert(probs, requests).tolist()
+
+    def _draw_cut(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+        """top_k and/or top_p over the likeliest entries; the vocabulary is sorted only for a very wide nucleus."""
+        vocab = logits.shape[-1]
+        scaled = logits / _column([r.sampling.temperature for r in requests], logits)
+        min_p = _column([r.sampling.min_p for r in requests], logits)
+        top_p = _column([r.sampling.top_p for r in requests], logits)
+        top_k = torch.tensor(
+            [r.sampling.top_k if 0 < r.sampling.top_k < vocab else vocab for r in requests], device=logits.device
+        )[:, None]
+        limited = [r.sampling.top_k for r in requests if 0 < r.sampling.top_k < vocab]
+        width = min(vocab, max([_NUCLEUS_WIDTH, *limited]))
+        while True:
+            values, ids = scaled.topk(width, dim=-1)
+            # Mass is relative to everything that survives min_p and top_k, including what lies beyond `width`.
+            kept = scaled if width < vocab else values
+            mask_p = kept < values[:, :1] + min_p.log()
+            total = torch.logsumexp(kept.masked_fill(mask_p, -torch.inf), dim=-1, keepdim=True)
+            dropped = (values < values[:, :1] + min_p.log()) | (
+                torch.arange(width, device=logits.device) >= top_k
+            )
+            probs = (values - total).exp().masked_fill_(dropped, 0.0)
+            is_limited = (top_k <= width).squeeze(1)
+            probs = torch.where(is_limited[:, None], probs / probs.sum(dim=-1, keepdim=True), probs)
+            mass = probs.cumsum(dim=-1)
+            enough = (mass[:, -1:] >= top_p.clamp(max=1.0 - 1e-6)).squeeze(1) | is_limited
+            if width == vocab or bool(enough.all()):
+                break
+            width = vocab
+        # Keep the smallest set whose mass reaches top_p: an entry stays if the mass before it has not.
+        probs = probs.masked_fill_(mass - probs >= top_p, 0.0)
+        choice = self._invert(probs, requests)
+        return ids.gather(1, choice[:, None]).squeeze(1).tolist()
+
+    def _invert(self, probs: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+        """Index of the first entry whose cumulative weight exceeds u x total. probs [S, n], need not sum to 1."""
+        mass = probs.cumsum(dim=-1, dtype=torch.float64)
+        uniform = _column([self._state(r).random.random() for r in requests], mass)
+        index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1)
+        # u x total may round up to total itself: fall back to the last entry that has any weight.
+        last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
+        return torch.minimum(index, last)
+
+
+def token_logprobs(row: torch.Tensor, token: int, num_top: int | None) -> TokenLogprobs:
+    """Logprob and rank of `token` and the `num_top` likeliest (-1: all) from one row of log-probabilities [V]."""
+    value = row[token]
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        values, ids = row.topk(row.shape[0] if num_top < 0 else num_top)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, value.item(), int((row > value).sum()) + 1, top)
+
+
+def _needs_processing(request: Request) -> bool:
+    sampling = request.sampling
+    return bool(
+        request.grammar is not None
+        or sampling.allowed_token_ids is not None
+        or sampling.bad_words_ids
+        or len(request.output_token_ids) < sampling.min_tokens
+        or sampling.logit_bias
+        or _has_penalties(request)
+    )
+
+
+def _has_penalties(request: Request) -> bool:
+    sampling = request.sampling
+    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _scatter(tokens: list[int], rows: list[int], values: list[int]) -> None:
+    for row, value in zip(rows, values, strict=True):
+        tokens[row] = value

@@ -1,0 +1,104 @@
+"""The portable executor: any device torch has, float32, bfloat16 or float16.
+
+T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model_store.pair import LoadedPair
+from model_store.weights import EndWeights
+from server.engine.batch import ForwardBatch
+from server.model.attention import Lane, TorchAttention
+from server.model.decoder_layer import decoder_layer, norm
+
+
+class TorchExecutor:
+    """Runs the step's program layer by layer with torch operations."""
+
+    name = "torch"
+
+    def __init__(self, pair: LoadedPair, *, page_size: int) -> None:
+        self.spec = pair.spec
+        self.layers = pair.layers
+        self.ends: dict[str, EndWeights] = pair.ends
+        self.dtype = self.ends["teacher"].embed.dtype
+        self.device = self.ends["teacher"].embed.device
+        self.page_size = page_size
+        self.attention = TorchAttention(
+            page_size=page_size,
+            scale=self.spec.attention_scale,
+            num_heads=self.spec.num_heads,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+        )
+        self._inv_freq: torch.Tensor | None = None
+        if self.spec.rotary_dim:
+            inv_freq, self._rope_factor = self.spec.rope_inv_freq()
+            self._inv_freq = inv_freq.to(self.device, torch.float32)
+
+    def describe(self) -> str:
+        return f"torch on {self.device}, {str(self.dtype).removeprefix('torch.')}, pages of {self.page_size} tokens"
+
+    def page_bytes(self) -> int:
+        return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
+
+    def allocate_kv(self, num_pages: int) -> None:
+        self.attention.allocate(num_pages, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        hidden = self._embed(batch)
+        lanes: dict[tuple[int, int], Lane] = {}
+        for segment in batch.program:
+            key = (segment.start, segment.stop)
+            lane = lanes.get(key) or lanes.setdefault(key, self._lane(batch, *key))
+            hidden[lane.tokens] = decoder_layer(
+                hidden[lane.tokens], self.layers[segment.layer], self.spec, self.attention, segment.layer, lane
+            )
+        rows = hidden[torch.from_numpy(batch.logits_rows.astype(np.int64)).to(self.device)]
+        split = int(batch.logits_start[batch.norm_cut])
+        return self._by_side(rows, split, self._final_norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+        def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
+            return F.linear(rows, end.head, end.head_bias)
+
+        return self._by_side(hidden, num_teacher, head).float()
+
+    # --- parts
+
+    def _embed(self, batch: ForwardBatch) -> torch.Tensor:
+        ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(self.device)
+        split = int(batch.query_start[batch.embed_cut])
+        hidden = self._by_side(ids, split, lambda rows, end: F.embedding(rows, end.embed))
+        if self.spec.learned_positions:
+            positions = torch.from_numpy(batch.positions.astype(np.int64)).to(self.device)
+            hidden = hidden + self._by_side(positions, split, lambda rows, end: F.embedding(rows, end.positions))
+        return hidden
+
+    def _lane(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
+        lane = self.attention.prepare(batch, start, stop)
+        if self._inv_freq is not None:
+            positions = torch.from_numpy(batch.positions[lane.tokens]).to(self.device, torch.float32)
+            angles = torch.outer(positions, self._inv_freq)
+            angles = torch.cat((angles, angles), dim=-1)[:, None]  # halves convention
+            lane.cos = (angles.cos() * self._rope_factor).to(self.dtype)
+            lane.sin = (angles.sin() * self._rope_factor).to(self.dtype)
+        return lane
+
+    def _final_norm(self, rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
+        return norm(rows, end.final_norm_weight, end.final_norm_bias, self.spec)
+
+    def _by_side(self, rows: torch.Tensor, split: int, apply) -> torch.Tensor:
+        """apply(rows, end weights) on [:split] with the teacher's ends and on [split:] with the student's."""
+        teacher, student = self.ends["teacher"], self.ends["student"]
+        if split == len(rows) or teacher is student:
+            return apply(rows, teacher)
+        if split == 0:
+            return apply(rows, student)
+        return torch.cat((apply(rows[:split], teacher), apply(rows[split:], student)))
