@@ -1,0 +1,97 @@
+"""Decode and prefill speed against `transformers` generate, same weights, same precision, one run, interleaved.
+
+    python -m benchmarks.vs_transformers [--executor torch] [--batches 1 16] [--repeats 3]
+
+Prints medians and the ratio. Both sides generate greedily, ignore end-of-text and start from the same random prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+
+def measure_engine(engine, prompts: list[list[int]], num_new: int, size: int) -> tuple[float, float]:
+    """Seconds of prefill (to the first token of all) and of the decode steps after it."""
+    from server.engine.request import Request, SamplingParams
+
+    engine.kv_cache.reset_prefix_cache()
+    sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
+    requests = [Request(f"bench-{time.monotonic_ns()}-{i}", p, sampling, sizes=(size,)) for i, p in enumerate(prompts)]
+    start = time.perf_counter()
+    for request in requests:
+        engine.add_request(request)
+    while any(not r.output_token_ids for r in requests):
+        engine.step()
+    first = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return first - start, time.perf_counter() - first
+
+
+def measure_transformers(model, prompts: list[list[int]], num_new: int) -> tuple[float, float]:
+    ids = torch.tensor(prompts)
+    kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=1, min_new_tokens=1, **kwargs)
+    first = time.perf_counter()
+    model.generate(ids, max_new_tokens=num_new, min_new_tokens=num_new, **kwargs)
+    end = time.perf_counter()
+    return first - start, (end - first) - (first - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--executor", default="auto")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--prompt-len", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM
+
+    from model_store.pair import open_pair
+    from server.engine.config import EngineConfig
+    from server.engine.engine import Engine
+
+    pair = open_pair()
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(pair.teacher_path, dtype=dtype).eval()
+    engine = Engine(
+        pair.load(dtype, "cpu"), EngineConfig(executor=args.executor, max_num_seqs=max(args.batches), max_model_len=2048)
+    )
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for batch in args.batches:
+        prompts = torch.randint(100, 40000, (batch, args.prompt_len), generator=generator).tolist()
+        ours, theirs = [], []
+        for repeat in range(args.repeats + 1):
+            one = measure_engine(engine, prompts, args.output_len, engine.sizes[-1])
+            two = measure_transformers(model, prompts, args.output_len)
+            if repeat:  # the first round warms both up
+                ours.append(one)
+                theirs.append(two)
+        for name, index, tokens in (("prefill", 0, batch * args.prompt_len), ("decode", 1, batch * (args.output_len - 1))):
+            mine = tokens / statistics.median(t[index] for t in ours)
+            peer = tokens / statistics.median(t[index] for t in theirs)
+            rows.append({"phase": name, "batch": batch, "boomerang": mine, "transformers": peer, "ratio": mine / peer})
+    print(f"{engine.executor.describe()}; {args.dtype}, {engine.sizes[-1]} layers, tokens/s, median of {args.repeats}")
+    print(f"{'':10}{'requests':>9}{'boomerang':>12}{'transformers':>14}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row['phase']:10}{row['batch']:>9}{row['boomerang']:>12.1f}{row['transformers']:>14.1f}{row['ratio']:>8.2f}"
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
