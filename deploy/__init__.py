@@ -1,0 +1,1 @@
+"""Running boomerang-serve beyond one process: load balancer, monitoring, autoscaler, clusters."""

@@ -1,0 +1,164 @@
+"""Replicas as containers of one Compose service, through the Docker Engine API.
+
+Only these calls are made, so that a socket proxy can allow exactly them (deploy/haproxy/docker-socket.cfg does):
+GET /version, GET /containers/json, GET /containers/{id}/json, POST /containers/create, POST /containers/{id}/start,
+POST /containers/{id}/kill, DELETE /containers/{id}.
+"""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from typing import Any
+
+import docker
+import docker.errors
+import requests
+
+from deploy.autoscaler.drivers import DriverUnavailable, Replica, ReplicaStatus
+
+__all__ = ["MANAGED_LABEL", "DockerDriver"]
+
+MANAGED_LABEL = "io.boomerang.autoscaler"
+_PROJECT = "com.docker.compose.project"
+_SERVICE = "com.docker.compose.service"
+_NUMBER = "com.docker.compose.container-number"
+# What `docker inspect` reports under HostConfig and the create call takes back unchanged; everything else there is
+# either a default or belongs to one container only.
+_HOST_CONFIG = (
+    "Binds", "CapAdd", "CapDrop", "CpuPeriod", "CpuQuota", "CpuShares", "CpusetCpus", "DeviceRequests", "Devices",
+    "ExtraHosts", "Init", "IpcMode", "LogConfig", "Memory", "MemorySwap", "Mounts", "NanoCpus", "NetworkMode",
+    "PidsLimit", "ReadonlyRootfs", "RestartPolicy", "SecurityOpt", "ShmSize", "Tmpfs", "Ulimits",
+)  # fmt: skip
+_CONFIG = (
+    "Cmd", "Entrypoint", "Env", "ExposedPorts", "Healthcheck", "Image", "Labels", "StopSignal", "StopTimeout", "User",
+    "Volumes", "WorkingDir",
+)  # fmt: skip
+
+
+class DockerDriver:
+    """Scales service `service` of Compose project `project` by cloning one of its containers.
+
+    A clone carries the service's labels and network aliases, so Docker's DNS, `docker compose ps` and
+    `docker compose down` treat it as one more replica. At least one container of the service must exist (stopped will
+    do): it is the template.
+    """
+
+    def __init__(self, service: str, project: str, base_url: str | None = None, timeout: float = 10.0) -> None:
+        """`base_url` as docker takes it (unix:///... or tcp://host:port); None: DOCKER_HOST or the local socket.
+
+        The connection is made on first use, so that a Docker that is away at start is survived like any other outage.
+        """
+        self.service, self.project, self.base_url, self.timeout = service, project, base_url, timeout
+        self._client: docker.APIClient | None = None
+        self._draining: set[str] = set()
+
+    def replicas(self) -> list[Replica]:
+        found = []
+        for summary in self._containers():
+            details = self._inspect(summary["Id"])
+            if details is None:  # gone between the two calls
+                continue
+            found.append(
+                Replica(
+                    details["Id"],
+                    self._status(details),
+                    _timestamp(details["Created"]),
+                    is_managed=MANAGED_LABEL in (details["Config"].get("Labels") or {}),
+                    address=_address(details),
+                )
+            )
+        self._draining &= {replica.id for replica in found}
+        return found
+
+    def start(self) -> str:
+        template = self._template()
+        number = 1 + max((int(c["Labels"].get(_NUMBER, 0) or 0) for c in self._containers()), default=0)
+        # A random tail: two controllers, or one that restarts, never collide on a name.
+        name = f"{self.project}-{self.service}-{number}-{secrets.token_hex(2)}"
+        config = {key: template["Config"][key] for key in _CONFIG if template["Config"].get(key) is not None}
+        config["Labels"] = {**(config.get("Labels") or {}), _NUMBER: str(number), MANAGED_LABEL: "true"}
+        host = template["HostConfig"]
+        config["HostConfig"] = {key: host[key] for key in _HOST_CONFIG if host.get(key)}
+        config["NetworkingConfig"] = {"EndpointsConfig": _endpoints(template, self.service)}
+        container = self._call("create_container_from_config", config, name=name)["Id"]
+        try:
+            self._call("start", container)
+        except DriverUnavailable:
+            self.remove(container)  # created but not startable: leave nothing behind
+            raise
+        return container
+
+    def drain(self, replica_id: str) -> None:
+        """SIGTERM. Docker counts a kill with the stop signal as a manual stop: the restart policy does not apply."""
+        if replica_id not in self._draining:
+            self._call("kill", replica_id, signal="SIGTERM", missing_ok=True)
+            self._draining.add(replica_id)
+
+    def remove(self, replica_id: str) -> None:
+        self._call("remove_container", replica_id, force=True, missing_ok=True)
+        self._draining.discard(replica_id)
+
+    # --- the Engine API
+
+    def _call(self, method: str, *args: Any, missing_ok: bool = False, **kwargs: Any) -> Any:
+        try:
+            if self._client is None:
+                self._client = docker.APIClient(self.base_url, version="auto", timeout=self.timeout)
+            return getattr(self._client, method)(*args, **kwargs)
+        except docker.errors.NotFound as error:
+            if missing_ok:
+                return None
+            raise DriverUnavailable(str(error)) from error
+        except docker.errors.APIError as error:
+            # 409 on kill: it has just stopped by itself; 409 on remove: removal is already in progress.
+            if missing_ok and error.response is not None and error.response.status_code == 409:
+                return None
+            raise DriverUnavailable(str(error)) from error
+        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            self._client = None  # negotiate the version again once it is back
+            raise DriverUnavailable(f"{type(error).__name__}: {error}") from error
+
+    def _containers(self) -> list[dict[str, Any]]:
+        labels = [f"{_PROJECT}={self.project}", f"{_SERVICE}={self.service}", "com.docker.compose.oneoff=False"]
+        return self._call("containers", all=True, filters={"label": labels})
+
+    def _inspect(self, container: str) -> dict[str, Any] | None:
+        return self._call("inspect_container", container, missing_ok=True)
+
+    def _template(self) -> dict[str, Any]:
+        """The oldest container that Compose itself made, else the oldest."""
+        containers = sorted(self._containers(), key=lambda c: (MANAGED_LABEL in c["Labels"], c["Created"]))
+        for summary in containers:
+            if details := self._inspect(summary["Id"]):
+                return details
+        raise DriverUnavailable(f"no container of service {self.service!r} in project {self.project!r} to copy")
+
+    def _status(self, details: dict[str, Any]) -> ReplicaStatus:
+        state = details["State"]
+        if state["Status"] in ("exited", "dead", "removing"):
+            return "exited"
+        if details["Id"] in self._draining:
+            return "draining"
+        # A container without a health check is taken as ready while it runs.
+        health = (state.get("Health") or {}).get("Status", "healthy")
+        return "ready" if state["Status"] == "running" and health == "healthy" else "starting"
+
+
+def _timestamp(created: str) -> float:
+    """Docker's RFC 3339 with nanoseconds -> seconds since the epoch."""
+    whole = created.split(".")[0].rstrip("Z")
+    return datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC).timestamp()
+
+
+def _address(details: dict[str, Any]) -> str:
+    networks = (details.get("NetworkSettings") or {}).get("Networks") or {}
+    return next((network["IPAddress"] for network in networks.values() if network.get("IPAddress")), "")
+
+
+def _endpoints(template: dict[str, Any], service: str) -> dict[str, Any]:
+    """The template's networks with the service's name as alias; its own id, name and address stay its own."""
+    endpoints = {}
+    for name in (template.get("NetworkSettings") or {}).get("Networks") or {}:
+        endpoints[name] = {"Aliases": [service]}
+    return endpoints
