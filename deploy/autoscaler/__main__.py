@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("window", "30s", "range of the rates (at least four scrape intervals)")
     flag("selector", 'job="boomerang"', "label matcher of the replicas' series")
     flag("service", "server", "docker: Compose service to scale")
-    flag("project", "boomerang", "docker: Compose project")
+    flag("project", "", "docker: Compose project; empty: the autoscaler's own")
     flag("docker_url", "", "docker: Engine API (unix:///... or tcp://...); empty: DOCKER_HOST or the local socket")
     flag("command", "", "process: command line of one server, with {host} {port} {index}")
     flag("targets_path", "", "process: file_sd list to keep for Prometheus")

@@ -80,7 +80,7 @@ class Controller:
             signal = None
         observation = Observation(now=now, ready=counts["ready"], starting=counts["starting"], signal=signal)
         self.state, decision = decide(self.policy, self.state, observation)
-        self.metrics.observe(counts, signal, decision, self.state)
+        self.metrics.observe(self.policy, counts, signal, decision, self.state)
         self._write(observation, decision)
         if not self.is_dry_run:
             try:

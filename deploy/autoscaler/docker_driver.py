@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import secrets
+import socket
 from typing import Any
 
 import docker
@@ -44,9 +45,10 @@ class DockerDriver:
     do): it is the template.
     """
 
-    def __init__(self, service: str, project: str, base_url: str | None = None, timeout: float = 10.0) -> None:
+    def __init__(self, service: str, project: str = "", base_url: str | None = None, timeout: float = 10.0) -> None:
         """`base_url` as docker takes it (unix:///... or tcp://host:port); None: DOCKER_HOST or the local socket.
 
+        An empty `project` means the one that the autoscaler's own container (its host name) belongs to.
         The connection is made on first use, so that a Docker that is away at start is survived like any other outage.
         """
         self.service, self.project, self.base_url, self.timeout = service, project, base_url, timeout
@@ -120,6 +122,11 @@ class DockerDriver:
             raise DriverUnavailable(f"{type(error).__name__}: {error}") from error
 
     def _containers(self) -> list[dict[str, Any]]:
+        if not self.project:
+            own = self._call("inspect_container", socket.gethostname())
+            self.project = (own["Config"].get("Labels") or {}).get(_PROJECT, "")
+            if not self.project:
+                raise DriverUnavailable("not in a Compose project: name one with --project")
         labels = [f"{_PROJECT}={self.project}", f"{_SERVICE}={self.service}", "com.docker.compose.oneoff=False"]
         return self._call("containers", all=True, filters={"label": labels})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from deploy.autoscaler.decision import Decision, ScalingState, Signal
+from deploy.autoscaler.decision import Decision, ScalingPolicy, ScalingState, Signal
 
 __all__ = ["AutoscalerMetrics"]
 
@@ -21,6 +21,7 @@ class AutoscalerMetrics:
         self.target = gauge("target_replicas", "Replicas there should be.")
         self.wanted = gauge("wanted_replicas", "Replicas the signal alone asks for, before stabilisation.")
         self.replicas = gauge("replicas", "Replicas there are, by status.", ("status",))
+        self.max = gauge("max_replicas", "The limit set by the operator.")
         self.capacity = gauge("replica_capacity_requests", "Learned: requests in flight one replica serves whole.")
         self.signal_ok = gauge("signal_ok", "1 while Prometheus answers with data.")
         self.decisions = counter("decisions", "Decisions by reason.", ("reason",))
@@ -31,7 +32,15 @@ class AutoscalerMetrics:
         for source in ("prometheus", "driver", "internal"):
             self.errors.labels(source)
 
-    def observe(self, counts: dict[str, int], signal: Signal | None, decision: Decision, state: ScalingState) -> None:
+    def observe(
+        self,
+        policy: ScalingPolicy,
+        counts: dict[str, int],
+        signal: Signal | None,
+        decision: Decision,
+        state: ScalingState,
+    ) -> None:
+        self.max.set(policy.max_replicas)
         self.target.set(decision.target)
         self.wanted.set(decision.wanted)
         for status, count in counts.items():

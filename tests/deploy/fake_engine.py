@@ -104,7 +104,7 @@ class FakeEngine:
         if parts and parts[0].startswith("v1."):
             parts = parts[1:]
         query = parse_qs(url.query)
-        action = f"{method} {parts[-1] if not len(parts[-1]) == 64 else '{id}'}"
+        action = f"{method} {parts[-1] if len(parts[-1]) != 64 else '{id}'}"
         self.calls.append(action)
         if action in self.failures:
             return self.failures.pop(action), {"message": f"{action} fails"}

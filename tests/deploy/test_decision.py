@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -71,7 +72,7 @@ def test_down_needs_a_full_calm_window_and_goes_one_at_a_time():
     assert all(target == 4 for now, target in targets if now < 60)
     assert targets[-1][1] == 1
     steps = [now for (now, target), (_, before) in zip(targets[1:], targets, strict=False) if target < before]
-    assert len(steps) == 3 and all(b - a >= POLICY.down_interval for a, b in zip(steps, steps[1:], strict=False))
+    assert len(steps) == 3 and all(b - a >= POLICY.down_interval for a, b in itertools.pairwise(steps))
 
 
 def test_one_busy_moment_restarts_the_window():

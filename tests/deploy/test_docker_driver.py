@@ -95,6 +95,13 @@ def test_without_a_template_it_says_so(engine, driver):
         driver.start()
 
 
+def test_the_project_is_that_of_the_autoscaler_itself(engine, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: engine.other)
+    driver = DockerDriver("server", base_url=f"unix://{engine.path}")
+    assert [replica.id for replica in driver.replicas()] == [engine.first]
+    assert driver.project == "boomerang"
+
+
 class OneSignal:
     signal = Signal(request_rate=5, degraded_share=0.9, size_fraction=0.5, running=10)
 

@@ -1,0 +1,84 @@
+"""Every configuration file, checked by the tool that reads it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RULES = sorted((ROOT / "deploy/prometheus/rules").glob("*.rules.yml"))
+
+
+def check(*command: str, **environment: str) -> str:
+    if not shutil.which(command[0]):
+        pytest.skip(f"needs {command[0]}")
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["haproxy.cfg", "docker-socket.cfg"])
+def test_haproxy(name):
+    check("haproxy", "-c", "-f", f"deploy/haproxy/{name}")
+
+
+def test_prometheus_configuration():
+    check("promtool", "check", "config", "deploy/prometheus/prometheus.yml")
+
+
+def test_prometheus_rules():
+    check("promtool", "check", "rules", *map(str, RULES))
+    check("promtool", "test", "rules", "tests/deploy/rules_test.yml")
+
+
+def test_every_alert_has_a_unit_test():
+    alerts = {
+        rule["alert"] for path in RULES for g in yaml.safe_load(path.read_text())["groups"] for rule in g["rules"]
+        if "alert" in rule
+    }  # fmt: skip
+    tested = (ROOT / "tests/deploy/rules_test.yml").read_text()
+    assert not {name for name in alerts if name not in tested}
+
+
+GPU, KEYS = "docker-compose.gpu.yml", "docker-compose.keys.yml"
+
+
+@pytest.mark.parametrize("overrides", [(), (GPU,), (KEYS,), (GPU, KEYS)], ids=lambda names: "+".join(names) or "plain")
+def test_compose(overrides):
+    files = [part for name in ("docker-compose.yml", *overrides) for part in ("-f", name)]
+    merged = yaml.safe_load(check("docker-compose", *files, "config", PWD=str(ROOT)))
+    services = merged["services"]
+    for name in ("server", "haproxy", "prometheus", "grafana", "autoscaler", "docker-socket"):
+        assert services[name]["read_only"] is True and services[name]["cap_drop"] == ["ALL"], name
+    # Only the filter sees the socket, and only the autoscaler sees the filter.
+    mounts = {name: str(service.get("volumes")) for name, service in services.items()}
+    assert [name for name, text in mounts.items() if "docker.sock" in text] == ["docker-socket"]
+    in_network = [n for n, s in services.items() if "docker" in (s.get("networks") or {})]
+    assert sorted(in_network) == ["autoscaler", "docker-socket"]
+
+
+def test_docker_lets_a_replica_drain_before_it_kills_it():
+    server = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["server"]
+    grace = float(server["stop_grace_period"].removesuffix("s"))
+    assert grace > float(server["environment"]["BOOMERANG_SHUTDOWN_TIMEOUT"])
+
+
+def test_env_example_names_only_what_compose_reads():
+    compose = "".join(path.read_text() for path in ROOT.glob("docker-compose*.yml"))
+    for line in (ROOT / ".env.example").read_text().splitlines():
+        name = line.lstrip("#").partition("=")[0]
+        if "=" in line and " " not in name:
+            assert "${" + name in compose, name
+
+
+def test_dockerfile():
+    if not shutil.which("hadolint"):
+        pytest.skip("needs hadolint")
+    check("hadolint", "Dockerfile")
