@@ -1,47 +1,129 @@
-"""Requests that wait for admission: by priority, then preempted ones, then arrival."""
+"""Requests that wait for admission: fair between tenants, by priority and arrival within one.
+
+Fairness is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): every
+tenant has a counter of service received, divided by its weight; the waiting tenant with the lowest one is next. A
+tenant that comes back from idling is lifted to the others' level, so that it cannot save up. `priority` is the
+caller's word and therefore orders only its own tenant's requests; between tenants the operator's `rank` comes first.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 
 from server.engine.request import Request
 
+# Service of one generated token in prompt tokens: a decode row moves far fewer tokens per weight read.
+OUTPUT_TOKEN_COST = 2.0
+
+
+@dataclass(slots=True)
+class _Line:
+    """One tenant's requests. Heap entries are (priority, 0 = preempted / 1 = new, sequence, request)."""
+
+    heap: list[tuple[int, int, int, Request]] = field(default_factory=list)
+    num_requests: int = 0
+    num_tokens: int = 0
+    served: float = 0.0  # the virtual counter: layer-tokens of service over weight
+
 
 class WaitingQueue:
-    """A priority queue with O(1) lazy removal. Lower `priority` first, as in vLLM; ties by arrival."""
+    """One line per tenant with O(1) lazy removal. Lower `priority` first, as in vLLM; ties by arrival."""
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, int, Request]] = []
+    def __init__(
+        self, weight: Callable[[str], float] | None = None, rank: Callable[[str], int] | None = None
+    ) -> None:
+        """`weight(tenant)` > 0: its share; `rank(tenant)`: a class served strictly before those above it."""
+        self._weight = weight or (lambda tenant: 1.0)
+        self._rank = rank or (lambda tenant: 0)
+        self._lines: dict[str, _Line] = {}
         self._members: dict[str, Request] = {}
         self._sequence = itertools.count()
-        self.num_tokens = 0  # prompt tokens waiting
+        self._last_served = 0.0
+        self.num_tokens = 0  # tokens waiting to be computed: prompts, and outputs of preempted requests
 
     def push(self, request: Request) -> None:
         self._insert(request, 1)
 
     def push_front(self, request: Request) -> None:
-        """Put a preempted request ahead of all others of its priority."""
+        """Put a preempted request ahead of all others of its priority in its tenant's line."""
         self._insert(request, 0)
 
-    def peek(self, now: float) -> Request | None:
-        """The request to admit next, or None."""
-        while self._heap and self._members.get(self._heap[0][3].request_id) is not self._heap[0][3]:
-            heapq.heappop(self._heap)
-        return self._heap[0][3] if self._heap else None
+    def peek(self, now: float, skip: Collection[str] = ()) -> Request | None:
+        """The request to admit next, leaving out the tenants in `skip`; or None."""
+        best: Request | None = None
+        best_key: tuple[int, int, float] | None = None
+        for tenant, line in self._lines.items():
+            if not line.num_requests or tenant in skip:
+                continue
+            entry = self._head(line)
+            # A preempted request has been paid for: it goes before anything new of its class.
+            key = (self._rank(tenant), entry[1], line.served)
+            if best_key is None or key < best_key:
+                best, best_key = entry[3], key
+        return best
 
     def remove(self, request: Request) -> None:
-        if self._members.pop(request.request_id, None) is not None:
-            self.num_tokens -= request.num_tokens
+        if self._members.pop(request.request_id, None) is None:
+            return
+        line = self._lines[request.tenant]
+        line.num_requests -= 1
+        line.num_tokens -= request.num_tokens
+        self.num_tokens -= request.num_tokens
+        if not line.num_requests:
+            line.heap.clear()
+            self._last_served = line.served
+
+    def charge(self, tenant: str, layer_tokens: float) -> None:
+        """Book service a tenant received (prompt layer-tokens, generated ones times OUTPUT_TOKEN_COST)."""
+        line = self._lines.get(tenant)
+        if line is not None:
+            line.served += layer_tokens / self._weight(tenant)
+
+    def waiting_of(self, tenant: str) -> tuple[int, int]:
+        """Requests and tokens that a tenant has waiting."""
+        line = self._lines.get(tenant)
+        return (line.num_requests, line.num_tokens) if line else (0, 0)
+
+    def served(self, tenant: str) -> float:
+        line = self._lines.get(tenant)
+        return line.served if line else 0.0
+
+    def tenants(self) -> list[str]:
+        """Tenants with something waiting."""
+        return [tenant for tenant, line in self._lines.items() if line.num_requests]
+
+    def _head(self, line: _Line) -> tuple[int, int, int, Request]:
+        heap = line.heap
+        while self._members.get(heap[0][3].request_id) is not heap[0][3]:
+            heapq.heappop(heap)
+        return heap[0]
 
     def _insert(self, request: Request, rank: int) -> None:
         assert request.request_id not in self._members
+        line = self._lines.get(request.tenant)
+        if line is None:
+            self._forget_idle()
+            line = self._lines[request.tenant] = _Line()
+        if not line.num_requests:
+            active = [other.served for other in self._lines.values() if other.num_requests]
+            line.served = max(line.served, min(active) if active else self._last_served)
         # A later preemption goes first: the victim is always the youngest, so this restores arrival order.
         sequence = next(self._sequence)
-        heapq.heappush(self._heap, (request.priority, rank, sequence if rank else -sequence, request))
+        entry = (request.priority, rank, sequence if rank else -sequence, request)
+        heapq.heappush(line.heap, entry)
         self._members[request.request_id] = request
+        line.num_requests += 1
+        line.num_tokens += request.num_tokens
         self.num_tokens += request.num_tokens
+
+    def _forget_idle(self) -> None:
+        """Keep the lines of past tenants from piling up; they would be lifted on return anyway."""
+        if len(self._lines) < 4096:
+            return
+        self._lines = {tenant: line for tenant, line in self._lines.items() if line.num_requests}
 
     def __len__(self) -> int:
         return len(self._members)

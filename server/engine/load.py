@@ -1,0 +1,81 @@
+"""Running totals of a scheduler's load, kept up as requests come, advance and go, so that a decision reads instead of
+counting. Indexed by size (layers)."""
+
+from __future__ import annotations
+
+from server.engine.request import Request
+
+
+class Load:
+    """What runs now: rows, context and uncomputed tokens by size; rows and tightest TPOT limit by tenant."""
+
+    def __init__(self, num_teacher_layers: int) -> None:
+        n = num_teacher_layers + 1
+        self.rows = [0] * n  # requests
+        self.context = [0] * n  # tokens that hold KV
+        self.pending = [0] * n  # tokens not computed yet; 1 for each decoding request
+        self.num_rows = 0
+        self.tenant_rows: dict[str, list[int]] = {}  # tenant -> rows by size
+        self._limits: dict[str, dict[float, int]] = {}  # tenant -> TPOT limit -> how many running requests have it
+
+    def enter(self, request: Request) -> None:
+        """A request starts to run: `path` and `num_computed_tokens` are set."""
+        size = request.path.size
+        self.rows[size] += 1
+        self.num_rows += 1
+        self.context[size] += request.num_computed_tokens
+        self.pending[size] += request.num_tokens - request.num_computed_tokens
+        rows = self.tenant_rows.get(request.tenant)
+        if rows is None:
+            rows = self.tenant_rows[request.tenant] = [0] * len(self.rows)
+        rows[size] += 1
+        limit = request.budget.tpot
+        if limit is not None:
+            limits = self._limits.setdefault(request.tenant, {})
+            limits[limit] = limits.get(limit, 0) + 1
+
+    def leave(self, request: Request) -> None:
+        """It stops running; called before its blocks are freed."""
+        size = request.path.size
+        self.rows[size] -= 1
+        self.num_rows -= 1
+        self.context[size] -= request.num_computed_tokens
+        self.pending[size] -= request.num_tokens - request.num_computed_tokens
+        rows = self.tenant_rows[request.tenant]
+        rows[size] -= 1
+        if not any(rows):
+            del self.tenant_rows[request.tenant]
+        limit = request.budget.tpot
+        if limit is not None:
+            limits = self._limits[request.tenant]
+            limits[limit] -= 1
+            if not limits[limit]:
+                del limits[limit]
+                if not limits:
+                    del self._limits[request.tenant]
+
+    def advance(self, request: Request, count: int) -> None:
+        size = request.path.size
+        self.context[size] += count
+        self.pending[size] -= count
+
+    def append(self, request: Request) -> None:
+        """It got a token, which is now to be computed."""
+        self.pending[request.path.size] += 1
+
+    def tightest_tpot(self, skip: set[str] | frozenset[str] = frozenset()) -> float | None:
+        """The smallest TPOT limit among running requests of tenants not in `skip`, in seconds."""
+        best = None
+        for tenant, limits in self._limits.items():
+            if tenant not in skip:
+                low = min(limits)
+                best = low if best is None or low < best else best
+        return best
+
+    def check(self, running: list[Request]) -> None:
+        """Assert that the totals are what counting would give."""
+        fresh = Load(len(self.rows) - 1)
+        for request in running:
+            fresh.enter(request)
+        for name in ("rows", "context", "pending", "num_rows", "tenant_rows", "_limits"):
+            assert getattr(self, name) == getattr(fresh, name), f"load totals disagree on {name}"

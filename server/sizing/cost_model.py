@@ -1,0 +1,289 @@
+"""Predicts how long a step takes from its lanes, and what KV memory a request takes. Pure Python and numpy.
+
+A step costs
+
+    fixed
+    + sum over segments of weight(layer) * g(tokens of the segment)     weights read once per segment, then products
+    + h(logits rows)                                                    head and sampling
+    + a * sum over decode rows of layers * context                      KV read
+    + b * sum over prompt chunks of layers * tokens * mean context      attention products of prefill
+    + c * sum over requests of layers                                   attention call overhead
+
+`g` and `h` are monotone piecewise-linear functions on fixed knots, so they follow whatever the machine does between
+the memory-bound and the compute-bound end (a roofline's max, its sum, cliffs of a kernel's tiles) instead of assuming
+one. All coefficients are non-negative seconds and enter linearly: a handful of calibration steps fits them, a ring of
+recent steps corrects them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model_store.assembly import Elasticity
+
+if TYPE_CHECKING:
+    from server.engine.batch import ForwardBatch
+
+KNOTS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], dtype=np.float64)
+HEAD_KNOTS = np.array([1, 4, 16, 64, 256], dtype=np.float64)
+KINDS = ("decode", "prefill", "mixed")
+
+_G = slice(1, 1 + len(KNOTS))
+_H = slice(_G.stop, _G.stop + len(HEAD_KNOTS))
+_DECODE_CONTEXT, _PREFILL_CONTEXT, _REQUEST_LAYERS = _H.stop, _H.stop + 1, _H.stop + 2
+NUM_FEATURES = _H.stop + 3
+
+_REFIT_EVERY = 64  # observed steps between fits while young; grows to _REFIT_AT_MOST
+_REFIT_AT_MOST = 512
+_HUBER = 0.15  # relative residual beyond which a step counts as an outlier
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """What the arithmetic needs to know about a loaded pair. Bytes as they lie in memory."""
+
+    elasticity: Elasticity
+    layer_bytes: tuple[int, ...]  # by global layer id; 0 where a layer is not loaded
+    head_bytes: int
+    kv_bytes: int  # K and V of one token of one layer
+    attention_flops: int  # of one query token against one context position on one layer: 4 * heads * head_dim
+    weight_bytes_per_parameter: float = 2.0
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes of the heaviest layer: the unit of `layer_weights`."""
+        return max(self.layer_bytes)
+
+    @property
+    def layer_weights(self) -> np.ndarray:
+        return np.asarray(self.layer_bytes, dtype=np.float64) / self.reference_bytes
+
+    def kv_bytes_for(self, num_tokens: int, size: int, page_size: int = 1) -> int:
+        """KV bytes of a request of `num_tokens` tokens at `size` layers, whole pages."""
+        return -(-num_tokens // page_size) * page_size * size * self.kv_bytes
+
+
+def ramps(values: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    """Basis of the monotone piecewise-linear functions: [n] -> [n, len(knots)]; column 0 is the value at knots[0]."""
+    basis = np.empty((len(values), len(knots)))
+    basis[:, 0] = 1.0
+    basis[:, 1:] = (values[:, None] - knots[:-1]) / np.diff(knots)
+    np.clip(basis[:, 1:-1], 0.0, 1.0, out=basis[:, 1:-1])
+    np.maximum(basis[:, -1], 0.0, out=basis[:, -1])  # the last piece goes on for ever
+    return basis
+
+
+@dataclass(slots=True)
+class StepShape:
+    """A step as the cost model sees it: its features and its kind."""
+
+    features: np.ndarray
+    kind: str
+
+
+@dataclass(slots=True)
+class ErrorStats:
+    """Relative errors |predicted - measured| / measured of recent steps of one kind."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=2048))
+    count: int = 0
+
+    def add(self, error: float) -> None:
+        self.recent.append(error)
+        self.count += 1
+
+    def quantile(self, q: float) -> float:
+        return float(np.quantile(self.recent, q)) if self.recent else float("nan")
+
+
+class CostModel:
+    """Coefficients in seconds, and their correction from measured steps."""
+
+    def __init__(self, profile: CostProfile, coefficients: np.ndarray) -> None:
+        assert coefficients.shape == (NUM_FEATURES,) and (coefficients >= 0).all()
+        self.profile = profile
+        self.prior = coefficients.copy()  # what fits are drawn to where no step tells
+        self.correction = dict.fromkeys(KINDS, 1.0)  # follows drift between fits
+        self.overhead = 0.0  # seconds between the end of one model call and the start of the next, while busy
+        self.errors = {kind: ErrorStats() for kind in KINDS}
+        self.num_observed = 0
+        self._ring: deque[tuple[np.ndarray, float]] = deque(maxlen=768)
+        self._since_fit = 0
+        self._refit_every = _REFIT_EVERY
+        self._weights = profile.layer_weights
+        self.set_coefficients(coefficients)
+
+    def set_coefficients(self, coefficients: np.ndarray) -> None:
+        self.coefficients = coefficients
+        self.version = getattr(self, "version", -1) + 1
+        # Values of g and h at their knots, for interpolation.
+        self._g = np.cumsum(coefficients[_G])
+        self._h = np.cumsum(coefficients[_H])
+
+    # --- parts of the formula, for whoever reasons about steps that do not exist yet
+
+    def layer_seconds(self, tokens: np.ndarray | float) -> np.ndarray:
+        """g: one layer of weight 1 over `tokens` tokens; 0 for none. Any shape."""
+        tokens = np.asarray(tokens, dtype=np.float64)
+        value = np.interp(tokens, KNOTS, self._g)
+        if tokens.size and tokens.max() > KNOTS[-1]:
+            slope = (self._g[-1] - self._g[-2]) / (KNOTS[-1] - KNOTS[-2])
+            value = value + np.maximum(tokens - KNOTS[-1], 0.0) * slope
+        return np.where(tokens > 0, value, 0.0)
+
+    def tokens_within(self, seconds: float) -> float:
+        """The inverse of g: tokens that one layer of weight 1 passes in `seconds`."""
+        if seconds <= self._g[0]:
+            return 0.0
+        # Flat pieces make the inverse jump; adding a hair of slope keeps it a function.
+        g = self._g + np.arange(len(self._g)) * 1e-12
+        if seconds >= g[-1]:
+            slope = max((g[-1] - g[-2]) / (KNOTS[-1] - KNOTS[-2]), 1e-12)
+            return float(KNOTS[-1] + (seconds - g[-1]) / slope)
+        return float(np.interp(seconds, g, KNOTS))
+
+    def head_seconds(self, rows: np.ndarray | float) -> np.ndarray:
+        """h: norm, head and sampling of `rows` rows; 0 for none."""
+        rows = np.asarray(rows, dtype=np.float64)
+        value = np.interp(rows, HEAD_KNOTS, self._h)
+        if rows.size and rows.max() > HEAD_KNOTS[-1]:
+            slope = (self._h[-1] - self._h[-2]) / (HEAD_KNOTS[-1] - HEAD_KNOTS[-2])
+            value = value + np.maximum(rows - HEAD_KNOTS[-1], 0.0) * slope
+        return np.where(rows > 0, value, 0.0)
+
+    @property
+    def fixed(self) -> float:
+        return float(self.coefficients[0])
+
+    @property
+    def decode_context(self) -> float:
+        """Seconds per layer and context token of a decode row."""
+        return float(self.coefficients[_DECODE_CONTEXT])
+
+    @property
+    def prefill_context(self) -> float:
+        """Seconds per layer, chunk token and context token of a prompt chunk."""
+        return float(self.coefficients[_PREFILL_CONTEXT])
+
+    @property
+    def request_layers(self) -> float:
+        return float(self.coefficients[_REQUEST_LAYERS])
+
+    # --- steps
+
+    def shape(self, batch: ForwardBatch) -> StepShape:
+        """Features of a batch that is about to run or has run."""
+        starts = batch.query_start
+        counts = np.diff(starts)
+        segments: dict[int, float] = {}
+        for layer, start, stop, _ in batch.program:
+            tokens = int(starts[stop]) - int(starts[start])
+            segments[tokens] = segments.get(tokens, 0.0) + self._weights[layer]
+        head_rows = int(batch.logits_start[batch.head_cut])
+        rows = [n for n in (head_rows, len(batch.logits_rows) - head_rows) if n]
+        return self.shape_of(counts, batch.context_lens, batch.sizes, segments, rows)
+
+    def shape_of(
+        self,
+        counts: np.ndarray,
+        context_lens: np.ndarray,
+        sizes: np.ndarray,
+        segments: dict[int, float],
+        head_rows: list[int],
+    ) -> StepShape:
+        """`counts`, `context_lens`, `sizes` per request; `segments`: tokens -> summed layer weight."""
+        x = np.zeros(NUM_FEATURES)
+        x[0] = 1.0
+        if segments:
+            tokens = np.fromiter(segments.keys(), np.float64, len(segments))
+            weights = np.fromiter(segments.values(), np.float64, len(segments))
+            x[_G] = weights @ ramps(tokens, KNOTS)
+        if head_rows:
+            x[_H] = ramps(np.asarray(head_rows, np.float64), HEAD_KNOTS).sum(axis=0)
+        decode = counts == 1
+        layer_context = sizes * np.asarray(context_lens, np.float64)
+        x[_DECODE_CONTEXT] = layer_context[decode].sum()
+        x[_PREFILL_CONTEXT] = (sizes * counts * (context_lens - counts * 0.5))[~decode].sum()
+        x[_REQUEST_LAYERS] = sizes.sum()
+        num_decode = int(decode.sum())
+        if num_decode == len(counts):
+            kind = "decode"
+        else:
+            kind = "mixed" if num_decode else "prefill"
+        return StepShape(x, kind)
+
+    def seconds(self, shape: StepShape) -> float:
+        """Predicted seconds of one step in the model (without `overhead`)."""
+        return float(shape.features @ self.coefficients) * self.correction[shape.kind]
+
+    def observe(self, shape: StepShape, measured: float) -> float:
+        """Learn from a step that took `measured` seconds; returns what had been predicted."""
+        predicted = self.seconds(shape)
+        self.errors[shape.kind].add(abs(predicted - measured) / measured)
+        # Between fits a clipped multiplicative correction per kind follows the machine (a neighbour on the other core).
+        ratio = min(max(measured / max(predicted, 1e-9), 0.7), 1.4)
+        self.correction[shape.kind] = min(max(self.correction[shape.kind] * ratio**0.08, 0.25), 4.0)
+        self._ring.append((shape.features, measured))
+        self.num_observed += 1
+        self._since_fit += 1
+        if self._since_fit >= self._refit_every:
+            self.refit()
+            self._refit_every = min(self._refit_every * 2, _REFIT_AT_MOST)
+        return predicted
+
+    def refit(self) -> None:
+        """Fit the coefficients to the ring, newer steps counting more, drawn to the prior."""
+        self._since_fit = 0
+        features = np.stack([x for x, _ in self._ring])
+        seconds = np.fromiter((t for _, t in self._ring), np.float64, len(self._ring))
+        age = np.arange(len(seconds))[::-1]
+        self.set_coefficients(fit(features, seconds, self.prior, weights=0.5 ** (age / 256.0), start=self.coefficients))
+        self.correction = dict.fromkeys(KINDS, 1.0)
+
+    def observe_overhead(self, seconds: float) -> None:
+        """Time between model calls: scheduling, building the batch, handing out tokens."""
+        self.overhead += 0.02 * (min(seconds, 4 * self.overhead + 1e-3) - self.overhead)
+
+
+def fit(
+    features: np.ndarray,
+    seconds: np.ndarray,
+    prior: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    start: np.ndarray | None = None,
+    ridge: float = 0.02,
+    sweeps: int = 40,
+) -> np.ndarray:
+    """Non-negative coefficients with the least robust relative error on [n, F] steps, drawn to `prior`.
+
+    Minimises sum w (x.c / t - 1)^2 + ridge * sum(w) / n_active * ((c - prior) / scale)^2 by coordinate descent, with Huber
+    weights from two passes.
+    """
+    scale = np.maximum(prior, np.max(prior) * 1e-9)
+    design = features * scale / seconds[:, None]
+    base = np.ones(len(seconds)) if weights is None else weights
+    anchor = prior / scale
+    value = anchor.copy() if start is None else start / scale
+    robust = np.ones(len(seconds))
+    for _ in range(3):
+        w = base * robust
+        pull = ridge * w.sum() / design.shape[1]
+        gram = (design * w[:, None]).T @ design + pull * np.eye(design.shape[1])
+        target = design.T @ w + pull * anchor
+        diagonal = np.diag(gram)
+        for _ in range(sweeps):
+            change = 0.0
+            for j in range(len(value)):
+                new = max(value[j] + (target[j] - gram[j] @ value) / diagonal[j], 0.0)
+                change = max(change, abs(new - value[j]))
+                value[j] = new
+            if change < 1e-4:
+                break
+        residual = np.abs(design @ value - 1.0)
+        robust = np.minimum(1.0, _HUBER / np.maximum(residual, 1e-9))
+    return value * scale
