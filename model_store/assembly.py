@@ -1,0 +1,188 @@
+"""Sizes, thresholds and layer paths: how a teacher and a student interlock. Pure Python; no tensor is touched here.
+
+Method: Boomerang distillation (arXiv 2510.05064). Student layer `i` stands for the teacher's block
+`kept[i] .. kept[i + 1] - 1`; the place where either of them runs is station `i`. A patch order is given as one
+threshold per station: the smallest size that runs the teacher's block there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["teacher", "student"]
+
+
+class AssemblyError(ValueError):
+    """The layer lists or thresholds do not describe an interlocking pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """Teacher block [start, stop) and the student layer `index` that can stand for it."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPath:
+    """What one size runs: global layer ids in running order (teacher t is t, student s is N + s), and its ends."""
+
+    size: int
+    layers: tuple[int, ...]
+    teacher_stations: tuple[bool, ...]
+    embed_from: Side
+    norm_from: Side
+    head_from: Side
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+class Elasticity:
+    """Every size of a pair and the path it runs, computed once; `path(size)` is a dictionary look-up."""
+
+    def __init__(
+        self,
+        num_teacher_layers: int,
+        kept: Sequence[int],
+        thresholds: Sequence[int],
+        *,
+        embed_threshold: int | None = None,
+        norm_threshold: int | None = None,
+        head_threshold: int | None = None,
+    ) -> None:
+        """`kept`: teacher layer that each student layer started from; `thresholds`: one per station, in layers.
+
+        The embedding follows the first station and norm and head the last, unless told otherwise: that reproduces the
+        published rules of both orders. Raises AssemblyError if any size between would not have its number of layers.
+        """
+        kept = tuple(kept)
+        _check_kept(num_teacher_layers, kept)
+        if len(thresholds) != len(kept):
+            raise AssemblyError(f"{len(thresholds)} thresholds for {len(kept)} stations")
+        self.num_teacher_layers = num_teacher_layers
+        self.num_student_layers = len(kept)
+        self.kept = kept
+        stops = (*kept[1:], num_teacher_layers)
+        self.stations = tuple(Station(i, a, b) for i, (a, b) in enumerate(zip(kept, stops, strict=True)))
+        self.thresholds = tuple(thresholds)
+        self.embed_threshold = thresholds[0] if embed_threshold is None else embed_threshold
+        self.norm_threshold = thresholds[-1] if norm_threshold is None else norm_threshold
+        self.head_threshold = thresholds[-1] if head_threshold is None else head_threshold
+        low, high = self.num_student_layers, num_teacher_layers
+        for threshold in (*self.thresholds, self.embed_threshold, self.norm_threshold, self.head_threshold):
+            if not low < threshold <= high:
+                raise AssemblyError(f"threshold {threshold} is not between {low + 1} and {high}")
+        paths = {low: self._build(low)} | {size: self._build(size) for size in sorted(set(self.thresholds))}
+        for size, path in paths.items():
+            if len(path.layers) != size:
+                raise AssemblyError(f"thresholds give the size of {size} layers a path of {len(path.layers)}")
+        self._paths = paths
+        self.sizes: tuple[int, ...] = tuple(sorted(paths))
+
+    def _build(self, size: int) -> LayerPath:
+        layers: list[int] = []
+        on_teacher = tuple(size >= threshold for threshold in self.thresholds)
+        for station, is_teacher in zip(self.stations, on_teacher, strict=True):
+            if is_teacher:
+                layers.extend(range(station.start, station.stop))
+            else:
+                layers.append(self.num_teacher_layers + station.index)
+
+        def side(threshold: int) -> Side:
+            return "teacher" if size >= threshold else "student"
+
+        return LayerPath(
+            size, tuple(layers), on_teacher, side(self.embed_threshold), side(self.norm_threshold),
+            side(self.head_threshold),
+        )  # fmt: skip
+
+    def path(self, size: int) -> LayerPath:
+        """The path of one size; KeyError if the pair has no such size."""
+        return self._paths[size]
+
+    @property
+    def num_global_layers(self) -> int:
+        return self.num_teacher_layers + self.num_student_layers
+
+    # --- the published counting: k patched blocks, k = 1 .. number of blocks with more than one layer
+
+    def size_of_k(self, k: int) -> int:
+        """The size the published code calls `num_layers_to_patch = k`."""
+        if not 1 <= k < len(self.sizes):
+            raise AssemblyError(f"k = {k} is not between 1 and {len(self.sizes) - 1}")
+        return self.sizes[k]
+
+    def k_of_size(self, size: int) -> int:
+        """Patched blocks of a size; 0 is the pure student, which the published code does not build."""
+        return self.sizes.index(size)
+
+    # --- orders
+
+    @classmethod
+    def last_to_first(cls, num_teacher_layers: int, kept: Sequence[int]) -> Elasticity:
+        """Blocks are put back from the end: student[:s] + teacher[t:], norm and head from the teacher."""
+        order = _real_blocks(num_teacher_layers, kept)[::-1]
+        return cls.from_order(num_teacher_layers, kept, order, riders="after")
+
+    @classmethod
+    def first_to_last(cls, num_teacher_layers: int, kept: Sequence[int]) -> Elasticity:
+        """Blocks are put back from the front: teacher[:t] + student[s:], embedding from the teacher."""
+        return cls.from_order(num_teacher_layers, kept, _real_blocks(num_teacher_layers, kept), riders="before")
+
+    @classmethod
+    def from_order(
+        cls, num_teacher_layers: int, kept: Sequence[int], order: Sequence[int], *, riders: str = "after"
+    ) -> Elasticity:
+        """From the stations with more than one teacher layer, first patched first.
+
+        One-layer stations ride along, as in the published code: with riders="after" each is patched together with the
+        nearest block in front of it, with "before" with the nearest block behind it; if there is none, with the full
+        teacher.
+        """
+        kept = tuple(kept)
+        _check_kept(num_teacher_layers, kept)
+        stops = (*kept[1:], num_teacher_layers)
+        order = list(order)
+        if sorted(order) != _real_blocks(num_teacher_layers, kept):
+            raise AssemblyError(f"a patch order must name every block of more than one layer once, got {order}")
+        thresholds = [num_teacher_layers] * len(kept)
+        size = len(kept)
+        for station in order:
+            size += stops[station] - kept[station] - 1
+            thresholds[station] = size
+        indices = range(len(kept)) if riders == "after" else range(len(kept) - 1, -1, -1)
+        nearest = num_teacher_layers
+        for i in indices:
+            if i in order:
+                nearest = thresholds[i]
+            else:
+                thresholds[i] = nearest
+        return cls(num_teacher_layers, kept, thresholds)
+
+    @classmethod
+    def from_thresholds(cls, num_teacher_layers: int, kept: Sequence[int], thresholds: Sequence[int]) -> Elasticity:
+        return cls(num_teacher_layers, kept, thresholds)
+
+
+def _real_blocks(num_teacher_layers: int, kept: Sequence[int]) -> list[int]:
+    stops = (*tuple(kept)[1:], num_teacher_layers)
+    return [i for i, (a, b) in enumerate(zip(kept, stops, strict=True)) if b - a > 1]
+
+
+def _check_kept(num_teacher_layers: int, kept: Sequence[int]) -> None:
+    if not kept or kept[0] != 0:
+        raise AssemblyError("the student must keep the teacher's layer 0, so that its first block has a beginning")
+    if list(kept) != sorted(set(kept)) or kept[-1] >= num_teacher_layers:
+        raise AssemblyError(f"kept layers {list(kept)} are not ascending layers of a teacher of {num_teacher_layers}")
+    if len(kept) >= num_teacher_layers:
+        raise AssemblyError("the student must have fewer layers than the teacher")
