@@ -82,3 +82,28 @@ def test_dockerfile():
     if not shutil.which("hadolint"):
         pytest.skip("needs hadolint")
     check("hadolint", "Dockerfile")
+
+
+@pytest.mark.parametrize("name", ["base", "gpu", "monitoring", "keda", "gateway"])
+def test_kubernetes(name):
+    documents = list(yaml.safe_load_all(check("kubectl", "kustomize", f"deploy/kubernetes/{name}")))
+    assert documents and all({"apiVersion", "kind", "metadata"} <= set(document) for document in documents)
+    for document in documents:
+        if document["kind"] == "Deployment":
+            pod = document["spec"]["template"]["spec"]
+            (container,) = pod["containers"]
+            environment = {item["name"]: item.get("value") for item in container["env"]}
+            drain = float(environment["BOOMERANG_SHUTDOWN_TIMEOUT"])
+            wait = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+            assert pod["terminationGracePeriodSeconds"] > drain + wait
+            assert container["livenessProbe"]["httpGet"]["path"] != container["readinessProbe"]["httpGet"]["path"]
+
+
+def test_generated_files_are_current():
+    from deploy.grafana import build as grafana
+    from deploy.kubernetes import build as kubernetes
+
+    for name, text in grafana.render().items():
+        assert (grafana.DASHBOARDS / name).read_text() == text, "run python -m deploy.grafana.build"
+    for path, text in kubernetes.render().items():
+        assert path.read_text() == text, "run python -m deploy.kubernetes.build"
