@@ -102,8 +102,8 @@ class Engine:
             raise ValueError("prompt is empty")
         if request.request_id in self.scheduler.requests:
             raise ValueError(f"request id {request.request_id!r} is already in use")
-        if reason := self.scheduler.limit_sizes(request):
-            raise ValueError(reason)
+        if refusal := self.scheduler.prepare(request):
+            raise ValueError(refusal.message)
         self.scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> list[RequestOutput]:
@@ -128,7 +128,7 @@ class Engine:
         try:
             batch = build_batch(planned.scheduled, self.elasticity, self.kv_cache.block_tables)
             model_start = time.monotonic()
-            sampled = self._run(batch)
+            sampled = self.run_batch(batch)
             model_end = time.monotonic()
         except Exception as error:
             logger.exception("step failed")
@@ -145,7 +145,8 @@ class Engine:
         self._observe(planned, batch, before, started, model_start, model_end, gap)
         return outputs
 
-    def _run(self, batch: ForwardBatch) -> dict[str, SampledToken]:
+    def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:
+        """Forward pass, logits and sampling of one step; books nothing."""
         hidden = self.executor.forward(batch)
         if not len(batch.logits_rows):
             return {}
@@ -207,9 +208,7 @@ class Engine:
         model_end: float,
         gap: float,
     ) -> None:
-        observe = getattr(self.scheduler.policy, "observe_step", None)
-        if observe is not None:
-            observe(batch, model_end - model_start)
+        self.scheduler.policy.observe_step(batch, model_end - model_start, model_end)
         if self.metrics_sink is None:
             return
         num_prompt = sum(

@@ -36,8 +36,8 @@ class WaitingQueue:
         self, weight: Callable[[str], float] | None = None, rank: Callable[[str], int] | None = None
     ) -> None:
         """`weight(tenant)` > 0: its share; `rank(tenant)`: a class served strictly before those above it."""
-        self._weight = weight or (lambda tenant: 1.0)
-        self._rank = rank or (lambda tenant: 0)
+        self.weight = weight or (lambda tenant: 1.0)
+        self.rank = rank or (lambda tenant: 0)
         self._lines: dict[str, _Line] = {}
         self._members: dict[str, Request] = {}
         self._sequence = itertools.count()
@@ -60,7 +60,7 @@ class WaitingQueue:
                 continue
             entry = self._head(line)
             # A preempted request has been paid for: it goes before anything new of its class.
-            key = (self._rank(tenant), entry[1], line.served)
+            key = (self.rank(tenant), entry[1], line.served)
             if best_key is None or key < best_key:
                 best, best_key = entry[3], key
         return best
@@ -80,7 +80,7 @@ class WaitingQueue:
         """Book service a tenant received (prompt layer-tokens, generated ones times OUTPUT_TOKEN_COST)."""
         line = self._lines.get(tenant)
         if line is not None:
-            line.served += layer_tokens / self._weight(tenant)
+            line.served += layer_tokens / self.weight(tenant)
 
     def waiting_of(self, tenant: str) -> tuple[int, int]:
         """Requests and tokens that a tenant has waiting."""

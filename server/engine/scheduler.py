@@ -10,36 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from model_store.assembly import Elasticity
 from server.engine.config import EngineConfig
 from server.engine.kv_cache import KVCacheManager
-from server.engine.queue import WaitingQueue
+from server.engine.load import Load
+from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
 from server.engine.request import Request, RequestOutput, RequestStatus, SizeDecision, TokenLogprobs
+from server.engine.size_policy import LargestSize, Refusal, SizePolicy
 
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a request gets no size: 400 impossible, 503 not now."""
-
-    message: str
-    status: int
-    retry_after: float | None = None
-
-
-class SizePolicy(Protocol):
-    """Picks the size of a request as it is admitted (and again when it is re-admitted after preemption)."""
-
-    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
-        """A size out of `request.sizes`, a refusal, or None to leave it queued for now."""
-
-
-class LargestSize:
-    """The largest size the caller allows, whatever the load."""
-
-    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision:
-        return SizeDecision(request.sizes[-1], request.size_reason)
+__all__ = [
+    "LargestSize",
+    "Refusal",
+    "SampledToken",
+    "Scheduler",
+    "SchedulerOutput",
+    "SizePolicy",
+]
 
 
 @dataclass(slots=True)
@@ -76,7 +63,9 @@ class Scheduler:
         self.waiting = queue or WaitingQueue()
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
+        self.load = Load(elasticity.num_teacher_layers)
         self.num_preemptions = 0
+        self.num_resizes = 0
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
 
@@ -89,18 +78,31 @@ class Scheduler:
         """
         blocks = self.kv_cache.num_blocks_for(min(request.max_total_tokens + 1, self.config.max_model_len))
         fits = tuple(s for s in request.sizes if blocks * s <= self.kv_cache.num_pages)
+        smallest = request.sizes[0]
+        if request.size_schedule:
+            smallest = max(size for size, _ in request.size_schedule)
+            fits = request.sizes if blocks * smallest <= self.kv_cache.num_pages else ()
         if not fits:
             return (
-                f"This request needs up to {blocks * request.sizes[0]} KV-cache pages at its smallest allowed size and "
+                f"This request needs up to {blocks * smallest} KV-cache pages at its smallest allowed size and "
                 f"{self.kv_cache.num_pages} exist: shorten the prompt, lower max_tokens, or allow a smaller size."
             )
         if fits != request.sizes:
             request.sizes, request.size_reason = fits, "kv_capacity"
         return None
 
+    def prepare(self, request: Request) -> Refusal | None:
+        """Complete a request before it is queued; a refusal (400) if it could not run even on an idle server."""
+        if request.size_schedule:
+            request.sizes = (self._planned_size(request),)
+        if reason := self.limit_sizes(request):
+            return Refusal(reason, 400)
+        return self.policy.prepare(request, self, self.clock())
+
     def add(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self.waiting.push(request)
+        self.policy.on_arrival(request, self.clock())
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """Finish requests at their clients' wish; unknown and finished ones are ignored."""
@@ -129,17 +131,25 @@ class Scheduler:
     # --- one step
 
     def schedule(self) -> SchedulerOutput:
-        """Running requests first, then waiting ones, until tokens, slots or pages run out."""
+        """Rows that decode first, then prompts that run, then waiting requests, until tokens, slots or pages run out."""
         output = SchedulerOutput()
         now = self.clock()
+        for request, decision in self.policy.resize(self, now):
+            self._change_size(request, decision, output)
         budget = self.config.max_num_batched_tokens * self.elasticity.num_teacher_layers
+        prompts = []
         for request in list(self.running):
-            if request.status != RequestStatus.RUNNING:  # preempted for the sake of an earlier one
-                continue
-            count = min(request.num_tokens - request.num_computed_tokens, budget // request.path.num_layers)
-            if count > 0 and self._make_room(request, request.num_computed_tokens + count, output):
-                output.scheduled.append((request, count))
-                budget -= count * request.path.num_layers
+            if request.num_tokens - request.num_computed_tokens > 1:
+                prompts.append(request)
+            elif request.status == RequestStatus.RUNNING and budget >= request.path.num_layers:
+                budget = self._advance(request, budget, output)
+        # Those who decode are on time for their next token only if the prompts beside them leave room.
+        limit = self.policy.token_budget(self, now)
+        if limit is not None and output.scheduled:
+            budget = min(budget, limit)
+        for request in prompts:
+            if request.status == RequestStatus.RUNNING:  # else preempted for the sake of another
+                budget = self._advance(request, budget, output)
         if not output.num_preempted:
             self._admit(output, budget, now)
         return output
@@ -152,8 +162,11 @@ class Scheduler:
             if request.is_finished:  # aborted while the step ran
                 continue
             request.num_computed_tokens += count
+            self.load.advance(request, count)
             self.kv_cache.cache_full_blocks(request)
             token = sampled.get(request.request_id)
+            is_decode = count == 1 and bool(request.output_token_ids)
+            self.waiting.charge(request.tenant, count * request.path.num_layers * (OUTPUT_TOKEN_COST if is_decode else 1.0))
             if token is not None:
                 results.append(self._append(request, token, now))
             elif request.sampling.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
@@ -162,14 +175,24 @@ class Scheduler:
 
     # --- parts
 
+    def _advance(self, request: Request, budget: int, output: SchedulerOutput) -> int:
+        """Plan a running request's tokens for this step; returns what is left of the layer-token budget."""
+        count = min(request.num_tokens - request.num_computed_tokens, budget // request.path.num_layers)
+        if count <= 0 or not self._make_room(request, request.num_computed_tokens + count, output):
+            return budget
+        output.scheduled.append((request, count))
+        return budget - count * request.path.num_layers
+
     def _admit(self, output: SchedulerOutput, budget: int, now: float) -> None:
+        held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
         while self.waiting and self._free_slots and budget > 0:
-            request = self.waiting.peek(now)
+            request = self.waiting.peek(now, held)
             if request is None:
                 break
             choice = self.policy.choose(request, self, now)
             if choice is None:
-                break
+                held.add(request.tenant)
+                continue
             if isinstance(choice, Refusal):
                 self.waiting.remove(request)
                 for refused in self.fail([request], choice.message, choice.status):
@@ -187,6 +210,7 @@ class Scheduler:
             if count <= 0 or not self.kv_cache.can_allocate(need + idle_prefix):
                 break
             self.waiting.remove(request)
+            is_change = request.decision is not None and request.decision.size != choice.size
             request.path, request.decision = path, choice
             request.slot = self._free_slots.pop()
             self.kv_cache.adopt(request, prefix)
@@ -194,6 +218,7 @@ class Scheduler:
             assert allocated
             request.status = RequestStatus.RUNNING
             self.running.append(request)
+            self.load.enter(request)
             output.scheduled.append((request, count))
             budget -= count * path.num_layers
             if request.scheduled_time is None:
@@ -202,15 +227,29 @@ class Scheduler:
                 output.outputs.append(
                     RequestOutput(request.request_id, decision=choice, num_cached_tokens=num_cached)
                 )
+            elif is_change:
+                output.outputs.append(RequestOutput(request.request_id, decision=choice))
 
     def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
         """Allocate up to `num_tokens`, preempting others if need be; False if `request` itself had to go."""
         while not self.kv_cache.allocate(request, num_tokens):
-            victim = max(self.running, key=lambda r: (r.priority, r.arrival_time))
+            victim = self._victim()
             self._preempt(victim, output)
             if victim is request:
                 return False
         return True
+
+    def _victim(self) -> Request:
+        """The youngest request of the least priority, of the tenant that holds most for its weight."""
+        candidates = self.running
+        tenants = self.load.tenant_rows
+        if len(tenants) > 1:
+            heaviest = max(
+                tenants,
+                key=lambda name: (self.waiting.rank(name), sum(tenants[name]) / self.waiting.weight(name), name),
+            )
+            candidates = [request for request in candidates if request.tenant == heaviest]
+        return max(candidates, key=lambda r: (r.priority, r.arrival_time))
 
     def _preempt(self, request: Request, output: SchedulerOutput) -> None:
         output.scheduled = [item for item in output.scheduled if item[0] is not request]
@@ -223,6 +262,7 @@ class Scheduler:
 
     def _append(self, request: Request, token: SampledToken, now: float) -> RequestOutput:
         request.output_token_ids.append(token.token_id)
+        self.load.append(request)
         if request.first_token_time is None:
             request.first_token_time = now
         request.last_token_time = now
@@ -231,7 +271,43 @@ class Scheduler:
         result.new_token_ids = [token.token_id]
         if token.logprobs is not None:
             result.new_logprobs = [token.logprobs]
+        if request.size_schedule and not status:
+            size = self._planned_size(request)
+            if size != request.path.size:
+                self._set_size(request, SizeDecision(size, "schedule"))
+                result.decision = request.decision
         return result
+
+    # --- a running request changes size
+
+    def _planned_size(self, request: Request) -> int:
+        """What `size_schedule` says for the next token; a leg of 0 tokens lasts until the end."""
+        end = 0
+        for size, num_tokens in request.size_schedule:
+            end += num_tokens
+            if not num_tokens or len(request.output_token_ids) < end:
+                return size
+        return request.size_schedule[-1][0]
+
+    def _change_size(self, request: Request, decision: SizeDecision, output: SchedulerOutput) -> None:
+        if request.status == RequestStatus.RUNNING and decision.size != request.path.size:
+            self._set_size(request, decision)
+            output.outputs.append(RequestOutput(request.request_id, decision=decision))
+
+    def _set_size(self, request: Request, decision: SizeDecision) -> None:
+        """Go on at another size: everything so far is computed again on the new path, but for what its cache holds.
+
+        KV at a layer depends on every layer below it, so text after the change equals that of a fresh request at the
+        new size whose prompt is the text so far.
+        """
+        self.load.leave(request)
+        self.kv_cache.free(request)
+        request.path, request.decision = self.elasticity.path(decision.size), decision
+        if request.size_schedule:
+            request.sizes = (decision.size,)
+        self.kv_cache.adopt(request, self.kv_cache.find_prefix(request, request.path))
+        self.load.enter(request)
+        self.num_resizes += 1
 
     def _stop_status(self, request: Request, token_id: int) -> RequestStatus | None:
         sampling = request.sampling
@@ -255,12 +331,14 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = status
         self.requests.pop(request.request_id, None)
+        self.policy.on_finish(request, self.clock())
         return RequestOutput(
             request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason
         )
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self.load.leave(request)
         self.kv_cache.free(request)
         self._free_slots.append(request.slot)
         request.slot = -1
@@ -268,6 +346,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert the invariants that every scenario must leave intact."""
         self.kv_cache.check_integrity(self.running)
+        self.load.check(self.running)
         slots = sorted(self._free_slots + [request.slot for request in self.running])
         assert slots == list(range(self.config.max_num_seqs)), "a slot leaked or has two owners"
         assert set(self.requests.values()) == set(self.running) | set(self.waiting), "a request is in no queue"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +53,7 @@ class CostProfile:
     kv_bytes: int  # K and V of one token of one layer
     attention_flops: int  # of one query token against one context position on one layer: 4 * heads * head_dim
     weight_bytes_per_parameter: float = 2.0
+    shared_head: bool = False  # teacher and student use the same head tensor
 
     @property
     def reference_bytes(self) -> int:
@@ -112,6 +114,7 @@ class CostModel:
         self.errors = {kind: ErrorStats() for kind in KINDS}
         self.num_observed = 0
         self._ring: deque[tuple[np.ndarray, float]] = deque(maxlen=768)
+        self.path: Path | None = None  # where it is kept
         self._since_fit = 0
         self._refit_every = _REFIT_EVERY
         self._weights = profile.layer_weights
@@ -184,6 +187,8 @@ class CostModel:
             tokens = int(starts[stop]) - int(starts[start])
             segments[tokens] = segments.get(tokens, 0.0) + self._weights[layer]
         head_rows = int(batch.logits_start[batch.head_cut])
+        if self.profile.shared_head:
+            head_rows = len(batch.logits_rows)
         rows = [n for n in (head_rows, len(batch.logits_rows) - head_rows) if n]
         return self.shape_of(counts, batch.context_lens, batch.sizes, segments, rows)
 

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from server.engine.request import RequestStatus
-from server.engine.scheduler import Refusal
+from server.engine.scheduler import Refusal, SizePolicy
 from tests.engine.harness import make_request, make_scheduler, run_step, run_until_idle
 
 
@@ -129,7 +129,7 @@ def test_sizes_that_could_never_fit_are_dropped_or_refused():
 
 
 def test_a_policy_may_refuse_or_hold_back():
-    class Policy:
+    class Policy(SizePolicy):
         answer = None
 
         def choose(self, request, scheduler, now):

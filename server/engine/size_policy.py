@@ -1,0 +1,62 @@
+"""What the scheduler asks of whoever chooses sizes, and the simplest answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.engine.request import Request, SizeDecision
+
+if TYPE_CHECKING:
+    from server.engine.batch import ForwardBatch
+    from server.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request gets no size: 400 impossible, 503 not now (`retry_after` in seconds)."""
+
+    message: str
+    status: int
+    retry_after: float | None = None
+
+
+class SizePolicy:
+    """Picks the size of a request as it is admitted (and again when it is re-admitted after preemption).
+
+    `now` is the scheduler's clock; an implementation reads no other. All methods but `choose` may be left alone.
+    """
+
+    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
+        """A size out of `request.sizes`, a refusal, or None to leave it queued for now."""
+        raise NotImplementedError
+
+    def prepare(self, request: Request, scheduler: Scheduler, now: float) -> Refusal | None:
+        """Called once, before the request is queued: complete its budget and sizes, or refuse the impossible."""
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        """The request is queued."""
+
+    def on_finish(self, request: Request, now: float) -> None:
+        """The request is finished; `status` says how."""
+
+    def token_budget(self, scheduler: Scheduler, now: float) -> int | None:
+        """Layer-tokens of prompt this step may carry beside its decode rows; None for the configured limit only."""
+
+    def resize(self, scheduler: Scheduler, now: float) -> list[tuple[Request, SizeDecision]]:
+        """Running requests that should go on at another size."""
+        return []
+
+    def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
+        """A step spent `seconds` in the model and ended at `end` on the scheduler's clock."""
+
+    def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
+        """Seconds until what waits now will have been admitted."""
+        return 1.0
+
+
+class LargestSize(SizePolicy):
+    """The largest size the caller allows, whatever the load."""
+
+    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision:
+        return SizeDecision(request.sizes[-1], request.size_reason)

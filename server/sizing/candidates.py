@@ -1,0 +1,65 @@
+"""The sizes a request may get, as arrays: what is worth considering, and which weights each runs at every station."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model_store.assembly import Elasticity
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """C sizes worth considering, ascending in layers and in quality."""
+
+    sizes: tuple[int, ...]
+    sizes_array: np.ndarray  # [C] float
+    index: np.ndarray  # [C] position in CandidateTable.sizes
+    on_teacher: np.ndarray  # [C, stations] 1 where the size runs the teacher's block
+
+
+class CandidateTable:
+    """Per pair, computed once. A size that is larger but measured no better than another is never chosen freely."""
+
+    def __init__(
+        self, elasticity: Elasticity, layer_weights: np.ndarray, quality: dict[int, float] | None = None
+    ) -> None:
+        """`layer_weights` by global layer id, 1 for the heaviest. `quality` counts only if it covers every size."""
+        self.elasticity = elasticity
+        self.sizes = elasticity.sizes
+        self.thresholds = np.asarray(elasticity.thresholds)
+        num_teacher = elasticity.num_teacher_layers
+        self.teacher_weights = np.array([layer_weights[s.start : s.stop].sum() for s in elasticity.stations])
+        self.student_weights = np.array([layer_weights[num_teacher + s.index] for s in elasticity.stations])
+        self.quality = quality if quality and all(size in quality for size in self.sizes) else None
+        self._position = {size: i for i, size in enumerate(self.sizes)}
+        self._cache: dict[tuple[int, ...], Candidates] = {}
+        self.all = self._build(self.sizes)
+
+    def candidates(self, sizes: tuple[int, ...]) -> Candidates:
+        """Those of `sizes` (ascending) that no smaller one beats in quality; a single size stays what it is."""
+        found = self._cache.get(sizes)
+        if found is None:
+            if len(self._cache) > 4096:
+                self._cache.clear()
+            found = self._cache[sizes] = self._build(self._front(sizes))
+        return found
+
+    def _front(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if self.quality is None:
+            return sizes
+        front: list[int] = []
+        for size in sizes:
+            if not front or self.quality[size] > self.quality[front[-1]]:
+                front.append(size)
+        return tuple(front)
+
+    def _build(self, sizes: tuple[int, ...]) -> Candidates:
+        array = np.asarray(sizes)
+        return Candidates(
+            sizes=sizes,
+            sizes_array=array.astype(np.float64),
+            index=np.array([self._position[size] for size in sizes], dtype=np.intp),
+            on_teacher=(array[:, None] >= self.thresholds).astype(np.float64),
+        )

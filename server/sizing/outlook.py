@@ -1,0 +1,259 @@
+"""The machine as it is, seen from one request: what each candidate size would make of this moment's load.
+
+C candidates, S stations. Times in seconds. Layer-tokens are tokens times layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.engine.request import Request
+from server.sizing.candidates import Candidates, CandidateTable
+from server.sizing.cost_model import KNOTS, CostModel
+from server.sizing.demand import Demand
+from server.sizing.tenants import Tenants
+
+if TYPE_CHECKING:
+    from server.engine.scheduler import Scheduler
+
+NEVER = 1e6  # seconds; stands for "not at all" where infinity would breed NaN
+
+
+@dataclass(slots=True)
+class View:
+    """Predictions for C candidate sizes of one request."""
+
+    step: np.ndarray  # [C] a decode step of the running mix with this request in it
+    tpot: np.ndarray  # [C] time per output token with those who wait in it too, prompts of others in between
+    ttft: np.ndarray  # [C] from arrival to the first token, if admitted now
+    queue_ttft: np.ndarray  # [C] the same for the last of those who wait, if all take this size
+    kv: np.ndarray  # [C] KV pages wanted over pages to be had
+    num_output: float  # expected tokens of the answer
+    tightest_tpot: float | None  # limit of those who run, within their share
+    guarded_tpot: float | None  # what admission must not break
+    guard_share: float
+
+
+class Outlook:
+    """Reads the scheduler's totals; keeps nothing between decisions."""
+
+    def __init__(
+        self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, min_chunk: int
+    ) -> None:
+        self.cost = cost
+        self.table = table
+        self.demand = demand
+        self.tenants = tenants
+        self.min_chunk = min_chunk
+        self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
+        self._full_weight = float(self.table.teacher_weights.sum())
+
+    def view(self, candidates: Candidates, request: Request, scheduler: Scheduler, now: float) -> View:
+        cost, load, config = self.cost, scheduler.load, scheduler.config
+        sampling = request.sampling
+        num_output = self.demand.expected_output(sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos)
+        sizes = candidates.sizes_array
+        waiting = len(scheduler.waiting)
+        own_waiting, own_waiting_tokens = scheduler.waiting.waiting_of(request.tenant)
+        free_slots = config.max_num_seqs - load.num_rows
+        joining = min(max(own_waiting - 1, 0), max(free_slots - 1, 0))
+
+        rows, guarded, guard_share, crowd = self._fair(request, scheduler)
+        total = rows.sum()
+        num_tokens = request.num_tokens
+        # Rows on the teacher's side of each station, without and with this request (and those behind it).
+        teacher_rows = rows[::-1].cumsum()[::-1][self.table.thresholds]
+        extra = np.array([1.0, 1.0 + joining])[:, None, None]
+        on_teacher = teacher_rows + extra * candidates.on_teacher
+        split = np.stack((on_teacher, total + extra - on_teacher))  # [2 sides, 2, C, S]
+        seconds = np.interp(split, KNOTS, cost._g) * (split > 0.5)
+        layers = seconds[0] @ self.table.teacher_weights + seconds[1] @ self.table.student_weights  # [2, C]
+        weighted_rows = float(rows @ self._all_sizes)
+        context = float(np.asarray(load.context, np.float64) @ self._all_sizes)
+        if crowd < 1.0:
+            context *= crowd
+        own_context = sizes * (num_tokens + 0.5 * num_output)
+        base = cost.fixed + cost.overhead + cost.decode_context * context + cost.request_layers * weighted_rows
+        scale = cost.correction["decode"]
+        step = base + layers[0] + cost.decode_context * own_context + cost.request_layers * sizes
+        step = (step + cost.head_seconds(total + 1.0)) * scale
+        if joining:
+            many = base + layers[1] + (cost.decode_context * own_context + cost.request_layers * sizes) * (1 + joining)
+            many = (many + cost.head_seconds(total + 1.0 + joining)) * scale
+        else:
+            many = step
+
+        # Prompts: seconds per layer-token beside the rows that decode.
+        prompt = max(num_tokens - 1, 1)
+        backlog = float((np.asarray(load.pending, np.float64) - load.rows) @ self._all_sizes)
+        limit_tokens = config.max_num_batched_tokens
+        piece = min(max(prompt + backlog / self._full_weight, 1.0), limit_tokens)
+        rate = self._token_rate(total, piece)
+        own_prefill = rate * prompt * sizes + cost.prefill_context * sizes * (0.5 * prompt * prompt)
+        work = own_prefill + rate * max(backlog, 0.0)
+        guard = load.tightest_tpot()
+        chunk = rate * limit_tokens * self._full_weight
+        waited = now - request.arrival_time
+        first = float(cost.head_seconds(1.0))
+        if total > 0.5:
+            room = np.full_like(step, chunk) if guard is None else np.clip(
+                0.9 * guard - step, rate * self.min_chunk * sizes, chunk
+            )
+            stretch = 1.0 + step / room  # each step of prompt work drags the decode rows along
+            ttft = waited + work + np.ceil(work / room) * step + first
+        else:
+            stretch = 1.0 + (cost.fixed + cost.overhead + first) / chunk
+            ttft = waited + work * stretch + cost.fixed + cost.overhead + first
+        behind = max(own_waiting_tokens - num_tokens, 0)
+        queue = (work + rate * behind * sizes) * stretch + first + 0.5 * waited
+        overflow = waiting - max(free_slots, 0)
+        if overflow > 0 and load.num_rows:
+            queue = queue + overflow * num_output * step / load.num_rows
+
+        arrivals, mean_prompt = self.demand.rate(request.tenant, now)
+        busy = np.minimum(arrivals * mean_prompt * rate * sizes, 0.9)
+        kv_cache = scheduler.kv_cache
+        page = kv_cache.page_size
+        own_pages = (num_tokens + num_output) / page + 1.0
+        others = joining * (behind / max(own_waiting - 1, 1) + num_output) / page if joining else 0.0
+        growth = weighted_rows * 0.5 * num_output / page
+        free = max(kv_cache.num_free_pages - growth, 1.0)
+        return View(
+            step=step,
+            tpot=many / (1.0 - busy),
+            ttft=ttft,
+            queue_ttft=queue,
+            kv=sizes * (own_pages + others) / free,
+            num_output=num_output,
+            tightest_tpot=guarded,
+            guarded_tpot=guarded,
+            guard_share=guard_share,
+        )
+
+    def idle(self, candidates: Candidates, num_prompt: int, max_batched: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+        """(TTFT, TPOT) [C] of one request alone, in seconds."""
+        cost = self.cost
+        weights = self._path_weights(candidates)
+        sizes = candidates.sizes_array
+        per_step = cost.fixed + cost.overhead
+        whole, rest = divmod(num_prompt, max_batched)
+        ttft = np.zeros(len(sizes))
+        for count, tokens in ((whole, max_batched), (1 if rest else 0, rest)):
+            ttft += count * (per_step + weights * float(cost.layer_seconds(tokens)))
+        ttft += cost.prefill_context * sizes * 0.5 * num_prompt**2 + float(cost.head_seconds(1.0))
+        tpot = per_step + weights * float(cost.layer_seconds(1.0)) + float(cost.head_seconds(1.0))
+        tpot += sizes * (cost.decode_context * num_prompt + cost.request_layers)
+        return ttft, tpot
+
+    def prefill_budget(self, scheduler: Scheduler, now: float, margin: float) -> int | None:
+        """Layer-tokens of prompt that fit beside this step's decode rows without breaking their TPOT.
+
+        A request that is ahead of its limit may spend half of its lead at once. One that can no longer meet it binds
+        nobody. None: nothing binds.
+        """
+        load = scheduler.load
+        if load.tightest_tpot() is None:
+            return None
+        decode = self.mix_seconds(np.asarray(load.rows, np.float64), load.context)
+        allowed = None
+        for request in scheduler.running:
+            limit = request.budget.tpot
+            num_output = len(request.output_token_ids)
+            if limit is None or not num_output:
+                continue
+            lead = request.first_token_time + limit * num_output - now - limit
+            if lead < 0.0:
+                remaining = request.sampling.max_tokens - num_output
+                if -lead > remaining * max(limit - decode, 0.0):
+                    continue  # lost
+            span = margin * limit + (0.5 * lead if lead > 0.0 else 0.0)
+            if allowed is None or span < allowed:
+                allowed = span
+        if allowed is None:
+            return None
+        full = self._full_weight
+        per_layer = max(allowed - decode, 0.0) / full
+        rows = load.num_rows
+        tokens = self.cost.tokens_within(float(self.cost.layer_seconds(rows)) + per_layer) - rows
+        return int(max(tokens, self.min_chunk) * self.cost.profile.elasticity.num_teacher_layers)
+
+    def mix_seconds(self, rows: np.ndarray, context: list[int] | None = None) -> float:
+        """A decode step of `rows[size]` requests, in seconds, overhead included."""
+        cost = self.cost
+        total = rows.sum()
+        if total < 0.5:
+            return cost.fixed + cost.overhead
+        on_teacher = rows[::-1].cumsum()[::-1][self.table.thresholds]
+        split = np.stack((on_teacher, total - on_teacher))
+        seconds = np.interp(split, KNOTS, cost._g) * (split > 0.5)
+        value = cost.fixed + cost.overhead + float(seconds[0] @ self.table.teacher_weights)
+        value += float(seconds[1] @ self.table.student_weights) + float(cost.head_seconds(total))
+        value += cost.request_layers * float(rows @ self._all_sizes)
+        if context is not None:
+            value += cost.decode_context * float(np.asarray(context, np.float64) @ self._all_sizes)
+        return value * cost.correction["decode"]
+
+    def drain_seconds(self, scheduler: Scheduler) -> float:
+        """Until everything that waits now is admitted, at the smallest size."""
+        load, waiting = scheduler.load, scheduler.waiting
+        if not len(waiting):
+            return 0.0
+        size = self.table.sizes[0]
+        rate = self._token_rate(load.num_rows, min(waiting.num_tokens, scheduler.config.max_num_batched_tokens))
+        step = self.mix_seconds(np.asarray(load.rows, np.float64), load.context)
+        prefill = waiting.num_tokens * size * rate * 2.0  # prompts and decode rows share the machine
+        slots = 0.0
+        overflow = len(waiting) - (scheduler.config.max_num_seqs - load.num_rows)
+        if overflow > 0 and load.num_rows:
+            slots = overflow * self.demand.mean_output * step / load.num_rows
+        return max(prefill, slots)
+
+    def capacity_rows(self, limit: float | None, max_num_seqs: int) -> float:
+        """Rows of full size whose decode step stays within `limit` seconds."""
+        if limit is None:
+            return float(max_num_seqs)
+        per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._full_weight
+        return min(max(self.cost.tokens_within(per_layer), 1.0), float(max_num_seqs))
+
+    # --- parts
+
+    def _token_rate(self, rows: float, tokens: float) -> float:
+        """Seconds per token and layer of `tokens` more tokens in a step that has `rows` already."""
+        g = np.interp((rows + tokens, rows), KNOTS, self.cost._g)
+        return float(g[0] - (g[1] if rows > 0.5 else 0.0)) / max(tokens, 1.0)
+
+    def _path_weights(self, candidates: Candidates) -> np.ndarray:
+        on = candidates.on_teacher
+        return on @ self.table.teacher_weights + (1.0 - on) @ self.table.student_weights
+
+    def _fair(self, request: Request, scheduler: Scheduler) -> tuple[np.ndarray, float | None, float, float]:
+        """Rows by size as this tenant may see them, the limit admission must keep, how much of it, rows kept / rows.
+
+        Others count up to their share of the machine: what a flood takes beyond that is not this tenant's load. And
+        while others are there, a tenant beyond its share must leave room for them.
+        """
+        load = scheduler.load
+        rows = np.asarray(load.rows, np.float64)
+        tenant = request.tenant
+        running = load.tenant_rows
+        if not running or (len(running) == 1 and tenant in running and len(scheduler.waiting.tenants()) <= 1):
+            return rows, load.tightest_tpot(), 1.0, 1.0
+        names = set(running) | set(scheduler.waiting.tenants()) | {tenant}
+        total_weight = sum(self.tenants.weight(name) for name in names)
+        capacity = self.capacity_rows(load.tightest_tpot(), scheduler.config.max_num_seqs)
+        over = set()
+        seen = np.zeros_like(rows)
+        for name, counts in running.items():
+            share = self.tenants.weight(name) / total_weight * capacity
+            held = sum(counts)
+            if held > share:
+                over.add(name)
+            keep = 1.0 if name == tenant else min(1.0, share / held)
+            seen += np.asarray(counts, np.float64) * keep
+        crowd = seen.sum() / max(load.num_rows, 1)
+        is_over = tenant in over
+        guarded = load.tightest_tpot(skip=over - {tenant} if not is_over else frozenset())
+        return seen, guarded, 0.85 if is_over else 1.0, crowd

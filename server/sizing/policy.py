@@ -1,0 +1,261 @@
+"""The size policy: the largest size whose predicted latencies hold, for this request and for those already running.
+
+A decision compares, for every size the caller allows at once, predictions with limits. Each comparison is a ratio; the
+largest one is the size's *pressure*, and a size is feasible while its pressure stays under `margin`. Predictions look
+at two things: the machine as it is (running mix, backlog, queue, KV pages: `Outlook`) and what the arrival rate will
+make of it (the batch at which arrivals and departures balance: `server.sizing.forecast`). Sizes above the one last
+given out need more room still (hysteresis). Given the same state and the same clock, the answer is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.engine.request import Request, SizeDecision
+from server.engine.size_policy import Refusal, SizePolicy
+from server.sizing.candidates import Candidates, CandidateTable
+from server.sizing.cost_model import CostModel
+from server.sizing.demand import Demand
+from server.sizing.forecast import Forecaster
+from server.sizing.outlook import Outlook
+from server.sizing.tenants import Tenants, merge_budget
+
+if TYPE_CHECKING:
+    from server.engine.batch import ForwardBatch
+    from server.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """Seconds unless the name says otherwise."""
+
+    queue_delay: float = 2.0  # `auto` shrinks when requests without a TTFT limit would wait longer than this
+    margin: float = 0.9  # predictions may use this share of a limit
+    regrow: float = 0.85  # sizes above the last one given out may use this share of that
+    hold: float = 1.0  # and not sooner than this after the last shrink
+    window: float = 10.0  # arrival rates are averaged over about this long
+    sigmas: float = 0.5  # and taken this many standard errors high
+    min_chunk: int = 16  # prompt tokens a step takes at least, however tight the limits of those who decode
+
+
+# What binds, in the order in which ties are reported.
+REASONS = ("slo_ttft", "slo_tpot", "slo_e2e", "kv_pressure", "load")
+
+
+class BudgetPolicy(SizePolicy):
+    """Implements `SizePolicy` for the scheduler. Engine thread only, but `check` and `estimated_wait`."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        tenants: Tenants | None = None,
+        quality: dict[int, float] | None = None,
+        config: PolicyConfig | None = None,
+    ) -> None:
+        """`quality`: a figure per size, higher is better, that replaces layers as the thing to maximise."""
+        self.cost = cost
+        self.config = config or PolicyConfig()
+        self.tenants = tenants or Tenants()
+        self.table = CandidateTable(cost.profile.elasticity, cost.profile.layer_weights, quality)
+        self.demand = Demand(self.config.window)
+        self.forecaster = Forecaster(cost, self.table, self.demand, self.tenants, self.config.sigmas)
+        self.outlook = Outlook(cost, self.table, self.demand, self.tenants, self.config.min_chunk)
+        self.num_decisions = 0
+        self._levels: OrderedDict[tuple, tuple[int, float]] = OrderedDict()  # (tenant, limits) -> (size, last shrink)
+        self._last_end: float | None = None
+        self._wait = 0.0
+
+    # --- before the queue
+
+    def prepare(self, request: Request, scheduler: Scheduler, now: float) -> Refusal | None:
+        """Fill in the tenant's defaults and bounds; refuse (400) what could not be met even on an idle server."""
+        tenant = self.tenants[request.tenant]
+        request.budget = merge_budget(request.budget, tenant.budget)
+        low, high = tenant.min_size, tenant.max_size
+        if low is not None or high is not None:
+            sizes = tuple(s for s in request.sizes if (low is None or s >= low) and (high is None or s <= high))
+            if not sizes:
+                bounds = f"{low or self.table.sizes[0]}L to {high or self.table.sizes[-1]}L"
+                return Refusal(f"This API key is served sizes from {bounds}; none that the request allows is.", 400)
+            if sizes[-1] < request.sizes[-1]:
+                request.size_reason = "tenant_ceiling"
+            request.sizes = sizes
+        return self.check(request)
+
+    def check(self, request: Request) -> Refusal | None:
+        """400 with the best achievable figure if no allowed size could meet the request's limits alone on the server."""
+        budget = request.budget
+        if budget.ttft is None and budget.tpot is None and budget.e2e is None:
+            return None
+        candidates = self.table.candidates(request.sizes)
+        ttft, tpot = self.outlook.idle(candidates, request.num_prompt_tokens)
+        sampling = request.sampling
+        sure = sampling.max_tokens if sampling.ignore_eos else max(sampling.min_tokens, 1)
+        e2e = ttft + tpot * max(sure - 1, 0)
+        bad = []
+        for name, limit, figures in (("ttft_ms", budget.ttft, ttft), ("tpot_ms", budget.tpot, tpot), ("e2e_ms", budget.e2e, e2e)):
+            if limit is not None and figures.min() > limit:
+                best = int(figures.argmin())
+                bad.append(
+                    f"slo.{name}: {limit * 1e3:g} cannot be met; the best that an idle server is expected to reach for this "
+                    f"request is {figures[best] * 1e3:.1f} (at {candidates.sizes[best]}L)"
+                )
+        if not bad:
+            together = np.ones(len(candidates.sizes), bool)
+            for limit, figures in ((budget.ttft, ttft), (budget.tpot, tpot), (budget.e2e, e2e)):
+                if limit is not None:
+                    together &= figures <= limit
+            if together.any():
+                return None
+            bad.append("slo: each limit can be met by some allowed size, but no size meets all of them")
+        return Refusal("; ".join(bad) + ".", 400)
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        self.demand.arrived(request.tenant, request.num_prompt_tokens, now)
+
+    def on_finish(self, request: Request, now: float) -> None:
+        if request.status.finish_reason in ("stop", "length"):
+            self.demand.finished(len(request.output_token_ids))
+
+    # --- the decision
+
+    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
+        """The size for a request about to run, None to keep it waiting, or a refusal (strict only)."""
+        self.num_decisions += 1
+        candidates = self.table.candidates(request.sizes)
+        view = self.outlook.view(candidates, request, scheduler, now)
+        ratios = self._ratios(view, candidates, request, scheduler, now)
+        pressure = ratios.max(axis=0)
+        index, key, level = self._pick(candidates, pressure, request, now)
+        if self._must_wait(view, index, request, scheduler):
+            budget = request.budget
+            if budget.strict and budget.ttft is not None and now - request.arrival_time > budget.ttft * self.config.margin:
+                return self._refuse(request, scheduler, now)
+            return None
+        is_floor = pressure[index] > self.config.margin
+        if is_floor and request.budget.strict and self._own_limits_break(view, index, request):
+            return self._refuse(request, scheduler, now)
+        size = candidates.sizes[index]
+        self._remember(key, level, size, now)
+        return SizeDecision(size, self._reason(candidates, index, ratios, is_floor, request))
+
+    def _ratios(self, view, candidates: Candidates, request: Request, scheduler: Scheduler, now: float) -> np.ndarray:
+        """[len(REASONS), candidates] predicted over allowed."""
+        budget = request.budget
+        forecast = self.forecaster.forecast(request.tenant, scheduler, now)
+        tpot_later = forecast.tpot[candidates.index]
+        ratios = np.zeros((len(REASONS), len(candidates.sizes)))
+        ttft_limit = budget.ttft
+        if ttft_limit is not None:
+            ratios[0] = view.ttft / ttft_limit
+        if budget.tpot is not None:
+            ratios[1] = view.tpot / budget.tpot
+        if budget.e2e is not None:
+            ratios[2] = (view.ttft + np.maximum(view.tpot, tpot_later) * (view.num_output - 1.0)) / budget.e2e
+        ratios[3] = view.kv
+        # load: those behind and around this request, now and at the balance of arrivals and departures
+        soft = self.config.queue_delay if ttft_limit is None else ttft_limit
+        load = np.maximum(forecast.occupancy[candidates.index], forecast.ttft[candidates.index] / soft)
+        np.maximum(load, view.queue_ttft / soft, out=load)
+        tightest = view.tightest_tpot
+        if tightest is not None:
+            np.maximum(load, view.tpot / tightest, out=load)
+        if budget.tpot is not None:
+            tightest = budget.tpot if tightest is None else min(tightest, budget.tpot)
+        if tightest is not None:
+            np.maximum(load, tpot_later / tightest, out=load)
+        ratios[4] = load
+        return ratios
+
+    def _pick(
+        self, candidates: Candidates, pressure: np.ndarray, request: Request, now: float
+    ) -> tuple[int, tuple, tuple[int, float]]:
+        budget = request.budget
+        key = (request.tenant, budget.ttft, budget.tpot, budget.e2e)
+        level = self._levels.get(key) or (self.table.sizes[-1], -math.inf)
+        margin = self.config.margin
+        feasible = pressure <= margin
+        if not feasible.any():
+            # Nothing holds: the size that breaks limits least. Mostly the floor, but beside large requests a distant
+            # floor reads weights of its own and can be the worse choice.
+            return int(pressure.argmin()), key, level
+        index = len(feasible) - 1 - int(feasible[::-1].argmax())
+        if candidates.sizes[index] > level[0]:
+            growable = pressure <= margin * self.config.regrow
+            growable &= now - level[1] >= self.config.hold
+            growable[candidates.sizes_array <= level[0]] = feasible[candidates.sizes_array <= level[0]]
+            if growable.any():
+                index = len(growable) - 1 - int(growable[::-1].argmax())
+        return index, key, level
+
+    def _remember(self, key: tuple, level: tuple[int, float], size: int, now: float) -> None:
+        if size != level[0] or key not in self._levels:
+            self._levels[key] = (size, now if size < level[0] else level[1])
+            if len(self._levels) > 512:
+                self._levels.popitem(last=False)
+        self._levels.move_to_end(key)
+
+    def _must_wait(self, view, index: int, request: Request, scheduler: Scheduler) -> bool:
+        """Whether admitting now would break the TPOT of running requests that are within their share."""
+        if not scheduler.running or view.guarded_tpot is None:
+            return False
+        return view.step[index] > view.guarded_tpot * view.guard_share
+
+    def _own_limits_break(self, view, index: int, request: Request) -> bool:
+        budget = request.budget
+        e2e = view.ttft[index] + view.step[index] * (view.num_output - 1.0)
+        return (
+            (budget.ttft is not None and view.ttft[index] > budget.ttft)
+            or (budget.tpot is not None and view.step[index] > budget.tpot)
+            or (budget.e2e is not None and e2e > budget.e2e)
+        )
+
+    def _reason(
+        self, candidates: Candidates, index: int, ratios: np.ndarray, is_floor: bool, request: Request
+    ) -> str:
+        if len(candidates.sizes) == 1 or index == len(candidates.sizes) - 1:
+            return request.size_reason
+        if is_floor and index == 0:
+            return "floor"
+        return REASONS[int(ratios[:, index + 1].argmax())]
+
+    def _refuse(self, request: Request, scheduler: Scheduler, now: float) -> Refusal:
+        wait = self.estimated_wait(scheduler, now)
+        return Refusal(
+            "The request's latency limits cannot be met at the moment (slo_policy is strict).", 503, math.ceil(wait)
+        )
+
+    # --- beside the decision
+
+    def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
+        """Seconds until the queue of this moment has been admitted, at least 1: what Retry-After says."""
+        return max(1.0, self.outlook.drain_seconds(scheduler))
+
+    def token_budget(self, scheduler: Scheduler, now: float) -> int | None:
+        """Prompt tokens x layers that this step may carry beside its decode rows, or None for no limit."""
+        return self.outlook.prefill_budget(scheduler, now, self.config.margin)
+
+    def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
+        """Learn from a step of `seconds` in the model that ended at `end` on the scheduler's clock."""
+        self.cost.observe(self.cost.shape(batch), seconds)
+        if end is not None:
+            if self._last_end is not None:
+                gap = end - seconds - self._last_end
+                if 0.0 <= gap < 0.25:
+                    self.cost.observe_overhead(gap)
+            self._last_end = end
+
+    def on_idle(self) -> None:
+        """The engine ran out of work: the time to the next step is no overhead."""
+        self._last_end = None
+
+
+def with_quality(policy: BudgetPolicy, quality: dict[int, float] | None) -> BudgetPolicy:
+    """The same policy maximising another figure (for what-if runs)."""
+    return BudgetPolicy(policy.cost, tenants=policy.tenants, quality=quality, config=replace(policy.config))
