@@ -69,6 +69,8 @@ class Elasticity:
         _check_kept(num_teacher_layers, kept)
         if len(thresholds) != len(kept):
             raise AssemblyError(f"{len(thresholds)} thresholds for {len(kept)} stations")
+        if any(isinstance(t, bool) or not isinstance(t, int) for t in thresholds):
+            raise AssemblyError(f"thresholds must be whole numbers of layers, got {list(thresholds)}")
         self.num_teacher_layers = num_teacher_layers
         self.num_student_layers = len(kept)
         self.kept = kept
@@ -132,45 +134,52 @@ class Elasticity:
     def last_to_first(cls, num_teacher_layers: int, kept: Sequence[int]) -> Elasticity:
         """Blocks are put back from the end: student[:s] + teacher[t:], norm and head from the teacher."""
         order = _real_blocks(num_teacher_layers, kept)[::-1]
-        return cls.from_order(num_teacher_layers, kept, order, riders="after")
+        return cls.from_order(num_teacher_layers, kept, order, riders="next")
 
     @classmethod
     def first_to_last(cls, num_teacher_layers: int, kept: Sequence[int]) -> Elasticity:
         """Blocks are put back from the front: teacher[:t] + student[s:], embedding from the teacher."""
-        return cls.from_order(num_teacher_layers, kept, _real_blocks(num_teacher_layers, kept), riders="before")
+        order = _real_blocks(num_teacher_layers, kept)
+        return cls.from_order(num_teacher_layers, kept, order, riders="previous")
 
     @classmethod
     def from_order(
-        cls, num_teacher_layers: int, kept: Sequence[int], order: Sequence[int], *, riders: str = "after"
+        cls,
+        num_teacher_layers: int,
+        kept: Sequence[int],
+        order: Sequence[int],
+        *,
+        riders: Literal["next", "previous"] = "next",
     ) -> Elasticity:
-        """From the stations with more than one teacher layer, first patched first.
+        """From the stations with more than one teacher layer, first patched first (any nested order).
 
-        One-layer stations ride along, as in the published code: with riders="after" each is patched together with the
-        nearest block in front of it, with "before" with the nearest block behind it; if there is none, with the full
-        teacher.
+        One-layer stations add no depth, so they ride along with a neighbour: the next larger block ("next", as the
+        published last-to-first cut does) or the previous one ("previous", as first-to-last does). At the end of the
+        stack, where there is none on that side, it is the nearest on the other.
         """
         kept = tuple(kept)
         _check_kept(num_teacher_layers, kept)
-        stops = (*kept[1:], num_teacher_layers)
-        order = list(order)
-        if sorted(order) != _real_blocks(num_teacher_layers, kept):
+        blocks, order = _real_blocks(num_teacher_layers, kept), list(order)
+        if sorted(order) != blocks:
             raise AssemblyError(f"a patch order must name every block of more than one layer once, got {order}")
-        thresholds = [num_teacher_layers] * len(kept)
+        stops = (*kept[1:], num_teacher_layers)
+        threshold_of = {}
         size = len(kept)
         for station in order:
             size += stops[station] - kept[station] - 1
-            thresholds[station] = size
-        indices = range(len(kept)) if riders == "after" else range(len(kept) - 1, -1, -1)
-        nearest = num_teacher_layers
-        for i in indices:
-            if i in order:
-                nearest = thresholds[i]
-            else:
-                thresholds[i] = nearest
-        return cls(num_teacher_layers, kept, thresholds)
+            threshold_of[station] = size
+
+        def host(station: int) -> int:
+            before, after = [b for b in blocks if b <= station], [b for b in blocks if b >= station]
+            if riders == "next":
+                return after[0] if after else before[-1]
+            return before[-1] if before else after[0]
+
+        return cls(num_teacher_layers, kept, [threshold_of[host(station)] for station in range(len(kept))])
 
     @classmethod
     def from_thresholds(cls, num_teacher_layers: int, kept: Sequence[int], thresholds: Sequence[int]) -> Elasticity:
+        """Any nested order, as the smallest size that runs the teacher's block at each station."""
         return cls(num_teacher_layers, kept, thresholds)
 
 
@@ -180,6 +189,8 @@ def _real_blocks(num_teacher_layers: int, kept: Sequence[int]) -> list[int]:
 
 
 def _check_kept(num_teacher_layers: int, kept: Sequence[int]) -> None:
+    if any(isinstance(k, bool) or not isinstance(k, int) for k in kept):
+        raise AssemblyError(f"kept layers must be whole numbers, got {list(kept)}")
     if not kept or kept[0] != 0:
         raise AssemblyError("the student must keep the teacher's layer 0, so that its first block has a beginning")
     if list(kept) != sorted(set(kept)) or kept[-1] >= num_teacher_layers:
