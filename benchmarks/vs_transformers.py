@@ -64,9 +64,8 @@ def main() -> None:
     pair = open_pair()
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(pair.teacher_path, dtype=dtype).eval()
-    engine = Engine(
-        pair.load(dtype, "cpu"), EngineConfig(executor=args.executor, max_num_seqs=max(args.batches), max_model_len=2048)
-    )
+    config = EngineConfig(executor=args.executor, max_num_seqs=max(args.batches), max_model_len=2048)
+    engine = Engine(pair.load(dtype, "cpu"), config)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in args.batches:
@@ -78,7 +77,8 @@ def main() -> None:
             if repeat:  # the first round warms both up
                 ours.append(one)
                 theirs.append(two)
-        for name, index, tokens in (("prefill", 0, batch * args.prompt_len), ("decode", 1, batch * (args.output_len - 1))):
+        phases = (("prefill", 0, batch * args.prompt_len), ("decode", 1, batch * (args.output_len - 1)))
+        for name, index, tokens in phases:
             mine = tokens / statistics.median(t[index] for t in ours)
             peer = tokens / statistics.median(t[index] for t in theirs)
             rows.append({"phase": name, "batch": batch, "boomerang": mine, "transformers": peer, "ratio": mine / peer})

@@ -96,8 +96,8 @@ def test_penalties():
 
 def test_bias_bans_and_allowed_tokens():
     def greedy(**sampling) -> int:
-        output = sampling.pop("output", ())
-        return Sampler().sample(LOGITS[None].clone(), [make_request(output=output, temperature=0, **sampling)])[0].token_id
+        request = make_request(output=sampling.pop("output", ()), temperature=0, **sampling)
+        return Sampler().sample(LOGITS[None].clone(), [request])[0].token_id
 
     assert greedy(logit_bias={4: 100.0}) == 4
     assert greedy(allowed_token_ids=(2, 3)) == 2
