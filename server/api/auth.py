@@ -1,0 +1,100 @@
+"""API keys: who may call, and as which tenant."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.config import Settings
+from server.options import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """What a key stands for. Limits of None mean: the server's own."""
+
+    name: str
+    min_size: str | None = None
+    max_size: str | None = None
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
+    slo_e2e_ms: float | None = None
+    weight: float = 1.0
+    max_concurrent: int | None = None
+    max_requests_per_minute: int | None = None
+
+
+ANONYMOUS = Tenant("")
+
+
+class KeyRing:
+    """The accepted keys, kept as digests. No keys at all means that everybody may call."""
+
+    def __init__(self, tenants: dict[str, Tenant]) -> None:
+        self._entries = [(_digest(key), tenant) for key, tenant in tenants.items()]
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> KeyRing:
+        """Keys of `--api-key` (one tenant each) and of `--api-key-file`. SettingsError if the file is unusable."""
+        tenants = {key: Tenant(f"key-{index}") for index, key in enumerate(settings.api_key)}
+        if settings.api_key_file:
+            tenants |= read_key_file(Path(settings.api_key_file))
+            if not tenants:
+                raise SettingsError(f"--api-key-file: {settings.api_key_file} holds no key")
+        return cls(tenants)
+
+    @property
+    def is_open(self) -> bool:
+        return not self._entries
+
+    @property
+    def tenants(self) -> list[Tenant]:
+        return [tenant for _, tenant in self._entries]
+
+    def find(self, key: str) -> Tenant | None:
+        """The tenant of a key. Every entry is compared in constant time, whatever matches."""
+        digest, found = _digest(key), None
+        for known, tenant in self._entries:
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_key_file(path: Path) -> dict[str, Tenant]:
+    """One key per line (`#` starts a comment), or for .yaml/.yml/.json a list of {key, tenant, min_size, ...}."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file: cannot read {path}: {error}") from None
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        lines = [line.split("#")[0].strip() for line in text.splitlines()]
+        return {key: Tenant(f"file-{index}") for index, key in enumerate(line for line in lines if line)}
+    import yaml
+
+    try:
+        entries = yaml.safe_load(text) or []
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--api-key-file: {path}: {error}") from None
+    if not isinstance(entries, list):
+        raise SettingsError(f"--api-key-file: {path} is not a list of keys")
+    return dict(_tenant(path, index, entry) for index, entry in enumerate(entries))
+
+
+def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Tenant]:
+    if isinstance(entry, str):
+        return entry, Tenant(f"file-{index}")
+    try:
+        fields = dict(entry)
+        key, name = fields.pop("key"), str(fields.pop("tenant", f"file-{index}"))
+        if not isinstance(key, str) or not key:
+            raise ValueError("key must be text")
+        return key, Tenant(name, **fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise SettingsError(f"--api-key-file: {path}: entry {index}: {error}") from None

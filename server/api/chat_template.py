@@ -1,0 +1,106 @@
+"""Renders a conversation with a Hugging Face chat template, in Jinja's sandbox."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# Marks where the final message ends, to cut off whatever the template adds after it.
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class TemplateError(ValueError):
+    """The template refused the conversation or failed on it."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks assistant text for training; in serving it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it as a class attribute
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter escapes HTML, which would change the prompt.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
+    return environment
+
+
+@lru_cache(maxsize=32)
+def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens that it may print."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        """TemplateError if `source` is not valid Jinja."""
+        self.source = source
+        self.special_tokens = special_tokens
+        try:
+            self._template = _compile(source)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template is not valid: {error}") from None
+
+    @property
+    def mentions_tools(self) -> bool:
+        return "tools" in self.source
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt text. TemplateError if the template raises (wrong order of roles, missing field)."""
+        if continue_final_message:
+            final = messages[-1].get("content")
+            if not isinstance(final, str):
+                raise TemplateError("the final message has no text to continue")
+            messages = [*messages[:-1], {**messages[-1], "content": final + _TAG}]
+        try:
+            text = self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.special_tokens, **kwargs},
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise TemplateError(f"the chat template failed: {error}") from None
+        if not continue_final_message:
+            return text
+        end = text.rfind(_TAG.strip())
+        if end < 0:
+            raise TemplateError("the chat template drops the final message, so it cannot be continued")
+        # A template that trims messages has taken the tag's trailing blank with it: trim the message as well.
+        return text[:end] if text[end : end + len(_TAG)] == _TAG else text[:end].rstrip()

@@ -1,0 +1,101 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "internal_error",
+    503: "overloaded_error",
+}
+
+
+class APIError(Exception):
+    """Ends a request with a status and OpenAI's error object. `param` names the field at fault."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "internal_error")
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or self.status}
+        }
+
+    def headers(self) -> dict[str, str]:
+        """openai-python obeys both: when to come back, and whether that can help at all."""
+        if self.status in (429, 503):
+            return {"retry-after": str(max(1, round(self.retry_after or 1)))}
+        return {"x-should-retry": "false"}
+
+    def response(self) -> Response:
+        return Response(
+            orjson.dumps(self.body()), self.status, headers=self.headers(), media_type="application/json"
+        )
+
+
+def invalid(message: str, param: str | None = None) -> APIError:
+    """400 for a field that is wrong."""
+    return APIError(message, param=param)
+
+
+def from_validation(error: ValidationError) -> APIError:
+    """Pydantic's complaints about one parameter as a sentence that names it."""
+    first, messages = None, []
+    for complaint in error.errors(include_url=False, include_context=False, include_input=False):
+        path = ".".join(str(part) for part in complaint["loc"] if not _is_branch(part))
+        message = complaint["msg"].removeprefix("Value error, ")
+        if first is None:
+            first = path
+            messages.append(message)
+        elif path == first and message not in messages:  # another branch of the same union
+            messages.append(message.removeprefix("Input should be "))
+    text = " or ".join(messages)
+    return APIError(f"{first}: {text}" if first else text, param=first or None)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a piece of pydantic's path names a branch of a union (`str`, `list[str]`, `ToolCall`), not a field."""
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper()
+    )
+
+
+async def handle_api_error(request: Request, error: APIError) -> Response:
+    return error.response()
+
+
+async def handle_http_error(request: Request, error: Any) -> Response:
+    """Starlette's own 404 and 405, in the same shape."""
+    return APIError(str(error.detail), status=error.status_code).response()
+
+
+async def handle_unexpected(request: Request, error: Exception) -> Response:
+    """A bug of ours. The text stays in the log: it may hold what other requests sent."""
+    return APIError("The server failed to handle this request.", status=500).response()

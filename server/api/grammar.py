@@ -1,0 +1,155 @@
+"""`response_format`, `structured_outputs` and forced tool calls -> constraints for the sampler."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from server.api.errors import APIError, invalid
+from server.api.protocol import SamplingFields, StructuredOutputs
+from server.config import Settings
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from server.api.state import ServerState
+    from server.api.tokenizer import ServingTokenizer
+    from server.engine.grammar import Grammar
+
+_CACHED = 128
+_COMPILE_SECONDS = 10.0
+
+
+class Compiler:
+    """Compiles grammars off the event loop and keeps the recent ones."""
+
+    def __init__(self, tokenizer: ServingTokenizer, settings: Settings) -> None:
+        self._tokenizer = tokenizer
+        self._max_bytes = settings.max_grammar_bytes
+        self._compiler: Any = None  # made on first use: it takes a third of a second
+        self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = asyncio.Lock()  # one compilation at a time: abuse costs one core at most
+
+    async def factory(self, grammar: str, param: str) -> Callable[[], Grammar]:
+        """A function that makes a fresh constraint. 400 if the grammar is too large, invalid or too complex."""
+        from server.engine.grammar import GrammarError
+
+        if len(grammar) > self._max_bytes:
+            raise invalid(f"{param} is too large: at most {self._max_bytes} bytes.", param)
+        matcher = self._cache.get(grammar)
+        if matcher is None:
+            async with self._lock:
+                try:
+                    async with asyncio.timeout(_COMPILE_SECONDS):
+                        matcher = await asyncio.to_thread(self._compile, grammar)
+                except GrammarError as error:
+                    raise invalid(f"{param} cannot be used: {error}", param) from None
+                except TimeoutError:
+                    raise invalid(f"{param} is too complex to compile.", param) from None
+            self._cache[grammar] = matcher
+            while len(self._cache) > _CACHED:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(grammar)
+        return lambda: self._compiler.start(matcher)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        from server.engine.grammar import GrammarCompiler
+
+        if self._compiler is None:
+            tokenizer = self._tokenizer
+            self._compiler = GrammarCompiler(
+                tokenizer.backend.to_str(), tokenizer.vocab_size, tokenizer.eos_token_ids
+            )
+        return self._compiler.compile(grammar)
+
+
+async def grammar_factory(
+    body: SamplingFields, state: ServerState, forced_schema: dict[str, Any] | None = None
+) -> Callable[[], Grammar] | None:
+    """What constrains the text of this request, or None. `forced_schema` is that of a tool call to be made."""
+    found = _requested(body)
+    if forced_schema is not None:
+        if found is not None:
+            raise invalid(f"{found[1]} cannot be combined with a forced tool call.", found[1])
+        found = (_json(forced_schema, "tools"), "tools")
+    if found is None:
+        return None
+    grammar, param = found
+    return await state.grammars.factory(grammar, param)
+
+
+def _requested(body: SamplingFields) -> tuple[str, str] | None:
+    """(llguidance grammar, parameter it came from)."""
+    asked = body.response_format
+    found = None
+    if asked is not None and asked.type != "text":
+        found = (_response_format(asked.type, asked.json_schema), "response_format")
+    if body.structured_outputs is not None:
+        if found is not None:
+            raise invalid("response_format and structured_outputs exclude each other.", "structured_outputs")
+        found = (_structured(body.structured_outputs), "structured_outputs")
+    return found
+
+
+def _response_format(kind: str, json_schema: Any) -> str:
+    if kind == "json_object":
+        return _json({"type": "object"}, "response_format")
+    if kind == "json_schema":
+        if json_schema is None or json_schema.schema_ is None:
+            raise invalid("response_format.json_schema.schema is missing.", "response_format.json_schema")
+        return _json(json_schema.schema_, "response_format")
+    raise APIError(
+        f"response_format.type {kind} is not supported; use structured_outputs.",
+        param="response_format.type",
+        code="unsupported_parameter",
+    )
+
+
+def _structured(asked: StructuredOutputs) -> str:
+    from llguidance import LLMatcher, grammar_from
+
+    param = "structured_outputs"
+    kinds = ("json_", "regex", "choice", "grammar", "json_object", "structural_tag")
+    given = [kind for kind in kinds if getattr(asked, kind) not in (None, False)]
+    if len(given) != 1:
+        raise invalid(f"{param} needs exactly one of json, regex, choice, grammar, json_object.", param)
+    kind = given[0]
+    if kind == "structural_tag":
+        raise APIError(f"{param}.structural_tag is not supported.", param=param, code="unsupported_parameter")
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(asked.regex)
+    if kind == "choice":
+        if not asked.choice or len(asked.choice) > 1000:
+            raise invalid(f"{param}.choice needs 1 to 1000 texts.", param)
+        return grammar_from("choice", asked.choice)
+    if kind == "grammar":
+        try:
+            return grammar_from("grammar", asked.grammar)  # Lark or llama.cpp's GBNF
+        except Exception as error:
+            raise invalid(f"{param}.grammar cannot be read: {str(error)[:300]}", param) from None
+    schema: Any = {"type": "object"} if kind == "json_object" else asked.json_
+    if isinstance(schema, str):
+        try:
+            schema = orjson.loads(schema)
+        except orjson.JSONDecodeError as error:
+            raise invalid(f"{param}.json is not valid JSON: {error}", param) from None
+    return _json(schema, param, asked.whitespace_pattern, bool(asked.disable_any_whitespace))
+
+
+def _json(schema: Any, param: str, whitespace: str | None = None, compact: bool = False) -> str:
+    from llguidance import LLMatcher
+
+    options: dict[str, Any] = {}
+    if whitespace is not None:
+        options["whitespace_pattern"] = whitespace
+    if compact:
+        options["whitespace_flexible"] = False
+    try:
+        return LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), overrides=options or None)
+    except (ValueError, TypeError) as error:
+        raise invalid(f"{param} is not a usable JSON schema: {str(error)[:300]}", param) from None

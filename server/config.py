@@ -1,0 +1,180 @@
+"""One settings object: every field below is a flag, an environment variable and a YAML key.
+
+The field list is the only table there is: the argument parser, the environment reader, the YAML reader and the
+documentation are generated from it (server/options.py). Order of precedence: flag > environment > YAML > default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+
+
+def option(default: Any, help: str, *, kind: str = "", group: str = "", choices: tuple[str, ...] = (), **extra: Any):
+    """A field of `Settings`. `kind`: str | int | float | bool | bytes | list; guessed from the default if empty."""
+    if not kind:
+        kind = {bool: "bool", int: "int", float: "float", tuple: "list"}.get(type(default), "str")
+    metadata = {"help": help, "kind": kind, "group": group, "choices": choices, **extra}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the operator decided. Frozen after start; a value of None means: decided by the machine or the model."""
+
+    # --- HTTP server
+    host: str = option("0.0.0.0", "address to listen on", group="server")
+    port: int = option(8000, "port to listen on; 0 lets the system pick one", group="server", minimum=0, maximum=65535)
+    uds: str | None = option(None, "listen on this Unix socket instead of a port", group="server")
+    root_path: str = option("", "path prefix that a proxy in front strips", group="server")
+    ssl_keyfile: str | None = option(None, "TLS private key (PEM)", group="server")
+    ssl_certfile: str | None = option(None, "TLS certificate chain (PEM)", group="server")
+    allowed_origins: tuple[str, ...] = option(("*",), "CORS origins", group="server")
+    allow_credentials: bool = option(False, "CORS: let browsers send credentials", group="server")
+    uvicorn_log_level: str = option(
+        "info",
+        "log level of the server",
+        group="server",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+    )
+    log_format: str = option("text", "log lines as text or as JSON objects", group="server", choices=("text", "json"))
+    access_log: bool = option(True, "one log line per HTTP request", group="server")
+    disable_access_log_for_endpoints: tuple[str, ...] = option(
+        ("/health", "/metrics", "/ping", "/load"), "paths without an access log line", group="server"
+    )
+    enable_request_id_headers: bool = option(True, "send X-Request-Id with every answer", group="server")
+    disable_fastapi_docs: bool = option(False, "no /docs, /redoc and /openapi.json", group="server")
+    shutdown_timeout: float = option(
+        30.0,
+        "seconds that running requests get to finish after SIGTERM (0: abort them at once)",
+        group="server",
+        minimum=0,
+    )
+
+    # --- security
+    api_key: tuple[str, ...] = option((), "accepted API keys; none: no authentication", group="security", secret=True)
+    api_key_file: str | None = option(
+        None, "file with one API key per line, or a YAML list of {key, tenant, ...}", group="security"
+    )
+
+    # --- model
+    teacher: str | None = option(None, "teacher: store name, hub id, folder or GGUF file", group="model")
+    student: str | None = option(None, "student: hub id or folder; not needed for a known pair", group="model")
+    patch_order: str | None = option(
+        None,
+        "order in which student layers give way to teacher blocks",
+        group="model",
+        choices=("last_to_first", "first_to_last"),
+    )
+    store: str | None = option(None, "folder of the local model store", group="model")
+    served_model_name: tuple[str, ...] = option(
+        (), "model ids to answer to; the first is the one reported", group="model"
+    )
+    dtype: str = option(
+        "auto", "weights and KV", group="model", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="model")
+    quantization: str | None = option(None, "weight quantization, e.g. int8", group="model")
+    memory_budget: int | None = option(
+        None, "bytes of memory for weights; sizes that do not fit are not served", kind="bytes", group="model"
+    )
+    chat_template: str | None = option(None, "Jinja chat template: a file or the text itself", group="model")
+    trust_request_chat_template: bool = option(
+        False, "let requests bring their own chat template", group="model"
+    )
+    response_role: str = option("assistant", "role of the answers", group="model")
+
+    # --- engine
+    max_model_len: int | None = option(
+        None, "longest prompt plus output, in tokens [model's own, at most 8192]", kind="int", group="engine", minimum=1
+    )
+    max_num_seqs: int | None = option(
+        None, "sequences running at once [64 on CPU, 256 on CUDA]", kind="int", group="engine", minimum=1
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "tokens of one step [1024 on CPU, 8192 on CUDA]", kind="int", group="engine", minimum=1
+    )
+    kv_cache_memory: int | None = option(
+        None, "bytes of KV cache [a share of what is free, capped]", kind="bytes", group="engine", minimum=1
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of GPU memory for weights and KV together", group="engine", minimum=0.05, maximum=1.0
+    )
+    page_size: int = option(
+        32, "tokens per KV page", group="engine", minimum=1, maximum=1024, aliases=("--block-size",)
+    )
+    enable_prefix_caching: bool = option(True, "keep KV of finished prefixes for reuse", group="engine")
+    executor: str = option("auto", "auto, native or torch", group="engine", choices=("auto", "native", "torch"))
+    attention_backend: str = option("auto", "attention implementation", group="engine")
+    seed: int = option(0, "seed for requests without one", group="engine")
+    num_threads: int | None = option(
+        None, "CPU threads for the model [all cores]", kind="int", group="engine", minimum=1
+    )
+
+    # --- size choice
+    size: str = option(
+        "auto", "size of requests that name none: auto, 24L, 75%, 110M, student, teacher", group="sizes"
+    )
+    min_size: str | None = option(None, "smallest size served", group="sizes")
+    max_size: str | None = option(None, "largest size served", group="sizes")
+    slo_ttft_ms: float | None = option(
+        None, "default limit on time to first token", kind="float", group="sizes", minimum=0
+    )
+    slo_tpot_ms: float | None = option(
+        None, "default limit on time per output token", kind="float", group="sizes", minimum=0
+    )
+    slo_e2e_ms: float | None = option(None, "default limit on total time", kind="float", group="sizes", minimum=0)
+    slo_policy: str = option(
+        "best_effort", "what happens when a limit cannot be met now", group="sizes", choices=("best_effort", "strict")
+    )
+    size_policy: str = option("auto", "how auto picks: by load and latency, or largest", group="sizes",
+                              choices=("auto", "largest"))
+
+    # --- limits
+    max_num_queued_reqs: int | None = option(
+        1024, "waiting requests before new ones get 503 (0: no limit)", kind="int", group="limits", minimum=0
+    )
+    max_num_queued_tokens: int | None = option(
+        None, "waiting prompt tokens before new requests get 503", kind="int", group="limits", minimum=0
+    )
+    max_logprobs: int = option(20, "largest logprobs / top_logprobs", group="limits", minimum=-1)
+    max_body_bytes: int = option(16 * MiB, "largest request body", kind="bytes", group="limits", minimum=1)
+    max_completion_prompts: int = option(1024, "prompts in one request", group="limits", minimum=1)
+    max_n: int = option(128, "largest n", group="limits", minimum=1)
+    max_stop_strings: int = option(64, "stop strings in one request", group="limits", minimum=0)
+    max_stop_length: int = option(1024, "characters in one stop string", group="limits", minimum=1)
+    max_grammar_bytes: int = option(
+        64 * KiB, "largest schema, regex or grammar", kind="bytes", group="limits", minimum=1
+    )
+    max_request_seconds: float | None = option(
+        None, "deadline of a request, after which it is aborted", kind="float", group="limits", minimum=0
+    )
+    max_concurrent_per_key: int | None = option(
+        None, "requests in flight per API key", kind="int", group="limits", minimum=1
+    )
+    max_requests_per_minute_per_key: int | None = option(
+        None, "requests per minute and API key", kind="int", group="limits", minimum=1
+    )
+
+    # --- reporting
+    enable_force_include_usage: bool = option(False, "send usage in every stream", group="reporting")
+    metrics_legacy_names: bool = option(False, "also export metric names that vLLM has dropped", group="reporting")
+    otlp_traces_endpoint: str | None = option(None, "send OpenTelemetry traces there", group="reporting")
+
+
+GROUPS = {
+    "server": "HTTP server",
+    "security": "Security",
+    "model": "Model",
+    "engine": "Engine",
+    "sizes": "Size choice",
+    "limits": "Limits",
+    "reporting": "Reporting",
+}
+
+
+def setting_fields():
+    """The fields of `Settings` in the order of declaration, which is the order of help and documentation."""
+    return fields(Settings)
