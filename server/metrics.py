@@ -306,6 +306,17 @@ class Metrics:
             self.degraded.labels(name, size, decision.reason).inc()
 
 
+def size_load(engine: Engine) -> dict[str, int]:
+    """What load costs in size right now: running requests, those below their ceiling, and both sums of layers."""
+    sizes = [(r.path.size, max(r.sizes)) for r in tuple(engine.scheduler.running) if r.path is not None]
+    return {
+        "running": len(sizes),
+        "degraded": sum(size < ceiling for size, ceiling in sizes),
+        "served_layers": sum(size for size, _ in sizes),
+        "ceiling_layers": sum(ceiling for _, ceiling in sizes),
+    }
+
+
 class _EngineCollector:
     """Reads the engine's state at scrape time."""
 
@@ -367,7 +378,11 @@ class _EngineCollector:
         for size in self.engine.sizes:
             running.add_metric([name, str(size)], stats.running_by_size.get(size, 0))
         yield running
+        load = size_load(self.engine)
         for suffix, text, value in (
+            ("requests_running_degraded", "Running requests below the largest size they allow", load["degraded"]),
+            ("running_layers", "Sizes of the running requests, summed", load["served_layers"]),
+            ("running_ceiling_layers", "Largest sizes the running requests allow, summed", load["ceiling_layers"]),
             ("kv_pages", "KV pages in the pool", stats.num_pages),
             ("kv_pages_free", "KV pages that an allocation can have", stats.num_free_pages),
             ("queued_tokens", "Tokens of waiting requests", stats.num_waiting_tokens),

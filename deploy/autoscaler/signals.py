@@ -18,21 +18,25 @@ class SourceUnavailable(Exception):
 
 def queries(window: str, selector: str = 'job="boomerang"') -> dict[str, str]:
     """PromQL per field of the signal, over `window` (at least four scrape intervals). Sums run over all replicas."""
-    degraded = f"sum(rate(boomerang:requests_degraded_total{{{selector}}}[{window}]))"
-    finished = f"sum(rate(boomerang:requests_total{{{selector}}}[{window}]))"
-    served = f"sum(rate(boomerang:served_layers_total{{{selector}}}[{window}]))"
-    ceiling = f"sum(rate(boomerang:ceiling_layers_total{{{selector}}}[{window}]))"
+
+    def mean(gauge: str) -> str:
+        return f"sum(avg_over_time({gauge}{{{selector}}}[{window}]))"
+
+    def rate(counter: str) -> str:
+        return f"sum(rate({counter}{{{selector}}}[{window}]))"
+
     slo = f'rate(boomerang:slo_requests_total{{{selector},slo="all"%s}}[{window}])'
     met, all_ = slo % ',met="true"', slo % ""
     return {
         "up": f"count(up{{{selector}}} == 1)",
-        "request_rate": finished,
-        "degraded_share": f"{degraded} / {finished}",
-        "size_fraction": f"{served} / {ceiling}",
+        "request_rate": rate("boomerang:requests_total"),
+        # Of those running, not of those finished: long answers must not delay the news that they were shrunk.
+        "degraded_share": f"{mean('boomerang:requests_running_degraded')} / {mean('vllm:num_requests_running')}",
+        "size_fraction": f"{mean('boomerang:running_layers')} / {mean('boomerang:running_ceiling_layers')}",
         "slo_attainment": f"sum({met}) / sum({all_})",
-        "running": f"sum(avg_over_time(vllm:num_requests_running{{{selector}}}[{window}]))",
-        "waiting": f"sum(avg_over_time(vllm:num_requests_waiting{{{selector}}}[{window}]))",
-        "rejected_rate": f"sum(rate(vllm:admission_rejections_total{{{selector}}}[{window}]))",
+        "running": mean("vllm:num_requests_running"),
+        "waiting": mean("vllm:num_requests_waiting"),
+        "rejected_rate": rate("vllm:admission_rejections_total"),
     }
 
 
