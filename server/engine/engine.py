@@ -53,6 +53,7 @@ class StepStats:
     gap: float
     sizes: dict[int, int] = field(default_factory=dict)  # size -> requests in the step
     num_preempted: int = 0
+    num_first_tokens: int = 0  # of the generated ones, those that were their request's first
 
 
 class MetricsSink(Protocol):
@@ -145,6 +146,7 @@ class Engine:
         self._observe(planned, batch, before, started, model_start, model_end, gap)
         return outputs
 
+    @torch.inference_mode()
     def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:
         """Forward pass, logits and sampling of one step; books nothing."""
         hidden = self.executor.forward(batch)
@@ -226,6 +228,7 @@ class Engine:
                 gap=gap,
                 sizes=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
                 num_preempted=planned.num_preempted,
+                num_first_tokens=sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled),
             )
         )
 
