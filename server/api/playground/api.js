@@ -73,7 +73,7 @@ export async function stream({ path, body }, signal, onEvent) {
 
 export function curlOf({ path, body }) {
   const url = new URL(path, document.baseURI);
-  const json = JSON.stringify({ ...body, stream: true }, null, 2).replaceAll("'", "'\\''");
-  const auth = apiKey ? " \\\n  -H 'Authorization: Bearer $BOOMERANG_API_KEY'".replaceAll("'", '"') : "";
+  const json = JSON.stringify({ ...body, stream: true }).replaceAll("'", "'\\''");
+  const auth = apiKey ? ' \\\n  -H "Authorization: Bearer $BOOMERANG_API_KEY"' : "";
   return `curl -N ${url} \\\n  -H 'Content-Type: application/json'${auth} \\\n  -d '${json}'`;
 }

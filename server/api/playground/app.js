@@ -6,7 +6,7 @@ import { Live, colour, parseMetrics } from "./chart.js";
 const $ = (id) => document.getElementById(id);
 const state = { name: "", cards: [], chosen: new Set(), running: null, crowd: null };
 const live = new Live($("chart-mix"), $("chart-latency"), $("mix-text"), $("latency-text"));
-const own = { tokens: {}, ttftSum: 0, ttftCount: 0, tpotSum: 0, tpotCount: 0 }; // counters of this page's requests
+const own = { running: {}, ttftSum: 0, ttftCount: 0, tpotSum: 0, tpotCount: 0 }; // counters of this page's requests
 
 // --- formatting
 
@@ -141,10 +141,14 @@ function showServed(view, size, isAuto) {
 }
 
 async function answer(request, view, isAuto, signal) {
-  let first = null, last = 0, tokens = 0, card = null, prompt = 0, pieces = 0;
+  let first = null, last = 0, tokens = 0, card = null, layers = null, prompt = 0, pieces = 0;
   try {
     await stream(request, signal, (event, at) => {
-      if (event.size && !card) card = showServed(view, event.size, isAuto) ?? {};
+      if (event.size && !card) {
+        card = showServed(view, event.size, isAuto) ?? {};
+        layers = event.size.layers;
+        enter(layers, 1);
+      }
       const choice = event.choices?.[0];
       const piece = choice?.delta?.content ?? choice?.text ?? "";
       if (piece) {
@@ -161,22 +165,26 @@ async function answer(request, view, isAuto, signal) {
         view.fields.Tokens.textContent = String(shown);
         view.fields.Total.textContent = ms(at);
       }
-      if (card?.bytes) view.fields.Memory.textContent = `${mib(card.bytes)} + ${mib(card.kv_bytes_per_token * (prompt + shown))}`;
+      if (card?.bytes) view.fields.Memory.textContent = `${mib(card.bytes)} + KV ${mib(card.kv_bytes_per_token * (prompt + shown))}`;
     });
-    if (card && first !== null) count(card.layers, tokens || pieces, first, last);
+    if (first !== null) count(tokens || pieces, first, last);
   } catch (error) {
     const isStop = error.name === "AbortError";
     view.reason.textContent = isStop ? "stopped" : error.message;
     view.reason.classList.toggle("error", !isStop);
     if (!isStop && !(error instanceof ApiError)) console.error(error);
   } finally {
+    enter(layers, -1);
     view.node.classList.remove("streaming");
     view.node.setAttribute("aria-busy", "false");
   }
 }
 
-function count(layers, tokens, first, last) {
-  own.tokens[layers] = (own.tokens[layers] || 0) + tokens;
+function enter(layers, number) {
+  if (layers) own.running[layers] = (own.running[layers] || 0) + number;
+}
+
+function count(tokens, first, last) {
   own.ttftSum += first / 1000;
   own.ttftCount += 1;
   if (tokens > 1) {
@@ -230,16 +238,18 @@ async function member(index, signal) {
     let first = null, last = 0, tokens = 0, layers = null;
     try {
       await stream(requestOf({ mode: "chat", prompt: $("prompt").value || "Hello", body }), signal, (event, at) => {
-        layers ??= event.size?.layers ?? null;
+        if (layers === null && event.size) enter(layers = event.size.layers, 1);
         first ??= at;
         last = at;
         tokens = event.usage?.completion_tokens ?? tokens;
       });
-      if (layers) count(layers, tokens, first, last);
+      if (first !== null) count(tokens, first, last);
     } catch (error) {
       if (signal.aborted) return;
       say(`Crowd: ${error.message}`, true);
       await new Promise((resolve) => { setTimeout(resolve, 1000); }); // shed: come back a little later
+    } finally {
+      enter(layers, -1);
     }
   }
 }
@@ -272,6 +282,7 @@ function setTheme() {
   else document.documentElement.dataset.theme = theme;
 }
 $("theme").addEventListener("change", setTheme);
+$("key-form").addEventListener("submit", (event) => { event.preventDefault(); $("key").blur(); });
 $("key").addEventListener("change", () => { setKey($("key").value); connect(); });
 $("size").addEventListener("input", showSize);
 $("add").addEventListener("click", () => { state.chosen.add(state.cards[$("size").value].layers); showChips(); });

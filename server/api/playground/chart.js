@@ -16,16 +16,16 @@ export function colour(fraction) {
 }
 
 export function parseMetrics(text) {
-  const totals = { tokens: {}, ttftSum: 0, ttftCount: 0, tpotSum: 0, tpotCount: 0 };
+  const totals = { running: {}, ttftSum: 0, ttftCount: 0, tpotSum: 0, tpotCount: 0 };
   for (const line of text.split("\n")) {
     if (line.startsWith("#")) continue;
     const match = /^([a-zA-Z_:]+)(?:\{(.*)\})? (\S+)/.exec(line);
     if (!match) continue;
     const [, name, labels = "", raw] = match;
     const value = Number(raw);
-    if (name === "boomerang:generation_tokens_total") {
+    if (name === "boomerang:requests_running") {
       const size = /size="(\d+)L?"/.exec(labels);
-      if (size) totals.tokens[size[1]] = (totals.tokens[size[1]] || 0) + value;
+      if (size) totals.running[size[1]] = (totals.running[size[1]] || 0) + value;
     } else if (name === "vllm:time_to_first_token_seconds_sum") totals.ttftSum += value;
     else if (name === "vllm:time_to_first_token_seconds_count") totals.ttftCount += value;
     else if (name === "vllm:inter_token_latency_seconds_sum") totals.tpotSum += value;
@@ -39,22 +39,17 @@ export class Live {
     Object.assign(this, { mix, latency, mixText, latencyText, points: [], last: null, fractions: {} });
   }
 
-  // `totals` are counters; a point is the difference of two readings.
+  // `totals`: how many run at each size now, and latency counters; a point has the counters' difference to the last.
   push(now, totals) {
     const before = this.last;
     this.last = { now, totals };
     if (!before || now <= before.now) return;
     const seconds = (now - before.now) / 1000;
-    const tokens = {};
-    for (const [size, total] of Object.entries(totals.tokens)) {
-      const delta = total - (before.totals.tokens[size] || 0);
-      if (delta > 0) tokens[size] = delta / seconds;
-    }
     const mean = (what) => {
       const count = totals[`${what}Count`] - before.totals[`${what}Count`];
       return count > 0 ? (1000 * (totals[`${what}Sum`] - before.totals[`${what}Sum`])) / count : null;
     };
-    this.points.push({ now, tokens, ttft: mean("ttft"), tpot: mean("tpot"), seconds });
+    this.points.push({ now, running: totals.running, ttft: mean("ttft"), tpot: mean("tpot"), seconds });
     this.points = this.points.filter((point) => point.now > now - SPAN * 1000);
     this.draw(now);
   }
@@ -66,13 +61,13 @@ export class Live {
 
   drawMix(now) {
     const frame = new Frame(this.mix, now);
-    const total = (point) => Object.values(point.tokens).reduce((a, b) => a + b, 0);
-    frame.scale(Math.max(1, ...this.points.map(total)));
+    const total = (point) => Object.values(point.running).reduce((a, b) => a + b, 0);
+    frame.scale(Math.max(4, ...this.points.map(total)));
     for (const point of this.points) {
       let base = 0;
       const width = Math.max(1, (point.seconds / SPAN) * frame.width - 0.5);
-      for (const size of Object.keys(point.tokens).sort((a, b) => a - b)) {
-        const top = base + point.tokens[size];
+      for (const size of Object.keys(point.running).sort((a, b) => a - b)) {
+        const top = base + point.running[size];
         frame.add("rect", {
           x: frame.x(point.now) - width, width, y: frame.y(top), height: frame.y(base) - frame.y(top),
           fill: colour(this.fractions[size] ?? 1),
@@ -81,10 +76,10 @@ export class Live {
       }
     }
     const latest = this.points.at(-1);
-    const parts = latest ? Object.entries(latest.tokens).sort((a, b) => b[0] - a[0]) : [];
+    const parts = Object.entries(latest?.running ?? {}).filter(([, n]) => n > 0).sort((a, b) => b[0] - a[0]);
     this.mixText.textContent = parts.length
-      ? `Now: ${parts.map(([size, rate]) => `${size}L ${rate.toFixed(0)} tok/s`).join(", ")}.`
-      : "Idle.";
+      ? `Now running: ${parts.map(([size, n]) => `${n} at ${size}L`).join(", ")}.`
+      : "Nothing is running.";
   }
 
   drawLatency(now) {
