@@ -268,7 +268,7 @@ def plot(run: Run, phases: Sequence[Phase], slo: dict, path: Path) -> None:
 
 
 def server_command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "server.cli", "serve", "--host", "{host}", "--port", "{port}", *flags]
+    return [sys.executable, "-m", "server", "serve", "--host", "{host}", "--port", "{port}", *flags]
 
 
 def main() -> None:
