@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -84,11 +85,12 @@ class ProcessDriver:
     _processes: dict[str, _Process] = field(default_factory=dict)
     _num_started: int = 0
     _published: list[str] = field(default_factory=lambda: ["never published"])
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def replicas(self) -> list[Replica]:
         found = [
             Replica(name, self._status(process), process.created, address=f"{process.host}:{process.port}")
-            for name, process in self._processes.items()
+            for name, process in tuple(self._processes.items())
         ]
         self._publish()
         return found
@@ -174,13 +176,15 @@ class ProcessDriver:
 
     def _publish(self) -> None:
         """Tells service discovery which addresses exist (draining ones too: their metrics still count)."""
-        live = sorted(f"{p.host}:{p.port}" for p in self._processes.values() if p.popen.poll() is None)
-        if live == self._published:
-            return
-        self._published = live
-        if self.targets_path:
-            partial = self.targets_path.with_suffix(".tmp")
-            partial.write_text(json.dumps([{"targets": live, "labels": {}}]))
-            partial.replace(self.targets_path)
-        if self.on_change:
-            self.on_change(live)
+        with self._lock:  # other threads may look at the replicas while the autoscaler acts
+            processes = tuple(self._processes.values())
+            live = sorted(f"{p.host}:{p.port}" for p in processes if p.popen.poll() is None)
+            if live == self._published:
+                return
+            self._published = live
+            if self.targets_path:
+                partial = self.targets_path.with_suffix(".tmp")
+                partial.write_text(json.dumps([{"targets": live, "labels": {}}]))
+                partial.replace(self.targets_path)
+            if self.on_change:
+                self.on_change(live)

@@ -1,0 +1,209 @@
+"""Everything together, as real processes: HAProxy, Prometheus, autoscaler, replicas, load that rises and falls.
+
+A random pair of middling size, so that a step costs milliseconds of arithmetic and a smaller size is really faster.
+Limits are multiples of what this machine does when idle, and load is a number of visitors, not a rate: both fit any
+machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from statistics import mean
+
+import httpx
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.autoscale import Record, send, server_command
+from deploy.autoscaler.decision import ScalingPolicy
+from deploy.local.stack import LocalStack
+from tests.api.tiny import make_tokenizer
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("haproxy"), reason="needs haproxy"),
+    pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus"),
+    pytest.mark.timeout(400),
+]
+TEACHER_LAYERS, KEPT = 16, (0, 2, 4, 6, 8, 10, 12, 14)
+
+
+def make_pair(folder: Path) -> tuple[Path, Path]:
+    teacher, student = folder / "teacher", folder / "student"
+    for path, layers in ((teacher, TEACHER_LAYERS), (student, len(KEPT))):
+        torch.manual_seed(layers)
+        config = LlamaConfig(
+            vocab_size=400,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer(teacher)
+    pruned = [layer for layer in range(TEACHER_LAYERS) if layer not in KEPT]
+    config = {"copied_teacher_layers": list(KEPT), "pruned_teacher_layers": pruned}
+    (student / "student_config.json").write_text(json.dumps(config))
+    return teacher, student
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> list[str]:
+    teacher, student = make_pair(tmp_path_factory.mktemp("pair"))
+    return server_command(
+        *("--teacher", str(teacher), "--student", str(student), "--served-model-name", "pair", "--num-threads", "1"),
+        *("--kv-cache-memory", "256MiB", "--max-model-len", "512", "--max-num-seqs", "32", "--shutdown-timeout", "60"),
+        *("--device", "cpu", "--dtype", "bfloat16", "--store", str(teacher.parent / "store")),
+    )
+
+
+def body(number: int, tokens: int = 48, **fields) -> dict:
+    return {
+        "model": "pair",
+        "prompt": f"Visitor {number} says that the quick brown fox jumps over the lazy dog.",
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **fields,
+    }
+
+
+class Visitors:
+    """`number` clients, each sending its next request when the last one is answered."""
+
+    def __init__(self, stack: LocalStack) -> None:
+        limits = httpx.Limits(max_connections=None)
+        self.client = httpx.AsyncClient(base_url=stack.api_url, timeout=120, limits=limits, trust_env=False)
+        self.started = time.monotonic()
+        self.records: list[Record] = []
+        self.number = 0
+        self._tasks: list[asyncio.Task] = []
+        self.slo: dict = {}
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.started
+
+    async def _visit(self, index: int) -> None:
+        turn = 0
+        while index < self.number:
+            turn += 1
+            record = Record(0.0)
+            self.records.append(record)
+            await send(self.client, record, body(1000 * index + turn, slo=self.slo), self.started)
+
+    def set(self, number: int) -> None:
+        before, self.number = self.number, number
+        self._tasks += [asyncio.create_task(self._visit(index)) for index in range(before, number)]
+
+    async def close(self) -> None:
+        self.set(0)
+        await asyncio.gather(*self._tasks)
+        await self.client.aclose()
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.2)
+
+
+async def idle_limits(visitors: Visitors) -> dict:
+    """What an idle server does at full size, three requests in a row, and limits that leave room for a few visitors."""
+    for number in range(3):
+        record = Record(0.0)
+        await send(visitors.client, record, body(number, size="teacher"), visitors.started)
+        assert record.is_complete, record.error
+    return {"tpot_ms": round(2000 * record.tpot, 2), "ttft_ms": round(1000 * max(0.5, 10 * record.ttft))}
+
+
+def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command, tmp_path):
+    policy = ScalingPolicy(min_replicas=1, max_replicas=2, down_stabilisation=10, down_interval=2)
+
+    async def scenario(stack: LocalStack) -> tuple[Visitors, dict[str, float]]:
+        visitors, at = Visitors(stack), {}
+        try:
+            visitors.slo = await idle_limits(visitors)
+            visitors.set(1)
+            await asyncio.sleep(4)
+            at["busy"] = visitors.now
+            visitors.set(12)
+            await until(lambda: stack.num_ready() == 2, 90, "no second replica joined")
+            at["joined"] = visitors.now
+            await asyncio.sleep(6)
+            at["calm"] = visitors.now
+            visitors.set(1)
+            await until(lambda: len(stack.driver.replicas()) == 1, 90, "the second replica stayed")
+            at["left"] = visitors.now
+            await asyncio.sleep(2)
+        finally:
+            await visitors.close()
+        return visitors, at
+
+    with LocalStack(command, tmp_path, policy, window="5s") as stack:
+        stack.wait_ready(timeout=120)
+        visitors, at = asyncio.run(scenario(stack))
+
+    failed = [record for record in visitors.records if not record.is_complete]
+    assert not failed, failed[:3]
+
+    def sizes(start: float, end: float) -> list[int]:
+        return [record.size for record in visitors.records if start <= record.at < end]
+
+    busy = [record for record in visitors.records if at["busy"] <= record.at < at["joined"]]
+    first = next(record for record in busy if record.size < TEACHER_LAYERS)
+    assert first.at - at["busy"] < 1.0, f"the first smaller size came {first.at - at['busy']:.1f} s after the load"
+    assert max(sizes(0, at["busy"])) == TEACHER_LAYERS
+    crowded, relieved = sizes(at["busy"] + 1, at["joined"]), sizes(at["joined"] + 2, at["calm"])
+    assert mean(relieved) > mean(crowded), (mean(crowded), mean(relieved))
+    assert mean(sizes(at["left"] - 5, at["left"] + 10)) > TEACHER_LAYERS - 1
+
+    decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert any(entry["target"] == 2 and entry["reason"] == "degraded" for entry in decisions)
+    assert decisions[-1]["target"] == 1
+
+
+def test_a_replica_that_is_killed_takes_only_its_own_streams_along(command, tmp_path):
+    policy = ScalingPolicy(min_replicas=2, max_replicas=2)
+
+    async def scenario(stack: LocalStack) -> tuple[list[Record], float]:
+        visitors = Visitors(stack)
+        try:
+            visitors.set(8)
+            await asyncio.sleep(4)
+            victim = next(replica for replica in stack.driver.replicas() if replica.status == "ready")
+            os.kill(stack.driver.pid(victim.id), signal.SIGKILL)
+            at = visitors.now
+            await until(lambda: stack.num_ready() == 2, 90, "the killed replica was not replaced")
+        finally:
+            await visitors.close()
+        return visitors.records, at
+
+    with LocalStack(command, tmp_path, policy, window="5s") as stack:
+        stack.wait_ready(replicas=2, timeout=180)
+        records, at = asyncio.run(scenario(stack))
+
+    failed = [record for record in records if not record.is_complete]
+    assert 1 <= len(failed) <= 8
+    for record in failed:
+        # Each had begun to stream before the kill, and its client was told: by an error event or by a cut stream,
+        # which every HTTP client reports as an error.
+        assert record.at < at and record.status == 200 and record.error, record
+    assert [record for record in records if record.at >= at], "nothing was asked after the kill"
+    assert all(record.is_complete for record in records if record.at >= at)
