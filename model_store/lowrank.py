@@ -7,16 +7,19 @@ any tensor of its own is the teacher's layer itself and shares its memory. Tenso
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from model_store.weights import LayerWeights, WeightError
 
 LOW_RANK_FILE = "student_lowrank.safetensors"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose linears have the names below
 # Rows of the merged tensors that each projection owns, in order.
 _PARTS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
           "up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}  # fmt: skip
@@ -53,13 +56,25 @@ class LowRankStudent:
     """Reads a low-rank student file."""
 
     def __init__(self, path: Path, kept: tuple[int, ...]) -> None:
+        """Raises WeightError for a file that is not one, or has tensors with no place in a student of this shape."""
         self.path = path
         self.kept = kept
-        self._file = safe_open(path, "pt")
+        try:
+            self._file = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise WeightError(f"{path} is not a readable safetensors file: {error}") from error
         self._names = set(self._file.keys())
+        linear = "|".join(re.escape(part) for parts in _PARTS.values() for part in parts)
+        norm = "|".join(map(re.escape, _NORMS.values()))
+        known = re.compile(rf"model\.layers\.(\d+)\.(?:(?:{linear})\.lora_[AB](?:_scale)?|{norm})")
+        matches = {name: known.fullmatch(name) for name in self._names}
+        if unknown := sorted(name for name, m in matches.items() if m is None or int(m[1]) >= len(kept)):
+            raise WeightError(f"{path.name} has tensors that no student layer uses: {', '.join(unknown[:5])}")
+        self._own = {int(match[1]) for match in matches.values()}
 
     def has_own_layer(self, index: int) -> bool:
-        return any(name.startswith(f"model.layers.{index}.") for name in self._names)
+        """Whether student layer `index` differs from the teacher's layer at all."""
+        return index in self._own
 
     def delta(self, index: int, teacher: LayerWeights, dtype: torch.dtype, device: torch.device | str) -> LowRankDelta:
         """The factors of student layer `index`, on the device, in `dtype`. WeightError if a shape does not fit."""
@@ -67,43 +82,51 @@ class LowRankStudent:
         for group, parts in _PARTS.items():
             merged, start = getattr(teacher, f"{group}_weight"), 0
             for part in parts:
-                pair = self._factors(f"model.layers.{index}.{part}")
-                if pair is None:
-                    raise WeightError(f"{self.path.name} lacks factors for layer {index} {part}")
-                a, b = pair
-                if a.shape[1] != merged.shape[1] or start + b.shape[0] > merged.shape[0]:
+                a, b = self._factors(f"model.layers.{index}.{part}")
+                if a.shape[1] != merged.shape[1] or start + b.shape[0] > merged.shape[0] or a.shape[0] != b.shape[1]:
                     raise WeightError(f"{self.path.name}: layer {index} {part} does not fit the teacher's layer")
-                term = LowRankTerm(start, start + b.shape[0], a.to(device, dtype), b.to(device, dtype))
-                terms.setdefault(group, []).append(term)
+                terms.setdefault(group, []).append(
+                    LowRankTerm(start, start + b.shape[0], a.to(device, dtype), b.to(device, dtype))
+                )
                 start += b.shape[0]
+            if start != merged.shape[0]:
+                raise WeightError(f"{self.path.name}: layer {index} {group} does not fit the teacher's layer")
         norms = {
-            field: self._file.get_tensor(f"model.layers.{index}.{name}").to(device, dtype, copy=True)
+            field: self._tensor(f"model.layers.{index}.{name}").to(device, dtype, copy=True)
             for field, name in _NORMS.items()
         }
         return LowRankDelta(self.kept[index], terms, **norms)
 
     def layer(self, index: int, teacher: LayerWeights, dtype: torch.dtype, device: torch.device | str) -> LayerWeights:
-        """Student layer `index` expanded: the sum is taken in float32 and rounded once."""
-        delta = self.delta(index, teacher, torch.float32, device)
-        merged = {}
+        """Student layer `index` expanded: the sum is taken in float32 and rounded once.
+
+        Biases and query/key norms, which have no difference, are the teacher's (in `dtype`).
+        """
+        delta = self.delta(index, teacher, torch.float32, teacher.qkv_weight.device)
+        changed: dict[str, torch.Tensor] = {}
         for group, terms in delta.terms.items():
             weight = getattr(teacher, f"{group}_weight").to(torch.float32, copy=True)
             for term in terms:
-                weight[term.start : term.stop] += term.b @ term.a
-            merged[f"{group}_weight"] = weight.to(dtype)
-        return LayerWeights(
-            **merged,
-            attn_norm_weight=delta.attn_norm_weight.to(dtype),
-            mlp_norm_weight=delta.mlp_norm_weight.to(dtype),
-        )
+                weight[term.start : term.stop].addmm_(term.b, term.a)
+            changed[f"{group}_weight"] = weight.to(device, dtype)
+        for name in _NORMS:
+            changed[name] = getattr(delta, name).to(device, dtype)
+        for field in dataclasses.fields(LayerWeights):
+            value = getattr(teacher, field.name)
+            if field.name not in changed and value is not None:
+                changed[field.name] = value.to(device, dtype)
+        return LayerWeights(**changed)
 
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if f"{name}.lora_A" not in self._names:
-            return None
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
+        return self._file.get_tensor(name)
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         factors = []
         for side in ("lora_A", "lora_B"):
-            value = self._file.get_tensor(f"{name}.{side}").float()
+            value = self._tensor(f"{name}.{side}").float()
             if f"{name}.{side}_scale" in self._names:
-                value = value * self._file.get_tensor(f"{name}.{side}_scale").float()[:, None]
+                value = value * self._tensor(f"{name}.{side}_scale").float().reshape(-1, 1)
             factors.append(value)
         return factors[0], factors[1]

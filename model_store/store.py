@@ -13,12 +13,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 MANIFEST = "manifest.json"
+_STAMPS = ".verified"  # beside the manifest: [size, time of change, digest] of files whose digest was read
+_Stamps = dict[str, list]
 
 
 class StoreError(RuntimeError):
@@ -39,22 +43,50 @@ def model_dir(name: str, store: Path | str | None = None) -> Path:
     return store_root(store) / "models" / name.replace("/", "--")
 
 
-@contextlib.contextmanager
-def incoming(name: str, store: Path | str | None = None) -> Iterator[Path]:
-    """A folder to fill; renamed to its place if the block succeeds, removed if it raises."""
+def install(
+    name: str,
+    fill: Callable[[Path], dict[str, Any]],
+    store: Path | str | None = None,
+    *,
+    replace: bool = False,
+    keep_partial: bool = False,
+) -> Path:
+    """Make the model `name` with `fill(folder)`, which writes its files and returns facts for the manifest.
+
+    Only one process does so at a time; another that asked for the same model meanwhile finds it made. If `fill`
+    raises, the store is as before; `keep_partial` keeps what it wrote for the next try (which finds it in `folder`).
+    """
     target = model_dir(name, store)
-    folder = store_root(store) / "incoming" / f"{target.name}.{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        write_manifest(folder)
+    scratch = incoming_dir(store)
+    with FileLock(scratch / f"{target.name}.lock"):
+        if target.is_dir() and not replace:
+            return target
+        folder = scratch / target.name
+        if folder.exists() and not keep_partial:
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        try:
+            write_manifest(folder, **fill(folder))
+        except BaseException:
+            if not keep_partial:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if target.exists():  # a running server keeps its open files; the old folder only loses its name
+            old = scratch / f"{target.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            folder.rename(target)
+    return target
+
+
+def incoming_dir(store: Path | str | None = None) -> Path:
+    folder = store_root(store) / "incoming"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def sha256(path: Path, progress: bool = False) -> str:
@@ -68,44 +100,77 @@ def sha256(path: Path, progress: bool = False) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, **facts: object) -> None:
+def write_manifest(folder: Path, **facts: Any) -> None:
     """Record size and digest of every file, and where the model came from."""
-    file = folder / MANIFEST
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
-    }
-    file.write_text(json.dumps({**known, **facts, "files": files}, indent=1))
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (MANIFEST, _STAMPS)]
+    stamps = _digests(paths, {})
+    files = {name: {"size": stamp[0], "sha256": stamp[2]} for name, stamp in stamps.items()}
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
+    _write_stamps(folder / _STAMPS, stamps)
 
 
 def verify(folder: Path, full: bool = False) -> None:
     """Raise StoreError if a file of a stored model is missing or not what was recorded.
 
-    Digests are read again only for files that changed on disk since they were last checked (size and time of change,
-    kept in `.verified`), so that a warm start stays fast; `full` reads them all.
+    Digests are read again only for files that changed on disk since they were last read, so that a warm start stays
+    fast; `full` reads them all. A folder without a manifest is a user's own, which the store promised nothing about.
     """
-    manifest_file = folder / MANIFEST
-    if not manifest_file.is_file():
-        return  # a user's own folder, which the store never promised anything about
-    stamp_file = folder / ".verified"
-    stamps = {}
-    with contextlib.suppress(OSError, ValueError):
-        stamps = json.loads(stamp_file.read_text())
-    fresh = {}
-    for name, facts in json.loads(manifest_file.read_text())["files"].items():
+    if not (folder / MANIFEST).is_file():
+        return
+    recorded = json.loads((folder / MANIFEST).read_text())["files"]
+    hint = "pull the model again with --force"
+    for name, facts in recorded.items():
         path = folder / name
-        hint = "pull the model again"
         if not path.is_file():
             raise StoreError(f"{path} is missing: {hint}")
+        if path.stat().st_size != facts["size"]:
+            raise StoreError(f"{path} has {path.stat().st_size} bytes instead of {facts['size']}: {hint}")
+    known = {} if full else _read_stamps(folder / _STAMPS)
+    stamps = _digests([folder / name for name in recorded], known)
+    for name, facts in recorded.items():
+        if stamps[name][2] != facts["sha256"]:
+            raise StoreError(f"{folder / name} does not match its recorded digest: {hint}")
+    if stamps != known:
+        _write_stamps(folder / _STAMPS, stamps)
+
+
+def folder_digest(folder: Path, store: Path | str | None = None) -> str:
+    """One digest of what is in a checkpoint folder: weights, configs, tokenizer. Hex sha256.
+
+    From the manifest where there is one; for a user's own folder from its files, remembered in the store.
+    """
+    if (folder / MANIFEST).is_file():
+        facts = json.loads((folder / MANIFEST).read_text())["files"]
+        digests = {name: fact["sha256"] for name, fact in facts.items()}
+    else:
+        paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
+        where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+        memory = store_root(store) / "digests" / f"{where}.json"
+        known = _read_stamps(memory)
+        stamps = _digests(paths, known)
+        if stamps != known:
+            _write_stamps(memory, stamps)
+        digests = {name: stamp[2] for name, stamp in stamps.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(paths: list[Path], known: _Stamps) -> _Stamps:
+    stamps = {}
+    for path in paths:
         stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, facts["sha256"]]
-        if stat.st_size != facts["size"]:
-            raise StoreError(f"{path} has {stat.st_size} bytes instead of {facts['size']}: {hint}")
-        if (full or stamps.get(name) != stamp) and sha256(path) != facts["sha256"]:
-            raise StoreError(f"{path} does not match its recorded digest: {hint}")
-        fresh[name] = stamp
-    if fresh != stamps:
-        with contextlib.suppress(OSError):  # a read-only store is checked in full each time
-            stamp_file.write_text(json.dumps(fresh))
+        old = known.get(path.name)
+        is_known = old is not None and old[:2] == [stat.st_size, stat.st_mtime_ns]
+        stamps[path.name] = old if is_known else [stat.st_size, stat.st_mtime_ns, sha256(path)]
+    return stamps
+
+
+def _read_stamps(file: Path) -> _Stamps:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(file.read_text())
+    return {}
+
+
+def _write_stamps(file: Path, stamps: _Stamps) -> None:
+    with contextlib.suppress(OSError):  # a read-only store is read in full each time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(stamps))

@@ -6,18 +6,20 @@ E = hidden, H = query heads, K = KV heads, D = head dim, I = MLP width, V = voca
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from model_store.spec import ModelSpec
 
 # Buffers that old checkpoints carry; computed, not learned.
-_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
+_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 _PREFIXES = ("model.", "gpt_neox.", "transformer.")
+END_PARTS = ("embed", "norm", "head")
 
 
 class WeightError(ValueError):
@@ -49,7 +51,10 @@ class LayerWeights:
 
 @dataclass(slots=True, eq=False)
 class EndWeights:
-    """What surrounds the layers. `head` is the same tensor object as `embed` when they are tied."""
+    """What surrounds the layers, in three parts: embed (with positions), norm, head.
+
+    `head` is the same tensor object as `embed` when they are tied.
+    """
 
     embed: torch.Tensor  # [V, E]
     final_norm_weight: torch.Tensor  # [E]
@@ -73,7 +78,7 @@ class Checkpoint:
             raise WeightError(f"{self.path} has no config.json")
         self.config = json.loads(config_file.read_text())
         self.spec = ModelSpec.from_hf_config(self.config)
-        self._files = {name: safe_open(name, "pt") for name in weight_files(self.path)}
+        self._files = {file: _open(file) for file in weight_files(self.path)}
         self._where = {_plain(key): (file, key) for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
         self._used: set[str] = set()
 
@@ -89,40 +94,80 @@ class Checkpoint:
 
     def layer(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> LayerWeights:
         """One layer in the common layout; each merged tensor is built and moved before the next is read."""
+        layer = _LAYERS[self.spec.family](self, index, _placer(dtype, device))
+        spec = self.spec
+        expected = {
+            "qkv_weight": (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
+            "o_weight": (spec.hidden_size, spec.q_size),
+            "up_weight": (spec.intermediate_size * (2 if spec.gated_mlp else 1), spec.hidden_size),
+            "down_weight": (spec.hidden_size, spec.intermediate_size),
+        }
+        for name, shape in expected.items():
+            if tuple(getattr(layer, name).shape) != shape:
+                found = list(getattr(layer, name).shape)
+                raise WeightError(f"{self.path}: layer {index} {name} is {found}, its config says {list(shape)}")
+        return layer
 
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            # A clone even when nothing changes: a view of the map would keep the whole file's mapping alive and slow.
-            return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-
-        return _LAYERS[self.spec.family](self, index, place)
+    def end_tensors(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", parts: Collection[str] = END_PARTS
+    ) -> dict[str, torch.Tensor | None]:
+        """The EndWeights fields of some `parts`; a tied head is the very tensor of the embedding if both are asked."""
+        place, names = _placer(dtype, device), _ENDS[self.spec.family]
+        tensors: dict[str, torch.Tensor | None] = {}
+        embed_name, head_name = names["embed"], self.head_name
+        if "embed" in parts:
+            tensors["embed"] = place(self.tensor(embed_name))
+            tensors["positions"] = place(self.tensor("wpe.weight")) if self.spec.learned_positions else None
+        if "norm" in parts:
+            tensors["final_norm_weight"] = place(self.tensor(names["norm"] + ".weight"))
+            has_bias = self.spec.norm == "layer"
+            tensors["final_norm_bias"] = place(self.tensor(names["norm"] + ".bias")) if has_bias else None
+        if "head" in parts:
+            is_loaded = head_name == embed_name and "embed" in tensors
+            tensors["head"] = tensors["embed"] if is_loaded else place(self.tensor(head_name))
+            tensors["head_bias"] = place(self.tensor("lm_head.bias")) if "lm_head.bias" in self else None
+        return tensors
 
     def ends(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> EndWeights:
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+        return EndWeights(**self.end_tensors(dtype, device))
 
+    @property
+    def head_name(self) -> str:
+        """Name of the head's tensor: the embedding's where they are tied or no head was saved."""
+        head = next((name for name in ("lm_head.weight", "embed_out.weight") if name in self), None)
+        if self.spec.tie_word_embeddings or head is None:
+            if head:
+                self._used.add(head)  # a copy of the embedding that some tools save too
+            return _ENDS[self.spec.family]["embed"]
+        return head
+
+    def end_names(self, part: str) -> list[str]:
+        """Names of the tensors of an end part ("embed", "norm", "head") in this checkpoint."""
         names = _ENDS[self.spec.family]
-        embed = place(self.tensor(names["embed"]))
-        head_name = next((n for n in ("lm_head.weight", "embed_out.weight") if n in self), None)
-        tied = self.spec.tie_word_embeddings or head_name is None
-        if tied and head_name:
-            self._used.add(head_name)
-        return EndWeights(
-            embed=embed,
-            final_norm_weight=place(self.tensor(names["norm"] + ".weight")),
-            final_norm_bias=place(self.tensor(names["norm"] + ".bias")) if self.spec.norm == "layer" else None,
-            head=embed if tied else place(self.tensor(head_name)),
-            head_bias=place(self.tensor("lm_head.bias")) if "lm_head.bias" in self else None,
-            positions=place(self.tensor("wpe.weight")) if self.spec.learned_positions else None,
-        )
+        wanted = {
+            "embed": [names["embed"], "wpe.weight"],
+            "norm": [names["norm"] + ".weight", names["norm"] + ".bias"],
+            "head": [self.head_name, "lm_head.bias"],
+        }[part]
+        return [name for name in wanted if name in self]
 
     def unused(self) -> list[str]:
         """Tensors nobody asked for, known buffers aside: after a full load this must be empty."""
         return sorted(n for n in self._where if n not in self._used and not n.endswith(_BUFFERS))
 
 
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise WeightError(f"{file} is not a readable safetensors file: {error}") from error
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder; WeightError if there are none or one is missing."""
-    index = path / "model.safetensors.index.json"
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (path / name).is_file()]
@@ -144,7 +189,15 @@ def _plain(name: str) -> str:
     return name
 
 
-Place = Callable[[torch.Tensor], torch.Tensor]
+Place = Callable[..., torch.Tensor]
+
+
+def _placer(dtype: torch.dtype, device: torch.device | str) -> Place:
+    def place(tensor: torch.Tensor, is_fresh: bool = False) -> torch.Tensor:
+        # A copy even when nothing changes: a view of the map would keep the whole file mapped, and page in under load.
+        return tensor.to(device=device, dtype=dtype, copy=not is_fresh).contiguous()
+
+    return place
 
 
 def _llama_layer(checkpoint: Checkpoint, index: int, place: Place) -> LayerWeights:
@@ -154,7 +207,7 @@ def _llama_layer(checkpoint: Checkpoint, index: int, place: Place) -> LayerWeigh
         return checkpoint.tensor(base + name)
 
     def merged(*names: str) -> torch.Tensor:
-        return place(torch.cat([get(name) for name in names]))
+        return place(torch.cat([get(name) for name in names]), is_fresh=True)
 
     spec = checkpoint.spec
     qkv = [f"self_attn.{p}_proj" for p in "qkv"]

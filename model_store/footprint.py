@@ -1,0 +1,97 @@
+"""How many parameters and bytes each size needs: arithmetic on shapes, no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from model_store.assembly import Elasticity
+from model_store.spec import ModelSpec
+from model_store.weights import END_PARTS
+
+
+class Footprint:
+    """Counts every tensor once, however many sizes or sides refer to it."""
+
+    def __init__(
+        self,
+        elasticity: Elasticity,
+        teacher: ModelSpec,
+        student: ModelSpec,
+        shared_layers: Mapping[int, int],
+        shared_ends: Collection[str],
+    ) -> None:
+        """`shared_layers`: student layers that are a teacher layer, by global id; `shared_ends`: equal end parts."""
+        self.elasticity = elasticity
+        self.specs = {"teacher": teacher, "student": student}
+        self.shared_layers = shared_layers
+        self.shared_ends = shared_ends
+
+    def parameters(self, sizes: Collection[int]) -> int:
+        """Parameters that serving exactly `sizes` needs. For one size: of that size as assembled (a tied pair whose
+        embeddings differ is untied in between)."""
+        spec = self.specs["teacher"]
+        layers = {
+            self.shared_layers.get(layer, layer) for size in sizes for layer in self.elasticity.path(size).layers
+        }
+        matrix, norm = spec.vocab_size * spec.hidden_size, spec.hidden_size * (2 if spec.norm == "layer" else 1)
+        positions = spec.max_position_embeddings * spec.hidden_size if spec.learned_positions else 0
+        counts = {"embed": matrix, "head": matrix, "norm": norm, "positions": positions}
+        ends = set()
+        for side, parts in self.end_parts(sizes).items():
+            ends |= {self._owner(part, side) for part in parts}
+            if "embed" in parts:
+                ends.add(("positions", self._owner("embed", side)[1]))
+        return len(layers) * spec.layer_parameters + sum(counts[part] for part, _ in ends)
+
+    def end_parts(self, sizes: Collection[int]) -> dict[str, set[str]]:
+        """Side -> which of embedding, norm and head some of the sizes take from it."""
+        parts: dict[str, set[str]] = {"teacher": set(), "student": set()}
+        for size in sizes:
+            path = self.elasticity.path(size)
+            for part, side in zip(END_PARTS, (path.embed_from, path.norm_from, path.head_from), strict=True):
+                parts[side].add(part)
+        return parts
+
+    def _owner(self, part: str, side: str) -> tuple[str, str]:
+        """Where an end's tensor really is: a tied head is the embedding, an equal tensor is the teacher's."""
+        if side == "student" and part in self.shared_ends:
+            side = "teacher"
+        if part == "head" and self.specs[side].tie_word_embeddings:
+            return self._owner("embed", side)
+        return part, side
+
+    def size_table(self, dtype: torch.dtype) -> list[dict[str, Any]]:
+        """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token."""
+        sizes = self.elasticity.sizes
+        teacher = self.parameters(sizes[-1:])
+        kv_bytes = self.specs["teacher"].kv_bytes_per_token_layer(dtype.itemsize)
+        return [
+            {
+                "size": size,
+                "parameters": (parameters := self.parameters([size])),
+                "fraction": parameters / teacher,
+                "weight_bytes": parameters * dtype.itemsize,
+                "kv_bytes_per_token": size * kv_bytes,
+            }
+            for size in sizes
+        ]
+
+    def servable(self, dtype: torch.dtype, budget: int | None) -> tuple[tuple[int, ...], dict[int, str]]:
+        """The sizes, smallest first, whose weights fit `budget` bytes together, and why the others do not."""
+        sizes = self.elasticity.sizes
+        needs = [self.parameters(sizes[: i + 1]) * dtype.itemsize for i in range(len(sizes))]
+        if budget is None:
+            return sizes, {}
+        fitting = sum(need <= budget for need in needs)  # needs grow with the size
+        missing = {
+            size: f"needs {_mib(need)} of weights in memory, the budget is {_mib(budget)}"
+            for size, need in zip(sizes[fitting:], needs[fitting:], strict=True)
+        }
+        return sizes[:fitting], missing
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

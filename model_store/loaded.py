@@ -1,0 +1,71 @@
+"""A pair in memory: every tensor once, whatever is served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from model_store.assembly import Elasticity
+from model_store.lowrank import LowRankDelta
+from model_store.spec import ModelSpec
+from model_store.weights import EndWeights, LayerWeights
+
+
+@dataclass(slots=True, eq=False)
+class LoadedPair:
+    """Tensors of one pair, each once. `layers` by global id: teacher t is t, student s is N + s."""
+
+    name: str
+    spec: ModelSpec
+    elasticity: Elasticity
+    sizes: tuple[int, ...]  # that can be served
+    layers: dict[int, LayerWeights]
+    ends: dict[str, EndWeights]  # "teacher", "student"; one object if nothing differs
+    missing_sizes: dict[int, str] = field(default_factory=dict)  # size -> why it cannot be served
+    low_rank: dict[int, LowRankDelta] | None = None  # global id -> factors of a low-rank student, if kept
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor, a shared one as often as it is referred to."""
+        for layer in self.layers.values():
+            yield from layer.tensors()
+        for end in self.ends.values():
+            yield from end.tensors()
+
+    def num_bytes(self) -> int:
+        """Bytes of weights in memory: distinct storages once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        return sum(storages.values())
+
+
+def is_same_layer(one: LayerWeights, other: LayerWeights) -> bool:
+    """Whether two layers have equal tensors. Unlike ones are told apart by their norms, which are small."""
+    names = sorted((f.name for f in dataclasses.fields(LayerWeights)), key=lambda name: "norm" not in name)
+    return all(_is_equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def join_ends(
+    teacher: dict[str, torch.Tensor | None], student: dict[str, torch.Tensor | None]
+) -> dict[str, EndWeights]:
+    """EndWeights of both sides from the parts that were read; equal tensors become one object.
+
+    A part that no size needs was not read: it stands for the other side's, so that both sides are always whole.
+    """
+    shared: dict[int, torch.Tensor] = {}
+    for name, mine in student.items():
+        theirs = teacher.get(name)
+        if mine is not None and theirs is not None and mine is not theirs and _is_equal(mine, theirs):
+            shared[id(mine)] = theirs
+    student = {name: shared.get(id(value), value) for name, value in student.items()}
+    teacher, student = student | teacher, teacher | student
+    if all(teacher[name] is student[name] for name in teacher):
+        return dict.fromkeys(("teacher", "student"), EndWeights(**teacher))
+    return {"teacher": EndWeights(**teacher), "student": EndWeights(**student)}
+
+
+def _is_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
