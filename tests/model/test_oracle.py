@@ -9,6 +9,7 @@ from model_store.pair import open_pair
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
+from server.kernels.cpu import build, library
 from tests.tiny_pairs import FAMILIES, VOCAB, Oracle, make_pair
 
 ORDERS = ("last_to_first", "first_to_last", "mixed")
@@ -22,13 +23,26 @@ def family(request, tmp_path_factory):
     return teacher, student, Oracle(teacher, student)
 
 
+@pytest.fixture(params=["torch", "native"])
+def executor(request):
+    if request.param == "native" and (reason := native_problem()):
+        pytest.skip(reason)
+    return request.param
+
+
+def native_problem() -> str | None:
+    if missing := library.missing_instructions():
+        return f"the processor lacks {', '.join(missing)}"
+    return None if build.compiler() else "no C++ compiler"
+
+
 def open_order(teacher, student, order):
     if order == "mixed":
         return open_pair(teacher, student, thresholds=MIXED_THRESHOLDS)
     return open_pair(teacher, student, patch_order=order)
 
 
-def make_engine(pair, executor="torch", dtype=torch.float32, **changes) -> Engine:
+def make_engine(pair, executor, dtype=torch.float32, **changes) -> Engine:
     values = {"max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 24, "page_size": 8}
     config = EngineConfig(**(values | {"kv_cache_bytes": 4 << 20, "executor": executor} | changes))
     return Engine(pair.load(dtype), config)
@@ -62,11 +76,11 @@ def all_logprobs(outputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_size_alone_and_in_a_mixed_batch(family, order):
+def test_every_size_alone_and_in_a_mixed_batch(family, order, executor):
     teacher, student, oracle = family
     pair = open_order(teacher, student, order)
     assert pair.elasticity.sizes == (4, 5, 6)
-    engine = make_engine(pair)
+    engine = make_engine(pair, executor)
     rng = random.Random(0)
     requests = []
     for i in range(9):
@@ -90,12 +104,12 @@ def test_every_size_alone_and_in_a_mixed_batch(family, order):
         assert again.output_token_ids == request.output_token_ids
 
 
-def test_prefix_hits_and_preemption_change_nothing(family):
+def test_prefix_hits_and_preemption_change_nothing(family, executor):
     teacher, student, oracle = family
     pair = open_order(teacher, student, "last_to_first")
     # Room for about two whole requests: the others preempt each other.
-    page_bytes = make_engine(pair).executor.page_bytes()
-    engine = make_engine(pair, kv_cache_bytes=96 * page_bytes)
+    page_bytes = make_engine(pair, executor).executor.page_bytes()
+    engine = make_engine(pair, executor, kv_cache_bytes=96 * page_bytes)
     rng = random.Random(1)
     shared = [rng.randrange(VOCAB) for _ in range(24)]
     requests = [

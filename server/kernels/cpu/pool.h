@@ -1,0 +1,130 @@
+// A persistent team for short parallel loops.
+//
+// Work is cut into chunks that whoever is awake takes; a loop ends when its chunks are done, not when every thread has
+// shown up. So a worker that the system has put aside (the HTTP thread shares these cores) costs its share of the
+// speed, never a wait for it to come back.
+#pragma once
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace boomerang {
+
+class Pool {
+  public:
+    explicit Pool(int num_threads) : num_threads_(num_threads) {
+        for (int i = 1; i < num_threads; i++) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Pool() {
+        stopping_ = true;
+        wake();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    int num_threads() const { return num_threads_; }
+
+    // Workers spin between `begin` and `end`, so that the loops of one step follow each other without system calls.
+    void begin() {
+        if (num_threads_ == 1) return;
+        active_.store(1, std::memory_order_release);
+        wake();
+    }
+    void end() { active_.store(0, std::memory_order_release); }
+
+    // body(chunk, thread) for every chunk in [0, num_chunks).
+    template <class Body>
+    void run(int num_chunks, Body&& body) {
+        if (num_chunks <= 0) return;
+        if (num_threads_ == 1 || num_chunks == 1) {
+            for (int i = 0; i < num_chunks; i++) body(i, 0);
+            return;
+        }
+        uint32_t sequence = ++sequence_;
+        Job& job = jobs_[sequence % kRing];
+        job.call = [](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(chunk, thread); };
+        job.context = &body;
+        job.num_chunks = num_chunks;
+        done_.store(0, std::memory_order_relaxed);
+        ticket_.store(uint64_t(sequence) << 32, std::memory_order_release);
+        take_chunks(0);
+        for (int spin = 0; done_.load(std::memory_order_acquire) != num_chunks; spin++) pause(spin);
+    }
+
+  private:
+    struct Job {
+        void (*call)(void*, int, int);
+        void* context;
+        int num_chunks;
+    };
+    static constexpr int kRing = 4;
+
+    static void pause(int spin) {
+        if (spin < 2000)
+            _mm_pause();
+        else
+            std::this_thread::yield();
+    }
+
+    // Ticket = (sequence of the loop, next chunk). A chunk is taken by compare-and-swap on both, so a worker that still
+    // remembers an earlier loop can never run a chunk of a later one with the wrong body.
+    bool take_chunks(int thread) {
+        bool any = false;
+        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        while (true) {
+            const Job job = jobs_[(ticket >> 32) % kRing];
+            int chunk = int(uint32_t(ticket));
+            if (chunk >= job.num_chunks) {
+                uint64_t again = ticket_.load(std::memory_order_acquire);
+                if (again == ticket) return any;
+                ticket = again;
+                continue;
+            }
+            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            job.call(job.context, chunk, thread);
+            done_.fetch_add(1, std::memory_order_acq_rel);
+            any = true;
+            ticket = ticket_.load(std::memory_order_acquire);
+        }
+    }
+
+    void work(int thread) {
+        int spin = 0;
+        while (!stopping_) {
+            if (active_.load(std::memory_order_acquire)) {
+                if (take_chunks(thread))
+                    spin = 0;
+                else
+                    pause(spin++);
+            } else {
+                uint32_t seen = futex_.load(std::memory_order_acquire);
+                if (!active_.load(std::memory_order_acquire) && !stopping_)
+                    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&futex_), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+                spin = 0;
+            }
+        }
+    }
+
+    void wake() {
+        futex_.fetch_add(1, std::memory_order_release);
+        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&futex_), FUTEX_WAKE_PRIVATE, 1 << 20, nullptr, nullptr, 0);
+    }
+
+    int num_threads_;
+    std::vector<std::thread> workers_;
+    Job jobs_[kRing] = {};
+    uint32_t sequence_ = 0;
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int> done_{0};
+    alignas(64) std::atomic<int> active_{0};
+    std::atomic<uint32_t> futex_{0};
+    std::atomic<bool> stopping_{false};
+};
+
+}  // namespace boomerang
