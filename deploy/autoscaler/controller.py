@@ -46,6 +46,7 @@ class Controller:
     clock: Callable[[], float] = time.time
     state: ScalingState | None = None
     _drain_started: dict[str, float] = field(default_factory=dict)
+    _is_blind: bool = False
     _last_written: tuple[int, str] | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -74,8 +75,13 @@ class Controller:
             self.state = ScalingState(target=counts["ready"] + counts["starting"])
         try:
             signal = self.source.read()
+            if self._is_blind:
+                log.info("the signal is back")
+            self._is_blind = False
         except SourceUnavailable as error:
-            log.warning("no signal: %s", error)
+            if not self._is_blind:  # once, not with every look
+                log.warning("no signal: %s", error)
+            self._is_blind = True
             self.metrics.errors.labels("prometheus").inc()
             signal = None
         observation = Observation(now=now, ready=counts["ready"], starting=counts["starting"], signal=signal)

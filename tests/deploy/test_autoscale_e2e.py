@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.autoscale import Record, send, server_command
 from deploy.autoscaler.decision import ScalingPolicy
+from deploy.grafana.panels import draw
 from deploy.local.stack import LocalStack
 from tests.api.tiny import make_tokenizer
 
@@ -133,6 +134,34 @@ async def idle_limits(visitors: Visitors) -> dict:
     return {"tpot_ms": round(2000 * record.tpot, 2), "ttft_ms": round(1000 * max(0.5, 10 * record.ttft))}
 
 
+# What vLLM's own Grafana dashboard and the usual scalers read.
+VLLM_FAMILIES = (
+    "e2e_request_latency_seconds_bucket", "e2e_request_latency_seconds_sum", "e2e_request_latency_seconds_count",
+    "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket", "prompt_tokens_total",
+    "generation_tokens_total", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+    "request_prompt_tokens_bucket", "request_generation_tokens_bucket", "request_success_total",
+    "request_queue_time_seconds_sum", "request_prefill_time_seconds_sum", "request_decode_time_seconds_sum",
+    "request_max_num_generation_tokens_sum", "request_time_per_output_token_seconds_bucket", "cache_config_info",
+    "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total", "iteration_tokens_total_bucket",
+)  # fmt: skip
+
+
+def check_dashboards(stack: LocalStack, begin: float, picture: Path) -> None:
+    """Every panel's query, every rule and every family of vLLM's dashboard, against the Prometheus of this run."""
+    found = draw(stack.prometheus_url, picture, begin, time.time())
+    assert not [name for name, count in found.items() if count == 0]
+    assert picture.stat().st_size > 10_000
+    get = httpx.Client(base_url=stack.prometheus_url, trust_env=False).get
+    for group in get("/api/v1/rules").json()["data"]["groups"]:
+        for rule in group["rules"]:
+            assert rule["health"] == "ok", rule
+    for family in VLLM_FAMILIES:
+        query = {"query": f'count by (__name__) ({{__name__="vllm:{family}",model_name=~".+"}})'}
+        if family == "cache_config_info":
+            query = {"query": "vllm:cache_config_info{block_size!='',num_gpu_blocks!=''}"}
+        assert get("/api/v1/query", params=query).json()["data"]["result"], family
+
+
 def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command, tmp_path):
     policy = ScalingPolicy(min_replicas=1, max_replicas=2, down_stabilisation=10, down_interval=2)
 
@@ -158,7 +187,9 @@ def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command
 
     with LocalStack(command, tmp_path, policy, window="5s") as stack:
         stack.wait_ready(timeout=120)
+        begin = time.time()
         visitors, at = asyncio.run(scenario(stack))
+        check_dashboards(stack, begin, tmp_path / "panels.png")
 
     failed = [record for record in visitors.records if not record.is_complete]
     assert not failed, failed[:3]
