@@ -36,18 +36,12 @@ _GPT2_NAMES = {
     "output": "lm_head", "attn_norm": "ln_1", "ffn_norm": "ln_2", "attn_qkv": "attn.c_attn",
     "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
-_GPT_NEOX_NAMES = {
-    "token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_qkv": "attention.query_key_value",
-    "attn_output": "attention.dense", "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
-}  # fmt: skip
 # GGUF architecture -> model_type, class, tensor names, prefix of a layer
 _ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM", _LLAMA_NAMES, "model.layers."),
     "qwen2": ("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, "model.layers."),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, "model.layers."),
     "gpt2": ("gpt2", "GPT2LMHeadModel", _GPT2_NAMES, "transformer.h."),
-    "gptneox": ("gpt_neox", "GPTNeoXForCausalLM", _GPT_NEOX_NAMES, "gpt_neox.layers."),
 }
 # Vocabularies whose text was cut into single digits before byte-level BPE (llama.cpp, src/llama-vocab.cpp).
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
@@ -125,13 +119,6 @@ def _config(architecture: str, values: dict[str, Any], reader: gguf.GGUFReader) 
         "intermediate_size": key("feed_forward_length"), "max_position_embeddings": key("context_length"),
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)} | _rope_scaling(key, names, reader)
-    if architecture == "gptneox":
-        fraction = key("rope.dimension_count") / (hidden // heads)
-        return config | {
-            "rope_parameters": rope | {"partial_rotary_factor": fraction}, "hidden_act": "gelu",
-            "layer_norm_eps": key("attention.layer_norm_epsilon"),
-            "use_parallel_residual": key("use_parallel_residual", True),
-        }  # fmt: skip
     config |= {
         "num_key_value_heads": key("attention.head_count_kv", heads), "hidden_act": "silu",
         "head_dim": key("attention.key_length", key("rope.dimension_count", hidden // heads)),
@@ -189,9 +176,6 @@ def _tensors(
             array = array.reshape(heads, spec.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
         elif architecture == "gpt2" and layer is not None and kind == "weight" and array.ndim == 2:
             array = array.T  # Conv1D
-        elif architecture == "gptneox" and part == "attn_qkv":
-            # Stacked in the file, interleaved per head in the checkpoint.
-            array = array.reshape(3, spec.num_heads, spec.head_dim, -1).swapaxes(0, 1).reshape(array.shape)
         name = f"{prefix}{layer}.{names[part]}.{kind}" if layer is not None else f"{names[part]}.{kind}"
         yield name, torch.from_numpy(np.require(array, requirements="CW")).to(torch.bfloat16)
 

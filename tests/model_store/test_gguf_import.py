@@ -1,0 +1,126 @@
+"""GGUF files written from tiny models come back as those models."""
+
+import copy
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model_store import gguf_import
+from model_store.gguf_import import import_gguf
+from model_store.sources import import_gguf_file, resolve
+from model_store.spec import ModelSpec
+from model_store.store import StoreError
+from model_store.weights import Checkpoint
+from tests import tiny_pairs
+from tests.model_store.gguf_files import ARCHITECTURES, TOKENS, write_gguf
+
+
+@pytest.fixture(autouse=True)
+def vocabulary(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny_pairs, "VOCAB", len(TOKENS))
+    monkeypatch.setenv("BOOMERANG_STORE", str(tmp_path / "store"))
+
+
+def plain_llama(tied: bool = True):
+    scaled = tiny_pairs.make_model("llama", 2, seed=4, tied=tied)
+    config = copy.deepcopy(scaled.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.load_state_dict(scaled.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_survives_the_round_trip(family, tied, tmp_path):
+    model = plain_llama(tied) if family == "llama" else tiny_pairs.make_model(family, 2, seed=4, tied=tied)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    (tmp_path / "out").mkdir()
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False)
+    imported, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(imported.state_dict()[name], value.bfloat16().float()), name
+    expected = ModelSpec.from_hf_config(json.loads(model.config.to_json_string(use_diff=False)))
+    assert Checkpoint(tmp_path / "out").spec == expected
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        ids = torch.randint(0, 200, (1, 20))
+        torch.testing.assert_close(imported(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_files_are_dequantised(tmp_path):
+    model = plain_llama()
+    write_gguf(model, tmp_path / "tiny.gguf", quantise="Q8_0")
+    (tmp_path / "out").mkdir()
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False)
+    got = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    kind = gguf.GGMLQuantizationType.Q8_0
+    weight = model.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy()
+    assert torch.equal(got, torch.from_numpy(gguf.dequantize(gguf.quantize(weight, kind), kind)).bfloat16())
+
+
+def test_llama3_scaling_is_recognised_by_its_factors(tmp_path):
+    model = plain_llama()
+    scaling = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    spec = ModelSpec.from_hf_config(model.config.to_dict() | {"rope_parameters": scaling})
+    plain = ModelSpec.from_hf_config(model.config.to_dict())
+    factors = (plain.rope_inv_freq()[0] / spec.rope_inv_freq()[0]).numpy()
+    write_gguf(model, tmp_path / "tiny.gguf", extra={"rope_freqs.weight": factors})
+    path = resolve(tmp_path / "tiny.gguf")
+    assert Checkpoint(path).spec.rope_scaling == {k: v for k, v in scaling.items() if k != "rope_theta"}
+
+    write_gguf(model, tmp_path / "odd.gguf", extra={"rope_freqs.weight": np.linspace(1, 3, 8)})
+    with pytest.raises(StoreError, match="not those of Llama 3"):
+        resolve(tmp_path / "odd.gguf")
+
+
+def test_a_tensor_without_a_place_is_refused_and_nothing_is_left(tmp_path):
+    write_gguf(plain_llama(), tmp_path / "odd.gguf", extra={"blk.0.ffn_gate_exps.weight": np.ones((2, 32))})
+    with pytest.raises(StoreError, match=r"a tensor that this family does not: blk\.0\.ffn_gate_exps"):
+        resolve(tmp_path / "odd.gguf")
+    (tmp_path / "text.gguf").write_text("not a model at all")
+    with pytest.raises(StoreError, match="not a readable GGUF"):
+        resolve(tmp_path / "text.gguf")
+    assert not list((tmp_path / "store").glob("models/*")) and not [
+        path for path in (tmp_path / "store" / "incoming").iterdir() if path.is_dir()
+    ]
+
+
+def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
+    model = plain_llama()
+    write_gguf(model, tmp_path / "tiny.gguf")
+    whole = import_gguf_file(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(gguf_import, "_MAX_SHARD_BYTES", 60_000)
+    (tmp_path / "out").mkdir()
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    one, other = Checkpoint(whole), Checkpoint(tmp_path / "out")
+    for a, b in zip(one.layer(1, torch.float32).tensors(), other.layer(1, torch.float32).tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_tokenizer_and_its_template(tmp_path):
+    write_gguf(plain_llama(), tmp_path / "tiny.gguf")
+    path = resolve(tmp_path / "tiny.gguf")
+    assert resolve(tmp_path / "tiny.gguf") == path  # imported once
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for text in ("the 12 the\n\n", "naïve — 你好 👩‍👩‍👧 \x00", "<|im_start|>user\nhi<|im_end|>", ""):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("  the 12").input_ids)
+    assert pieces == ["Ġ", "Ġthe", "Ġ", "1", "2"]  # the merge "12" is never reached: digits stand alone
+    assert tokenizer("<|im_end|>").input_ids == [2] and tokenizer.eos_token_id == 2 and tokenizer.bos_token_id == 1
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert rendered == "<|im_start|>user\nhi<|im_end|>\n"
+    assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == 2
+    written = (path / "config.json").read_text() + (path / "tokenizer_config.json").read_text()
+    assert str(tmp_path) not in written
