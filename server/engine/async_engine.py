@@ -150,6 +150,7 @@ class AsyncEngine:
                 outputs = self._drain(inbox)
                 if stopping:
                     self._publish(outputs)
+                    self._report_leaks()
                     return
                 if self.engine.has_work:
                     self._step_started = time.monotonic()
@@ -167,6 +168,17 @@ class AsyncEngine:
         finally:
             self._step_started = None
             self._loop_call(self._fail_all)
+
+    def _report_leaks(self) -> None:
+        """Every request has ended by now, so anything still held is a bug worth a line in the log."""
+        try:
+            self.engine.check_integrity()
+            free, pages = self.engine.kv_cache.num_free_pages, self.engine.kv_cache.num_pages
+            assert free == pages, f"{pages - free} pages are still held"
+        except AssertionError as error:
+            logger.error("engine stopped with a leak: %s", error)
+        else:
+            logger.info("engine stopped: all %d pages are free", pages)
 
     def _drain(self, inbox: deque[Request | str]) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []

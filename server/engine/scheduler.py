@@ -131,7 +131,7 @@ class Scheduler:
     # --- one step
 
     def schedule(self) -> SchedulerOutput:
-        """Rows that decode first, then prompts that run, then waiting requests, until tokens, slots or pages run out."""
+        """Decoding rows first, then running prompts, then waiting requests, until tokens, slots or pages run out."""
         output = SchedulerOutput()
         now = self.clock()
         for request, decision in self.policy.resize(self, now):
@@ -166,7 +166,8 @@ class Scheduler:
             self.kv_cache.cache_full_blocks(request)
             token = sampled.get(request.request_id)
             is_decode = count == 1 and bool(request.output_token_ids)
-            self.waiting.charge(request.tenant, count * request.path.num_layers * (OUTPUT_TOKEN_COST if is_decode else 1.0))
+            weight = OUTPUT_TOKEN_COST if is_decode else 1.0
+            self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
             if token is not None:
                 results.append(self._append(request, token, now))
             elif request.sampling.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:

@@ -9,7 +9,6 @@ T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabu
 from __future__ import annotations
 
 import ctypes
-import os
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ class NativeExecutor:
         self.dtype = pair.ends["teacher"].embed.dtype
         self.device = torch.device("cpu")
         self.page_size = config.page_size
-        self.num_threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib = lib
         inv_freq, factor = spec.rope_inv_freq() if spec.rotary_dim else (torch.zeros(0), 1.0)
         angles = torch.outer(torch.arange(config.max_model_len, dtype=torch.float32), inv_freq)
