@@ -30,6 +30,7 @@ POLICY_HELP = {
     "down_fraction": "at most this share in one decision (at least one)",
     "down_stabilisation": "seconds of calm before a replica goes",
     "down_interval": "seconds between two steps down",
+    "capacity_doubling": "seconds of calm after which the learned capacity counts twice",
 }
 
 

@@ -32,6 +32,7 @@ class ScalingPolicy:
     down_fraction: float = 0.1  # at most this share in one decision (always at least one)
     down_stabilisation: float = 180.0  # down to the highest number wanted within this window
     down_interval: float = 30.0  # between two steps down, so that the effect of one is seen before the next
+    capacity_doubling: float = 3600.0  # of calm, after which the learned capacity counts twice: old lessons fade
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas:
@@ -40,8 +41,8 @@ class ScalingPolicy:
             raise ValueError("0 <= degraded_low <= degraded_high <= 1")
         if not 0 < self.headroom <= 1 or not 0 < self.slo_target <= 1:
             raise ValueError("headroom and slo_target lie in (0, 1]")
-        if self.up_factor <= 1 or not 0 < self.down_fraction <= 1:
-            raise ValueError("up_factor > 1 and 0 < down_fraction <= 1")
+        if self.up_factor <= 1 or not 0 < self.down_fraction <= 1 or self.capacity_doubling <= 0:
+            raise ValueError("up_factor > 1, 0 < down_fraction <= 1 and capacity_doubling > 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,7 @@ class ScalingState:
     capacity: float | None = None  # requests in flight per replica that were served whole (learned)
     wanted: tuple[tuple[float, int], ...] = ()  # (time, replicas wanted) within the stabilisation window
     last_down: float = -math.inf
+    last_look: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,9 @@ def decide(policy: ScalingPolicy, state: ScalingState, observation: Observation)
         state = replace(state, target=current, wanted=((now, current),))
         return state, Decision(target=current, wanted=current, reason=reason)
 
-    state = replace(state, capacity=_learn_capacity(policy, state.capacity, observation.ready, signal))
+    elapsed = 0.0 if state.last_look is None else max(0.0, now - state.last_look)
+    capacity = _learn_capacity(policy, state.capacity, observation.ready, signal, elapsed)
+    state = replace(state, capacity=capacity, last_look=now)
     wanted, reason, detail = _wanted(policy, state, current, observation.ready, signal)
     wanted = min(max(wanted, low), high)
     start = now - policy.down_stabilisation
@@ -149,18 +153,21 @@ def _is_calm(policy: ScalingPolicy, signal: Signal, ready: int) -> bool:
     )
 
 
-def _learn_capacity(policy: ScalingPolicy, capacity: float | None, ready: int, signal: Signal) -> float | None:
+def _learn_capacity(
+    policy: ScalingPolicy, capacity: float | None, ready: int, signal: Signal, elapsed: float
+) -> float | None:
     """Requests in flight that one replica serves whole.
 
     Under degradation the running requests times their size fraction is what would have fitted at full size; without
-    it, whatever runs evidently fits, so a higher figure replaces the estimate.
+    it, whatever runs evidently fits, so a higher figure replaces the estimate. A window that straddles the beginning of
+    a rush teaches too little a capacity, and a faster build makes any lesson old: in calm times the estimate grows.
     """
     per_replica = signal.running / ready
     if _is_degraded(policy, signal) and signal.size_fraction is not None and per_replica > 1:
         sample = max(1.0, per_replica * signal.size_fraction)
         return sample if capacity is None else capacity + 0.3 * (sample - capacity)
-    if capacity is not None and _is_calm(policy, signal, ready) and per_replica > capacity:
-        return per_replica
+    if capacity is not None and _is_calm(policy, signal, ready):
+        return max(per_replica, capacity * 2 ** (min(elapsed, 60.0) / policy.capacity_doubling))
     return capacity
 
 
@@ -200,6 +207,7 @@ def _wanted(
         # Nothing was ever shrunk, so the capacity is unknown: try one fewer. Being wrong costs size for a moment,
         # never an error, and teaches the capacity.
         return current - 1, "calm", "capacity unknown"
-    wanted = math.ceil(signal.in_flight / (state.capacity * policy.headroom) - 1e-9)
+    # One request always fits one replica; a quarter of a replica too many is what the headroom is for.
+    wanted = max(1, math.ceil(signal.in_flight / max(1.0, state.capacity * policy.headroom) - 0.25))
     detail = f"{signal.in_flight:.1f} in flight, {state.capacity:.1f} fit one replica"
     return min(wanted, current), "calm", detail

@@ -85,10 +85,19 @@ def test_one_busy_moment_restarts_the_window():
 
 def test_the_learned_capacity_stops_a_descent_that_would_degrade():
     state = ScalingState(target=2, capacity=4.0)
-    full = dataclasses.replace(CALM, running=5.0)  # 5 in flight need 5 / (4 * 0.75) = 2 replicas
+    full = dataclasses.replace(CALM, running=5.0)  # 5 in flight need 5 / (4 * 0.75) = 1.7 replicas
     for now in range(0, 300, 5):
         state, decision = look(state, full, now=float(now), ready=2)
     assert decision.target == 2
+
+
+def test_a_lesson_too_low_fades_in_calm_times():
+    policy = dataclasses.replace(POLICY, capacity_doubling=120.0)
+    state = ScalingState(target=2, capacity=2.0)
+    signal = dataclasses.replace(CALM, running=3.0)
+    for now in range(0, 400, 5):
+        state, decision = look(state, signal, now=float(now), ready=state.target, policy=policy)
+    assert decision.target == 1
 
 
 def test_an_outage_of_prometheus_freezes_and_forgets_the_window():
