@@ -199,11 +199,14 @@ def open_pair(
             raise PairError(f"no student is known for the teacher {str(teacher)!r}: name one with --student")
         student = known.student or DEFAULT_PAIR_DIR
     student_path = resolve(student, store)
-    manifest = _read_json(student_path / "pair.json") or {}
+    # What a student says about itself lies in its folder, or beside its GGUF file.
+    notes = Path(student).expanduser().parent if str(student).endswith(".gguf") else student_path
+    manifest = _read_json(notes / "pair.json") or {}
     teacher = teacher or manifest.get("teacher") or published.DEFAULT_TEACHER
     teacher_path = default_teacher(store) if str(teacher) == published.DEFAULT_TEACHER else resolve(teacher, store)
+    kept_layers = _read_json(notes / "student_config.json") or {}
     try:
-        spec, student_spec, kept = _interlock(teacher_path, student_path, known)
+        spec, student_spec, kept = _interlock(teacher_path, student_path, kept_layers, known)
         recorded = _order(spec, kept, manifest.get("patch_order") or (known.patch_order if known else None), manifest)
         order, elasticity = recorded
         if thresholds is not None:
@@ -213,7 +216,7 @@ def open_pair(
     except (AssemblyError, SpecError) as error:
         raise PairError(str(error)) from error
     is_recorded = elasticity.thresholds == recorded[1].thresholds
-    quality = (_read_json(student_path / "quality.json") or {}).get("sizes", {}) if is_recorded else {}
+    quality = (_read_json(notes / "quality.json") or {}).get("sizes", {}) if is_recorded else {}
     default_name = known.name if known else teacher_path.name.rsplit("--", 1)[-1].lower()
     return Pair(
         name=name or manifest.get("name") or default_name,
@@ -252,10 +255,9 @@ def _order(
 
 
 def _interlock(
-    teacher_path: Path, student_path: Path, known: PublishedPair | None
+    teacher_path: Path, student_path: Path, config: dict[str, Any], known: PublishedPair | None
 ) -> tuple[ModelSpec, ModelSpec | None, list[int]]:
     """Specs of both (None for a low-rank student) and the kept layers; PairError if they do not fit together."""
-    config = _read_json(student_path / "student_config.json") or {}
     kept = config.get("copied_teacher_layers") or (list(known.kept) if known and known.kept else None)
     if not isinstance(kept, list):
         raise PairError(

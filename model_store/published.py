@@ -56,8 +56,8 @@ def by_teacher(teacher: str) -> PublishedPair | None:
 
 
 def by_student(student: str) -> PublishedPair | None:
-    """The pair whose student has that hub id, or a folder of that name (also as the store spells it)."""
-    base = student.rstrip("/").rsplit("/", 1)[-1].rsplit("--", 1)[-1].lower()
+    """The pair whose student has that hub id, or a folder or GGUF file of that name (also as the store spells it)."""
+    base = student.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1].rsplit("--", 1)[-1].lower()
     return next((pair for pair in PUBLISHED if pair.student and _base(pair.student) == base), None)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_store import gguf_import
 from model_store.gguf_import import import_gguf
+from model_store.pair import PairError, open_pair
 from model_store.sources import import_gguf_file, resolve
 from model_store.spec import ModelSpec
 from model_store.store import StoreError
@@ -124,3 +125,13 @@ def test_the_tokenizer_and_its_template(tmp_path):
     assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == 2
     written = (path / "config.json").read_text() + (path / "tokenizer_config.json").read_text()
     assert str(tmp_path) not in written
+
+
+def test_a_pair_of_gguf_files(tmp_path):
+    write_gguf(tiny_pairs.make_model("qwen3", 6, seed=1), tmp_path / "teacher.gguf")
+    write_gguf(tiny_pairs.make_model("qwen3", 4, seed=2), tmp_path / "student.gguf")
+    with pytest.raises(PairError, match="which teacher layers"):
+        open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
+    (tmp_path / "student_config.json").write_text('{"copied_teacher_layers": [0, 2, 4, 5]}')
+    pair = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
+    assert pair.load(torch.bfloat16).sizes == (4, 5, 6)
