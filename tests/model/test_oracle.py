@@ -136,3 +136,39 @@ def test_published_counting_and_ends(family):
     one = first.path(5)
     assert one.layers == (0, 1, 7, 8, 9)
     assert (one.embed_from, one.norm_from, one.head_from) == ("teacher", "student", "student")
+
+
+def test_long_prompts_in_one_step(family, executor):
+    """Enough rows for the kernels that only pay with many of them, and contexts of several attention blocks."""
+    teacher, student, oracle = family
+    pair = open_order(teacher, student, "last_to_first")
+    engine = make_engine(pair, executor, max_model_len=256, max_num_batched_tokens=1024)
+    rng = random.Random(2)
+    requests = [
+        make_request(f"l{i}", [rng.randrange(VOCAB) for _ in range(length)], size, max_tokens=2, prompt_logprobs=-1)
+        for i, (length, size) in enumerate(((250, 6), (131, 5), (97, 4), (1, 5)))
+    ]
+    outputs = run(engine, requests)
+    for request in requests:
+        text = request.prompt_token_ids
+        reference = torch.log_softmax(oracle.logits(pair.elasticity, request.sizes[0], text)[:-1], -1)
+        measured = all_logprobs(outputs[request.request_id])
+        assert ((measured - reference).abs() <= 1e-4 * reference.abs().clamp(min=1.0)).all()
+
+
+def test_bfloat16_stays_close(family, executor):
+    teacher, student, oracle = family
+    pair = open_order(teacher, student, "last_to_first")
+    engine = make_engine(pair, executor, torch.bfloat16, max_model_len=256, max_num_batched_tokens=1024)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (120, 30)]
+    requests = [
+        make_request(f"b{i}", prompt, size, max_tokens=1, prompt_logprobs=-1)
+        for i, (prompt, size) in enumerate((prompt, size) for prompt in prompts for size in pair.elasticity.sizes)
+    ]
+    outputs = run(engine, requests)
+    for request in requests:
+        reference = oracle.logits(pair.elasticity, request.sizes[0], request.prompt_token_ids)[:-1]
+        measured = all_logprobs(outputs[request.request_id])
+        measured, reference = (x - x.mean(-1, keepdim=True) for x in (measured, reference))
+        assert torch.cosine_similarity(measured, reference).min() > 0.99

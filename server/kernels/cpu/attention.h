@@ -45,8 +45,10 @@ inline void accumulate(const float* p, long ldp, const W* v, int D, int num, flo
     for (int n = 0; n < num; n++) {
         __m512 values[C];
         for (int c = 0; c < C; c++) values[c] = load16(v + long(n) * D + d + 16 * c, c == C - 1 ? last : 0xffff);
+#pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             __m512 weight = _mm512_set1_ps(p[r * ldp + n]);
+#pragma GCC unroll 4
             for (int c = 0; c < C; c++) sums[r][c] = _mm512_fmadd_ps(weight, values[c], sums[r][c]);
         }
     }

@@ -5,12 +5,13 @@
 #pragma once
 #include <algorithm>
 
+#include "packed.h"
 #include "simd.h"
 
 namespace boomerang {
 
-// How far ahead weights are fetched into the second-level cache: steps of a dot product when one tile uses a row, groups of
-// rows when several do. Measured; the first-level cache is too small for either.
+// How far ahead weights are fetched into the second-level cache: steps of a dot product when one tile uses a row,
+// groups of rows when several do. Measured; the first-level cache is too small for either.
 constexpr int kAhead = 18;
 constexpr int kGroups = 4;
 
@@ -97,6 +98,7 @@ inline void sweep(const W* x, long ldx, int M, const W* w, long ldw, const float
 
 template <class W, bool add = false>
 inline void gemm(const W* x, long ldx, int M, const W* w, long ldw, const float* bias, float* y, long ldy, int N, int K) {
+    if (packs<W>(M, K)) return gemm_packed<W, add>(x, ldx, M, w, ldw, bias, y, ldy, N, K);
     if (M == 1) return sweep<W, 1, 16, add>(x, ldx, M, w, ldw, bias, y, ldy, N, K);
     if (M == 2) return sweep<W, 2, 8, add>(x, ldx, M, w, ldw, bias, y, ldy, N, K);
     // Rows of x stay in the second-level cache while the rows of w pass by, and the chunk of w stays there for the next.

@@ -20,7 +20,7 @@ inline float to_float(bf16 x) {
     return y;
 }
 
-inline __mmask16 tail16(int n) { return n >= 16 ? 0xffff : __mmask16((1u << n) - 1); }
+inline __mmask16 tail16(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
 
 // 16 values of W as float.
 inline __m512 load16(const float* p, __mmask16 mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, p); }

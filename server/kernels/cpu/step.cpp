@@ -137,7 +137,7 @@ class Engine final : public EngineBase {
     }
 
     void mlp_up(const BsLayer& w, const W* x, int T, W* act) {
-        const int I = s_.intermediate, E = s_.hidden, size = chunk_rows(I, T), block = 64;
+        const int I = s_.intermediate, E = s_.hidden, size = chunk_rows(I, T), block = 256;
         const W* up = static_cast<const W*>(w.up_w);
         bias_.clear();
         const float* bias = widen(w.up_b, s_.gated ? 2 * I : I, bias_);
