@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,6 +22,7 @@ ray = pytest.importorskip("ray", reason="needs ray[serve]")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 TOKENS = 200
+METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,13 @@ def url(tmp_path_factory):
 
     teacher, student = make_pair(tmp_path_factory.mktemp("pair"))
     # Logical CPUs: what Ray may place, not what the machine has.
-    ray.init(num_cpus=6, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    ray.init(
+        num_cpus=6,
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,
+        _metrics_export_port=METRICS_PORT,
+    )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings = {
@@ -50,6 +59,7 @@ def url(tmp_path_factory):
         "max_num_seqs": 2,
     }
     options = {
+        "metrics_interval": 1,
         "max_replicas": 2,
         "num_cpus": 1,
         "look_back": 3,
@@ -112,6 +122,19 @@ def test_disconnect_aborts(url):
     wait_for(lambda: load_of(url)["num_running"] == 0, 10, "the abandoned request still runs")
 
 
+def test_metrics_go_out_through_ray(url):
+    httpx.post(url + "/v1/completions", json=body(size="5L"), timeout=30)
+
+    def is_exported() -> bool:
+        try:
+            text = httpx.get(f"http://127.0.0.1:{METRICS_PORT}/metrics").text
+        except httpx.TransportError:
+            return False
+        return "ray_vllm_num_requests_running" in text and "ray_boomerang_served_layers" in text
+
+    wait_for(is_exported, 60, "the metrics of the replica are not exported")
+
+
 def test_scales_up_under_load_and_down_again(url):
     assert num_replicas() == 1
     stop = time.monotonic() + 90
@@ -133,6 +156,40 @@ def test_scales_up_under_load_and_down_again(url):
         concurrent.futures.wait(visitors)
     assert statuses and set(statuses) == {200}
     wait_for(lambda: num_replicas() == 1, 60, "the second replica stayed")
+
+
+def test_the_router_prefers_the_prefix_then_the_size_unless_busy():
+    from deploy.ray.routing import PrefixAndSizeRouter
+
+    class Router(PrefixAndSizeRouter):
+        """Without Serve around it: loads are given."""
+
+        def __init__(self, loads: dict[str, int]) -> None:
+            self.loads = loads
+            self.initialize_state(max_imbalance=4)
+
+        def _load(self, replica) -> int:
+            return self.loads[replica.replica_id]
+
+    def replica(name: str, *sizes: str):
+        return SimpleNamespace(replica_id=name, routing_stats={"sizes": list(sizes)})
+
+    def request(prefix: str, size: str = ""):
+        return SimpleNamespace(metadata=SimpleNamespace(session_id=prefix, multiplexed_model_id=size))
+
+    def order(router, asked) -> list[str]:
+        ranks = asyncio.run(router.choose_replicas(replicas, asked))
+        return [choice.replica_id for rank in ranks for choice in rank]
+
+    replicas = [replica("a", "16"), replica("b", "30"), replica("c")]
+    router = Router({"a": 3, "b": 2, "c": 1})
+    assert order(router, request("p")) == ["c", "b", "a"]  # nothing known: by load
+    assert order(router, request("p", "16L")) == ["a", "c", "b"]  # it runs this size
+    router.on_request_routed(request("p"), "b", None)
+    assert order(router, request("p", "16L"))[0] == "b"  # it has this prefix
+    router.loads["b"] = 9
+    assert order(router, request("p", "16L")) == ["a", "c", "b"]  # but is too busy
+    assert order(router, None) == ["c", "a", "b"]
 
 
 def test_routing_keys_tell_prompts_and_sizes_apart():
