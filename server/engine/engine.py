@@ -90,7 +90,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
-        self.sampler = Sampler(config.seed)
+        self.sampler = Sampler(config.seed, getattr(self.executor, "draw", None))
         self.metrics_sink: MetricsSink | None = None
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._last_model_end: float | None = None

@@ -125,6 +125,19 @@ class NativeExecutor:
         self._by_side(hidden.contiguous(), num_teacher, head)
         return out
 
+    def draw(self, logits: torch.Tensor, draws: list[tuple[float, float, float, int, float]]) -> list[int]:
+        """One token per row of float32 logits [S, V]; per row (temperature, top_p, min_p, top_k, uniform number)."""
+        logits = logits.contiguous()
+        rows = (library.Draw * len(draws))(
+            *(
+                library.Draw(uniform=uniform, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+                for temperature, top_p, min_p, top_k, uniform in draws
+            )
+        )
+        tokens = np.empty(len(draws), np.int32)
+        self._lib.bs_draw(self._engine, logits.data_ptr(), len(draws), rows, tokens.ctypes.data)
+        return tokens.tolist()
+
     # --- parts
 
     def _embed(self, batch: ForwardBatch) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 from server.kernels.cpu import build
@@ -38,6 +38,12 @@ class Step(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Draw(ctypes.Structure):
+    _fields_ = [
+        ("uniform", c_double), ("temperature", c_float), ("top_p", c_float), ("min_p", c_float), ("top_k", c_int32),
+    ]  # fmt: skip
+
+
 def missing_instructions() -> list[str]:
     """What this processor lacks of what the kernels use."""
     try:
@@ -59,4 +65,5 @@ def load() -> ctypes.CDLL:
     library.bs_step.argtypes = [c_void_p, POINTER(Step)]
     library.bs_norm.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
     library.bs_head.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p]
+    library.bs_draw.argtypes = [c_void_p, c_void_p, c_int32, POINTER(Draw), c_void_p]
     return library

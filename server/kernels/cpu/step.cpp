@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "sampling.h"
 
 namespace boomerang {
 
@@ -17,6 +18,7 @@ struct EngineBase {
     virtual ~EngineBase() = default;
     virtual void step(const BsStep& step) = 0;
     virtual void norm_rows(float* rows, int M, const void* weight, const void* bias) = 0;
+    virtual void draw(const float* logits, int M, const BsDraw* draws, int32_t* tokens) = 0;
     virtual void head(const float* rows, int M, const void* head, const void* bias, float* logits) = 0;
 };
 
@@ -24,7 +26,7 @@ template <class W>
 class Engine final : public EngineBase {
   public:
     Engine(const BsSpec& spec, const BsLayer* layers, int num_layers, int num_threads)
-        : s_(spec), layers_(layers, layers + num_layers), pool_(num_threads), scratch_(num_threads) {}
+        : s_(spec), layers_(layers, layers + num_layers), pool_(num_threads), scratch_(num_threads), sampling_(num_threads) {}
 
     void step(const BsStep& step) override {
         step_ = &step;
@@ -65,6 +67,12 @@ class Engine final : public EngineBase {
             int n = chunk * n_chunk, N = std::min(n_chunk, V - n);
             gemm<W>(normed_.data(), E, M, static_cast<const W*>(head) + long(n) * E, E, b ? b + n : nullptr, logits + n, V, N, E);
         });
+        pool_.end();
+    }
+
+    void draw(const float* logits, int M, const BsDraw* draws, int32_t* tokens) override {
+        pool_.begin();
+        pool_.run(M, [&](int m, int thread) { tokens[m] = draw_token(logits + long(m) * s_.vocab, s_.vocab, draws[m], sampling_[thread]); });
         pool_.end();
     }
 
@@ -266,6 +274,7 @@ class Engine final : public EngineBase {
     std::vector<BsLayer> layers_;
     Pool pool_;
     std::vector<AttentionScratch> scratch_;
+    std::vector<SamplingScratch> sampling_;
     const BsStep* step_ = nullptr;
     std::vector<W> normed_, q_, attended_w_, act_;
     std::vector<float> qkv_, attended_, bias_;
@@ -291,4 +300,8 @@ void bs_norm(void* engine, float* rows, int32_t M, const void* weight, const voi
 
 void bs_head(void* engine, const float* rows, int32_t M, const void* head, const void* bias, float* logits) {
     static_cast<EngineBase*>(engine)->head(rows, M, head, bias, logits);
+}
+
+void bs_draw(void* engine, const float* logits, int32_t M, const BsDraw* draws, int32_t* tokens) {
+    static_cast<EngineBase*>(engine)->draw(logits, M, draws, tokens);
 }

@@ -37,4 +37,14 @@ void bs_step(void* engine, const BsStep* step);
 void bs_norm(void* engine, float* rows, int32_t M, const void* weight, const void* bias);
 // logits [M, vocab] float = rows [M, hidden] float times head [vocab, hidden].
 void bs_head(void* engine, const float* rows, int32_t M, const void* head, const void* bias, float* logits);
+
+// How one row is drawn, given a number of [0, 1); temperature 0 takes the likeliest, top_k 0 and top_p 1 keep all.
+struct BsDraw {
+    double uniform;
+    float temperature, top_p, min_p;
+    int32_t top_k;
+};
+
+// tokens[m] drawn from logits [M, vocab].
+void bs_draw(void* engine, const float* logits, int32_t M, const struct BsDraw* draws, int32_t* tokens);
 }

@@ -1,0 +1,136 @@
+// Draws one token from a row of logits: temperature, then min_p, then top_k, then top_p, as server/engine/sampler.py.
+//
+// The draw inverts the cumulative distribution at one uniform number. Nothing is sorted but the few entries that can
+// matter for top_k and top_p: a histogram over the logits says where the cut lies.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+#include "step.h"
+
+namespace boomerang {
+
+struct SamplingScratch {
+    std::vector<float> weights;
+    std::vector<int32_t> candidates;
+};
+
+inline int argmax(const float* row, int n) {
+    __m512 best = _mm512_set1_ps(-INFINITY);
+    for (int i = 0; i < n; i += 16) best = _mm512_max_ps(best, _mm512_mask_loadu_ps(best, tail16(n - i), row + i));
+    const float top = _mm512_reduce_max_ps(best);
+    const __m512 wanted = _mm512_set1_ps(top);
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 hit = _mm512_mask_cmp_ps_mask(tail16(n - i), _mm512_maskz_loadu_ps(tail16(n - i), row + i), wanted, _CMP_EQ_OQ);
+        if (hit) return i + __builtin_ctz(hit);
+    }
+    return 0;
+}
+
+inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch& scratch) {
+    const int peak_at = argmax(row, n);
+    if (d.temperature < 1e-5f || !std::isfinite(row[peak_at])) return peak_at;
+    scratch.weights.resize(size_t(n) + 16);
+    float* weights = scratch.weights.data();
+    const __m512 peak = _mm512_set1_ps(row[peak_at]), inverse = _mm512_set1_ps(1.0f / d.temperature);
+    const __m512 floor = _mm512_set1_ps(d.min_p), dead = _mm512_set1_ps(-80.0f);
+
+    // Weights relative to the likeliest, summed per run of 1024 entries, so that the draw looks into one run only.
+    constexpr int kRun = 1024;
+    const int runs = (n + kRun - 1) / kRun;
+    static thread_local std::vector<double> run_mass;
+    run_mass.assign(runs, 0.0);
+    double total = 0.0;
+    for (int r = 0; r < runs; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i += 16) {
+            __mmask16 mask = tail16(n - i);
+            __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), mask, row + i), peak), inverse);
+            __mmask16 alive = _mm512_cmp_ps_mask(x, dead, _CMP_GT_OQ);
+            __m512 w = _mm512_maskz_mov_ps(alive, exp16(x));
+            w = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, floor, _CMP_GE_OQ), w);
+            _mm512_storeu_ps(weights + i, w);
+            sum = _mm512_add_ps(sum, w);
+        }
+        run_mass[r] = _mm512_reduce_add_ps(sum);
+        total += run_mass[r];
+    }
+
+    if (d.top_p >= 1.0f && (d.top_k <= 0 || d.top_k >= n)) {
+        double target = d.uniform * total;
+        int last = peak_at;
+        for (int r = 0; r < runs; r++) {
+            if (target >= run_mass[r] && r + 1 < runs) {
+                target -= run_mass[r];
+                continue;
+            }
+            for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i++) {
+                if (weights[i] <= 0.0f) continue;
+                last = i;
+                target -= weights[i];
+                if (target < 0.0) return i;
+            }
+        }
+        return last;  // rounding: the last entry that has any weight
+    }
+
+    // Histogram of weights by binary exponent and two bits of mantissa: bucket 0 holds the largest.
+    constexpr int kBuckets = 4 * 118;
+    static thread_local std::vector<int> count;
+    static thread_local std::vector<double> mass;
+    count.assign(kBuckets, 0);
+    mass.assign(kBuckets, 0.0);
+    auto bucket = [](float w) {
+        uint32_t bits;
+        std::memcpy(&bits, &w, 4);
+        return std::min(kBuckets - 1, std::max(0, int((127u << 2) - (bits >> 21))));
+    };
+    for (int r = 0; r < runs; r++) {
+        if (run_mass[r] == 0.0) continue;
+        for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i++)
+            if (weights[i] > 0.0f) {
+                int b = bucket(weights[i]);
+                count[b]++;
+                mass[b] += weights[i];
+            }
+    }
+    // top_p is relative to what top_k leaves, so with a top_k all of its entries are gathered, else only top_p's.
+    const bool has_limit = d.top_k > 0 && d.top_k < n;
+    const long limit = has_limit ? d.top_k : n;
+    long gathered = 0;
+    double gathered_mass = 0.0;
+    int cut = 0;
+    for (; cut < kBuckets - 1; cut++) {
+        gathered += count[cut];
+        gathered_mass += mass[cut];
+        if (has_limit ? gathered >= limit : gathered_mass >= d.top_p * total) break;
+    }
+    auto& candidates = scratch.candidates;
+    candidates.clear();
+    for (int r = 0; r < runs; r++) {
+        if (run_mass[r] == 0.0) continue;
+        for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i++)
+            if (weights[i] > 0.0f && bucket(weights[i]) <= cut) candidates.push_back(i);
+    }
+    std::sort(candidates.begin(), candidates.end(), [&](int a, int b) {
+        return weights[a] > weights[b] || (weights[a] == weights[b] && a < b);
+    });
+    if (long(candidates.size()) > limit) candidates.resize(limit);
+    double whole = total;
+    if (has_limit) {
+        whole = 0.0;
+        for (int i : candidates) whole += weights[i];
+    }
+    double kept = 0.0;
+    size_t size = 0;
+    while (size < candidates.size() && kept < d.top_p * whole) kept += weights[candidates[size++]];
+    double target = d.uniform * kept;
+    for (size_t i = 0; i < size; i++) {
+        target -= weights[candidates[i]];
+        if (target < 0.0) return candidates[i];
+    }
+    return candidates[size - 1];
+}
+
+}  // namespace boomerang
