@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install serve test lint clean
+.PHONY: install serve test test-ray lint clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,11 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# Ray Serve on one node: needs a gigabyte of packages and a minute, so it is not part of `make test`.
+test-ray: install
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,ray]'
+	BOOMERANG_TEST_RAY=1 $(BIN)/python -m pytest tests/deploy/test_ray.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
