@@ -161,6 +161,14 @@ def load_model(settings: Settings) -> ServedModel:
 
 def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings) -> None:
     """Let load and latency choose among the sizes a request allows, unless the settings say `largest`."""
+    if settings.size_policy == "largest":
+        return
+    from model_store.store import store_root
+    from server.sizing.calibrate import cost_model_for
+    from server.sizing.policy import BudgetPolicy
+
+    cost = cost_model_for(engine, loaded, store_root(settings.store) / "calibration")
+    engine.scheduler.policy = BudgetPolicy(cost)
 
 
 def read_template(value: str | None) -> str | None:
