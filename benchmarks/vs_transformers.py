@@ -15,24 +15,6 @@ import time
 import torch
 
 
-def measure_engine(engine, prompts: list[list[int]], num_new: int, size: int) -> tuple[float, float]:
-    """Seconds of prefill (to the first token of all) and of the decode steps after it."""
-    from server.engine.request import Request, SamplingParams
-
-    engine.kv_cache.reset_prefix_cache()
-    sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
-    requests = [Request(f"bench-{time.monotonic_ns()}-{i}", p, sampling, sizes=(size,)) for i, p in enumerate(prompts)]
-    start = time.perf_counter()
-    for request in requests:
-        engine.add_request(request)
-    while any(not r.output_token_ids for r in requests):
-        engine.step()
-    first = time.perf_counter()
-    while engine.has_work:
-        engine.step()
-    return first - start, time.perf_counter() - first
-
-
 def measure_transformers(model, prompts: list[list[int]], num_new: int) -> tuple[float, float]:
     ids = torch.tensor(prompts)
     kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -58,6 +40,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from model_store.pair import open_pair
+    from server.bench_latency import measure
     from server.engine.config import EngineConfig
     from server.engine.engine import Engine
 
@@ -72,7 +55,7 @@ def main() -> None:
         prompts = torch.randint(100, 40000, (batch, args.prompt_len), generator=generator).tolist()
         ours, theirs = [], []
         for repeat in range(args.repeats + 1):
-            one = measure_engine(engine, prompts, args.output_len, engine.sizes[-1])
+            one = measure(engine, prompts, args.output_len, engine.sizes[-1])
             two = measure_transformers(model, prompts, args.output_len)
             if repeat:  # the first round warms both up
                 ours.append(one)
