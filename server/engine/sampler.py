@@ -51,7 +51,7 @@ class Sampler:
         for row, request in enumerate(requests):
             if _needs_processing(request):
                 self._process(logits[row], request)
-        if all(request.sampling.is_greedy for request in requests):
+        if self._native_draw is None and all(request.sampling.is_greedy for request in requests):
             tokens = logits.argmax(dim=-1).tolist()
         else:
             tokens = self._draw(logits, requests)

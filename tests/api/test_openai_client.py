@@ -54,12 +54,14 @@ def test_stop_strings_and_bias(client):
     stop = free.text[6:8]
     cut = client.completions.create(model=NAME, prompt="The", max_tokens=20, temperature=0, stop=stop).choices[0]
     assert cut.finish_reason == "stop" and cut.text == free.text[: free.text.index(stop)] and cut.stop_reason == stop
-    only = client.completions.create(model=NAME, prompt="The", max_tokens=4, temperature=0, logit_bias={"42": 100}, logprobs=1)
+    biased = {"logit_bias": {"42": 100}, "logprobs": 1}
+    only = client.completions.create(model=NAME, prompt="The", max_tokens=4, temperature=0, **biased)
     assert len(set(only.choices[0].logprobs.tokens)) == 1
 
 
 def test_echo_with_logprobs_scores_the_prompt(client):
-    answer = client.completions.create(model=NAME, prompt=[[5, 6, 7, 8]], max_tokens=1, temperature=0, logprobs=1, echo=True)
+    scoring = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    answer = client.completions.create(model=NAME, prompt=[[5, 6, 7, 8]], **scoring)
     scores = answer.choices[0].logprobs
     assert len(scores.token_logprobs) == len(scores.top_logprobs) == len(scores.tokens) == 5
     assert scores.token_logprobs[0] is None

@@ -19,6 +19,7 @@ from model_store.weights import EndWeights, LayerWeights
 from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
 from server.kernels.cpu import build, library
+from server.kernels.cpu.arena import move_to_huge_pages
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _FIELDS = {
@@ -60,6 +61,9 @@ class NativeExecutor:
         self.page_size = config.page_size
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib = lib
+        move_to_huge_pages(
+            tensor for part in (*pair.layers.values(), *pair.ends.values()) for tensor in part.tensors()
+        )
         inv_freq, factor = spec.rope_inv_freq() if spec.rotary_dim else (torch.zeros(0), 1.0)
         angles = torch.outer(torch.arange(config.max_model_len, dtype=torch.float32), inv_freq)
         self._cos = (angles.cos() * factor).contiguous()

@@ -1,8 +1,9 @@
 // A persistent team for short parallel loops.
 //
-// Work is cut into chunks that whoever is awake takes; a loop ends when its chunks are done, not when every thread has
-// shown up. So a worker that the system has put aside (the HTTP thread shares these cores) costs its share of the
-// speed, never a wait for it to come back.
+// Work is cut into chunks. Each thread has a range of neighbouring chunks, so that what it fetches ahead is its own, and
+// takes from the ranges of others when it is through. A loop ends when its chunks are done, not when every thread has
+// shown up: a worker that the system has put aside (the HTTP thread shares these cores) costs its share of the speed,
+// never a wait for it to come back.
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
@@ -11,6 +12,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -18,7 +20,7 @@ namespace boomerang {
 
 class Pool {
   public:
-    explicit Pool(int num_threads) : num_threads_(num_threads) {
+    explicit Pool(int num_threads) : num_threads_(num_threads), ranges_(new Range[num_threads]) {
         for (int i = 1; i < num_threads; i++) workers_.emplace_back([this, i] { work(i); });
     }
 
@@ -52,7 +54,8 @@ class Pool {
         job.context = &body;
         job.num_chunks = num_chunks;
         done_.store(0, std::memory_order_relaxed);
-        ticket_.store(uint64_t(sequence) << 32, std::memory_order_release);
+        for (int i = 0; i < num_threads_; i++)
+            ranges_[i].ticket.store(uint64_t(sequence) << 32 | uint32_t(first(i, num_chunks)), std::memory_order_release);
         take_chunks(0);
         for (int spin = 0; done_.load(std::memory_order_acquire) != num_chunks; spin++) pause(spin);
     }
@@ -72,25 +75,38 @@ class Pool {
             std::this_thread::yield();
     }
 
-    // Ticket = (sequence of the loop, next chunk). A chunk is taken by compare-and-swap on both, so a worker that still
-    // remembers an earlier loop can never run a chunk of a later one with the wrong body.
+    // Ticket = (sequence of the loop, next chunk of the range). A chunk is taken by compare-and-swap on both, so a worker
+    // that still remembers an earlier loop can never run a chunk of a later one with the wrong body.
+    struct alignas(64) Range {
+        std::atomic<uint64_t> ticket{0};
+    };
+
+    int first(int range, int num_chunks) const { return int(int64_t(num_chunks) * range / num_threads_); }
+
     bool take_chunks(int thread) {
         bool any = false;
-        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        for (int i = 0; i < num_threads_; i++) any |= take_range((thread + i) % num_threads_, thread);
+        return any;
+    }
+
+    bool take_range(int range, int thread) {
+        bool any = false;
+        std::atomic<uint64_t>& next = ranges_[range].ticket;
+        uint64_t ticket = next.load(std::memory_order_acquire);
         while (true) {
             const Job job = jobs_[(ticket >> 32) % kRing];
-            int chunk = int(uint32_t(ticket));
-            if (chunk >= job.num_chunks) {
-                uint64_t again = ticket_.load(std::memory_order_acquire);
+            const int chunk = int(uint32_t(ticket));
+            if (chunk >= first(range + 1, job.num_chunks)) {
+                const uint64_t again = next.load(std::memory_order_acquire);
                 if (again == ticket) return any;
                 ticket = again;
                 continue;
             }
-            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
             job.call(job.context, chunk, thread);
             done_.fetch_add(1, std::memory_order_acq_rel);
             any = true;
-            ticket = ticket_.load(std::memory_order_acquire);
+            ticket = next.load(std::memory_order_acquire);
         }
     }
 
@@ -120,7 +136,7 @@ class Pool {
     std::vector<std::thread> workers_;
     Job jobs_[kRing] = {};
     uint32_t sequence_ = 0;
-    alignas(64) std::atomic<uint64_t> ticket_{0};
+    std::unique_ptr<Range[]> ranges_;
     alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> active_{0};
     std::atomic<uint32_t> futex_{0};
