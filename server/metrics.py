@@ -247,7 +247,7 @@ class Metrics:
         self.step_gap.inc(stats.gap)
         self.engine_steps.inc()
         # Everyone who decodes gets a token in every step, so the step's period is the interval of all of them.
-        num_later = stats.num_generation_tokens - getattr(stats, "num_first_tokens", 0)
+        num_later = stats.num_generation_tokens - stats.num_first_tokens
         if num_later > 0:
             for histogram in self._inter_token:
                 histogram.observe(stats.model_time + stats.gap, num_later)

@@ -21,7 +21,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.version import __version__
 from server.api import protocol
 from server.api.auth import KeyRing
 from server.api.chat import create_chat_completion
@@ -33,6 +32,7 @@ from server.api.routes import detokenize, router, tokenize
 from server.api.state import ServedModel, ServerState
 from server.config import Settings
 from server.metrics import Metrics
+from server.version import __version__
 
 logger = logging.getLogger(__name__)
 

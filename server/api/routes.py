@@ -6,13 +6,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.version import __version__
 from server.api.chat import chat_template, render
 from server.api.errors import APIError, invalid
 from server.api.protocol import DetokenizeRequest, TokenizeRequest
 from server.api.serving import json_response, read_body
 from server.api.state import ServerState
 from server.api.tools import ToolUse
+from server.version import __version__
 
 router = APIRouter()
 
