@@ -1,0 +1,133 @@
+"""The native executor against the portable one: random layers of odd shapes, mixed sizes, chunks and shuffled pages."""
+
+import numpy as np
+import pytest
+import torch
+
+from model_store.assembly import Elasticity
+from model_store.loaded import LoadedPair
+from model_store.spec import ModelSpec
+from model_store.weights import EndWeights, LayerWeights
+from server.engine.batch import ForwardBatch, Segment
+from server.engine.config import EngineConfig
+from server.kernels.cpu.executor import create
+from server.model.torch_executor import TorchExecutor
+
+PAGE, MAX_BLOCKS = 8, 40
+# What differs from a Llama-like model with 6 query and 2 KV heads of 20 channels; no dimension is a multiple of 16.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 24},
+    "gpt_neox": {"norm": "layer", "activation": "gelu", "gated_mlp": False, "parallel_residual": True,
+                 "num_kv_heads": 6, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "rotary_dim": 6},
+    "gpt2": {"norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "num_kv_heads": 6, "qkv_bias": True,
+             "o_bias": True, "mlp_bias": True, "rotary_dim": 0, "learned_positions": True},
+}  # fmt: skip
+
+
+def make_pair(family: str, dtype: torch.dtype) -> LoadedPair:
+    fields = {
+        "family": family, "num_layers": 6, "hidden_size": 70, "intermediate_size": 106, "num_heads": 6,
+        "num_kv_heads": 2, "head_dim": 20, "vocab_size": 331, "norm": "rms", "norm_eps": 1e-5, "activation": "silu",
+        "gated_mlp": True, "parallel_residual": False, "qk_norm": False, "qkv_bias": False, "o_bias": False,
+        "mlp_bias": False, "rope_theta": 1e4, "max_position_embeddings": 320, "tie_word_embeddings": True,
+        "attention_scale": 0.2,
+    } | FAMILIES[family]  # fmt: skip
+    fields.setdefault("rotary_dim", fields["head_dim"])
+    spec = ModelSpec(**fields)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, around: float = 0.0, scale: float = 0.1) -> torch.Tensor:
+        return (around + scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+    e, d, qkv = spec.hidden_size, spec.head_dim, spec.q_size + 2 * spec.kv_size
+    up = spec.intermediate_size * (2 if spec.gated_mlp else 1)
+    has_bias = spec.norm == "layer"
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            attn_norm_weight=draw(e, around=1.0), attn_norm_bias=draw(e) if has_bias else None,
+            qkv_weight=draw(qkv, e), qkv_bias=draw(qkv) if spec.qkv_bias else None,
+            q_norm_weight=draw(d, around=1.0) if spec.qk_norm else None,
+            k_norm_weight=draw(d, around=1.0) if spec.qk_norm else None,
+            o_weight=draw(e, spec.q_size), o_bias=draw(e) if spec.o_bias else None,
+            mlp_norm_weight=draw(e, around=1.0), mlp_norm_bias=draw(e) if has_bias else None,
+            up_weight=draw(up, e), up_bias=draw(up) if spec.mlp_bias else None,
+            down_weight=draw(e, spec.intermediate_size), down_bias=draw(e) if spec.mlp_bias else None,
+        )  # fmt: skip
+
+    def end() -> EndWeights:
+        embed = draw(spec.vocab_size, e, scale=1.0)
+        return EndWeights(
+            embed=embed, head=embed, final_norm_weight=draw(e, around=1.0),
+            final_norm_bias=draw(e) if has_bias else None,
+            positions=draw(spec.max_position_embeddings, e) if spec.learned_positions else None,
+        )  # fmt: skip
+
+    elasticity = Elasticity.last_to_first(6, (0, 2, 4, 5))
+    return LoadedPair(
+        name="tiny", spec=spec, elasticity=elasticity, sizes=elasticity.sizes,
+        layers={i: layer() for i in range(elasticity.num_global_layers)}, ends={"teacher": end(), "student": end()},
+    )  # fmt: skip
+
+
+def make_steps(elasticity: Elasticity, counts: list[list[int]]) -> list[ForwardBatch]:
+    """One batch per step; counts[step][request] tokens of five requests, sizes 6, 5, 5, 4, 4; pages in random order."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([6, 5, 5, 4, 4], np.int32)
+    shape = (elasticity.num_global_layers, len(sizes), MAX_BLOCKS)
+    tables = rng.permutation(np.prod(shape)).astype(np.int32).reshape(shape)
+    done = np.zeros(len(sizes), np.int32)
+    batches = []
+
+    def cut(threshold: int, sizes: np.ndarray) -> int:
+        return int((sizes >= threshold).sum())
+
+    for step in counts:
+        rows = np.flatnonzero(step)
+        advance = np.array(step, np.int32)[rows]
+        start = np.concatenate([[0], np.cumsum(advance)]).astype(np.int32)
+        program = []
+        for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
+            split = cut(threshold, sizes[rows])
+            if split:
+                program += [Segment(t, 0, split, station.index) for t in range(station.start, station.stop)]
+            if split < len(rows):
+                program.append(Segment(6 + station.index, split, len(rows), station.index))
+        batches.append(ForwardBatch(
+            requests=[None] * len(rows), sizes=sizes[rows],
+            input_ids=rng.integers(0, 331, start[-1]).astype(np.int32),
+            positions=np.concatenate([np.arange(done[r], done[r] + step[r]) for r in rows]).astype(np.int32),
+            query_start=start, context_lens=done[rows] + advance, slots=rows.astype(np.int32), block_tables=tables,
+            program=program, embed_cut=cut(elasticity.embed_threshold, sizes[rows]),
+            norm_cut=cut(elasticity.norm_threshold, sizes[rows]), head_cut=cut(elasticity.head_threshold, sizes[rows]),
+            logits_rows=start[1:] - 1, logits_start=np.arange(len(rows) + 1, dtype=np.int32),
+        ))  # fmt: skip
+        done[rows] += advance
+    return batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_as_the_portable_executor(family, dtype):
+    config = EngineConfig(page_size=PAGE, max_model_len=320)
+    native = create(make_pair(family, dtype), config)
+    if isinstance(native, str):
+        pytest.skip(native)
+    # In float32: what bfloat16 costs is the native executor's own error, not the difference of two errors.
+    pair = make_pair(family, dtype)
+    for part in (*pair.layers.values(), *pair.ends.values()):
+        for tensor in part.tensors():
+            tensor.data = tensor.data.float()
+    portable = TorchExecutor(pair, page_size=PAGE)
+    # Whole prompts and chunks, short and beyond one block of the softmax; decode rows beside chunks; decode alone.
+    steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 150, 1], [1, 2, 1, 1, 1]])
+    for executor in (native, portable):
+        executor.allocate_kv(steps[0].block_tables.size)
+    for batch in steps:
+        num_teacher = int(batch.logits_start[batch.head_cut])
+        got = native.logits(native.forward(batch), num_teacher)
+        expected = portable.logits(portable.forward(batch), num_teacher)
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < (1e-4 if dtype == torch.float32 else 0.03)
