@@ -38,10 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        if type(error).__name__ not in ("PairError", "StoreError", "WeightError", "APIError", "OSError", "ValueError"):
+        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _EXPECTED:
             raise
         print(f"boomerang: {error}", file=sys.stderr)
         return 1
+
+
+# Errors whose message alone tells the user what to do; imported nowhere here, so that `--help` stays fast.
+_EXPECTED = ("PairError", "StoreError", "WeightError", "SpecError", "APIError", "OverlapError", "ExportError")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

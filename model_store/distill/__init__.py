@@ -1,0 +1,235 @@
+"""`boomerang distill`: make a student for a teacher and write the pair that `serve` takes.
+
+Offers `add_arguments(parser)` and `run(args)` to the command line; torch is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model_store.distill.data import Message
+    from model_store.distill.elastic import ElasticModel
+    from model_store.distill.recipe import Preset
+
+ORDERS = {"last": "last_to_first", "first": "first_to_last"}
+# conversations that wait for an answer -> the teacher's answers
+Answer = Callable[[list[list["Message"]]], list[str]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add = parser.add_argument
+    add("--teacher", help="folder, GGUF file or hub id (default: the default pair's teacher)")
+    add("--keep", default="every-2nd", help="every-2nd, a list 0,2,4,..., or a number of layers (default %(default)s)")
+    add("--data", type=Path, nargs="+", required=True, help=".txt, .jsonl or .jsonl.gz files or folders of them")
+    add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
+    add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
+    add("--order", default="klpatch", choices=("last", "first", "klpatch"), help="order in which sizes grow")
+    add("--tokens", type=float, default=2e6, help="training tokens (default %(default).0f)")
+    add("--row-tokens", type=int, default=256, help="tokens of a packed row (default %(default)s)")
+    add("--batch-rows", type=int, default=8, help="rows of a step and device (default %(default)s)")
+    add("--accumulate", type=int, default=1, help="batches per optimizer step (default %(default)s)")
+    add("--lr", type=float, default=None, help="peak learning rate (default 4e-4 with muon, 3e-4 with adamw)")
+    add("--schedule", default="cosine", help="transformers' lr_scheduler_type (default %(default)s)")
+    add("--weight-decay", type=float, default=0.0)
+    add("--loss-on", default="response", choices=("response", "all"), help="which tokens of conversations count")
+    add("--self-generate", type=int, default=0, metavar="N", help="let the teacher answer up to N bare prompts")
+    add("--rank", type=int, default=0, help="train low-rank differences of this rank (default: whole layers)")
+    add("--store-rank", type=int, default=0, help="train whole layers, store differences of this rank")
+    add("--int8", action="store_true", help="store low-rank factors as int8 with a scale per row")
+    add("--calibration-rows", type=int, default=96, help="rows for warm start and patch order (default %(default)s)")
+    add("--ce", type=float, help="weight of the cross-entropy [recipe]")
+    add("--kl", type=float, help="weight of the KL to the teacher [recipe]")
+    add("--align", type=float, help="weight of the mean cosine distance [recipe]")
+    add("--position-share", type=float, help="share of positions that get logits [recipe]")
+    add("--pure-share", type=float, help="share of rows that run the student alone; 1 turns patching off [recipe]")
+    add("--order-noise", type=float, help="how much the order is shuffled at each step, in ranks [recipe]")
+    flag = argparse.BooleanOptionalAction
+    add("--warm-start", action=flag, default=None, help="closed-form fit before training [recipe]")
+    add("--train-ends", action=flag, default=None, help="train embedding, norm and head too [recipe]")
+    add("--train-single", action=flag, default=None, help="train one-layer blocks too [recipe]")
+    add("--optimizer", choices=("muon", "adamw"), help="[recipe]")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--seed", type=int, default=0)
+    add("--save-steps", type=int, default=200, help="steps between checkpoints that --resume continues from")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    add("--store", help="folder of the local model store")
+
+
+def run(args: argparse.Namespace, answer: Answer | None = None) -> int:
+    """Distil and write the pair. `answer` lets an engine speak for the teacher (--self-generate)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from model_store.assembly import Elasticity
+    from model_store.distill.data import answer_prompts, pack, read_documents
+    from model_store.distill.elastic import ElasticModel
+    from model_store.distill.recipe import PRESETS, kept_layers, with_overrides
+    from model_store.sources import default_teacher, resolve
+
+    preset = with_overrides(PRESETS[args.recipe], vars(args))
+    if preset.train_ends and (args.rank or args.store_rank):
+        raise ValueError("--rank and --store-rank share embedding and head with the teacher: add --no-train-ends")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    set_seed(args.seed)
+    teacher_path = resolve(args.teacher, args.store) if args.teacher else default_teacher(args.store)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path, local_files_only=True)
+    dtype = torch.bfloat16 if _has_bf16(device) else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_path, dtype=dtype, local_files_only=True).to(device)
+    kept = kept_layers(args.keep, teacher.config.num_hidden_layers)
+    first_order = "first_to_last" if args.order == "first" else "last_to_first"
+    elasticity = getattr(Elasticity, first_order)(teacher.config.num_hidden_layers, kept)
+    model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
+
+    documents = [document for path in args.data for document in read_documents(path)]
+    if args.self_generate:
+        documents = answer_prompts(documents, answer or _answer_with(model, tokenizer), args.self_generate)
+    documents = [document for document in documents if not document.needs_answer]
+    calibration = args.calibration_rows * args.row_tokens
+    rows = pack(documents, tokenizer, int(args.tokens) + calibration, args.row_tokens, args.loss_on, args.seed)
+    if len(rows) <= args.calibration_rows:
+        raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
+    print(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens", file=sys.stderr)
+
+    held = [ids.to(device) for ids in rows.ids[: args.calibration_rows].split(16)]
+    rows.ids, rows.mask = rows.ids[args.calibration_rows :], rows.mask[args.calibration_rows :]
+    started = time.time()
+    _train(model, rows, held, preset, args, device)
+    _choose_order(model, held, args.order)
+    _write(args, model, preset, tokenizer, teacher_path, held, time.time() - started)
+    return 0
+
+
+def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: argparse.Namespace, device: str) -> None:
+    from transformers import TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from model_store.distill.elastic import LossWeights
+    from model_store.distill.low_rank import make_low_rank, merge_low_rank
+    from model_store.distill.trainer import CurveFile, DistillTrainer, SizeSampler
+    from model_store.distill.warm_start import fit_by_least_squares
+
+    checkpoints = args.out / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if args.resume and checkpoints.is_dir() else None
+    if preset.warm_start and last is None:
+        fit_by_least_squares(model, held, progress=_say)
+        # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
+        _choose_order(model, held[:1], args.order)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints / "order.json").write_text(json.dumps(list(model.elasticity.thresholds)))
+    elif last and (checkpoints / "order.json").is_file():
+        _set_thresholds(model, json.loads((checkpoints / "order.json").read_text()))
+    if args.rank:
+        make_low_rank(model, args.rank)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints), max_steps=_steps(args), per_device_train_batch_size=args.batch_rows,
+        gradient_accumulation_steps=args.accumulate, max_grad_norm=0.0 if preset.optimizer == "muon" else 1.0,
+        learning_rate=args.lr or (4e-4 if preset.optimizer == "muon" else 3e-4), weight_decay=args.weight_decay,
+        adam_beta2=0.95, lr_scheduler_type=args.schedule, warmup_steps=max(1, _steps(args) // 50),
+        bf16=_has_bf16(device), use_cpu=device == "cpu", logging_steps=max(1, min(10, _steps(args) // 20)),
+        save_steps=args.save_steps, save_total_limit=2, seed=args.seed, remove_unused_columns=False, report_to="none",
+        ddp_find_unused_parameters=True, dataloader_pin_memory=device != "cpu",
+    )  # fmt: skip
+    trainer = DistillTrainer(
+        model=model, args=arguments, train_dataset=rows,
+        sampler=SizeSampler(model.elasticity, preset.pure_share, preset.order_noise, args.seed),
+        weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share),
+        matrix_optimizer=preset.optimizer == "muon", callbacks=[CurveFile(args.out / "training_curve.jsonl")],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=last)
+    if args.rank:
+        merge_low_rank(model)
+
+
+def _steps(args: argparse.Namespace) -> int:
+    return max(1, int(args.tokens) // (args.batch_rows * args.accumulate * args.row_tokens))
+
+
+def _has_bf16(device: str) -> bool:
+    import torch
+
+    return device != "cpu" or torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
+
+
+def _choose_order(model: ElasticModel, held: list, order: str) -> None:
+    """Set the model's thresholds: KLPatch measures its order on the held-out rows, the others are fixed."""
+    if order != "klpatch":
+        return
+    from model_store.assembly import Elasticity
+    from model_store.distill.order import greedy_order, kl_of_paths
+
+    model.eval()
+    own = model.elasticity
+    found = greedy_order(own, kl_of_paths(model, [held[0][:12]]), "up", _say)
+    model.elasticity = Elasticity.from_order(own.num_teacher_layers, [s.start for s in own.stations], found)
+    model.train()
+
+
+def _set_thresholds(model: ElasticModel, thresholds: list[int]) -> None:
+    from model_store.assembly import Elasticity
+
+    own = model.elasticity
+    model.elasticity = Elasticity(own.num_teacher_layers, [s.start for s in own.stations], thresholds)
+
+
+def _answer_with(model: ElasticModel, tokenizer: Any) -> Answer:
+    """The teacher through transformers: for use without our engine."""
+    from model_store.evaluate import end_tokens
+    from model_store.evaluate.chat import transformers_generate
+
+    ends = end_tokens(model, tokenizer)
+    generate = transformers_generate(model, ends)
+
+    def answer(conversations: list[list[Message]]) -> list[str]:
+        prompts = [
+            tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            for turns in conversations
+        ]
+        answers = generate(model.elasticity.sizes[-1], prompts, 256)
+        return [tokenizer.decode([t for t in ids if t not in ends]) for ids in answers]
+
+    return answer
+
+
+def _write(
+    args: argparse.Namespace, model: ElasticModel, preset: Preset, tokenizer: Any, teacher_path: Path,
+    held: list, seconds: float,
+) -> None:  # fmt: skip
+    import dataclasses
+
+    import torch
+
+    from model_store.distill.write import input_moments, write_full, write_low_rank, write_manifest
+
+    model.eval()
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in ("store", "out", "teacher", "data")}
+    manifest = {
+        "name": args.out.name, "teacher": args.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "patch_order": ORDERS.get(args.order, args.order), "command": "boomerang distill", "options": options,
+        "recipe": dataclasses.asdict(preset), "data": [path.name for path in args.data],
+        "tokens": int(args.tokens), "seconds": round(seconds),
+    }  # fmt: skip
+    if rank := args.rank or args.store_rank:
+        paths = [model.elasticity.path(size).teacher_stations for size in model.elasticity.sizes[:-1:4]]
+        model.student.to(torch.float32)
+        with torch.autocast(held[0].device.type, torch.bfloat16, enabled=_has_bf16(held[0].device.type)):
+            moments = input_moments(model, held[:4], paths)
+        write_low_rank(args.out, model, lambda name: rank, moments, args.int8)
+    else:
+        write_full(args.out, model)
+        tokenizer.save_pretrained(args.out)
+    write_manifest(args.out, model, manifest)
+    teacher = args.teacher or teacher_path
+    print(f"wrote {args.out}\nserve it: boomerang serve --teacher {teacher} --student {args.out}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""Training data: documents and conversations, cut into rows of equal length with a mask of what counts.
+
+A file is .txt (one document), .jsonl or .jsonl.gz with `text`, `prompt` and `response`, or `messages`. Conversations
+are written with the tokenizer's chat template; only answers count towards the loss unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, or a conversation. `needs_answer`: its last message waits for the teacher's answer."""
+
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def needs_answer(self) -> bool:
+        return bool(self.messages) and self.messages[-1]["role"] != "assistant"
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Documents of a file, or of every file it knows in a folder. ValueError names the line that has none."""
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.name.endswith((".txt", ".jsonl", ".jsonl.gz")):
+                yield from read_documents(file)
+        return
+    if not path.is_file():
+        raise ValueError(f"--data: {path} does not exist")
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield Document(text=path.read_text(errors="replace"))
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            yield _document(json.loads(line), path, number)
+
+
+def _document(row: dict[str, Any], path: Path, number: int) -> Document:
+    clean = lambda text: text.replace("<|endoftext|>", "").strip()  # noqa: E731 - several public sets carry it as text
+    if isinstance(row.get("text"), str):
+        return Document(text=row["text"])
+    if isinstance(row.get("prompt"), str):
+        messages = [{"role": "user", "content": clean(row["prompt"])}]
+        if row.get("response"):
+            messages.append({"role": "assistant", "content": clean(row["response"])})
+        return Document(messages=tuple(messages))
+    if row.get("messages"):
+        return Document(messages=tuple(row["messages"]))
+    raise ValueError(f"--data: {path.name} line {number} has none of text, prompt, messages")
+
+
+def answer_prompts(
+    documents: Iterable[Document], generate: Callable[[list[list[Message]]], list[str]], limit: int
+) -> list[Document]:
+    """Up to `limit` prompts without an answer, with the teacher's; further ones are dropped, the rest kept."""
+    done, waiting = [], []
+    for document in documents:
+        (waiting if document.needs_answer else done).append(document)
+    waiting = waiting[:limit]
+    if waiting:
+        answers = generate([list(document.messages) for document in waiting])
+        done += [
+            Document(messages=(*document.messages, {"role": "assistant", "content": answer}))
+            for document, answer in zip(waiting, answers, strict=True)
+        ]
+    return done
+
+
+class PackedRows(Dataset):
+    """Rows [n, T] of token ids with a mask of the tokens whose prediction counts."""
+
+    def __init__(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        self.ids, self.mask = ids, mask
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "loss_mask": self.mask[index]}
+
+
+def encode(document: Document, tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool]]:
+    """Token ids and the mask of one document. `loss_on`: "response" (of conversations) or "all"."""
+    if not document.messages:
+        ids = tokenizer(document.text, add_special_tokens=False).input_ids
+        return ids, [True] * len(ids)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for end, message in enumerate(document.messages, 1):
+        # Rendered turn by turn, so that the mask follows the template of any model.
+        turns = list(document.messages[:end])
+        opens = message["role"] != "assistant" and end < len(document.messages)
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=opens and document.messages[end]["role"] == "assistant"
+        )
+        now = tokenizer(text, add_special_tokens=False).input_ids
+        fresh = now[len(ids) :]
+        ids += fresh
+        mask += [loss_on == "all" or message["role"] == "assistant"] * len(fresh)
+    return ids, mask
+
+
+def pack(
+    documents: Sequence[Document], tokenizer: Any, tokens: int, row_tokens: int, loss_on: str, seed: int
+) -> PackedRows:
+    """Shuffle the documents, join them with the end token between, cut rows of `row_tokens`, about `tokens` in all.
+
+    Documents repeat in a new order if there are too few. ValueError if they do not fill one row.
+    """
+    rng = random.Random(seed)
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    ids: list[int] = []
+    mask: list[bool] = []
+    order = list(range(len(documents)))
+    while len(ids) < tokens:
+        before = len(ids)
+        rng.shuffle(order)
+        for index in order:
+            own, counts = encode(documents[index], tokenizer, loss_on)
+            ids += [*own, separator]
+            mask += [*counts, False]
+            if len(ids) >= tokens:
+                break
+        if len(ids) == before:
+            raise ValueError("--data: there is no document with text in it")
+    rows = max(tokens // row_tokens, 1)
+    if len(ids) < row_tokens:
+        raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
+    size = min(rows, len(ids) // row_tokens) * row_tokens
+    return PackedRows(torch.tensor(ids[:size]).view(-1, row_tokens), torch.tensor(mask[:size]).view(-1, row_tokens))

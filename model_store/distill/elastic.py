@@ -1,0 +1,260 @@
+"""A pair as a differentiable torch module: any mixture of sizes runs in one forward pass, a row of the batch per size.
+
+The decoder layers are transformers' own modules, called one at a time, so every family that the server serves trains
+here with the library's code. B = rows, T = tokens per row, E = hidden, M = student layers, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from model_store.assembly import Elasticity
+
+
+@dataclass(slots=True)
+class Ends:
+    """What surrounds the layers; the student either has its own or refers to the teacher's."""
+
+    embed: nn.Module
+    norm: nn.Module
+    head: nn.Module
+
+
+@dataclass(slots=True)
+class Body:
+    """The parts of a transformers causal language model, whatever its family calls them."""
+
+    layers: nn.ModuleList
+    ends: Ends
+    positions: nn.Module | None  # learned positions
+    rotary: nn.Module | None
+
+
+def body_of(model: PreTrainedModel) -> Body:
+    """The parts of `model`; ValueError for an architecture whose parts have other names."""
+    base = model.base_model
+
+    def first(*names: str) -> nn.Module:
+        for name in names:
+            if (part := getattr(base, name, None)) is not None:
+                return part
+        raise ValueError(f"{type(model).__name__} has none of {', '.join(names)}: this family cannot be distilled")
+
+    ends = Ends(model.get_input_embeddings(), first("norm", "final_layer_norm", "ln_f"), model.get_output_embeddings())
+    return Body(first("layers", "h"), ends, getattr(base, "wpe", None), getattr(base, "rotary_emb", None))
+
+
+@dataclass(slots=True)
+class MixedOutput:
+    """`logits` [C, P, V] of the first C rows (the others are the teacher itself) and the mean alignment loss."""
+
+    logits: torch.Tensor
+    alignment: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """Weights of cross-entropy, KL(teacher || student) and mean cosine distance; share of positions with logits."""
+
+    ce: float = 0.0
+    kl: float = 1.0
+    align: float = 4.0
+    position_share: float = 0.5
+
+
+class ElasticModel(nn.Module):
+    """Teacher (frozen) and student layers. Only the student's parameters are registered as parameters."""
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        elasticity: Elasticity,
+        student: dict[int, nn.Module] | None = None,
+        own_ends: bool = False,
+        train_single: bool = False,
+    ) -> None:
+        """Without `student`, its layers are copies (float32) of the teacher's kept layers.
+
+        A station whose block is one layer runs the teacher's own layer, unless `train_single`. With `own_ends` the
+        student has an embedding, final norm and head of its own (a tied head stays tied).
+        """
+        super().__init__()
+        body = body_of(teacher)
+        teacher.requires_grad_(False).eval()
+        # Not a submodule: it is neither trained nor saved with the student.
+        object.__setattr__(self, "teacher", teacher)
+        object.__setattr__(self, "body", body)
+        self.elasticity = elasticity
+        self.config = teacher.config
+        self.student = nn.ModuleDict()
+        for station in elasticity.stations:
+            if student is not None:
+                layer = student.get(station.index)
+            elif station.num_layers > 1 or train_single:
+                layer = copy.deepcopy(body.layers[station.start]).float().requires_grad_(True)
+            else:
+                layer = None
+            if layer is not None:
+                self.student[str(station.index)] = layer.train()
+        self.ends: nn.ModuleDict | None = None
+        object.__setattr__(self, "_tied_head", None)
+        if own_ends:
+            self.set_ends(
+                Ends(*(copy.deepcopy(end).float() for end in (body.ends.embed, body.ends.norm, body.ends.head)))
+            )
+            self.ends.requires_grad_(True)
+
+    def set_ends(self, ends: Ends) -> None:
+        """Give the student ends of its own. A tied head is not registered twice, so that checkpoints hold it once."""
+        if self.body.ends.head.weight is self.body.ends.embed.weight:
+            ends.head.weight = ends.embed.weight
+            object.__setattr__(self, "_tied_head", ends.head)
+            self.ends = nn.ModuleDict({"embed": ends.embed, "norm": ends.norm})
+        else:
+            self.ends = nn.ModuleDict({"embed": ends.embed, "norm": ends.norm, "head": ends.head})
+
+    # --- pieces
+
+    def side(self, on_teacher: bool) -> Ends:
+        own = None if on_teacher else self.ends
+        if own is None:
+            return self.body.ends
+        return Ends(own["embed"], own["norm"], self._tied_head if self._tied_head is not None else own["head"])
+
+    def embed(self, ids: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
+        hidden = self.side(on_teacher).embed(ids)
+        if self.body.positions is not None:
+            hidden = hidden + self.body.positions.weight[: ids.shape[1]]
+        return hidden
+
+    def rope(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines for positions 0..T-1, or None for a family without rotary positions."""
+        if self.body.rotary is None:
+            return None
+        return self.body.rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
+
+    @staticmethod
+    def run_layer(layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
+        # The student is kept in float32 beside a bfloat16 teacher; outside of training autocast brings them together.
+        differs = next(layer.parameters()).dtype != hidden.dtype
+        with torch.autocast(hidden.device.type, torch.bfloat16) if differs else contextlib.nullcontext():
+            out = layer(hidden, position_embeddings=rope) if rope is not None else layer(hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run_station(self, index: int, hidden: torch.Tensor, rope: tuple | None, on_teacher: bool) -> torch.Tensor:
+        station = self.elasticity.stations[index]
+        if not on_teacher and str(index) in self.student:
+            return self.run_layer(self.student[str(index)], hidden, rope)
+        for layer in self.body.layers[station.start : station.stop]:
+            hidden = self.run_layer(layer, hidden, rope)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
+        ends = self.side(on_teacher)
+        return ends.head(ends.norm(hidden))
+
+    # --- whole passes
+
+    @torch.no_grad()
+    def teacher_states(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The teacher's hidden state before every station and after the last: M + 1 tensors [B, T, E]."""
+        states = [self.embed(ids)]
+        rope = self.rope(states[0])
+        for index in range(len(self.elasticity.stations)):
+            states.append(self.run_station(index, states[-1], rope, True))
+        return states
+
+    def hidden(self, ids: torch.Tensor, on_teacher: Sequence[bool]) -> torch.Tensor:
+        """Last hidden state [B, T, E] of the path that runs the teacher's block where `on_teacher` says so."""
+        hidden = self.embed(ids, on_teacher[0])
+        rope = self.rope(hidden)
+        for index, side in enumerate(on_teacher):
+            hidden = self.run_station(index, hidden, rope, side)
+        return hidden
+
+    def mixed(
+        self, ids: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
+        states: list[torch.Tensor], positions: torch.Tensor,
+    ) -> MixedOutput:  # fmt: skip
+        """Run row b at `sizes[b]` (ascending) of the nested order `thresholds`; logits at token `positions`.
+
+        Rows that have met no student layer yet equal the teacher's `states` and cost nothing. Because the order is
+        nested and the rows are sorted, at every station the rows on the student's side are a prefix of the batch, the
+        rows still equal to the teacher a suffix. The alignment is the mean cosine distance to the teacher's state
+        after every station, each weighted by its share of rows that can differ.
+        """
+        assert list(sizes) == sorted(sizes), "rows must be sorted by size"
+        rows, hidden, done = len(sizes), None, 0
+        losses = []
+        rope = self.rope(states[0])
+        for index in range(len(thresholds)):
+            has_own = str(index) in self.student or (index == 0 and self.ends is not None)
+            on_student = sum(size < thresholds[index] for size in sizes) if has_own else 0
+            differ = max(done, on_student)
+            if differ == 0:
+                continue
+            fresh = states[index][done:differ]
+            if index == 0 and self.ends is not None:
+                fresh = self.embed(ids[:differ], False)
+                losses.append(_cosine_distance(fresh, states[0][:differ]) * differ / rows)
+            x = fresh if hidden is None else torch.cat([hidden, fresh.to(hidden.dtype)]) if differ > done else hidden
+            parts = [self.run_station(index, x[:on_student], rope, False)] if on_student else []
+            if on_student < differ:
+                parts.append(self.run_station(index, x[on_student:], rope, True))
+            hidden = torch.cat([part.to(parts[0].dtype) for part in parts]) if len(parts) > 1 else parts[0]
+            done = differ
+            losses.append(_cosine_distance(hidden, states[index + 1][:done]) * done / rows)
+        if hidden is None:
+            raise ValueError("every row is the teacher itself: nothing to train")
+        split = sum(size < thresholds[-1] for size in sizes) if self.ends is not None else 0
+        picked = hidden[:, positions]
+        logits = [self.logits(picked[:split], False)] if split else []
+        if split < done:
+            logits.append(self.logits(picked[split:], True))
+        return MixedOutput(torch.cat(logits), torch.stack(losses).mean())
+
+    def forward(
+        self, input_ids: torch.Tensor, loss_mask: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
+        weights: LossWeights,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Losses of one batch [B, T], row b at `sizes[b]` (ascending). `loss_mask` [B, T]: tokens that count.
+
+        Returns the weighted `loss` and its unweighted parts; the KL also apart for rows of the smallest size (`pure`).
+        """
+        states = self.teacher_states(input_ids)
+        count = input_ids.shape[1] - 1
+        picked = torch.randperm(count, device=input_ids.device)[: max(1, round(count * weights.position_share))]
+        picked = picked.sort().values
+        out = self.mixed(input_ids, sizes, thresholds, states, picked)
+        rows = len(out.logits)
+        counts = loss_mask[:rows, 1:][:, picked].float()
+        total = loss_mask[:, 1:][:, picked].float().sum().clamp_min(1.0)
+        ours = F.log_softmax(out.logits.float(), -1)
+        zero = ours.new_zeros(())
+        kl = ce = pure = zero
+        if weights.kl:
+            with torch.no_grad():
+                theirs = F.log_softmax(self.logits(states[-1][:rows][:, picked]).float(), -1)
+            per_token = (theirs.exp() * (theirs - ours)).sum(-1) * counts
+            kl = per_token.sum() / total
+            alone = sum(size == self.elasticity.sizes[0] for size in sizes)
+            if alone:
+                pure = (per_token[:alone].sum() / counts[:alone].sum().clamp_min(1.0)).detach()
+        if weights.ce:
+            target = input_ids[:rows, 1:][:, picked]
+            ce = -(ours.gather(-1, target[..., None])[..., 0] * counts).sum() / total
+        loss = weights.ce * ce + weights.kl * kl + weights.align * out.alignment
+        parts = {"kl": kl, "ce": ce, "align": out.alignment}
+        return {"loss": loss, "pure": pure, **{name: value.detach() for name, value in parts.items()}}
+
+
+def _cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (1 - F.cosine_similarity(a.float(), b.float(), dim=-1)).mean()

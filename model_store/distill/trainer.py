@@ -1,0 +1,133 @@
+"""The training loop: transformers' Trainer, with rows of one batch running different sizes ("stochastic patching")."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from model_store.assembly import Elasticity
+from model_store.distill.elastic import LossWeights
+
+
+class SizeSampler:
+    """Which size each row of a step runs, and in which nested order; a pure function of seed and step.
+
+    `pure_share` of the rows run the student alone, the others sizes spread evenly over the rest (stratified, so that
+    every step sees small and large ones). `order_noise` > 0 shuffles the order a little at each step, so that no
+    block is only ever seen in one company: rank + uniform(0, order_noise) decides. 0 trains the served order exactly.
+    """
+
+    def __init__(self, elasticity: Elasticity, pure_share: float, order_noise: float, seed: int) -> None:
+        self.elasticity, self.pure_share, self.order_noise, self.seed = elasticity, pure_share, order_noise, seed
+
+    def __call__(self, step: int, rows: int) -> tuple[list[int], list[int]]:
+        """(ascending size per row, thresholds of the step's order)."""
+        rng = random.Random(self.seed * 1_000_003 + step)
+        own, sizes = self.elasticity, self.elasticity.sizes
+        pure = min(rows, int(self.pure_share * rows + rng.random()))
+        between = sizes[1:-1] or sizes[:1]
+        others = rows - pure
+        picks = [between[int((j + rng.random()) / others * len(between))] for j in range(others)]
+        thresholds = list(own.thresholds)
+        if self.order_noise:
+            blocks = [s.index for s in own.stations if s.num_layers > 1]
+            blocks.sort(key=lambda i: own.thresholds[i])
+            keys = {block: rank + rng.random() * self.order_noise for rank, block in enumerate(blocks)}
+            order = sorted(blocks, key=keys.__getitem__)
+            starts = [s.start for s in own.stations]
+            shuffled = Elasticity.from_order(own.num_teacher_layers, starts, order)
+            thresholds = list(shuffled.thresholds)
+            known = shuffled.sizes[1:-1] or shuffled.sizes[:1]
+            picks = [min(known, key=lambda size, pick=pick: abs(size - pick)) for pick in picks]
+        return [sizes[0]] * pure + sorted(picks), thresholds
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for the rest, as one optimizer.
+
+    Muon (torch.optim.Muon) orthogonalises each update; with its step scaled to AdamW's typical size one learning rate
+    serves both, except that vectors (norms) take a tenth: in small models a few of their entries carry massive
+    activations and break at the matrices' rate.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+        matrices = [p for p in parameters if p.ndim == 2]
+        vectors = [p for p in parameters if p.ndim != 2]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, lr=lr, weight_decay=weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if vectors:
+            self.parts.append(torch.optim.AdamW(vectors, lr=lr / 10, betas=(0.9, 0.95), weight_decay=0.0))
+        super().__init__(list(parameters), {"lr": lr})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+class DistillTrainer(Trainer):
+    """Trainer whose loss is the elastic model's; everything else is the library's."""
+
+    def __init__(self, *args: Any, sampler: SizeSampler, weights: LossWeights, matrix_optimizer: bool, **kwargs: Any):
+        self.size_sampler, self.loss_weights, self.matrix_optimizer = sampler, weights, matrix_optimizer
+        self._parts: dict[str, float] = {}
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:  # fmt: skip
+        ids, mask = inputs["input_ids"], inputs["loss_mask"]
+        sizes, thresholds = self.size_sampler(self.state.global_step, len(ids))
+        out = model(ids, mask, sizes, thresholds, self.loss_weights)
+        self._parts = {name: float(out[name]) for name in ("kl", "ce", "align", "pure")}
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.matrix_optimizer:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = MatrixOptimizer(trained, self.args.learning_rate, self.args.weight_decay)
+        return self.optimizer or super().create_optimizer(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: round(value, 5) for name, value in self._parts.items()}
+            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            logs["tokens"] = self.state.global_step * rows * self.train_dataset[0]["input_ids"].numel()
+        super().log(logs, *args, **kwargs)
+
+
+class CurveFile(TrainerCallback):
+    """Appends every logged step to a JSON-lines file: the training curve that is shipped with the pair."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and state.is_world_process_zero:
+            with self.path.open("a") as lines:
+                lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,164 @@
+"""Writes what was trained as a pair that `serve` takes: a whole student checkpoint, or low-rank differences."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from model_store.distill.elastic import ElasticModel
+from model_store.lowrank import LOW_RANK_FILE
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def write_manifest(folder: Path, model: ElasticModel, manifest: dict[str, Any]) -> None:
+    """pair.json (thresholds of the patch order, provenance) and student_config.json."""
+    kept = [station.start for station in model.elasticity.stations]
+    pruned = sorted(set(range(model.elasticity.num_teacher_layers)) - set(kept))
+    config = {"copied_teacher_layers": kept, "pruned_teacher_layers": pruned}
+    (folder / "student_config.json").write_text(json.dumps(config) + "\n")
+    manifest = {**manifest, "thresholds": list(model.elasticity.thresholds)}
+    (folder / "pair.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def write_full(folder: Path, model: ElasticModel) -> None:
+    """The student as an ordinary checkpoint of its family (bfloat16 safetensors and config)."""
+    teacher, kept = model.teacher, [station.start for station in model.elasticity.stations]
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(kept)
+    if types := getattr(config, "layer_types", None):
+        config.layer_types = [types[i] for i in kept]
+    with torch.device("meta"):
+        student = type(teacher)(config)
+    layers = [
+        model.student[str(i)] if str(i) in model.student else model.body.layers[start] for i, start in enumerate(kept)
+    ]
+    base = student.base_model
+    setattr(base, "layers" if hasattr(base, "layers") else "h", nn.ModuleList(copy.deepcopy(layer) for layer in layers))
+    norm = next(name for name in ("norm", "final_layer_norm", "ln_f") if hasattr(base, name))
+    ends = model.side(on_teacher=False)
+    setattr(base, norm, copy.deepcopy(ends.norm))
+    student.set_input_embeddings(copy.deepcopy(ends.embed))
+    student.set_output_embeddings(copy.deepcopy(ends.head))
+    if model.body.positions is not None:
+        base.wpe = copy.deepcopy(model.body.positions)
+    if model.body.rotary is not None:
+        base.rotary_emb = copy.deepcopy(model.body.rotary)
+    student.tie_weights()
+    student.to(torch.bfloat16).save_pretrained(folder)
+
+
+def input_moments(
+    model: ElasticModel, batches: Iterable[torch.Tensor], paths: Iterable[tuple[bool, ...]]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Second moments [in, in] of what every linear of every student layer receives, along the given paths.
+
+    With them the low-rank approximation minimises the error of the outputs rather than of the weights.
+    """
+    moments: dict[int, dict[str, torch.Tensor]] = {int(i): {} for i in model.student}
+    handles = []
+    for key, layer in model.student.items():
+        for name, linear in layer.named_modules():
+            if isinstance(linear, nn.Linear):
+                handles.append(linear.register_forward_pre_hook(_accumulator(moments[int(key)], name)))
+    paths = list(paths)
+    with torch.no_grad():
+        for number, ids in enumerate(batches):
+            model.hidden(ids, paths[number % len(paths)])
+    for handle in handles:
+        handle.remove()
+    return moments
+
+
+def _accumulator(store: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        # Tokens with massive activations would own the moment; a square root of the norm keeps them from it.
+        x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6).sqrt()
+        gram = x.T @ x
+        store[name] = store[name] + gram if name in store else gram
+
+    return hook
+
+
+def low_rank_factors(
+    difference: torch.Tensor, rank: int, moment: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] with B A closest to `difference` [out, in], in the norm weighted by `moment` [in, in].
+
+    With C = L L^T the weighted problem is an ordinary one for `difference @ L` (Eckart-Young); A = V^T L^-1.
+    """
+    difference = difference.double()
+    rank = min(rank, *difference.shape)
+    if moment is None:
+        u, s, vt = torch.linalg.svd(difference, full_matrices=False)
+        a = vt[:rank]
+    else:
+        moment = moment.double()
+        ridge = 1e-2 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        root = torch.linalg.cholesky(moment + ridge)
+        u, s, vt = torch.linalg.svd(difference @ root, full_matrices=False)
+        a = torch.linalg.solve_triangular(root, vt[:rank], upper=False, left=False)
+    # Equal norms on both sides, so that neither loses bits when it is rounded.
+    b = u[:, :rank] * s[:rank]
+    balance = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+    return (a * balance[:, None]).float(), (b / balance).float()
+
+
+def quantise_rows(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [r, c] and float32 scales [r]: symmetric, one scale per row."""
+    scale = value.abs().amax(dim=1).clamp_min(1e-12) / 127
+    return (value / scale[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous(), scale.float()
+
+
+def write_low_rank(
+    folder: Path,
+    model: ElasticModel,
+    ranks: Callable[[str], int],
+    moments: dict[int, dict[str, torch.Tensor]] | None = None,
+    int8: bool = False,
+) -> int:
+    """Student layers as differences to the teacher's kept layers; returns the bytes written.
+
+    `ranks(name)` is the rank of a linear ("mlp.down_proj"). ValueError for a family whose names the low-rank reader
+    does not know, or a model whose ends were trained.
+    """
+    if model.ends is not None:
+        raise ValueError("a low-rank student shares embedding, norm and head with the teacher: train without own ends")
+    tensors: dict[str, torch.Tensor] = {}
+    for key, layer in model.student.items():
+        base = model.body.layers[model.elasticity.stations[int(key)].start]
+        if not hasattr(base, _NORMS[0]) or not hasattr(base, "mlp") or not hasattr(base.mlp, "gate_proj"):
+            raise ValueError(f"low-rank students are for Llama-named layers, not {type(base).__name__}")
+        prefix = f"model.layers.{key}."
+        for name, linear in layer.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            difference = linear.weight.detach().float() - base.get_submodule(name).weight.detach().float()
+            moment = moments[int(key)].get(name) if moments else None
+            for side, value in zip("AB", low_rank_factors(difference, ranks(name), moment), strict=True):
+                tensor_name = f"{prefix}{name}.lora_{side}"
+                if int8:
+                    tensors[tensor_name], tensors[f"{tensor_name}_scale"] = quantise_rows(value)
+                else:
+                    tensors[tensor_name] = value.to(torch.bfloat16).contiguous()
+        for name in _NORMS:
+            tensors[f"{prefix}{name}.weight"] = layer.get_submodule(name).weight.detach().to(torch.bfloat16).clone()
+    save_file(tensors, folder / LOW_RANK_FILE, metadata={"format": "pt"})
+    return (folder / LOW_RANK_FILE).stat().st_size
+
+
+def load_compact(model: ElasticModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Load student layers named as in a Llama checkpoint (`model.layers.0.…`); other names are ignored."""
+    for key, layer in model.student.items():
+        prefix = f"model.layers.{key}."
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if own:
+            layer.load_state_dict(own)

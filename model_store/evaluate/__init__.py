@@ -1,0 +1,188 @@
+"""`boomerang evaluate`: what every size of a pair is worth, measured and stored with the pair.
+
+Offers `add_arguments(parser)` and `run(args)` to the command line; torch is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model_store.evaluate.chat import Generate
+    from model_store.pair import Pair
+
+QUALITY_FILE = "quality.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add = parser.add_argument
+    add("--teacher", help="folder, GGUF file or hub id (default: the default pair's)")
+    add("--student", help="folder or hub id of the student")
+    add("--patch-order", choices=("last_to_first", "first_to_last"), help="measure this order, not the pair's own")
+    add("--compare-orders", action="store_true", help="also print the table of every known order")
+    add("--text", type=Path, help="held-out text file; figures are taken on its first windows")
+    add("--windows", type=int, default=16, help="windows of the text to use (default %(default)s)")
+    add("--window-tokens", type=int, default=512, help="tokens of a window (default %(default)s)")
+    add("--chat", type=Path, help="file of held-out user messages, one per line: adds chat figures")
+    add("--chat-limit", type=int, default=32, help="messages to use (default %(default)s)")
+    add("--max-new-tokens", type=int, default=96, help="longest answer of the chat checks (default %(default)s)")
+    add("--sizes", help="sizes to measure, as 16,20,30 (default: all)")
+    add("--training-data", type=Path, nargs="*", default=[], help="files trained on; refuses overlap with --text")
+    add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs that may overlap (default 0)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--device", default="cpu")
+    add("--report", type=Path, help="folder for quality.md, quality.svg and quality.html")
+    add("--no-store", action="store_true", help="do not write quality.json into the pair")
+    add("--store", help="folder of the local model store")
+
+
+def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
+    """Measure, print, store. `generate` answers the chat prompts, if given (an engine's); else transformers does."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from model_store.distill.from_pair import load_elastic
+    from model_store.evaluate.overlap import check_overlap, read_texts
+    from model_store.evaluate.report import markdown, table, write_report
+    from model_store.pair import open_pair
+
+    if args.text is None and args.chat is None:
+        raise ValueError("nothing to measure on: give --text, --chat or both")
+    pair = open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)
+    sizes = _sizes(args.sizes, pair.elasticity.sizes)
+    provenance: dict[str, Any] = {"dtype": args.dtype, "patch_order": pair.patch_order}
+    held_out = list(read_texts(args.text)) if args.text else []
+    if args.training_data:
+        checked = held_out + (args.chat.read_text().splitlines() if args.chat else [])
+        provenance["overlap_13gram"] = check_overlap(checked, args.training_data, args.allow_overlap)
+    model = load_elastic(pair, getattr(torch, args.dtype), args.device)
+    tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
+
+    rows: dict[int, dict[str, Any]] = {size: {} for size in sizes}
+    if args.text:
+        ids = tokenizer("\n\n".join(held_out), add_special_tokens=False).input_ids
+        provenance["text"] = f"{args.text.name}, first {args.windows} windows of {args.window_tokens} tokens"
+        for size, row in measure_text(model, sizes, ids, args.window_tokens, args.windows).items():
+            rows[size].update(row)
+    if args.chat:
+        provenance["chat"] = f"{args.chat.name}, {args.chat_limit} messages, greedy, at most {args.max_new_tokens}"
+        chat = measure_chat(model, sizes, tokenizer, args.chat, args.chat_limit, args.max_new_tokens, generate)
+        for size, row in chat.items():
+            rows[size].update(row)
+    _add_costs(pair, rows, getattr(torch, args.dtype))
+
+    print(markdown(table(rows)))
+    if args.compare_orders and args.text:
+        _print_orders(pair, model, sizes, ids, args)
+    if args.report:
+        notes = [f"{key}: {value}" for key, value in provenance.items()]
+        write_report(args.report, f"{pair.name}, quality by size", notes, rows)
+    if not args.no_store:
+        store_quality(pair, rows, provenance)
+    return 0
+
+
+def _sizes(text: str | None, known: Sequence[int]) -> list[int]:
+    if not text:
+        return list(known)
+    try:
+        sizes = sorted({int(part.strip().removesuffix("L")) for part in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"--sizes: {text!r} is not a list of layer counts") from error
+    if unknown := [size for size in sizes if size not in known]:
+        raise ValueError(f"--sizes: the pair has no size {unknown[0]} (it has {known[0]} to {known[-1]})")
+    return sizes
+
+
+def measure_text(
+    model: Any, sizes: Sequence[int], ids: Sequence[int], window_tokens: int, limit: int | None
+) -> dict[int, dict[str, float]]:
+    """Perplexity, KL and agreement per size on consecutive windows of token ids."""
+    from tqdm import tqdm
+
+    from model_store.evaluate.measure import score, summary, windows
+
+    sequences = windows(ids, window_tokens, limit)
+    top = model.elasticity.sizes[-1]
+    with tqdm(total=len(sequences), desc="windows", file=sys.stderr) as bar:
+        scores = score(model, sorted({*sizes, top}), sequences, progress=lambda done: bar.update(done - bar.n))
+    return {size: summary(scores[size], scores[top]) for size in sizes}
+
+
+def measure_chat(
+    model: Any, sizes: Sequence[int], tokenizer: Any, path: Path, limit: int, max_new_tokens: int,
+    generate: Generate | None = None,
+) -> dict[int, dict[str, float]]:  # fmt: skip
+    """Divergence on the teacher's own answers, and what each size's own answers look like."""
+    import torch
+    from tqdm import tqdm
+
+    from model_store.evaluate.chat import Answers, chat_prompts, compare, transformers_generate
+    from model_store.evaluate.measure import score, summary
+
+    messages = chat_prompts(path, limit)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": m}], add_generation_prompt=True, return_dict=False)
+        for m in messages
+    ]
+    ends = end_tokens(model, tokenizer)
+    generate = generate or transformers_generate(model, ends)
+    top = model.elasticity.sizes[-1]
+    answers = {}
+    for size in tqdm(sorted({*sizes, top}), desc="answers", file=sys.stderr):
+        answers[size] = generate(size, prompts, max_new_tokens)
+    sequences = [torch.tensor([*p, *a]) for p, a in zip(prompts, answers[top], strict=True)]
+    scores = score(model, sorted({*sizes, top}), sequences, [len(p) for p in prompts])
+    figures = compare({size: Answers.of(own, ends) for size, own in answers.items()}, top)
+    wanted = ("kl", "kl_ci", "top1_agreement", "top1_agreement_ci")
+    return {
+        size: {f"chat_{k}": v for k, v in summary(scores[size], scores[top]).items() if k in wanted} | figures[size]
+        for size in sizes
+    }
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the generation config's, the tokenizer's, and the end of a turn if it has one."""
+    configured = model.teacher.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [configured])
+    ends |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    return {token for token in ends if token is not None and token != tokenizer.unk_token_id}
+
+
+def _add_costs(pair: Pair, rows: dict[int, dict[str, Any]], dtype: Any) -> None:
+    for entry in pair.size_table(dtype):
+        if entry["size"] in rows:
+            rows[entry["size"]]["weight_bytes"] = entry["weight_bytes"]
+
+
+def _print_orders(pair: Pair, model: Any, sizes: Sequence[int], ids: Sequence[int], args: argparse.Namespace) -> None:
+    from model_store.assembly import Elasticity
+    from model_store.evaluate.report import markdown, table
+
+    own = model.elasticity
+    for order in ("last_to_first", "first_to_last"):
+        model.elasticity = getattr(Elasticity, order)(pair.spec.num_layers, own.kept)
+        print(f"\n{order}\n\n{markdown(table(measure_text(model, sizes, ids, args.window_tokens, args.windows)))}")
+    model.elasticity = own
+
+
+def store_quality(pair: Pair, rows: dict[int, dict[str, Any]], provenance: dict[str, Any]) -> Path:
+    """Write quality.json beside the student: what `open_pair` reads back as `Pair.quality`."""
+    file = pair.student_path / QUALITY_FILE
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    merged = {int(size): row for size, row in known.get("sizes", {}).items()}
+    for size, row in rows.items():
+        merged[size] = merged.get(size, {}) | {key: _rounded(value) for key, value in row.items()}
+    content = {"measured": known.get("measured", {}) | provenance, "sizes": {str(s): merged[s] for s in sorted(merged)}}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return file
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 5) if isinstance(value, float) and value == value else value if value == value else None

@@ -1,0 +1,54 @@
+"""`boomerang distill` and `evaluate` from end to end on a tiny teacher: what comes out is a pair that loads."""
+
+import json
+
+import pytest
+import torch
+
+from model_store.pair import open_pair
+from server.cli import main
+from tests.api.tiny import ROOT, make_pair
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("distill"))[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "train.txt"
+    file.write_text((ROOT / "docs" / "architecture.md").read_text())
+    return file
+
+
+FORMS = [[], ["--store-rank", "8", "--int8"], ["--recipe", "published", "--order", "last"]]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_distil_load_evaluate(teacher, text, tmp_path, form):
+    out = tmp_path / "student"
+    small = ["--tokens", "1500", "--row-tokens", "64", "--batch-rows", "4", "--calibration-rows", "4"]
+    small += ["--device", "cpu"]
+    assert main(["distill", "--teacher", str(teacher), "--data", str(text), "--out", str(out), *small, *form]) == 0
+    pair = open_pair(teacher, out)
+    assert pair.elasticity.sizes[-1] == 6 and len(pair.elasticity.sizes) > 1
+    loaded = pair.load(torch.float32)
+    assert all(torch.isfinite(tensor).all() for tensor in loaded.tensors())
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text((ROOT / "LICENSE").read_text())
+    windows = ["--windows", "2", "--window-tokens", "64", "--dtype", "float32"]
+    arguments = ["evaluate", "--teacher", str(teacher), "--student", str(out), "--text", str(held_out), *windows]
+    assert main([*arguments, "--report", str(tmp_path / "report")]) == 0
+    sizes = json.loads((out / "quality.json").read_text())["sizes"]
+    assert set(sizes) == {str(size) for size in pair.elasticity.sizes}
+    assert sizes["6"]["kl"] == pytest.approx(0.0, abs=1e-6) and sizes[str(pair.elasticity.sizes[0])]["kl"] > 0
+    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".md", ".svg", ".html"}
+
+
+def test_evaluate_refuses_text_that_was_trained_on(teacher, text, capsys):
+    student = teacher.parent / "student"
+    arguments = ["evaluate", "--teacher", str(teacher), "--student", str(student), "--text", str(text)]
+    arguments += ["--windows", "1", "--window-tokens", "64", "--training-data", str(text), "--no-store"]
+    assert main(arguments) == 1
+    assert "13-word runs" in capsys.readouterr().err
