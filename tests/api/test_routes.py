@@ -1,0 +1,66 @@
+"""The smaller routes of a real server, settings from environment and YAML, keys, and float16."""
+
+import httpx
+import pytest
+
+from tests.api.tiny import NAME, RunningServer, make_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("routes"))
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with RunningServer(pair) as server:
+        yield server.url
+
+
+def test_tokenizer_routes_are_enough_to_evaluate_without_a_tokenizer(url):
+    for text in ("The quick brown fox", "Grüße, 世界 🌍", " two  spaces\n\n"):
+        answer = httpx.post(url + "/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
+        assert answer["count"] == len(answer["tokens"]) and answer["max_model_len"] == 256
+        assert httpx.post(url + "/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+    chat = httpx.post(url + "/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
+    assert "assistant" in httpx.post(url + "/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+    info = httpx.get(url + "/tokenizer_info").json()
+    assert info["eos_token"] == "<|im_end|>" and info["chat_template"]
+    assert httpx.post(url + "/detokenize", json={"tokens": [10**9]}).status_code == 400
+
+
+def test_version_metrics_and_docs(url):
+    assert httpx.get(url + "/version").json()["version"]
+    httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 3, "size": "5L"})
+    text = httpx.get(url + "/metrics").text
+    for name in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:time_to_first_token_seconds_bucket"):
+        assert f'{name}{{engine="0",' in text or f"{name}{{" in text
+    assert any(line.startswith("boomerang:") and 'size="5' in line for line in text.splitlines())
+    paths = httpx.get(url + "/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(paths)
+
+
+def test_environment_and_yaml_are_flags_too(pair, tmp_path):
+    config = tmp_path / "server.yaml"
+    config.write_text("max-size: 5L\nmin_size: 4L\n")
+    with RunningServer(pair, "--config", str(config), env={"BOOMERANG_SIZE": "4L"}) as server:
+        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}).json()
+        assert answer["model"] == f"{NAME}:4L"
+        refused = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "size": "6L"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
+
+
+def test_keys_guard_inference_but_not_health(pair):
+    with RunningServer(pair, "--api-key", "one", "two") as server:
+        body = {"prompt": "x", "max_tokens": 1}
+        for header, status in ((None, 401), ("Bearer wrong", 401), ("Bearer one", 200), ("Bearer two", 200)):
+            headers = {"authorization": header} if header else {}
+            assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == status
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_float16_serves_too(pair):
+    with RunningServer(pair, "--dtype", "float16") as server:
+        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "The quick", "max_tokens": 4}, timeout=60)
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
