@@ -161,7 +161,9 @@ async function answer(request, view, isAuto, signal) {
       const shown = tokens || pieces;
       if (first !== null) {
         view.fields.TTFT.textContent = ms(first);
-        if (shown > 1 && last > first) view.fields.Speed.textContent = `${((1000 * (shown - 1)) / (last - first)).toFixed(1)} tok/s`;
+        // An answer that came in one piece has no time between tokens: then all of them over all of its time.
+        const rate = last > first ? (shown - 1) / (last - first) : shown / Math.max(last, 1);
+        if (shown > 1) view.fields.Speed.textContent = `${(1000 * rate).toFixed(1)} tok/s`;
         view.fields.Tokens.textContent = String(shown);
         view.fields.Total.textContent = ms(at);
       }
