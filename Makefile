@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install serve test test-ray lint clean
+.PHONY: install serve test test-ray test-autoscale lint clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ test: install
 test-ray: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,ray]'
 	BOOMERANG_TEST_RAY=1 $(BIN)/python -m pytest tests/deploy/test_ray.py $(ARGS)
+
+# A load that rises and falls against real replicas: its outcome depends on the speed of the machine, so it is run by hand.
+test-autoscale: install
+	BOOMERANG_TEST_AUTOSCALE=1 $(BIN)/python -m pytest tests/deploy/test_autoscale_e2e.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
