@@ -178,7 +178,7 @@ def check_dashboards(stack: LocalStack, begin: float, picture: Path) -> None:
 
 
 # Whether visitors are a crowd depends on the speed of the machine: on two cores about one run in three fails.
-@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_AUTOSCALE"), reason="load against real time: make test-autoscale")
+@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_AUTOSCALE"), reason="by hand: make test-autoscale")
 def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command, tmp_path):
     policy = ScalingPolicy(min_replicas=1, max_replicas=2, down_stabilisation=10, down_interval=2, capacity_doubling=15)
 
