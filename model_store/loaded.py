@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,21 @@ class LoadedPair:
         """Bytes of weights in memory: distinct storages once."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
         return sum(storages.values())
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Inside, an operation of torch uses only the thread that calls it; threads started inside do so too.
+
+    For loading, which is parallel by layers: hundreds of fork-joins over small tensors cost more than they save, and
+    a second where another process has one of the cores.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def is_same_layer(one: LayerWeights, other: LayerWeights) -> bool:

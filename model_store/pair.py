@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from model_store import lowrank, published
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.footprint import Footprint
-from model_store.loaded import LoadedPair, is_same_layer, join_ends
+from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, SpecError
@@ -29,6 +30,7 @@ __all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_PAIR_DIR = Path(__file__).parent / "default_pair"
+_LOAD_THREADS = 2  # each holds one layer beside the result
 PATCH_ORDERS = ("last_to_first", "first_to_last")
 
 
@@ -101,6 +103,7 @@ class Pair:
 
     # --- loading
 
+    @one_thread_each()
     def load(
         self,
         dtype: torch.dtype,
@@ -108,7 +111,7 @@ class Pair:
         memory_budget: int | None = None,
         keep_low_rank: bool = False,
     ) -> LoadedPair:
-        """Read the tensors, in `dtype`, onto the device; peak memory is the result plus one layer.
+        """Read the tensors, in `dtype`, onto the device; peak memory is the result plus two layers.
 
         With a `memory_budget` (bytes of weights) too small for both models, the student and as many teacher blocks as
         fit, in patch order, are read; the sizes beyond are reported missing. `keep_low_rank` also keeps the factors of
@@ -121,7 +124,9 @@ class Pair:
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
         teacher = Checkpoint(self.teacher_path)
-        layers = {i: teacher.layer(i, dtype, device) for i in wanted if i < num_teacher}
+        with ThreadPoolExecutor(_LOAD_THREADS) as threads:  # copies and conversions run outside the interpreter's lock
+            ids = [i for i in wanted if i < num_teacher]
+            layers = dict(zip(ids, threads.map(lambda i: teacher.layer(i, dtype, device), ids), strict=True))
         student_ids = [i for i in wanted if i >= num_teacher]
         low_rank: dict[int, LowRankDelta] | None = None
         parts = self._footprint.end_parts(sizes)
@@ -154,17 +159,20 @@ class Pair:
     ) -> dict[int, LowRankDelta] | None:
         """Adds the student's layers, expanded, to `layers`; returns the factors if asked to keep them."""
         student, factors = self._low_rank_student(), {}
-        for i in student_ids:
+
+        def read(i: int) -> LayerWeights:
             index = i - self.spec.num_layers
             origin = student.kept[index]
             if not student.has_own_layer(index):
-                layers[i] = layers[origin] if origin in layers else teacher.layer(origin, dtype, device)
-                continue
+                return layers[origin] if origin in layers else teacher.layer(origin, dtype, device)
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
             exact = teacher.layer(origin, torch.float32)
-            layers[i] = student.layer(index, exact, dtype, device)
             if keep:
                 factors[i] = student.delta(index, exact, dtype, device)
+            return student.layer(index, exact, dtype, device)
+
+        with ThreadPoolExecutor(_LOAD_THREADS) as threads:
+            layers |= dict(zip(student_ids, threads.map(read, student_ids), strict=True))
         return factors if keep else None
 
 

@@ -20,6 +20,7 @@ from server.api.catalog import Catalog, size_infos
 from server.api.state import ServedModel, ServerState
 from server.api.tokenizer import ServingTokenizer
 from server.config import GiB, Settings
+from server.startup import StartupClock
 
 if TYPE_CHECKING:
     import torch
@@ -118,20 +119,25 @@ def _available_ram() -> int:
     return max(available, 0)
 
 
-def load_model(settings: Settings) -> ServedModel:
+def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedModel:
     """Open and load the pair and build its engine. Takes seconds to minutes; raises with a reason if it cannot."""
+    clock = clock or StartupClock()
     import torch
 
     from server.engine.engine import Engine
 
+    clock.mark("torch")
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     pair = open_settings_pair(settings)
     dtype, device = pick_dtype(settings), pick_device(settings)
     loaded = pair.load(dtype, device, memory_budget=settings.memory_budget)
+    clock.mark("weights")
     config = engine_config(settings, pair, dtype, device)
     engine = Engine(loaded, config)
+    clock.mark("executor and KV cache")
     attach_policy(engine, loaded, pair, settings)
+    clock.mark("cost model")
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
@@ -156,6 +162,8 @@ def load_model(settings: Settings) -> ServedModel:
         config.max_model_len,
         config.kv_cache_bytes / GiB,
     )
+    clock.mark("tokenizer and tables")
+    clock.report()
     return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, dtype, settings))
 
 
@@ -253,8 +261,9 @@ def bind(settings: Settings) -> socket.socket:
 
 def serve(settings: Settings) -> int:
     """Run until a signal ends it. Returns the exit status."""
+    clock = StartupClock()
     listener = bind(settings)
-    app = create_app(settings, lambda: load_model(settings), lambda error: server.fail(error))
+    app = create_app(settings, lambda: load_model(settings, clock), lambda error: server.fail(error))
     config = uvicorn.Config(
         app,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
@@ -275,6 +284,7 @@ def serve(settings: Settings) -> int:
         "https" if settings.ssl_certfile else "http", settings.host, listener.getsockname()[1]
     )
     logger.info("listening on %s", where)
+    clock.mark("port")
     server.run(sockets=[listener])
     if server.failure is None:
         return 0

@@ -13,9 +13,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from server.engine.engine import Engine
 from server.engine.request import Request, RequestOutput
+
+if TYPE_CHECKING:  # the engine brings torch, which the port need not wait for
+    from server.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ def move_to_huge_pages(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
         first = same[0]
         size = first.numel() * first.element_size()
         target = arena[offset : offset + size].view(first.dtype).view(first.shape)
-        target.copy_(first)
+        # Not copy_: hundreds of fork-joins of torch's threads take a second if another process has one of the cores.
+        ctypes.memmove(target.data_ptr(), first.contiguous().data_ptr(), size)
         for tensor in same:
             tensor.data = target
         offset += _padded(first)

@@ -1,0 +1,41 @@
+"""The start-up clock, what loading leaves behind, and what a warm start need not import."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model_store.pair import open_pair
+from server.startup import StartupClock
+from tests.tiny_pairs import make_pair
+
+
+def test_phases_add_up_from_the_process_start(caplog: pytest.LogCaptureFixture) -> None:
+    clock = StartupClock()
+    clock.mark("weights")
+    with caplog.at_level(logging.INFO):
+        clock.report()
+    phases = caplog.records[-1].startup
+    assert list(phases) == ["interpreter and imports", "weights"]
+    assert phases["interpreter and imports"] > 0  # this process did not start just now
+    assert "after the process started" in caplog.text
+
+
+def test_the_port_answers_before_torch_is_imported() -> None:
+    code = "import server.launch, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loading_leaves_torch_threads_as_they_were(tmp_path) -> None:
+    teacher, student = make_pair(tmp_path, "llama")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        open_pair(teacher, student).load(torch.float32)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
