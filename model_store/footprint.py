@@ -22,12 +22,18 @@ class Footprint:
         student: ModelSpec,
         shared_layers: Mapping[int, int],
         shared_ends: Collection[str],
+        differences: Mapping[int, int] | None = None,
     ) -> None:
-        """`shared_layers`: student layers that are a teacher layer, by global id; `shared_ends`: equal end parts."""
+        """`shared_layers`: student layers that are a teacher layer, by global id; `shared_ends`: equal end parts.
+
+        `differences`: bytes of the student layers, by global id, that run as a difference to a teacher layer, which
+        `shared_layers` names.
+        """
         self.elasticity = elasticity
         self.specs = {"teacher": teacher, "student": student}
         self.shared_layers = shared_layers
         self.shared_ends = shared_ends
+        self.differences = differences or {}
 
     def parameters(self, sizes: Collection[int]) -> int:
         """Parameters that serving exactly `sizes` needs. For one size: of that size as assembled (a tied pair whose
@@ -45,6 +51,12 @@ class Footprint:
             if "embed" in parts:
                 ends.add(("positions", self._owner("embed", side)[1]))
         return len(layers) * spec.layer_parameters + sum(counts[part] for part, _ in ends)
+
+    def num_bytes(self, sizes: Collection[int], dtype: torch.dtype) -> int:
+        """Bytes of weights in memory that serving exactly `sizes` needs."""
+        layers = {layer for size in sizes for layer in self.elasticity.path(size).layers}
+        extra = sum(num_bytes for layer, num_bytes in self.differences.items() if layer in layers)
+        return self.parameters(sizes) * dtype.itemsize + extra
 
     def end_parts(self, sizes: Collection[int]) -> dict[str, set[str]]:
         """Side -> which of embedding, norm and head some of the sizes take from it."""
@@ -82,7 +94,7 @@ class Footprint:
     def servable(self, dtype: torch.dtype, budget: int | None) -> tuple[tuple[int, ...], dict[int, str]]:
         """The sizes, smallest first, whose weights fit `budget` bytes together, and why the others do not."""
         sizes = self.elasticity.sizes
-        needs = [self.parameters(sizes[: i + 1]) * dtype.itemsize for i in range(len(sizes))]
+        needs = [self.num_bytes(sizes[: i + 1], dtype) for i in range(len(sizes))]
         if budget is None:
             return sizes, {}
         fitting = sum(need <= budget for need in needs)  # needs grow with the size

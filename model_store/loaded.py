@@ -26,12 +26,29 @@ class LoadedPair:
     layers: dict[int, LayerWeights]
     ends: dict[str, EndWeights]  # "teacher", "student"; one object if nothing differs
     missing_sizes: dict[int, str] = field(default_factory=dict)  # size -> why it cannot be served
-    low_rank: dict[int, LowRankDelta] | None = None  # global id -> factors of a low-rank student, if kept
+    # Global id -> factors of a student layer. Those not in `layers` run as a difference to their teacher layer.
+    low_rank: dict[int, LowRankDelta] = field(default_factory=dict)
+
+    @property
+    def shared_stations(self) -> frozenset[int]:
+        """Stations whose student layer is, or is a difference to, the teacher layer it is kept from.
+
+        There all rows of a step can go through the same products.
+        """
+        num_teacher = self.elasticity.num_teacher_layers
+
+        def is_shared(index: int, origin: int) -> bool:
+            own, base = self.layers.get(num_teacher + index), self.layers.get(origin)
+            return base is not None and (own is base or (own is None and num_teacher + index in self.low_rank))
+
+        return frozenset(i for i, origin in enumerate(self.elasticity.kept) if is_shared(i, origin))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor, a shared one as often as it is referred to."""
         for layer in self.layers.values():
             yield from layer.tensors()
+        for delta in self.low_rank.values():
+            yield from delta.tensors()
         for end in self.ends.values():
             yield from end.tensors()
 

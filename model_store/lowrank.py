@@ -8,6 +8,7 @@ any tensor of its own is the teacher's layer itself and shares its memory. Tenso
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +29,24 @@ _NORMS = {"attn_norm_weight": "input_layernorm.weight", "mlp_norm_weight": "post
 
 @dataclass(slots=True, eq=False)
 class LowRankTerm:
-    """What one projection adds: rows [start, stop) of the merged output get `b @ (a @ x)`. a [r, in], b [out, r]."""
+    """What one projection adds: rows [start, stop) of the merged output get `b @ (a @ x)`. a [r, in], b [out, r].
+
+    Where the scales are given, a and b are int8 and their rows are to be multiplied by them.
+    """
 
     start: int
     stop: int
     a: torch.Tensor
     b: torch.Tensor
+    a_scale: torch.Tensor | None = None  # float32 [r]
+    b_scale: torch.Tensor | None = None  # float32 [out]
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """a and b as plain matrices of `dtype`."""
+        return tuple(
+            (value.float() * scale[:, None] if scale is not None else value).to(dtype)
+            for value, scale in ((self.a, self.a_scale), (self.b, self.b_scale))
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +62,7 @@ class LowRankDelta:
         yield from (self.attn_norm_weight, self.mlp_norm_weight)
         for terms in self.terms.values():
             for term in terms:
-                yield from (term.a, term.b)
+                yield from (t for t in (term.a, term.b, term.a_scale, term.b_scale) if t is not None)
 
 
 class LowRankStudent:
@@ -77,17 +90,21 @@ class LowRankStudent:
         return index in self._own
 
     def delta(self, index: int, teacher: LayerWeights, dtype: torch.dtype, device: torch.device | str) -> LowRankDelta:
-        """The factors of student layer `index`, on the device, in `dtype`. WeightError if a shape does not fit."""
+        """The factors of student layer `index`, on the device: int8 as stored, else in `dtype`.
+
+        WeightError if a shape does not fit the teacher's layer.
+        """
         terms: dict[str, list[LowRankTerm]] = {}
         for group, parts in _PARTS.items():
             merged, start = getattr(teacher, f"{group}_weight"), 0
             for part in parts:
-                a, b = self._factors(f"model.layers.{index}.{part}")
+                name = f"model.layers.{index}.{part}"
+                (a, a_scale), (b, b_scale) = (
+                    self._factor(f"{name}.{side}", dtype, device) for side in ("lora_A", "lora_B")
+                )
                 if a.shape[1] != merged.shape[1] or start + b.shape[0] > merged.shape[0] or a.shape[0] != b.shape[1]:
                     raise WeightError(f"{self.path.name}: layer {index} {part} does not fit the teacher's layer")
-                terms.setdefault(group, []).append(
-                    LowRankTerm(start, start + b.shape[0], a.to(device, dtype), b.to(device, dtype))
-                )
+                terms.setdefault(group, []).append(LowRankTerm(start, start + b.shape[0], a, b, a_scale, b_scale))
                 start += b.shape[0]
             if start != merged.shape[0]:
                 raise WeightError(f"{self.path.name}: layer {index} {group} does not fit the teacher's layer")
@@ -107,7 +124,8 @@ class LowRankStudent:
         for group, terms in delta.terms.items():
             weight = getattr(teacher, f"{group}_weight").to(torch.float32, copy=True)
             for term in terms:
-                weight[term.start : term.stop].addmm_(term.b, term.a)
+                a, b = term.factors(torch.float32)
+                weight[term.start : term.stop].addmm_(b, a)
             changed[f"{group}_weight"] = weight.to(device, dtype)
         for name in _NORMS:
             changed[name] = getattr(delta, name).to(device, dtype)
@@ -122,11 +140,24 @@ class LowRankStudent:
             raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
         return self._file.get_tensor(name)
 
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        factors = []
-        for side in ("lora_A", "lora_B"):
-            value = self._tensor(f"{name}.{side}").float()
-            if f"{name}.{side}_scale" in self._names:
-                value = value * self._tensor(f"{name}.{side}_scale").float().reshape(-1, 1)
-            factors.append(value)
-        return factors[0], factors[1]
+    def _factor(
+        self, name: str, dtype: torch.dtype, device: torch.device | str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A factor and, if it is stored as int8, the scale of its rows."""
+        value = self._tensor(name)
+        if f"{name}_scale" not in self._names:
+            return value.to(device, dtype, copy=True), None
+        scale = self._tensor(f"{name}_scale").float().reshape(-1)
+        if value.dtype == torch.int8:
+            return value.to(device, copy=True), scale.to(device, copy=True)
+        return (value.float() * scale[:, None]).to(device, dtype), None
+
+    def num_bytes(self, dtype: torch.dtype) -> dict[int, int]:
+        """Student layer -> bytes of its factors and norms in memory: int8 as stored, the rest in `dtype`."""
+        sizes = dict.fromkeys(self._own, 0)
+        for name in self._names:
+            part = self._file.get_slice(name)
+            count = math.prod(part.get_shape())
+            width = 1 if part.get_dtype() == "I8" else 4 if name.endswith("_scale") else dtype.itemsize
+            sizes[int(name.split(".")[2])] += count * width
+        return sizes

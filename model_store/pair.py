@@ -70,9 +70,10 @@ class Pair:
         """Parameters of one size as assembled: a tied pair whose ends differ is untied in between."""
         return self._footprint.parameters([size])
 
-    def union_bytes(self, sizes: Collection[int], dtype: torch.dtype) -> int:
-        """Bytes of all weights that serving exactly `sizes` needs in memory."""
-        return self._footprint.parameters(sizes) * dtype.itemsize
+    def union_bytes(self, sizes: Collection[int], dtype: torch.dtype, low_rank: bool = False) -> int:
+        """Bytes of all weights that serving exactly `sizes` needs in memory; `low_rank` as for `load`."""
+        footprint = self._shared_footprint(dtype) if low_rank else self._footprint
+        return footprint.num_bytes(sizes, dtype)
 
     def size_table(self, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality."""
@@ -86,6 +87,15 @@ class Pair:
         student, num_teacher = self._low_rank_student(), self.spec.num_layers
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS)
+
+    def _shared_footprint(self, dtype: torch.dtype) -> Footprint:
+        """With low-rank layers kept as differences to the teacher's."""
+        if self.student_spec is not None:
+            return self._footprint
+        student, num_teacher = self._low_rank_student(), self.spec.num_layers
+        shared = {num_teacher + i: t for i, t in enumerate(student.kept)}
+        differences = {num_teacher + i: size for i, size in student.num_bytes(dtype).items()}
+        return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, differences)
 
     def _equal_ends(self) -> set[str]:
         """End parts in which the student's tensors equal the teacher's. Unlike tensors are told apart at once."""
@@ -109,29 +119,33 @@ class Pair:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
-        keep_low_rank: bool = False,
+        low_rank: bool = False,
     ) -> LoadedPair:
         """Read the tensors, in `dtype`, onto the device; peak memory is the result plus two layers.
 
         With a `memory_budget` (bytes of weights) too small for both models, the student and as many teacher blocks as
-        fit, in patch order, are read; the sizes beyond are reported missing. `keep_low_rank` also keeps the factors of
-        a low-rank student. Raises PairError or WeightError.
+        fit, in patch order, are read; the sizes beyond are reported missing. `low_rank` keeps the layers of a
+        low-rank student as differences to the teacher's instead of expanding them (no effect on ordinary students).
+        Raises PairError or WeightError.
         """
-        sizes, missing = self._footprint.servable(dtype, memory_budget)
+        footprint = self._shared_footprint(dtype) if low_rank else self._footprint
+        sizes, missing = footprint.servable(dtype, memory_budget)
         if not sizes:
             smallest = self.elasticity.sizes[0]
             raise PairError(f"not even the smallest size can be served: {smallest} layers {missing[smallest]}")
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
+        if low_rank and self.student_spec is None:
+            wanted = sorted({*wanted, *(self.elasticity.kept[i - num_teacher] for i in wanted if i >= num_teacher)})
         teacher = Checkpoint(self.teacher_path)
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:  # copies and conversions run outside the interpreter's lock
             ids = [i for i in wanted if i < num_teacher]
             layers = dict(zip(ids, threads.map(lambda i: teacher.layer(i, dtype, device), ids), strict=True))
         student_ids = [i for i in wanted if i >= num_teacher]
-        low_rank: dict[int, LowRankDelta] | None = None
+        factors: dict[int, LowRankDelta] = {}
         parts = self._footprint.end_parts(sizes)
         if self.student_spec is None:
-            low_rank = self._load_low_rank(teacher, student_ids, layers, dtype, device, keep_low_rank)
+            factors = self._load_low_rank(teacher, student_ids, layers, dtype, device, low_rank)
             ends = join_ends(teacher.end_tensors(dtype, device), {})
         else:
             student = Checkpoint(self.student_path)
@@ -146,7 +160,7 @@ class Pair:
             _check_all_used(student)
         if not missing:
             _check_all_used(teacher)
-        return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, ends, missing, low_rank)
+        return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, ends, missing, factors)
 
     def _load_low_rank(
         self,
@@ -156,24 +170,26 @@ class Pair:
         dtype: torch.dtype,
         device: torch.device | str,
         keep: bool,
-    ) -> dict[int, LowRankDelta] | None:
-        """Adds the student's layers, expanded, to `layers`; returns the factors if asked to keep them."""
-        student, factors = self._low_rank_student(), {}
+    ) -> dict[int, LowRankDelta]:
+        """Adds the student's layers to `layers`, expanded; or returns their factors, if they are to be kept.
 
-        def read(i: int) -> LayerWeights:
-            index = i - self.spec.num_layers
+        Layers that are the teacher's own are added in any case.
+        """
+        student, num_teacher = self._low_rank_student(), self.spec.num_layers
+
+        def expand(i: int) -> LayerWeights:
+            index = i - num_teacher
             origin = student.kept[index]
             if not student.has_own_layer(index):
                 return layers[origin] if origin in layers else teacher.layer(origin, dtype, device)
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-            exact = teacher.layer(origin, torch.float32)
-            if keep:
-                factors[i] = student.delta(index, exact, dtype, device)
-            return student.layer(index, exact, dtype, device)
+            return student.layer(index, teacher.layer(origin, torch.float32), dtype, device)
 
+        kept = [i for i in student_ids if keep and student.has_own_layer(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:
-            layers |= dict(zip(student_ids, threads.map(read, student_ids), strict=True))
-        return factors if keep else None
+            expanded = [i for i in student_ids if i not in kept]
+            layers |= dict(zip(expanded, threads.map(expand, expanded), strict=True))
+        return {i: student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], dtype, device) for i in kept}
 
 
 def _check_all_used(checkpoint: Checkpoint) -> None:

@@ -80,6 +80,13 @@ class Settings:
     memory_budget: int | None = option(
         None, "bytes of memory for weights; sizes that do not fit are not served", kind="bytes", group="model"
     )
+    low_rank: str = option(
+        "auto",
+        "a student kept as a low-rank difference runs as one (on: least memory, cheapest mixes of sizes) or expanded "
+        "(off: fastest small sizes); auto: as one where the expanded one does not fit --memory-budget",
+        group="model",
+        choices=("auto", "on", "off"),
+    )
     chat_template: str | None = option(None, "Jinja chat template: a file or the text itself", group="model")
     trust_request_chat_template: bool = option(
         False, "let requests bring their own chat template", group="model"

@@ -60,6 +60,18 @@ def open_settings_pair(settings: Settings) -> Pair:
     )
 
 
+def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
+    """Whether a low-rank student runs as a difference. ValueError if that was asked of an ordinary student."""
+    if pair.student_spec is not None:
+        if settings.low_rank == "on":
+            raise ValueError("--low-rank on: this student is not kept as a low-rank difference")
+        return False
+    if settings.low_rank != "auto":
+        return settings.low_rank == "on"
+    expanded = pair.union_bytes(pair.elasticity.sizes, dtype)
+    return settings.memory_budget is not None and expanded > settings.memory_budget
+
+
 def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> EngineConfig:
     """Fill in what the settings leave to the machine. Called after the weights are loaded: free memory is measured."""
     from server.engine.config import EngineConfig
@@ -131,7 +143,8 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         torch.set_num_threads(settings.num_threads)
     pair = open_settings_pair(settings)
     dtype, device = pick_dtype(settings), pick_device(settings)
-    loaded = pair.load(dtype, device, memory_budget=settings.memory_budget)
+    low_rank = keeps_low_rank(settings, pair, dtype)
+    loaded = pair.load(dtype, device, memory_budget=settings.memory_budget, low_rank=low_rank)
     clock.mark("weights")
     config = engine_config(settings, pair, dtype, device)
     engine = Engine(loaded, config)

@@ -5,10 +5,14 @@ T = tokens of the step, R = requests, S = rows whose logits are wanted.
 Requests are sorted by size, largest first. For any nested order the rows at or above a station's threshold are then a
 prefix: they run the teacher's block, the rest run the student's layer. A step is thus a list of (layer, first request,
 end request) segments over one packed hidden-state array: views only, no gather, no concatenation.
+
+Where a student layer is a difference to the teacher layer it was kept from (or is that layer), both kinds of rows
+share one segment: the teacher's weights pass once, and the rows from `split` on are the student's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,12 +23,17 @@ from server.engine.request import Request
 
 
 class Segment(NamedTuple):
-    """Run layer `layer` (global id) over requests [start, stop) of the sorted batch."""
+    """Run layer `layer` (global id) over requests [start, stop) of the sorted batch.
+
+    With a `split`, requests [split, stop) run the student layer of the station instead, through the same products:
+    its KV, its norms, its low-rank terms.
+    """
 
     layer: int
     start: int
     stop: int
     station: int
+    split: int | None = None
 
 
 @dataclass(slots=True)
@@ -61,9 +70,15 @@ class ForwardBatch:
 
 
 def build_batch(
-    scheduled: list[tuple[Request, int]], elasticity: Elasticity, block_tables: np.ndarray
+    scheduled: list[tuple[Request, int]],
+    elasticity: Elasticity,
+    block_tables: np.ndarray,
+    shared_stations: Collection[int] = (),
 ) -> ForwardBatch:
-    """Pack `scheduled` = [(request, tokens it advances by)] into one batch."""
+    """Pack `scheduled` = [(request, tokens it advances by)] into one batch.
+
+    `shared_stations`: those at which the executor runs teacher and student rows through the same products.
+    """
     # Within a size decode rows come first, so that kernels meet runs of one-token rows.
     scheduled = sorted(scheduled, key=lambda item: (-item[0].path.size, item[1] > 1))
     requests = [request for request, _ in scheduled]
@@ -101,13 +116,16 @@ def build_batch(
         return int(np.searchsorted(-sizes, -threshold, side="right"))
 
     program: list[Segment] = []
-    num_teacher = elasticity.num_teacher_layers
+    num_teacher, end = elasticity.num_teacher_layers, len(requests)
     for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
-        split = cut(threshold)
+        split, first = cut(threshold), station.start
+        if split < end and station.index in shared_stations:
+            program.append(Segment(first, 0, end, station.index, split))
+            first += 1
+        elif split < end:
+            program.append(Segment(num_teacher + station.index, split, end, station.index))
         if split:
-            program.extend(Segment(t, 0, split, station.index) for t in range(station.start, station.stop))
-        if split < len(requests):
-            program.append(Segment(num_teacher + station.index, split, len(requests), station.index))
+            program.extend(Segment(t, 0, split, station.index) for t in range(first, station.stop))
     return ForwardBatch(
         requests=requests,
         sizes=sizes,

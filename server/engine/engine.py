@@ -127,7 +127,7 @@ class Engine:
             self._last_model_end = None
             return planned.outputs
         try:
-            batch = build_batch(planned.scheduled, self.elasticity, self.kv_cache.block_tables)
+            batch = self.build_batch(planned.scheduled)
             model_start = time.monotonic()
             sampled = self.run_batch(batch)
             model_end = time.monotonic()
@@ -145,6 +145,9 @@ class Engine:
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
         self._observe(planned, batch, before, started, model_start, model_end, gap)
         return outputs
+
+    def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
+        return build_batch(scheduled, self.elasticity, self.kv_cache.block_tables, self.executor.shared_stations)
 
     @torch.inference_mode()
     def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:

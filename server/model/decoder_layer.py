@@ -5,9 +5,12 @@ T = tokens, E = hidden, H = query heads, K = KV heads, D = head dim, I = MLP wid
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from model_store.lowrank import LowRankTerm
 from model_store.spec import ModelSpec
 from model_store.weights import LayerWeights
 from server.model.attention import AttentionBackend, Lane
@@ -31,43 +34,82 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def mlp(x: torch.Tensor, weights: LayerWeights, spec: ModelSpec) -> torch.Tensor:
-    up = F.linear(x, weights.up_weight, weights.up_bias)
+@dataclass(slots=True)
+class Rows:
+    """Rows [start, stop) of a segment: one KV layer, one set of norms, perhaps low-rank terms."""
+
+    start: int
+    stop: int
+    layer: int  # global id their KV lives under
+    lane: Lane
+    attn_norm_weight: torch.Tensor
+    mlp_norm_weight: torch.Tensor
+    terms: dict[str, list[LowRankTerm]] | None = None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.start : self.stop]
+
+
+def project(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str, rows: list[Rows]
+) -> torch.Tensor:
+    """x W^T + b for all rows in one product, plus `b (a x)` where rows have such terms."""
+    out = F.linear(x, weight, bias)
+    for part in rows:
+        for term in part.terms[name] if part.terms else ():
+            part.of(out)[:, term.start : term.stop] += F.linear(F.linear(part.of(x), term.a), term.b)
+    return out
+
+
+def mlp(x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, rows: list[Rows]) -> torch.Tensor:
+    up = project(x, weights.up_weight, weights.up_bias, "up", rows)
     if spec.gated_mlp:
         gate, up = up.chunk(2, dim=-1)
         hidden = _activate(gate, spec.activation) * up
     else:
         hidden = _activate(up, spec.activation)
-    return F.linear(hidden, weights.down_weight, weights.down_bias)
+    return project(hidden, weights.down_weight, weights.down_bias, "down", rows)
 
 
 def attend(
-    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: AttentionBackend, layer: int, lane: Lane
+    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: AttentionBackend, rows: list[Rows]
 ) -> torch.Tensor:
-    """x [T, E] normed -> attention output [T, E]; writes the KV of `layer`."""
+    """x [T, E] normed -> attention output [T, E]; writes the KV of every part under its own layer."""
     heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias).view(-1, heads + 2 * kv_heads, dim)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    if spec.qk_norm:
-        q = norm(q, weights.q_norm_weight, None, spec)
-        k = norm(k, weights.k_norm_weight, None, spec)
-    if lane.cos is not None:
-        q, k = rotate(q, lane.cos, lane.sin), rotate(k, lane.cos, lane.sin)
-    attended = backend.forward(q, k, v, layer, lane).reshape(-1, heads * dim)
-    return F.linear(attended, weights.o_weight, weights.o_bias)
+    qkv = project(x, weights.qkv_weight, weights.qkv_bias, "qkv", rows).view(-1, heads + 2 * kv_heads, dim)
+    attended = []
+    for part in rows:
+        q, k, v = part.of(qkv).split((heads, kv_heads, kv_heads), dim=1)
+        if spec.qk_norm:
+            q = norm(q, weights.q_norm_weight, None, spec)
+            k = norm(k, weights.k_norm_weight, None, spec)
+        lane = part.lane
+        if lane.cos is not None:
+            q, k = rotate(q, lane.cos, lane.sin), rotate(k, lane.cos, lane.sin)
+        attended.append(backend.forward(q, k, v, part.layer, lane).reshape(-1, heads * dim))
+    return project(_joined(attended), weights.o_weight, weights.o_bias, "o", rows)
 
 
 def decoder_layer(
-    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: AttentionBackend, layer: int, lane: Lane
+    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: AttentionBackend, rows: list[Rows]
 ) -> torch.Tensor:
-    """One layer over the rows of a lane. x [T, E] -> [T, E]; `layer` is the global id its KV lives under."""
-    normed = norm(x, weights.attn_norm_weight, weights.attn_norm_bias, spec)
-    attended = attend(normed, weights, spec, backend, layer, lane)
+    """One layer over the rows of a segment. x [T, E] -> [T, E]."""
+
+    def attn_norm() -> torch.Tensor:
+        return _joined([norm(part.of(x), part.attn_norm_weight, weights.attn_norm_bias, spec) for part in rows])
+
+    def mlp_norm(x: torch.Tensor) -> torch.Tensor:
+        return _joined([norm(part.of(x), part.mlp_norm_weight, weights.mlp_norm_bias, spec) for part in rows])
+
+    attended = attend(attn_norm(), weights, spec, backend, rows)
     if spec.parallel_residual:
-        normed = norm(x, weights.mlp_norm_weight, weights.mlp_norm_bias, spec)
-        return x + attended + mlp(normed, weights, spec)
+        return x + attended + mlp(mlp_norm(x), weights, spec, rows)
     x = x + attended
-    return x + mlp(norm(x, weights.mlp_norm_weight, weights.mlp_norm_bias, spec), weights, spec)
+    return x + mlp(mlp_norm(x), weights, spec, rows)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _activate(x: torch.Tensor, name: str) -> torch.Tensor:

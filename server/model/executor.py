@@ -29,6 +29,7 @@ class Executor(Protocol):
     """
 
     name: str
+    shared_stations: frozenset[int]  # at which batches may have one segment for teacher and student rows
 
     def page_bytes(self) -> int:
         """Bytes of one page, K and V together."""

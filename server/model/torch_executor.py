@@ -5,15 +5,18 @@ T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabu
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.lowrank import LowRankDelta, LowRankTerm
 from model_store.pair import LoadedPair
 from model_store.weights import EndWeights
-from server.engine.batch import ForwardBatch
+from server.engine.batch import ForwardBatch, Segment
 from server.model.attention import Lane, TorchAttention
-from server.model.decoder_layer import decoder_layer, norm
+from server.model.decoder_layer import Rows, decoder_layer, norm
 
 
 class TorchExecutor:
@@ -24,6 +27,9 @@ class TorchExecutor:
     def __init__(self, pair: LoadedPair, *, page_size: int) -> None:
         self.spec = pair.spec
         self.layers = pair.layers
+        self.low_rank = {layer: _dense(delta, pair) for layer, delta in pair.low_rank.items()}
+        self.num_teacher_layers = pair.elasticity.num_teacher_layers
+        self.shared_stations = pair.shared_stations
         self.ends: dict[str, EndWeights] = pair.ends
         self.dtype = self.ends["teacher"].embed.dtype
         self.device = self.ends["teacher"].embed.device
@@ -54,11 +60,10 @@ class TorchExecutor:
         hidden = self._embed(batch)
         lanes: dict[tuple[int, int], Lane] = {}
         for segment in batch.program:
-            key = (segment.start, segment.stop)
-            lane = lanes.get(key) or lanes.setdefault(key, self._lane(batch, *key))
-            hidden[lane.tokens] = decoder_layer(
-                hidden[lane.tokens], self.layers[segment.layer], self.spec, self.attention, segment.layer, lane
-            )
+            rows = self._rows(batch, segment, lanes)
+            tokens = batch.tokens(segment.start, segment.stop)
+            weights = self.layers[segment.layer]
+            hidden[tokens] = decoder_layer(hidden[tokens], weights, self.spec, self.attention, rows)
         rows = hidden[torch.from_numpy(batch.logits_rows.astype(np.int64)).to(self.device)]
         split = int(batch.logits_start[batch.norm_cut])
         return self._by_side(rows, split, self._final_norm)
@@ -81,6 +86,22 @@ class TorchExecutor:
             hidden = hidden + self._by_side(positions, split, lambda rows, end: F.embedding(rows, end.positions))
         return hidden
 
+    def _rows(self, batch: ForwardBatch, segment: Segment, lanes: dict[tuple[int, int], Lane]) -> list[Rows]:
+        """The segment's teacher and student rows, those that there are."""
+        split = segment.stop if segment.split is None else segment.split
+        student = self.num_teacher_layers + segment.station
+        rows: list[Rows] = []
+        for layer, start, stop in ((segment.layer, segment.start, split), (student, split, segment.stop)):
+            if start == stop:
+                continue
+            lane = lanes.get((start, stop)) or lanes.setdefault((start, stop), self._lane(batch, start, stop))
+            first = lane.tokens.start - int(batch.query_start[segment.start])
+            delta = self.low_rank.get(layer)
+            norms, terms = (self.layers[layer], None) if delta is None else (delta, delta.terms)
+            last = first + lane.tokens.stop - lane.tokens.start
+            rows.append(Rows(first, last, layer, lane, norms.attn_norm_weight, norms.mlp_norm_weight, terms))
+        return rows
+
     def _lane(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
         lane = self.attention.prepare(batch, start, stop)
         if self._inv_freq is not None:
@@ -102,3 +123,14 @@ class TorchExecutor:
         if split == 0:
             return apply(rows, student)
         return torch.cat((apply(rows[:split], teacher), apply(rows[split:], student)))
+
+
+def _dense(delta: LowRankDelta, pair: LoadedPair) -> LowRankDelta:
+    """int8 factors as plain matrices, so that a step converts nothing."""
+    dtype = pair.ends["teacher"].embed.dtype
+
+    def dense(term: LowRankTerm) -> LowRankTerm:
+        return LowRankTerm(term.start, term.stop, *term.factors(dtype))
+
+    terms = {name: [dense(term) for term in terms] for name, terms in delta.terms.items()}
+    return dataclasses.replace(delta, terms=terms)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.engine.batch import ForwardBatch, build_batch
+from server.engine.batch import ForwardBatch
 from server.engine.request import Request, SamplingParams
 from server.sizing.cost_model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel, CostProfile, fit
 
@@ -35,20 +35,20 @@ FORMAT = 1
 Group = tuple[int, int, int, str]
 
 
-def profile_of(pair: LoadedPair) -> CostProfile:
-    """Bytes and shapes of a loaded pair."""
+def profile_of(pair: LoadedPair, shared_stations: frozenset[int] = frozenset()) -> CostProfile:
+    """Bytes and shapes of a loaded pair; `shared_stations` as the executor runs it."""
     spec, elasticity = pair.spec, pair.elasticity
     num_layers = elasticity.num_teacher_layers
     item = pair.ends["teacher"].embed.dtype.itemsize
 
     def num_bytes(layer: int) -> int:
-        weights = pair.layers.get(layer)
+        if layer - num_layers in shared_stations:
+            weights = pair.low_rank.get(layer)
+        else:
+            weights = pair.layers.get(layer)
         return 0 if weights is None else sum(tensor.nbytes for tensor in weights.tensors())
 
     layer_bytes = [num_bytes(layer) for layer in range(num_layers + len(elasticity.stations))]
-    for station in elasticity.stations:  # a student kept as a difference runs on its teacher layer's tensors
-        if not layer_bytes[num_layers + station.index]:
-            layer_bytes[num_layers + station.index] = layer_bytes[station.start]
     return CostProfile(
         elasticity=elasticity,
         layer_bytes=tuple(layer_bytes),
@@ -57,6 +57,7 @@ def profile_of(pair: LoadedPair) -> CostProfile:
         attention_flops=4 * spec.num_heads * spec.head_dim,
         weight_bytes_per_parameter=float(item),
         shared_head=pair.ends["teacher"].head is pair.ends["student"].head,
+        shared_stations=shared_stations,
     )
 
 
@@ -114,7 +115,7 @@ def _batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]
                     request.num_computed_tokens = context
                     scheduled.append((request, tokens))
             if scheduled:
-                yield build_batch(scheduled, elasticity, kv_cache.block_tables)
+                yield engine.build_batch(scheduled)
         finally:
             for request, _ in scheduled:
                 kv_cache.free(request)
@@ -188,6 +189,7 @@ def calibration_key(engine: Engine, profile: CostProfile) -> str:
     config = engine.config
     facts = [
         FORMAT, repr(engine.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
+        sorted(profile.shared_stations),
         profile.kv_bytes, engine.executor.describe(), config.page_size, config.quantization,
         processor_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
@@ -243,7 +245,7 @@ def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, sec
 
     `folder` is where calibrations are kept (None: nowhere).
     """
-    profile = profile_of(pair)
+    profile = profile_of(pair, engine.executor.shared_stations)
     path = None if folder is None else folder / f"{calibration_key(engine, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model_store.assembly import Elasticity
+from server.sizing.cost_model import CostProfile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,20 +22,22 @@ class Candidates:
 class CandidateTable:
     """Per pair, computed once. A size that is larger but measured no better than another is never chosen freely."""
 
-    def __init__(
-        self, elasticity: Elasticity, layer_weights: np.ndarray, quality: dict[int, float] | None = None
-    ) -> None:
-        """`layer_weights` by global layer id, 1 for the heaviest. `quality` counts only if it covers every size."""
-        self.elasticity = elasticity
+    def __init__(self, profile: CostProfile, quality: dict[int, float] | None = None) -> None:
+        """`quality` counts only if it covers every size."""
+        self.elasticity = elasticity = profile.elasticity
         self.sizes = elasticity.sizes
         self.thresholds = np.asarray(elasticity.thresholds)
-        num_teacher = elasticity.num_teacher_layers
-        self.teacher_weights = np.array([layer_weights[s.start : s.stop].sum() for s in elasticity.stations])
-        self.student_weights = np.array([layer_weights[num_teacher + s.index] for s in elasticity.stations])
+        self.joint_weights, self.teacher_weights, self.student_weights = profile.station_weights()
+        self.joint_weight = float(self.joint_weights.sum())  # of what every row runs, whatever its size
         self.quality = quality if quality and all(size in quality for size in self.sizes) else None
         self._position = {size: i for i, size in enumerate(self.sizes)}
         self._cache: dict[tuple[int, ...], Candidates] = {}
         self.all = self._build(self.sizes)
+
+    def path_weights(self, on_teacher: np.ndarray) -> np.ndarray:
+        """Layer weight of paths given as rows of stations, 1 where they run the teacher's block: [..., S] -> [...]."""
+        own = on_teacher @ self.teacher_weights + (1.0 - on_teacher) @ self.student_weights
+        return own + self.joint_weight
 
     def candidates(self, sizes: tuple[int, ...]) -> Candidates:
         """Those of `sizes` (ascending) that no smaller one beats in quality; a single size stays what it is."""

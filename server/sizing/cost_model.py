@@ -4,6 +4,7 @@ A step costs
 
     fixed
     + sum over segments of weight(layer) * g(tokens of the segment)     weights read once per segment, then products
+      (a segment that teacher and student rows share counts all tokens once, and the factors for the student's)
     + h(logits rows)                                                    head and sampling
     + a * sum over decode rows of layers * context                      KV read
     + b * sum over prompt chunks of layers * tokens * mean context      attention products of prefill
@@ -54,6 +55,9 @@ class CostProfile:
     attention_flops: int  # of one query token against one context position on one layer: 4 * heads * head_dim
     weight_bytes_per_parameter: float = 2.0
     shared_head: bool = False  # teacher and student use the same head tensor
+    # Stations where student rows go through the products of the teacher's first layer: `layer_bytes` of such a
+    # student layer is what it adds (low-rank factors, or nothing).
+    shared_stations: frozenset[int] = frozenset()
 
     @property
     def reference_bytes(self) -> int:
@@ -63,6 +67,17 @@ class CostProfile:
     @property
     def layer_weights(self) -> np.ndarray:
         return np.asarray(self.layer_bytes, dtype=np.float64) / self.reference_bytes
+
+    def station_weights(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Layer weights by station, [S] each: what all rows run, what the teacher's rows add, what the student's add.
+
+        The one place that knows which form a student runs in: its own layers, or a difference to the teacher's.
+        """
+        weights, num_teacher = self.layer_weights, self.elasticity.num_teacher_layers
+        stations = self.elasticity.stations
+        joint = np.array([weights[s.start] if s.index in self.shared_stations else 0.0 for s in stations])
+        teacher = np.array([weights[s.start : s.stop].sum() for s in stations]) - joint
+        return joint, teacher, np.array([weights[num_teacher + s.index] for s in stations])
 
     def kv_bytes_for(self, num_tokens: int, size: int, page_size: int = 1) -> int:
         """KV bytes of a request of `num_tokens` tokens at `size` layers, whole pages."""
@@ -183,9 +198,13 @@ class CostModel:
         starts = batch.query_start
         counts = np.diff(starts)
         segments: dict[int, float] = {}
-        for layer, start, stop, _ in batch.program:
+        num_teacher = self.profile.elasticity.num_teacher_layers
+        for layer, start, stop, station, split in batch.program:
             tokens = int(starts[stop]) - int(starts[start])
             segments[tokens] = segments.get(tokens, 0.0) + self._weights[layer]
+            if split is not None:
+                tokens = int(starts[stop]) - int(starts[split])
+                segments[tokens] = segments.get(tokens, 0.0) + self._weights[num_teacher + station]
         head_rows = int(batch.logits_start[batch.head_cut])
         if self.profile.shared_head:
             head_rows = len(batch.logits_rows)

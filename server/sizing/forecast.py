@@ -46,7 +46,7 @@ class Forecaster:
         self.tenants = tenants
         self.sigmas = sigmas
         on = table.all.on_teacher
-        self._weights = on @ table.teacher_weights + (1.0 - on) @ table.student_weights
+        self._weights = table.path_weights(on)
         self._sizes = table.all.sizes_array
         self._cache: dict[str, Forecast] = {}
 

@@ -49,7 +49,7 @@ class Outlook:
         self.tenants = tenants
         self.min_chunk = min_chunk
         self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
-        self._full_weight = float(self.table.teacher_weights.sum())
+        self._full_weight = float(self.table.teacher_weights.sum()) + self.table.joint_weight
 
     def view(self, candidates: Candidates, request: Request, scheduler: Scheduler, now: float) -> View:
         cost, load, config = self.cost, scheduler.load, scheduler.config
@@ -71,6 +71,8 @@ class Outlook:
         split = np.stack((on_teacher, total + extra - on_teacher))  # [2 sides, 2, C, S]
         seconds = np.interp(split, KNOTS, cost._g) * (split > 0.5)
         layers = seconds[0] @ self.table.teacher_weights + seconds[1] @ self.table.student_weights  # [2, C]
+        if self.table.joint_weight:
+            layers += self.table.joint_weight * cost.layer_seconds(total + extra[:, :, 0])
         weighted_rows = float(rows @ self._all_sizes)
         context = float(np.asarray(load.context, np.float64) @ self._all_sizes)
         if crowd < 1.0:
@@ -191,6 +193,7 @@ class Outlook:
         seconds = np.interp(split, KNOTS, cost._g) * (split > 0.5)
         value = cost.fixed + cost.overhead + float(seconds[0] @ self.table.teacher_weights)
         value += float(seconds[1] @ self.table.student_weights) + float(cost.head_seconds(total))
+        value += self.table.joint_weight * float(cost.layer_seconds(total))
         value += cost.request_layers * float(rows @ self._all_sizes)
         if context is not None:
             value += cost.decode_context * float(np.asarray(context, np.float64) @ self._all_sizes)
@@ -226,8 +229,7 @@ class Outlook:
         return float(g[0] - (g[1] if rows > 0.5 else 0.0)) / max(tokens, 1.0)
 
     def _path_weights(self, candidates: Candidates) -> np.ndarray:
-        on = candidates.on_teacher
-        return on @ self.table.teacher_weights + (1.0 - on) @ self.table.student_weights
+        return self.table.path_weights(candidates.on_teacher)
 
     def _fair(self, request: Request, scheduler: Scheduler) -> tuple[np.ndarray, float | None, float, float]:
         """Rows by size as this tenant may see them, the limit admission must keep, how much of it, rows kept / rows.

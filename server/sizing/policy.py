@@ -62,7 +62,7 @@ class BudgetPolicy(SizePolicy):
         self.cost = cost
         self.config = config or PolicyConfig()
         self.tenants = tenants or Tenants()
-        self.table = CandidateTable(cost.profile.elasticity, cost.profile.layer_weights, quality)
+        self.table = CandidateTable(cost.profile, quality)
         self.demand = Demand(self.config.window)
         self.forecaster = Forecaster(cost, self.table, self.demand, self.tenants, self.config.sigmas)
         self.outlook = Outlook(cost, self.table, self.demand, self.tenants, self.config.min_chunk)

@@ -129,7 +129,7 @@ class Replica:
         self.busy = 0.0  # seconds in steps
         self._rng = random.Random(seed * 1_000_003 + index)
         self._segments: dict[tuple[tuple[int, int], ...], dict[int, float]] = {}
-        self._weights = spec.machine.profile.layer_weights
+        self._joint, self._teacher, self._student = spec.machine.profile.station_weights()
 
     @property
     def num_outstanding(self) -> int:
@@ -195,15 +195,12 @@ class Replica:
             num_logits += request.num_computed_tokens + count == request.num_tokens
         segments: dict[int, float] = {}
         total = sum(by_size.values())
-        num_teacher = self.elasticity.num_teacher_layers
-        for station, threshold in zip(self.elasticity.stations, self.elasticity.thresholds, strict=True):
+        for index, threshold in enumerate(self.elasticity.thresholds):
             above = sum(tokens for size, tokens in by_size.items() if size >= threshold)
-            if above:
-                weight = self._weights[station.start : station.stop].sum()
-                segments[above] = segments.get(above, 0.0) + weight
-            if above < total:
-                weight = self._weights[num_teacher + station.index]
-                segments[total - above] = segments.get(total - above, 0.0) + weight
+            parts = ((total, self._joint), (above, self._teacher), (total - above, self._student))
+            for tokens, weights in parts:
+                if tokens:
+                    segments[tokens] = segments.get(tokens, 0.0) + weights[index]
         return self.spec.machine.shape_of(counts, context, sizes, segments, [num_logits] if num_logits else [])
 
 

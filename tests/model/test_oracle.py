@@ -42,10 +42,10 @@ def open_order(teacher, student, order):
     return open_pair(teacher, student, patch_order=order)
 
 
-def make_engine(pair, executor, dtype=torch.float32, **changes) -> Engine:
+def make_engine(pair, executor, dtype=torch.float32, loaded=None, **changes) -> Engine:
     values = {"max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 24, "page_size": 8}
     config = EngineConfig(**(values | {"kv_cache_bytes": 4 << 20, "executor": executor} | changes))
-    return Engine(pair.load(dtype), config)
+    return Engine(loaded or pair.load(dtype), config)
 
 
 def run(engine: Engine, requests: list[Request]) -> dict[str, list]:

@@ -55,7 +55,9 @@ def teacher(request, tmp_path):
 def test_expanded_layers_are_the_sum(teacher, tmp_path, quantise):
     full = write_student(tmp_path / "student", teacher, quantise=quantise)
     pair = open_pair(teacher, tmp_path / "student")
-    loaded = pair.load(torch.float32, keep_low_rank=True)
+    loaded = pair.load(torch.float32)
+    kept = pair.load(torch.float32, low_rank=True)
+    assert 6 not in kept.layers and kept.layers[9] is kept.layers[5]
     for index in range(3):
         layer, base = loaded.layers[6 + index], f"model.layers.{index}."
         expected = torch.cat([full[f"{base}self_attn.{name}_proj.weight"] for name in "qkv"])
@@ -69,11 +71,12 @@ def test_expanded_layers_are_the_sum(teacher, tmp_path, quantise):
             ours, theirs = getattr(layer, name), getattr(origin, name)
             assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
         # The factors give the same result unexpanded: base @ x + b @ (a @ x).
-        delta, x = loaded.low_rank[6 + index], torch.randn(4, 64)
+        delta, x = kept.low_rank[6 + index], torch.randn(4, 64)
         assert delta.base == KEPT[index]
         out = x @ origin.qkv_weight.T
         for term in delta.terms["qkv"]:
-            out[:, term.start : term.stop] += x @ term.a.T @ term.b.T
+            a, b = term.factors(torch.float32)
+            out[:, term.start : term.stop] += x @ a.T @ b.T
         torch.testing.assert_close(out, x @ layer.qkv_weight.T, rtol=1e-4, atol=1e-4)
 
 
@@ -82,14 +85,19 @@ def test_untouched_layers_and_ends_are_shared(teacher, tmp_path):
     pair = open_pair(teacher, tmp_path / "student")
     loaded = pair.load(torch.bfloat16)
     assert loaded.layers[9] is loaded.layers[5] and loaded.ends["student"] is loaded.ends["teacher"]
-    assert loaded.low_rank is None
+    assert not loaded.low_rank
     assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, torch.bfloat16)
+    kept = pair.load(torch.bfloat16, low_rank=True)
+    assert kept.num_bytes() == pair.union_bytes(pair.elasticity.sizes, torch.bfloat16, low_rank=True)
     exact = pair.load(torch.float32)
     for layer in loaded.layers:  # rounded once, from the float32 sum
         for ours, theirs in zip(loaded.layers[layer].tensors(), exact.layers[layer].tensors(), strict=True):
             assert torch.equal(ours, theirs.bfloat16())
     small = pair.load(torch.float32, memory_budget=pair.union_bytes(pair.elasticity.sizes[:1], torch.float32))
     assert small.sizes == (4,) and set(small.layers) == {6, 7, 8, 9}
+    need = pair.union_bytes(pair.elasticity.sizes[:1], torch.float32, low_rank=True)
+    small = pair.load(torch.float32, memory_budget=need, low_rank=True)
+    assert small.sizes == (4,) and set(small.layers) == {0, 2, 4, 5, 9} and small.num_bytes() == need
 
 
 def test_files_that_do_not_fit_are_refused(teacher, tmp_path):

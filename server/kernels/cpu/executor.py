@@ -39,6 +39,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
         return f"takes bfloat16 or float32, not {embed.dtype}"
     if config.quantization:
         return f"does not do --quantization {config.quantization}"
+    if pair.low_rank:
+        return "does not run low-rank differences"
     if missing := library.missing_instructions():
         return f"the processor lacks {', '.join(missing)}"
     try:
@@ -52,6 +54,7 @@ class NativeExecutor:
     """Implements `server.model.executor.Executor`."""
 
     name = "native"
+    shared_stations: frozenset[int] = frozenset()
 
     def __init__(self, pair: LoadedPair, config: EngineConfig, lib: ctypes.CDLL) -> None:
         spec = self.spec = pair.spec
