@@ -31,7 +31,12 @@ class Settings:
     root_path: str = option("", "path prefix that a proxy in front strips", group="server")
     ssl_keyfile: str | None = option(None, "TLS private key (PEM)", group="server")
     ssl_certfile: str | None = option(None, "TLS certificate chain (PEM)", group="server")
+    ssl_ca_certs: str | None = option(
+        None, "CA certificates (PEM); with them only clients with a certificate of theirs may connect", group="server"
+    )
     allowed_origins: tuple[str, ...] = option(("*",), "CORS origins", group="server")
+    allowed_methods: tuple[str, ...] = option(("*",), "CORS methods", group="server")
+    allowed_headers: tuple[str, ...] = option(("*",), "CORS request headers", group="server")
     allow_credentials: bool = option(False, "CORS: let browsers send credentials", group="server")
     uvicorn_log_level: str = option(
         "info",
@@ -51,6 +56,9 @@ class Settings:
         "seconds that running requests get to finish after SIGTERM (0: abort them at once)",
         group="server",
         minimum=0,
+    )
+    stalled_client_timeout: float = option(
+        60.0, "seconds after which a client that reads nothing of its answer is dropped", group="server", minimum=1
     )
 
     # --- security
@@ -157,6 +165,9 @@ class Settings:
     )
     max_request_seconds: float | None = option(
         None, "deadline of a request, after which it is aborted", kind="float", group="limits", minimum=0
+    )
+    max_logprob_entries: int = option(
+        2_000_000, "log-probabilities in one answer: positions times (1 + logprobs)", group="limits", minimum=1
     )
     max_concurrent_per_key: int | None = option(
         None, "requests in flight per API key", kind="int", group="limits", minimum=1

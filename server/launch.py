@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ import uvicorn
 
 from server.api.app import create_app
 from server.api.catalog import Catalog, size_infos
+from server.api.connection import guarded_protocol
 from server.api.state import ServedModel, ServerState
 from server.api.tokenizer import ServingTokenizer
 from server.config import GiB, Settings
@@ -232,6 +234,10 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def fail(self, error: BaseException) -> None:
+        """Loading failed or the engine died: answer what is under way (with the error) and exit with 1.
+
+        Whoever restarts processes sees an exit sooner and more surely than a failing probe.
+        """
         self.failure = error
         self.should_exit = True
 
@@ -280,7 +286,7 @@ def serve(settings: Settings) -> int:
     config = uvicorn.Config(
         app,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http=guarded_protocol(settings.stalled_client_timeout),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -291,6 +297,8 @@ def serve(settings: Settings) -> int:
         timeout_graceful_shutdown=5,
         ssl_keyfile=settings.ssl_keyfile,
         ssl_certfile=settings.ssl_certfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
     )
     server = Server(config, app.state.server)
     where = settings.uds or "{}://{}:{}".format(
@@ -302,7 +310,10 @@ def serve(settings: Settings) -> int:
     if server.failure is None:
         return 0
     logger.error(
-        "cannot start: %s", server.failure, exc_info=None if _is_expected(server.failure) else server.failure
+        "%s: %s",
+        "cannot start" if app.state.server.model is None else "the engine died",
+        server.failure,
+        exc_info=None if _is_expected(server.failure) else server.failure
     )
     return 1
 

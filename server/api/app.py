@@ -96,8 +96,8 @@ def create_app(
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.allowed_origins),
-        allow_methods=["*"],
-        allow_headers=["*"],
+        allow_methods=list(settings.allowed_methods),
+        allow_headers=list(settings.allowed_headers),
         allow_credentials=settings.allow_credentials,
         expose_headers=["x-request-id", "x-boomerang-size", "x-boomerang-size-reason", "retry-after"],
     )
@@ -111,9 +111,13 @@ async def _load(
 
     try:
         model = await asyncio.to_thread(load)
+        # Smallest and largest size together run every layer: weights that yield no number are found out now.
+        for size in {model.engine.sizes[0], model.engine.sizes[-1]}:
+            await asyncio.to_thread(model.engine.probe, size)
         async_engine = AsyncEngine(model.engine)
         catalog = model.catalog
         state.metrics.attach(model.engine, catalog.name, catalog.max_model_len)
+        async_engine.on_failure = on_failure
         await async_engine.start()
         state.attach(model, async_engine)
     except Exception as error:

@@ -102,6 +102,17 @@ class Plan:
         prompt_logprobs = check_logprobs(
             self.num_prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size
         )
+        num_entries = 0
+        num_scored = sum(len(prompt.token_ids) for prompt in prompts)
+        for wanted, positions in ((logprobs, sum(limits)), (prompt_logprobs, num_scored)):
+            if wanted is not None:
+                num_entries += n * positions * (1 + (tokenizer.vocab_size if wanted < 0 else wanted))
+        if num_entries > settings.max_logprob_entries:
+            raise invalid(
+                f"{num_entries} log-probabilities may be needed, and one answer holds at most "
+                f"{settings.max_logprob_entries}: lower max_tokens, n, logprobs or the number of prompts.",
+                "prompt_logprobs" if logprobs is None else "logprobs",
+            )
         generation = Generation(state, self.request_id, choice)
         generation.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         for prompt, limit in zip(prompts, limits, strict=True):

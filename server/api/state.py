@@ -82,7 +82,7 @@ class ServerState:
         if self.is_draining:
             return "the server is shutting down"
         if not self.async_engine.is_alive:
-            return "the engine is not running"
+            return f"the engine has stopped ({self.async_engine.failure or 'on request'})"
         if self.async_engine.seconds_in_step > WEDGED_SECONDS:
             return "the engine is stuck in a step"
         return None

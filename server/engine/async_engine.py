@@ -85,6 +85,8 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._step_started: float | None = None  # None while idle
+        self.failure: str | None = None  # why the engine thread died
+        self.on_failure: Callable[[BaseException], None] | None = None  # told on the event loop when it dies
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -106,7 +108,7 @@ class AsyncEngine:
             raise ValueError(f"request id {request.request_id!r} is already in use")
         stream = OutputStream(request.request_id, self.abort)
         if not self.is_alive:
-            stream.put(_error(request.request_id, "The engine is not running.", 503))
+            stream.put(_error(request.request_id, "The engine has stopped.", 503))
             return stream
         self._streams[request.request_id] = stream
         self._send(request)
@@ -165,9 +167,11 @@ class AsyncEngine:
                     with self._wake:
                         if not self._inbox:
                             self._wake.wait(0.002)
-        except BaseException:
-            logger.critical("engine thread died", exc_info=True)
-            raise
+        except BaseException as error:
+            logger.critical("the engine thread died", exc_info=True)
+            self.failure = f"{type(error).__name__}: {error}"
+            if self.on_failure is not None:
+                self._loop_call(self.on_failure, error)
         finally:
             self._step_started = None
             self._loop_call(self._fail_all)
@@ -193,6 +197,9 @@ class AsyncEngine:
                 self.engine.add_request(item)
             except ValueError as error:
                 outputs.append(_error(item.request_id, str(error), 400))
+            except Exception:
+                logger.exception("request %s could not be queued", item.request_id)
+                outputs.append(_error(item.request_id, "The server failed to handle this request.", 500))
         if aborted:
             outputs += self.engine.abort(list(aborted))
         return outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,8 +14,9 @@ import torch
 from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch, build_batch
 from server.engine.config import EngineConfig
+from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
-from server.engine.request import Request, RequestOutput, TokenLogprobs
+from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
 from server.model.executor import Executor, create_executor
@@ -94,6 +96,9 @@ class Engine:
         self.metrics_sink: MetricsSink | None = None
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._last_model_end: float | None = None
+        self._quarantine = Quarantine()
+        self._faults: dict[str, str] = {}  # requests of this step whose own numbers went wrong, and how
+        self.num_step_failures = 0
 
     # --- requests
 
@@ -103,6 +108,8 @@ class Engine:
             raise ValueError("prompt is empty")
         if request.request_id in self.scheduler.requests:
             raise ValueError(f"request id {request.request_id!r} is already in use")
+        if self._quarantine.holds(request):
+            raise ValueError("The same request made the model fail a short while ago; it is not tried again for now.")
         if refusal := self.scheduler.prepare(request):
             raise ValueError(refusal.message)
         self.scheduler.add(request)
@@ -120,34 +127,103 @@ class Engine:
     # --- one step
 
     def step(self) -> list[RequestOutput]:
-        """Advance everyone who can. An exception fails the requests of this step, nobody else, and is not raised."""
+        """Advance everyone who can. A failure costs the requests that cause it, nobody else, and is not raised.
+
+        Raises EngineBroken when nothing can be computed any more.
+        """
         started = time.monotonic()
         planned = self.scheduler.schedule()
         if not planned.scheduled:
             self._last_model_end = None
             return planned.outputs
         try:
+            return planned.outputs + self._advance(planned, started)
+        except _ComputeError as failure:
+            error = failure.error
+        self.num_step_failures += 1
+        logger.error("a step of %d requests failed", len(planned.scheduled), exc_info=error)
+        self._last_model_end = None
+
+        def run(part: Scheduled) -> list[RequestOutput]:
+            try:
+                return self._advance(SchedulerOutput(scheduled=part), started)
+            except _ComputeError as failure:
+                raise failure.error from None
+
+        outputs = bisect(planned.scheduled, error, run, self._condemn)
+        return planned.outputs + [output for part in outputs for output in part]
+
+    def _advance(self, planned: SchedulerOutput, started: float) -> list[RequestOutput]:
+        """Compute a plan and book it. _ComputeError, with nothing booked, if it cannot be computed."""
+        self._faults = {}
+        try:
             batch = self.build_batch(planned.scheduled)
             model_start = time.monotonic()
             sampled = self.run_batch(batch)
             model_end = time.monotonic()
         except Exception as error:
-            logger.exception("step failed")
-            failed = [request for request, _ in planned.scheduled]
-            outputs = self.scheduler.fail(failed, f"The model step failed: {type(error).__name__}: {error}")
-            self._forget(failed)
-            return planned.outputs + outputs
+            raise _ComputeError(error) from error
+        faulty = []
+        if self._faults:
+            faulty = [request for request, _ in planned.scheduled if request.request_id in self._faults]
+            planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in self._faults]
         gap = 0.0 if self._last_model_end is None else model_start - self._last_model_end
         self._last_model_end = model_end
         before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
-        outputs = planned.outputs + self.scheduler.update(planned, sampled)
+        outputs = self.scheduler.update(planned, sampled)
         self._attach_prompt_logprobs(outputs)
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
-        self._observe(planned, batch, before, started, model_start, model_end, gap)
+        try:
+            self._observe(planned, batch, before, started, model_start, model_end, gap)
+        except Exception:  # the step is booked: what only watches it must not undo that
+            logger.exception("a step could not be observed")
+        for request in faulty:
+            outputs += self._condemn(request, ArithmeticError(self._faults[request.request_id]))
         return outputs
 
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
         return build_batch(scheduled, self.elasticity, self.kv_cache.block_tables, self.executor.shared_stations)
+
+    def _condemn(self, request: Request, error: Exception) -> list[RequestOutput]:
+        """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""
+        if request.is_finished:  # aborted, or preempted and refused, in between
+            return []
+        size = request.path.size
+        pages = self.kv_cache.discard(request)
+        if is_out_of_memory(error):
+            message, status = "There is not enough memory to compute this request now.", 503
+        else:
+            message, status = f"The model step failed on this request: {type(error).__name__}: {error}", 500
+        outputs = self.scheduler.fail([request], message, status)
+        self._forget([request])
+        self._wipe(pages)
+        self.probe(size)
+        if status == 500:
+            self._quarantine.add(request)
+        logger.error("request %s was at fault and is failed: %s", request.request_id, error)
+        return outputs
+
+    def probe(self, size: int) -> None:
+        """Compute one token at `size`, alone. EngineBroken if that fails or yields no number."""
+        request = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), sizes=(size,))
+        error = self.scheduler.borrow(request, size, self._run_alone)
+        if error is not None:
+            raise EngineBroken(f"nothing can be computed at {size}L: {error}")
+
+    def _run_alone(self, request: Request) -> str | None:
+        """What is wrong with a step of only this request, or None."""
+        self._faults = {}
+        try:
+            self.run_batch(self.build_batch([(request, 1)]))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return self._faults.get(request.request_id)
+
+    def _wipe(self, pages: np.ndarray) -> None:
+        """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
+        index = torch.from_numpy(pages.astype(np.int64))
+        for tensor in getattr(self.executor, "kv_tensors", tuple)():
+            tensor[index.to(tensor.device)] = 0
 
     @torch.inference_mode()
     def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:
@@ -166,6 +242,11 @@ class Engine:
         logits = self.executor.logits(hidden, head_rows)
         requests = [batch.requests[row] for row in batch.sample_requests]
         tokens = self.sampler.sample(logits, requests)
+        # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
+        chosen = logits[torch.arange(len(tokens)), [token.token_id for token in tokens]]
+        if not chosen.isfinite().all():
+            for row in (~chosen.isfinite()).nonzero()[:, 0].tolist():
+                self._faults[requests[row].request_id] = "the logits hold no finite number to choose"
         for request, token in zip(requests, tokens, strict=True):
             if request.grammar is not None:
                 request.grammar.accept(token.token_id)
@@ -188,6 +269,8 @@ class Engine:
                 for i in range(len(rows)):
                     token = request.prompt_token_ids[begin + start + i + 1]
                     scores.append(token_logprobs(logprobs[i], token, wanted))
+                    if math.isnan(scores[-1].logprob):
+                        self._faults[request.request_id] = "the logits of the prompt hold no finite number"
 
     def _attach_prompt_logprobs(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
@@ -258,6 +341,14 @@ class Engine:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
+
+
+class _ComputeError(Exception):
+    """A plan could not be computed; nothing of it has been booked."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def _timings(request: Request) -> dict[str, float]:

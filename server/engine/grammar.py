@@ -39,7 +39,10 @@ class Grammar:
     def bitmask(self) -> np.ndarray:
         """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next. Valid until the next call."""
         if not self._fails():
-            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            try:
+                self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            except BaseException as error:  # a panic in Rust is no Exception
+                self.error = f"the parser failed: {error}"
         if self._fails():  # end the sequence: only the end of text is left
             self._mask[:] = 0
             for token_id in self._eos or {0}:
@@ -48,7 +51,11 @@ class Grammar:
 
     def accept(self, token_id: int) -> bool:
         """Advance over a sampled token; False if the constraint has failed."""
-        return not self._fails() and self._matcher.consume_token(token_id) and not self._fails()
+        try:
+            return not self._fails() and self._matcher.consume_token(token_id) and not self._fails()
+        except BaseException as error:
+            self.error = f"the parser failed: {error}"
+            return False
 
     def is_terminated(self) -> bool:
         """Whether nothing but the end can follow."""

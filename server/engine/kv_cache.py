@@ -164,6 +164,17 @@ class KVCacheManager:
         request.blocks = []
         request.num_computed_tokens = 0
 
+    def discard(self, request: Request) -> np.ndarray:
+        """Make a request's blocks unfindable because its KV is not to be trusted. Returns the pages only it has."""
+        pages = [np.zeros(0, np.int32)]
+        for block in request.blocks:
+            if block.ref_count == 1:
+                if block.hash is not None and self._cached.get(block.hash) is block:
+                    del self._cached[block.hash]
+                block.hash = None
+                pages.append(block.pages)
+        return np.concatenate(pages)
+
     def reset_prefix_cache(self) -> None:
         while self._evictable:
             self._evict_oldest()

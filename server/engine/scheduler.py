@@ -7,6 +7,7 @@ costs when sizes differ.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ __all__ = [
     "SchedulerOutput",
     "SizePolicy",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -190,7 +193,11 @@ class Scheduler:
             request = self.waiting.peek(now, held)
             if request is None:
                 break
-            choice = self.policy.choose(request, self, now)
+            try:
+                choice = self.policy.choose(request, self, now)
+            except Exception:  # a choice gone wrong must not cost an answer, let alone the engine
+                logger.exception("the size policy failed; taking the largest size")
+                choice = SizeDecision(request.sizes[-1], "policy_failed")
             if choice is None:
                 held.add(request.tenant)
                 continue
@@ -343,6 +350,19 @@ class Scheduler:
         self.kv_cache.free(request)
         self._free_slots.append(request.slot)
         request.slot = -1
+
+    def borrow(self, request: Request, size: int, use: Callable[[Request], str | None]) -> str | None:
+        """Lend a slot and pages to a request that is in no queue, for the length of one call; None if none are free."""
+        request.path = self.elasticity.path(size)
+        if not self._free_slots or not self.kv_cache.can_allocate(request.path.num_layers):
+            return None
+        request.slot = self._free_slots.pop()
+        self.kv_cache.allocate(request, 1)
+        try:
+            return use(request)
+        finally:
+            self.kv_cache.free(request)
+            self._free_slots.append(request.slot)
 
     def check_integrity(self) -> None:
         """Assert the invariants that every scenario must leave intact."""

@@ -55,6 +55,10 @@ class TorchExecutor:
     def allocate_kv(self, num_pages: int) -> None:
         self.attention.allocate(num_pages, self.dtype, self.device)
 
+    def kv_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What holds KV; the first dimension is the page."""
+        return self.attention.k_pages, self.attention.v_pages
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = self._embed(batch)

@@ -96,7 +96,9 @@ def make_pair(folder: Path) -> tuple[Path, Path]:
 class RunningServer:
     """`python -m server serve` in a process of its own, on a port of the system's choice."""
 
-    def __init__(self, pair: tuple[Path, Path], *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, pair: tuple[Path, Path], *flags: str, env: dict[str, str] | None = None, module: str = "server"
+    ) -> None:
         base: Sequence[str] = (
             *("--teacher", str(pair[0]), "--student", str(pair[1]), "--host", "127.0.0.1", "--port", "0"),
             *("--dtype", "float32", "--executor", "torch", "--kv-cache-memory", "16MiB", "--page-size", "8"),
@@ -105,7 +107,7 @@ class RunningServer:
         )
         environment = {k: v for k, v in os.environ.items() if not k.startswith("BOOMERANG_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", *base, *flags],
+            [sys.executable, "-m", module, "serve", *base, *flags],
             cwd=ROOT,
             env=environment | {"OMP_NUM_THREADS": "1"} | (env or {}),
             stderr=subprocess.PIPE,

@@ -104,6 +104,10 @@ class NativeExecutor:
         self.k_pages = torch.empty(shape, dtype=self.dtype)
         self.v_pages = torch.empty(shape, dtype=self.dtype)
 
+    def kv_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What holds KV; the first dimension is the page."""
+        return self.k_pages, self.v_pages
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = self._embed(batch)
         program = np.array([segment[:3] for segment in batch.program], np.int32)

@@ -1,0 +1,81 @@
+"""HTTP connections that cannot be held open for nothing: slow heads, endless heads, clients that do not read.
+
+A client that stops reading fills the socket's buffers, then uvicorn's, and then its handler waits. The engine does not
+(outputs merge while nobody takes them), but the request would count as running, and a shutdown would wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 * 1024
+HEAD_SECONDS = 30.0
+
+
+def guarded_protocol(stall_seconds: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol, which drops a client that reads nothing for `stall_seconds` while there is more to send."""
+    return type("Guarded", (_GuardedProtocol,), {"stall_seconds": stall_seconds})
+
+
+class _GuardedProtocol(HttpToolsProtocol):
+    stall_seconds = 60.0
+    _timer: asyncio.TimerHandle | None = None  # runs while a head is incomplete or the client does not read
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._start_timer(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        if self._timer is None:
+            self._start_timer(HEAD_SECONDS)
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_timer(self.stall_seconds)
+
+    def resume_writing(self) -> None:
+        self._stop_timer()
+        super().resume_writing()
+
+    def _count(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError("the request's head is too large")  # the parser turns this into a 400
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._drop)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _drop(self) -> None:
+        logger.info("dropping a client that neither sends nor reads: %s", self.client)
+        self._timer = None
+        self.transport.abort()
