@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _KV_SHARE, _KV_CAP_CPU = 0.4, 4 * GiB  # of what is free; a server is seldom alone on a CPU machine
 _DEFAULT_CONTEXT = 8192
+_BACKLOG = 2048  # connections that the system holds until they are accepted
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -275,6 +276,7 @@ def bind(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.host, settings.port))
     listener.set_inheritable(True)
+    listener.listen(_BACKLOG)  # who connects from here on waits for an answer instead of being turned away
     return listener
 
 
@@ -292,7 +294,7 @@ def serve(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=2048,
+        backlog=_BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
         ssl_keyfile=settings.ssl_keyfile,
