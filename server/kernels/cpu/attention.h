@@ -1,139 +1,186 @@
-// Paged attention for one (request, KV head, range of query tokens): online softmax over blocks of pages.
+// Paged attention for one (request, KV head, range of query tokens, range of positions): online softmax, K and V read once.
 //
-// A page holds K and V of `page_size` tokens, [kv_heads, page_size, head_dim] each. The query heads of a KV head are
-// handled together, so K and V are read once for all of them.
+// A page holds K and V of `page_size` tokens per KV head, as panels: K [tokens, channels], V [channels, tokens], tokens
+// and channels padded to 32. The query heads of a KV head are rows of the same blocks, so they share what is read.
 #pragma once
 #include <vector>
 
-#include "gemm.h"
+#include "block.h"
 
 namespace boomerang {
 
-constexpr int kQueryTokens = 16;   // of one work item
-constexpr int kBlock = 256;        // positions between two updates of the running softmax
+constexpr int kPagesInBlock = 8;  // between two updates of the running softmax: 256 positions of pages of 32
 
-template <class W>
+// T: type of K and V. Products with them take activations of Act<T>.
+template <class T>
+struct PageShape {
+    int page_size, padded_size, head_dim, padded_dim, num_kv_heads;
+    PageShape(int page_size, int head_dim, int num_kv_heads)
+        : page_size(page_size), padded_size(round_up(page_size, 32)), head_dim(head_dim), padded_dim(round_up(head_dim, 32)), num_kv_heads(num_kv_heads) {}
+    long head_elements() const { return long(padded_size) * padded_dim; }
+    long page_elements() const { return head_elements() * num_kv_heads; }
+    int k_units() const { return padded_dim / kPerUnit<T>; }   // of a panel of 32 tokens
+    int v_units() const { return padded_size / kPerUnit<T>; }  // of a panel of 32 channels
+};
+
+// K and V [head_dim] of token `slot` of a page.
+template <class T>
+inline void write_page(const PageShape<T>& shape, T* k_page, T* v_page, int slot, const float* k, const float* v) {
+    // Places that hold no token yet are multiplied by zero, so they must be numbers: the first token clears its page.
+    if (slot == 0) std::memset(static_cast<void*>(v_page), 0, shape.head_elements() * sizeof(T));
+    const int D = shape.head_dim;
+    alignas(64) T row[1024];
+    for (int d = 0; d < D; d += 16) store16(row + d, load16(k + d, tail16(D - d)), tail16(D - d));
+    for (int d = D; d < shape.padded_dim; d++) row[d] = T{};
+    char* line = reinterpret_cast<char*>(k_page + panel_offset<T>(slot, 0, shape.k_units()));
+    const char* from = reinterpret_cast<const char*>(row);
+    for (int u = 0; u < shape.k_units(); u++) std::memcpy(line + long(u) * kLine<T>, from + 4 * u, 4);
+    for (int d = 0; d < D; d += 16) {
+        T* to = v_page + panel_offset<T>(d, slot, shape.v_units());
+        const F16 values = load16(v + d, tail16(D - d));
+        if constexpr (kPerUnit<T> == 1)
+            store16(to, values);
+        else
+            store_every_second16(to - slot % 2, slot % 2, values);
+    }
+}
+
+template <class T>
 struct AttentionItem {
-    const W* q;              // first query row of the first token and head: [tokens, q_stride] with `group` rows of D each
-    long q_stride;           // between tokens
-    float* out;              // same shape as q in float
-    long out_stride;
-    const W* k_pages;        // pool
-    const W* v_pages;
-    const int32_t* table;    // page of each block of page_size positions
-    long page_stride;        // elements between pages
-    long head_offset;        // elements from the start of a page to this KV head
-    int group;               // query heads per KV head
-    int head_dim;
-    int page_size;
-    int num_tokens;          // query tokens of this item, <= kQueryTokens
-    int first_position;      // position of the first of them; query i sees positions <= first_position + i
+    const Act<T>* q;  // [tokens * group, padded_dim]
+    Act<T>* out;      // first token's first head; null: leave the parts for `merge_parts`
+    float* part;      // [rows, head_dim + 2]: sums, maximum, total
+    long out_stride;  // between tokens
+    const T* k_pages;
+    const T* v_pages;
+    const int32_t* table;
+    int head, group, num_tokens;
+    int first_position;         // of the first query token; query i sees positions <= first_position + i
+    int first_page, end_page;   // range of pages of this item
     float scale;
 };
 
+template <class T>
 struct AttentionScratch {
-    std::vector<float> scores, out, stats;
-    std::vector<char> q;
+    std::vector<float> scores, sums, stats;
+    std::vector<Act<T>> weights;
 };
 
-// acc[m][:] += sum over n of p[m][n] v[n][:], for R rows at once and up to 64 channels.
-template <class W, int R, int C>
-inline void accumulate(const float* p, long ldp, const W* v, int D, int num, float* acc, int d, __mmask16 last) {
-    __m512 sums[R][C];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sums[r][c] = load16(acc + r * D + d + 16 * c, c == C - 1 ? last : 0xffff);
-    for (int n = 0; n < num; n++) {
-        __m512 values[C];
-        for (int c = 0; c < C; c++) values[c] = load16(v + long(n) * D + d + 16 * c, c == C - 1 ? last : 0xffff);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            __m512 weight = _mm512_set1_ps(p[r * ldp + n]);
-#pragma GCC unroll 4
-            for (int c = 0; c < C; c++) sums[r][c] = _mm512_fmadd_ps(weight, values[c], sums[r][c]);
-        }
+// Softmax update of one row: writes exp(score - new maximum) for `seen` of `width` columns, zeros for the rest; returns
+// the factor for what was accumulated before.
+template <class X>
+inline float update_row(const float* scores, X* weights, int seen, int width, float scale, float& maximum, float& total) {
+    const F16 lowest = set16(-INFINITY);
+    F16 top = lowest;
+    for (int n = 0; n < seen; n += 16) top = max16(top, choose16(tail16(seen - n), load16(scores + n), lowest));
+    const float peak = std::max(maximum, top16(top) * scale);
+    F16 sum = zero16();
+    int n = 0;
+    for (; n < seen; n += 16) {
+        const F16 e = keep16(tail16(seen - n), exp16(fma16(load16(scores + n), set16(scale), set16(-peak))));
+        sum = sum + e;
+        store16(weights + n, e);
     }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) store16(acc + r * D + d + 16 * c, sums[r][c], c == C - 1 ? last : 0xffff);
-}
-
-template <class W, int R>
-inline void accumulate_rows(const float* p, long ldp, const W* v, int D, int num, float* acc) {
-    for (int d = 0; d < D; d += 64) {
-        int left = std::min(D - d, 64), vectors = (left + 15) / 16;
-        __mmask16 last = tail16(left - 16 * (vectors - 1));
-        if (vectors == 4) accumulate<W, R, 4>(p, ldp, v, D, num, acc, d, last);
-        if (vectors == 3) accumulate<W, R, 3>(p, ldp, v, D, num, acc, d, last);
-        if (vectors == 2) accumulate<W, R, 2>(p, ldp, v, D, num, acc, d, last);
-        if (vectors == 1) accumulate<W, R, 1>(p, ldp, v, D, num, acc, d, last);
-    }
-}
-
-// Softmax update of one row: scores become exp(score - new maximum); returns the factor for what was accumulated before.
-inline float update_row(float* scores, int num, float scale, float& maximum, float& total) {
-    __m512 top = _mm512_set1_ps(-INFINITY);
-    for (int n = 0; n < num; n += 16)
-        top = _mm512_max_ps(top, _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), tail16(num - n), scores + n));
-    float peak = std::max(maximum, _mm512_reduce_max_ps(top) * scale);
-    __m512 sum = _mm512_setzero_ps();
-    for (int n = 0; n < num; n += 16) {
-        __mmask16 mask = tail16(num - n);
-        __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, scores + n), _mm512_set1_ps(scale), _mm512_set1_ps(peak));
-        __m512 e = _mm512_maskz_mov_ps(mask, exp16(x));
-        sum = _mm512_add_ps(sum, e);
-        _mm512_mask_storeu_ps(scores + n, mask, e);
-    }
-    float factor = maximum == -INFINITY ? 0.0f : std::exp(maximum - peak);
-    total = total * factor + _mm512_reduce_add_ps(sum);
+    for (; n < width; n += 16) store16(weights + n, zero16());
+    const float factor = maximum == -INFINITY ? 0.0f : std::exp(maximum - peak);
+    total = total * factor + sum16(sum);
     maximum = peak;
     return factor;
 }
 
-template <class W>
-void attend(const AttentionItem<W>& item, AttentionScratch& scratch) {
-    const int D = item.head_dim, G = item.group, rows = item.num_tokens * G, P = item.page_size;
-    scratch.q.resize(size_t(rows) * D * sizeof(W));
-    scratch.scores.resize(size_t(rows) * kBlock);
-    scratch.out.assign(size_t(rows) * D, 0.0f);
-    scratch.stats.assign(size_t(rows) * 2, 0.0f);
-    W* q = reinterpret_cast<W*>(scratch.q.data());
-    for (int t = 0; t < item.num_tokens; t++) std::memcpy(q + long(t) * G * D, item.q + t * item.q_stride, sizeof(W) * G * D);
-    float *scores = scratch.scores.data(), *acc = scratch.out.data(), *maximum = scratch.stats.data(), *total = maximum + rows;
-    for (int r = 0; r < rows; r++) maximum[r] = -INFINITY;
+template <class T>
+void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionScratch<T>& scratch) {
+    const int G = item.group, rows = item.num_tokens * G, Dp = shape.padded_dim, Pp = shape.padded_size, P = shape.page_size;
+    const int columns = kPagesInBlock * Pp, head_dim = shape.head_dim;
+    const long page_stride = shape.page_elements(), head_offset = item.head * shape.head_elements();
+    scratch.scores.resize(size_t(rows) * columns);
+    scratch.weights.resize(size_t(rows) * columns);
+    scratch.sums.assign(size_t(rows) * Dp, 0.0f);
+    scratch.stats.assign(size_t(rows) * 3, 0.0f);
+    float *scores = scratch.scores.data(), *acc = scratch.sums.data();
+    float *maximum = scratch.stats.data(), *total = maximum + rows, *factor = total + rows;
+    Act<T>* weights = scratch.weights.data();
+    std::fill(maximum, maximum + rows, -INFINITY);
+    TileState tiles;
+    alignas(64) float sums[kBlockRows<T> * kPanel];
 
-    const int end = item.first_position + item.num_tokens;  // positions [0, end) exist for the last query
-    const int block = std::max(kBlock / P, 1) * P;
-    scratch.scores.resize(size_t(rows) * block);
-    scores = scratch.scores.data();
-    for (int begin = 0; begin < end; begin += block) {
-        const int width = std::min(block, end - begin);
-        for (int n = 0; n < width; n += P) {
-            const W* k = item.k_pages + item.table[(begin + n) / P] * item.page_stride + item.head_offset;
-            gemm<W>(q, D, rows, k, D, nullptr, scores + n, block, std::min(P, width - n), D);
+    for (int page = item.first_page; page < item.end_page; page += kPagesInBlock) {
+        const int pages = std::min(kPagesInBlock, item.end_page - page);
+        for (int i = 0; i < pages; i++) {
+            const T* k = item.k_pages + item.table[page + i] * page_stride + head_offset;
+            const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
+            for (int n = 0; n < Pp; n += kPanel)
+                for (int r = 0, size; r < rows; r += size) {
+                    size = block_size<T>(rows - r);
+                    const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units()};
+                    // V of these tokens is wanted soon.
+                    const char* next = r == 0 && n * Dp < shape.head_elements() ? reinterpret_cast<const char*>(v + long(n) * Dp) : nullptr;
+                    block<T>(&term, 1, size, next, sums, tiles);
+                    for (int m = 0; m < size; m++) {
+                        float* to = scores + long(r + m) * columns + i * Pp + n;
+                        store16(to, load16(sums + m * kPanel));
+                        store16(to + 16, load16(sums + m * kPanel + 16));
+                    }
+                }
         }
+        const int first = page * P;  // position of the block's first token
         for (int r = 0; r < rows; r++) {
-            int seen = std::min(width, item.first_position + r / G + 1 - begin);
-            float* row = scores + long(r) * block;
-            if (seen <= 0) {  // only possible after its first block, so the row's maximum is finite
-                std::fill(row, row + width, 0.0f);
-                continue;
-            }
-            float factor = update_row(row, seen, item.scale, maximum[r], total[r]);
-            std::fill(row + seen, row + width, 0.0f);
-            if (begin && factor != 1.0f)
-                for (int d = 0; d < D; d++) acc[long(r) * D + d] *= factor;
+            const int seen = std::min(pages * P, item.first_position + r / G + 1 - first);
+            float* row = scores + long(r) * columns;
+            if (P < Pp)  // padding between the pages' tokens
+                for (int i = 0; i < pages; i++) std::fill(row + i * Pp + P, row + (i + 1) * Pp, -INFINITY);
+            factor[r] = seen <= 0 ? 1.0f : 0.0f;
+            const int seen_columns = seen <= 0 ? 0 : (seen - 1) / P * Pp + (seen - 1) % P + 1;
+            if (seen > 0)
+                factor[r] = update_row(row, weights + long(r) * columns, seen_columns, pages * Pp, item.scale, maximum[r], total[r]);
+            else
+                for (int n = 0; n < pages * Pp; n += 16) store16(weights + long(r) * columns + n, zero16());
         }
-        for (int n = 0; n < width; n += P) {
-            const W* v = item.v_pages + item.table[(begin + n) / P] * item.page_stride + item.head_offset;
-            int num = std::min(P, width - n), r = 0;
-            for (; r + 4 <= rows; r += 4) accumulate_rows<W, 4>(scores + long(r) * block + n, block, v, D, num, acc + long(r) * D);
-            for (; r + 2 <= rows; r += 2) accumulate_rows<W, 2>(scores + long(r) * block + n, block, v, D, num, acc + long(r) * D);
-            for (; r < rows; r++) accumulate_rows<W, 1>(scores + long(r) * block + n, block, v, D, num, acc + long(r) * D);
+        for (int d = 0; d < Dp; d += kPanel) {
+            Term<T> terms[kPagesInBlock];
+            for (int i = 0; i < pages; i++) {
+                const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
+                terms[i] = {weights + i * Pp, columns, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
+            }
+            for (int r = 0, size; r < rows; r += size) {
+                size = block_size<T>(rows - r);
+                block<T>(terms, pages, size, nullptr, sums, tiles);
+                for (int i = 0; i < pages; i++) terms[i].x += size * long(columns);
+                for (int m = 0; m < size; m++)
+                    for (int half = 0; half < kPanel; half += 16) {
+                        float* to = acc + long(r + m) * Dp + d + half;
+                        store16(to, fma16(load16(to), set16(factor[r + m]), load16(sums + m * kPanel + half)));
+                    }
+            }
         }
     }
     for (int r = 0; r < rows; r++) {
-        float scale = 1.0f / total[r];
-        float* to = item.out + (r / G) * item.out_stride + (r % G) * D;
-        for (int d = 0; d < D; d++) to[d] = acc[long(r) * D + d] * scale;
+        const float* from = acc + long(r) * Dp;
+        if (item.part) {
+            float* part = item.part + long(r) * (head_dim + 2);
+            std::memcpy(part, from, sizeof(float) * head_dim);
+            part[head_dim] = maximum[r];
+            part[head_dim + 1] = total[r];
+            continue;
+        }
+        const F16 scale = set16(1.0f / total[r]);
+        Act<T>* to = item.out + (r / G) * item.out_stride + long(r % G) * head_dim;
+        for (int d = 0; d < head_dim; d += 16) store16(to + d, load16(from + d, tail16(head_dim - d)) * scale, tail16(head_dim - d));
+    }
+}
+
+// Joins the parts [num_parts, rows, head_dim + 2] of one token's row into out [head_dim].
+template <class X>
+inline void merge_parts(const float* part, int num_parts, long stride, int head_dim, X* out) {
+    float peak = -INFINITY, total = 0.0f;
+    for (int i = 0; i < num_parts; i++) peak = std::max(peak, part[i * stride + head_dim]);
+    for (int i = 0; i < num_parts; i++) total += part[i * stride + head_dim + 1] * std::exp(part[i * stride + head_dim] - peak);
+    for (int d = 0; d < head_dim; d += 16) {
+        const Mask mask = tail16(head_dim - d);
+        F16 sum = zero16();
+        for (int i = 0; i < num_parts; i++)
+            sum = fma16(load16(part + i * stride + d, mask), set16(std::exp(part[i * stride + head_dim] - peak) / total), sum);
+        store16(out + d, sum, mask);
     }
 }
 

@@ -17,13 +17,12 @@ struct SamplingScratch {
 };
 
 inline int argmax(const float* row, int n) {
-    __m512 best = _mm512_set1_ps(-INFINITY);
-    for (int i = 0; i < n; i += 16) best = _mm512_max_ps(best, _mm512_mask_loadu_ps(best, tail16(n - i), row + i));
-    const float top = _mm512_reduce_max_ps(best);
-    const __m512 wanted = _mm512_set1_ps(top);
+    F16 best = set16(-INFINITY);
+    for (int i = 0; i < n; i += 16) best = max16(best, choose16(tail16(n - i), load16(row + i, tail16(n - i)), best));
+    const F16 top = set16(top16(best));
     for (int i = 0; i < n; i += 16) {
-        __mmask16 hit = _mm512_mask_cmp_ps_mask(tail16(n - i), _mm512_maskz_loadu_ps(tail16(n - i), row + i), wanted, _CMP_EQ_OQ);
-        if (hit) return i + __builtin_ctz(hit);
+        const int hit = first16(and16(tail16(n - i), equal16(load16(row + i, tail16(n - i)), top)));
+        if (hit >= 0) return i + hit;
     }
     return 0;
 }
@@ -33,8 +32,8 @@ inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch&
     if (d.temperature < 1e-5f || !std::isfinite(row[peak_at])) return peak_at;
     scratch.weights.resize(size_t(n) + 16);
     float* weights = scratch.weights.data();
-    const __m512 peak = _mm512_set1_ps(row[peak_at]), inverse = _mm512_set1_ps(1.0f / d.temperature);
-    const __m512 floor = _mm512_set1_ps(d.min_p), dead = _mm512_set1_ps(-80.0f);
+    const F16 peak = set16(row[peak_at]), inverse = set16(1.0f / d.temperature);
+    const F16 floor = set16(d.min_p), dead = set16(-80.0f);
 
     // Weights relative to the likeliest, summed per run of 1024 entries, so that the draw looks into one run only.
     constexpr int kRun = 1024;
@@ -43,17 +42,16 @@ inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch&
     run_mass.assign(runs, 0.0);
     double total = 0.0;
     for (int r = 0; r < runs; r++) {
-        __m512 sum = _mm512_setzero_ps();
+        F16 sum = zero16();
         for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i += 16) {
-            __mmask16 mask = tail16(n - i);
-            __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), mask, row + i), peak), inverse);
-            __mmask16 alive = _mm512_cmp_ps_mask(x, dead, _CMP_GT_OQ);
-            __m512 w = _mm512_maskz_mov_ps(alive, exp16(x));
-            w = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, floor, _CMP_GE_OQ), w);
-            _mm512_storeu_ps(weights + i, w);
-            sum = _mm512_add_ps(sum, w);
+            const Mask mask = tail16(n - i);
+            const F16 x = (choose16(mask, load16(row + i, mask), set16(-INFINITY)) - peak) * inverse;
+            F16 w = keep16(greater16(x, dead), exp16(x));
+            w = choose16(greater16(floor, w), zero16(), w);
+            store16(weights + i, w);
+            sum = sum + w;
         }
-        run_mass[r] = _mm512_reduce_add_ps(sum);
+        run_mass[r] = sum16(sum);
         total += run_mass[r];
     }
 

@@ -1,42 +1,61 @@
 // The plain C interface between Python and the kernels. Pointers come from tensors that Python keeps alive.
+//
+// T is the pair's type (float32 or bfloat16): norms, biases, KV. W is the type of packed weights: T, or int8.
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-// All tensors of W unless said otherwise; null where a family has none.
+enum BsType : int32_t { BS_FLOAT = 0, BS_BF16 = 1, BS_INT8 = 2 };
+
+// Packed weights (see bs_pack); `scale` for int8 only: one float per channel of the panels.
+struct BsWeights {
+    const void* data;
+    const float* scale;
+};
+
+// Null where a family has none. Everything but the BsWeights is T.
 struct BsLayer {
-    const void *attn_norm_w, *attn_norm_b, *qkv_w, *qkv_b, *q_norm_w, *k_norm_w, *o_w, *o_b;
-    const void *mlp_norm_w, *mlp_norm_b, *up_w, *up_b, *down_w, *down_b;
+    const void *attn_norm_w, *attn_norm_b, *qkv_b, *q_norm_w, *k_norm_w, *o_b, *mlp_norm_w, *mlp_norm_b, *up_b, *down_b;
+    BsWeights qkv, o, up, down;
+};
+
+// Embedding, final norm and head of one side. A tied embedding is the packed head; an untied one is T [vocab, hidden].
+struct BsEnd {
+    const void *embed, *positions, *norm_w, *norm_b, *head_b;
+    BsWeights head;
 };
 
 struct BsSpec {
     int32_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, is_bf16;
+    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type;
     float eps, scale;
     const float *cos, *sin;  // [positions, rotary_dim / 2]
 };
 
-// One step: `program` lists (layer, first request, end request); the rows of `hidden` [T, hidden] float are updated.
+// One step: `program` lists (layer, first request, end request). Tokens [0, embed_cut) take the embedding of end 0, the
+// others that of end 1; of the wanted rows [0, norm_cut) take the norm of end 0.
 struct BsStep {
-    int32_t num_tokens, num_requests, num_segments;
+    int32_t num_tokens, num_requests, num_segments, num_rows, embed_cut, norm_cut;
     const int32_t* program;       // [num_segments, 3]
+    const int32_t* input_ids;     // [T]
     const int32_t* positions;     // [T]
     const int32_t* query_start;   // [R + 1]
     const int32_t* slots;         // [R]
     const int32_t* block_tables;  // [layers, slots, blocks]
     int64_t layer_stride, slot_stride;
+    const int32_t* rows;          // [num_rows], tokens whose final-normed hidden state is wanted
     void *k_pages, *v_pages;
-    float* hidden;
+    float* out;                   // [num_rows, hidden]
 };
 
-void* bs_create(const BsSpec* spec, const BsLayer* layers, int32_t num_layers, int32_t num_threads);
-void bs_destroy(void* engine);
-void bs_step(void* engine, const BsStep* step);
-// Final norm of rows [M, hidden] float in place.
-void bs_norm(void* engine, float* rows, int32_t M, const void* weight, const void* bias);
-// logits [M, vocab] float = rows [M, hidden] float times head [vocab, hidden].
-void bs_head(void* engine, const float* rows, int32_t M, const void* head, const void* bias, float* logits);
+// One matrix to pack: `source` [N, K] of `source_type` to `target` of `type` with scales (int8).
+struct BsPack {
+    const void* source;
+    void* target;
+    float* scale;
+    int32_t N, K, gated, source_type, type;
+};
 
 // How one row is drawn, given a number of [0, 1); temperature 0 takes the likeliest, top_k 0 and top_p 1 keep all.
 struct BsDraw {
@@ -45,6 +64,24 @@ struct BsDraw {
     int32_t top_k;
 };
 
+// 0, or the errno with which the system refused the instructions that this build needs.
+int32_t bs_prepare();
+// Bytes of a packed matrix, and its number of scales (channels with padding).
+int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type);
+int64_t bs_packed_channels(int32_t N, int32_t gated);
+void bs_pack(const struct BsPack* matrices, int32_t count, int32_t num_threads);
+// Bytes of K (or V) of one page.
+int64_t bs_page_bytes(const struct BsSpec* spec);
+
+void* bs_create(const struct BsSpec* spec, const struct BsLayer* layers, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);
+void bs_destroy(void* engine);
+void bs_step(void* engine, const struct BsStep* step);
+// logits [M, vocab] float = rows [M, hidden] float times the head of `end`.
+void bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits);
+// The likeliest token of each row (the first of equals), without logits in memory.
+void bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens);
 // tokens[m] drawn from logits [M, vocab].
 void bs_draw(void* engine, const float* logits, int32_t M, const struct BsDraw* draws, int32_t* tokens);
+// Seconds since the last call: products, attention, placing of K and V, norms, head, embedding.
+void bs_times(void* engine, double* seconds);
 }

@@ -1,0 +1,179 @@
+// The one kernel: a block of sums, some rows of activations times one panel of weights.
+//
+// sums[row][32] = sum over terms of x[row] . panel. Several terms add up in registers: the pages of an attention block,
+// or a weight and its low-rank correction.
+#pragma once
+#include <algorithm>
+
+#include "panels.h"
+
+namespace boomerang {
+
+// Activations are kept in the type that the processor multiplies with weights of type W.
+template <class W>
+struct ActivationOf {
+    using type = float;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ActivationOf<bf16> {
+    using type = bf16;
+};
+template <>
+struct ActivationOf<int8> {
+    using type = bf16;
+};
+#endif
+template <class W>
+using Act = typename ActivationOf<W>::type;
+
+template <class W>
+struct Term {
+    const Act<W>* x;  // [rows, ldx], zeros from K to units
+    long ldx;
+    const char* panel;
+    int units;
+};
+
+// One unit of 16 channels as the processor multiplies it: `load` from a line, `fma` with one unit of a row of x.
+template <class W>
+struct Operand;
+template <>
+struct Operand<float> {
+    F16 w;
+    static Operand load(const char* p) { return {load16(reinterpret_cast<const float*>(p))}; }
+    F16 fma(F16 sum, const float* x) const { return fma16(set16(*x), w, sum); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Operand<bf16> {
+    __m512i w;
+    static Operand load(const char* p) { return {_mm512_loadu_si512(p)}; }
+    F16 fma(F16 sum, const bf16* x) const {
+        int32_t pair;
+        std::memcpy(&pair, x, 4);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w);
+    }
+};
+// int8 is exact in bfloat16.
+inline __m512i widen_int8(const char* p) {
+    const __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+    const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+    // The upper half of a float with at most 7 significant bits is its bfloat16.
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+}
+template <>
+struct Operand<int8> {
+    __m512i w;
+    static Operand load(const char* p) { return {widen_int8(p)}; }
+    F16 fma(F16 sum, const bf16* x) const { return Operand<bf16>{w}.fma(sum, x); }
+};
+#else
+template <>
+struct Operand<bf16> {
+    F16 even, odd;
+    static Operand load(const char* p) {
+        return {even_bf16(p), odd_bf16(p)};
+    }
+    F16 fma(F16 sum, const float* x) const { return fma16(set16(x[1]), odd, fma16(set16(x[0]), even, sum)); }
+};
+template <>
+struct Operand<int8> {
+    F16 even, odd;
+    static Operand load(const char* p) {
+        return {even_int8(p), odd_int8(p)};
+    }
+    F16 fma(F16 sum, const float* x) const { return fma16(set16(x[1]), odd, fma16(set16(x[0]), even, sum)); }
+};
+#endif
+
+// R rows; S sums per output, so that enough of them are on their way at once. `next` (or null) is fetched into the
+// second-level cache along the way: the panel that follows.
+template <class W, int R, int S>
+void block_rows(const Term<W>* terms, int num_terms, const char* next, float* sums) {
+    F16 acc[S][R][2];
+    for (int s = 0; s < S; s++)
+        for (int r = 0; r < R; r++) acc[s][r][0] = acc[s][r][1] = zero16();
+    for (const Term<W>* t = terms; t < terms + num_terms; t++) {
+        const char* line = t->panel;
+        const Act<W>* x = t->x;
+        for (int u = 0; u < t->units; u += S, line += S * kLine<W>, x += S * kPerUnit<W>) {
+            if (next) {
+#pragma GCC unroll 8
+                for (int i = 0; i < S * kLine<W>; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+                next += S * kLine<W>;
+            }
+#pragma GCC unroll 4
+            for (int s = 0; s < S; s++) {
+                const Operand<W> a = Operand<W>::load(line + s * kLine<W>), b = Operand<W>::load(line + s * kLine<W> + kLine<W> / 2);
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    const Act<W>* unit = x + r * t->ldx + s * kPerUnit<W>;
+                    acc[s][r][0] = a.fma(acc[s][r][0], unit);
+                    acc[s][r][1] = b.fma(acc[s][r][1], unit);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < 2; half++) {
+            F16 sum = acc[0][r][half];
+            for (int s = 1; s < S; s++) sum = sum + acc[s][r][half];
+            store16(sums + r * kPanel + 16 * half, sum);
+        }
+}
+
+#ifdef __AVX512F__
+constexpr int kRegisterRows = 12;
+#else
+constexpr int kRegisterRows = 4;
+#endif
+
+// Up to kRegisterRows rows without tiles.
+template <class W>
+void block_in_registers(const Term<W>* terms, int num_terms, int rows, const char* next, float* sums) {
+    switch (rows) {
+        case 1: return block_rows<W, 1, 4>(terms, num_terms, next, sums);
+        case 2: return block_rows<W, 2, 2>(terms, num_terms, next, sums);
+        case 3: return block_rows<W, 3, 2>(terms, num_terms, next, sums);
+        case 4: return block_rows<W, 4, 2>(terms, num_terms, next, sums);
+#ifdef __AVX512F__
+        case 5: return block_rows<W, 5, 2>(terms, num_terms, next, sums);
+        case 6: return block_rows<W, 6, 1>(terms, num_terms, next, sums);
+        case 7: return block_rows<W, 7, 1>(terms, num_terms, next, sums);
+        case 8: return block_rows<W, 8, 1>(terms, num_terms, next, sums);
+        case 9: return block_rows<W, 9, 1>(terms, num_terms, next, sums);
+        case 10: return block_rows<W, 10, 1>(terms, num_terms, next, sums);
+        case 11: return block_rows<W, 11, 1>(terms, num_terms, next, sums);
+        default: return block_rows<W, 12, 1>(terms, num_terms, next, sums);
+#endif
+    }
+}
+
+}  // namespace boomerang
+
+#include "tiles.h"
+
+namespace boomerang {
+
+// Most rows of one block.
+template <class W>
+constexpr int kBlockRows = kHasTiles<W> ? 32 : kRegisterRows;
+
+// Rows of the next block when `rows` are left: equal blocks rather than a full one and a sliver.
+template <class W>
+inline int block_size(int rows) {
+    const int blocks = (rows + kBlockRows<W> - 1) / kBlockRows<W>;
+    return kHasTiles<W> ? std::min(rows, 32) : (rows + blocks - 1) / blocks;
+}
+
+template <class W>
+inline void block(const Term<W>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
+    if constexpr (kHasTiles<W>)
+        if (rows >= kTileRows) return block_in_tiles(terms, num_terms, rows, next, sums, tiles);
+    block_in_registers<W>(terms, num_terms, rows, next, sums);
+}
+
+}  // namespace boomerang

@@ -1,0 +1,367 @@
+// Runs one step of the program on the CPU: embedding, layers, final norm.
+//
+// The hidden state stays float32 throughout; products take activations of Act<W> with float32 sums.
+// T: type of norms, biases and KV. W: type of the packed weights.
+#pragma once
+#include <chrono>
+#include <vector>
+
+#include "attention.h"
+#include "buffer.h"
+#include "pack.h"
+#include "pool.h"
+#include "products.h"
+#include "rows.h"
+#include "step.h"
+
+namespace boomerang {
+
+inline int chunks_for(int n, int size) { return (n + size - 1) / size; }
+
+template <class T, class W>
+class Engine {
+  public:
+    Engine(const BsSpec& spec, const BsLayer* layers, int num_layers, const BsEnd* ends, int num_threads)
+        : s_(spec), layers_(layers, layers + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
+          pool_(num_threads), attention_(num_threads) {}
+
+    void step(const BsStep& step) {
+        step_ = &step;
+        const size_t tokens = step.num_tokens;
+        hidden_.at_least(tokens * s_.hidden);
+        normed_.at_least(tokens * hidden_ld());
+        qkv_.at_least(tokens * qkv_width());
+        q_.at_least(tokens * s_.num_heads * pages_.padded_dim);
+        attended_.at_least(tokens * attended_ld());
+        act_.at_least(tokens * act_ld());
+        pool_.begin();
+        mark_ = Clock::now();
+        embed();
+        for (int i = 0; i < step.num_segments; i++) {
+            const int32_t* segment = step.program + 3 * i;
+            layer(segment[0], segment[1], segment[2]);
+        }
+        for (int i = 0; i < step.num_rows; i++) {
+            const BsEnd& end = ends_[i < step.norm_cut ? 0 : 1];
+            norm(hidden_.data() + long(step.rows[i]) * s_.hidden, step.out + long(i) * s_.hidden, end.norm_w, end.norm_b, s_.hidden);
+        }
+        count(kNorm);
+        pool_.end();
+    }
+
+    void head(const float* rows, int M, int end, float* logits) {
+        const float* b = widen(ends_[end].head_b, s_.vocab, false);
+        head_product(rows, M, end, [&](int m, int count, int panel, const float* sums) {
+            const int n = panel * kPanel;
+            put_block<false>(logits + long(m) * s_.vocab + n, s_.vocab, sums, count, s_.vocab - n, scale_of(ends_[end].head, n), b ? b + n : nullptr);
+        });
+    }
+
+    void greedy(const float* rows, int M, int end, int32_t* tokens) {
+        const float* b = widen(ends_[end].head_b, s_.vocab, false);
+        const int panels = panels_of(s_.vocab), chunk = head_chunk(panels);
+        best_.assign(size_t(chunks_for(panels, chunk)) * M, {-INFINITY, 0});
+        head_product(rows, M, end, [&](int m, int count, int panel, float* sums) {
+            const int n = panel * kPanel;
+            put_block<false>(sums, kPanel, sums, count, std::min(kPanel, s_.vocab - n), scale_of(ends_[end].head, n), b ? b + n : nullptr);
+            Best* best = best_.data() + size_t(panel / chunk) * M + m;
+            for (int i = 0; i < count; i++) better(best[i], sums + i * kPanel, n, std::min(kPanel, s_.vocab - n));
+        });
+        for (int m = 0; m < M; m++) {
+            Best best = best_[m];
+            for (size_t i = m; i < best_.size(); i += M)
+                if (best_[i].value > best.value) best = best_[i];
+            tokens[m] = best.token;
+        }
+    }
+
+    Pool& pool() { return pool_; }
+    const BsSpec& spec() const { return s_; }
+
+    void times(double* seconds) {
+        std::copy(times_, times_ + kPhases, seconds);
+        std::fill(times_, times_ + kPhases, 0.0);
+    }
+
+  private:
+    using X = Act<W>;
+    static_assert(std::is_same<X, Act<T>>::value, "K, V and weights are multiplied with the same activations");
+    using Clock = std::chrono::steady_clock;
+    enum Phase { kProduct, kAttention, kPlace, kNorm, kHead, kEmbed, kPhases };
+    struct Best {
+        float value;
+        int32_t token;
+    };
+    struct Item {
+        int request, head, from, to, first_page, end_page, part;
+    };
+    struct Merge {
+        int token, head, part, num_parts;
+    };
+
+    int q_width() const { return s_.num_heads * s_.head_dim; }
+    int kv_width() const { return s_.num_kv_heads * s_.head_dim; }
+    int qkv_width() const { return q_width() + 2 * kv_width(); }
+    int hidden_ld() const { return padded<W>(s_.hidden); }
+    int attended_ld() const { return padded<W>(q_width()); }
+    int act_ld() const { return round_up(padded<W>(s_.intermediate), kPanel); }
+    int group() const { return s_.num_heads / s_.num_kv_heads; }
+
+    void count(Phase phase) {
+        const auto now = Clock::now();
+        times_[phase] += std::chrono::duration<double>(now - mark_).count();
+        mark_ = now;
+    }
+
+    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale}; }
+    static const float* scale_of(const BsWeights& w, int n) { return w.scale ? w.scale + n : nullptr; }
+
+    // A bias as float; `gated`: in the order of the panels.
+    const float* widen(const void* values, int n, bool gated) {
+        if (!values) return nullptr;
+        const int channels = (gated ? num_panels(n, true) : panels_of(n)) * kPanel;
+        float* to = bias_.at_least(channels);
+        for (int i = 0; i < channels; i++) {
+            const int row = source_row(i, n, gated);
+            to[i] = row < 0 ? 0.0f : to_float(static_cast<const T*>(values)[row]);
+        }
+        return to;
+    }
+
+    template <class Out>
+    void norm(const float* x, Out* y, const void* weight, const void* bias, int n) const {
+        norm_row(x, y, static_cast<const T*>(weight), static_cast<const T*>(bias), n, s_.eps, s_.layer_norm);
+    }
+
+    void norm_tokens(int first, int last, const void* weight, const void* bias) {
+        auto rows = [&](int from, int to) {
+            for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * s_.hidden, normed_.data() + long(t) * hidden_ld(), weight, bias, s_.hidden);
+        };
+        if (last - first <= 8)
+            rows(first, last);
+        else
+            pool_.run(chunks_for(last - first, 8), [&](int c, int) { rows(first + 8 * c, std::min(last, first + 8 * c + 8)); });
+        count(kNorm);
+    }
+
+    template <class Sink>
+    void product(const Rows<W>& x, const Weights& w, int panels, Sink&& sink) {
+        const int chunk = std::max(1, std::min(8, panels / (8 * pool_.num_threads())));
+        pool_.run(chunks_for(panels, chunk), [&](int c, int) { multiply<W>(x, w, Correction<W>{}, c * chunk, std::min(panels, (c + 1) * chunk), sink); });
+        count(kProduct);
+    }
+
+    template <bool add>
+    void product_to(const Rows<W>& x, const BsWeights& w, int N, int K, const void* bias, float* y, long ldy) {
+        const float* b = widen(bias, N, false);
+        product(x, weights(w, N, K), panels_of(N), [&](int m, int rows, int panel, const float* sums) {
+            const int n = panel * kPanel;
+            put_block<add>(y + m * ldy + n, ldy, sums, rows, N - n, scale_of(w, n), b ? b + n : nullptr);
+        });
+    }
+
+    void layer(int id, int r0, int r1) {
+        const BsLayer& w = layers_[id];
+        const int t0 = step_->query_start[r0], t1 = step_->query_start[r1], M = t1 - t0, E = s_.hidden;
+        float* hidden = hidden_.data() + long(t0) * E;
+        const Rows<W> normed = {normed_.data() + long(t0) * hidden_ld(), hidden_ld(), M};
+        X* act = act_.data() + long(t0) * act_ld();
+        norm_tokens(t0, t1, w.attn_norm_w, w.attn_norm_b);
+        product_to<false>(normed, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_width(), qkv_width());
+        place(id, w, r0, r1);
+        attention(id, r0, r1);
+        if (s_.parallel_residual) norm_tokens(t0, t1, w.mlp_norm_w, w.mlp_norm_b);
+        product_to<true>({attended_.data() + long(t0) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), w.o_b, hidden, E);
+        if (!s_.parallel_residual) norm_tokens(t0, t1, w.mlp_norm_w, w.mlp_norm_b);
+        mlp_up(w, normed, act);
+        product_to<true>({act, act_ld(), M}, w.down, E, s_.intermediate, w.down_b, hidden, E);
+    }
+
+    void mlp_up(const BsLayer& w, const Rows<W>& x, X* act) {
+        const bool gated = s_.gated;
+        const int N = gated ? 2 * s_.intermediate : s_.intermediate;
+        const float* b = widen(w.up_b, N, gated);
+        product(x, weights(w.up, N, s_.hidden), num_panels(N, gated), [&](int m, int rows, int panel, const float* sums) {
+            F16 factor[2], offset[2];
+            for (int half = 0; half < 2; half++) {
+                const int n = panel * kPanel + 16 * half;
+                factor[half] = w.up.scale ? load16(w.up.scale + n) : set16(1.0f);
+                offset[half] = b ? load16(b + n) : zero16();
+            }
+            for (int r = 0; r < rows; r++) {
+                const F16 first = fma16(load16(sums + r * kPanel), factor[0], offset[0]), second = fma16(load16(sums + r * kPanel + 16), factor[1], offset[1]);
+                if (gated) {
+                    store16(act + long(m + r) * act_ld() + panel * 16, activate16(first, s_.activation) * second);
+                } else {
+                    store16(act + long(m + r) * act_ld() + panel * kPanel, activate16(first, s_.activation));
+                    store16(act + long(m + r) * act_ld() + panel * kPanel + 16, activate16(second, s_.activation));
+                }
+            }
+        });
+    }
+
+    void embed() {
+        const int chunk = 16;
+        pool_.run(chunks_for(step_->num_tokens, chunk), [&](int c, int) {
+            for (int t = c * chunk; t < std::min(step_->num_tokens, (c + 1) * chunk); t++) {
+                const BsEnd& end = ends_[t < step_->embed_cut ? 0 : 1];
+                float* to = hidden_.data() + long(t) * s_.hidden;
+                if (end.embed)
+                    convert_row(static_cast<const T*>(end.embed) + long(step_->input_ids[t]) * s_.hidden, to, s_.hidden);
+                else
+                    unpack_row<W>(weights(end.head, s_.vocab, s_.hidden), step_->input_ids[t], to);
+                if (!end.positions) continue;
+                const T* position = static_cast<const T*>(end.positions) + long(step_->positions[t]) * s_.hidden;
+                for (int i = 0; i < s_.hidden; i++) to[i] += to_float(position[i]);
+            }
+        });
+        count(kEmbed);
+    }
+
+    // Head norms, rotary embedding, and K and V into their pages.
+    void place(int id, const BsLayer& w, int r0, int r1) {
+        const int first = step_->query_start[r0], last = step_->query_start[r1];
+        tokens_.resize(last - first);
+        for (int r = r0; r < r1; r++)
+            for (int t = step_->query_start[r]; t < step_->query_start[r + 1]; t++) tokens_[t - first] = r;
+        // Chunks begin at even positions of a prompt or not: tokens that share a unit of V must not be on two threads.
+        auto rows = [&](int from, int to) {
+            for (int t = from; t < to; t++) {
+                const int r = tokens_[t - first];
+                place_token(w, t, step_->block_tables + id * step_->layer_stride + step_->slots[r] * step_->slot_stride);
+            }
+        };
+        if (last - first <= 4) {
+            rows(first, last);
+        } else {
+            const int chunk = last - first > 64 ? 16 : 4;
+            auto start = [&](int c) {
+                int t = std::min(last, first + c * chunk);
+                while (t > first && t < last && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size % 2) t--;
+                return t;
+            };
+            pool_.run(chunks_for(last - first, chunk), [&](int c, int) { rows(start(c), start(c + 1)); });
+        }
+        count(kPlace);
+    }
+
+    void place_token(const BsLayer& w, int t, const int32_t* table) {
+        const int D = s_.head_dim, Dp = pages_.padded_dim, position = step_->positions[t], half = s_.rotary_dim / 2, G = group();
+        const float *cos = s_.cos + long(position) * half, *sin = s_.sin + long(position) * half;
+        float* row = qkv_.data() + long(t) * qkv_width();
+        for (int h = 0; h < s_.num_heads; h++) {
+            float* q = row + h * D;
+            if (w.q_norm_w) norm_row(q, q, static_cast<const T*>(w.q_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
+            rotate_row(q, cos, sin, half);
+            convert_row(q, q_row(h / G, t) + h % G * Dp, D);
+        }
+        const long page = table[position / s_.page_size] * pages_.page_elements();
+        for (int h = 0; h < s_.num_kv_heads; h++) {
+            float* k = row + q_width() + h * D;
+            if (w.k_norm_w) norm_row(k, k, static_cast<const T*>(w.k_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
+            rotate_row(k, cos, sin, half);
+            const long at = page + h * pages_.head_elements();
+            write_page(pages_, static_cast<T*>(step_->k_pages) + at, static_cast<T*>(step_->v_pages) + at, position % s_.page_size, k, k + kv_width());
+        }
+    }
+
+    // Queries of a KV head's group for token t: [kv head][token][group][padded_dim].
+    X* q_row(int kv_head, int t) { return q_.data() + (long(kv_head) * step_->num_tokens + t) * group() * pages_.padded_dim; }
+
+    void attention(int id, int r0, int r1) {
+        const int G = group(), P = s_.page_size, D = s_.head_dim, part_size = G * (D + 2);
+        const int query_tokens = std::max(1, 96 / G);
+        items_.clear();
+        merges_.clear();
+        int num_parts = 0;
+        const int part_pages = pages_in_part(r0, r1);
+        for (int r = r0; r < r1; r++) {
+            const int from = step_->query_start[r], to = step_->query_start[r + 1], pages = chunks_for(step_->positions[to - 1] + 1, P);
+            if (to - from == 1 && pages > part_pages) {
+                const int parts = chunks_for(pages, part_pages);
+                for (int h = 0; h < s_.num_kv_heads; h++) {
+                    merges_.push_back({from, h, num_parts, parts});
+                    for (int i = 0; i < parts; i++) items_.push_back({r, h, from, to, pages * i / parts, pages * (i + 1) / parts, num_parts++});
+                }
+                continue;
+            }
+            // Late query blocks see the most positions; starting with them keeps the last chunks short.
+            for (int t = from + (to - from - 1) / query_tokens * query_tokens; t >= from; t -= query_tokens) {
+                const int end = std::min(t + query_tokens, to);
+                for (int h = 0; h < s_.num_kv_heads; h++) items_.push_back({r, h, t, end, 0, chunks_for(step_->positions[end - 1] + 1, P), -1});
+            }
+        }
+        float* parts = parts_.at_least(size_t(num_parts) * part_size);
+        pool_.run(int(items_.size()), [&](int chunk, int thread) {
+            const Item& it = items_[chunk];
+            AttentionItem<T> item;
+            item.q = q_row(it.head, it.from);
+            item.out = attended_.data() + long(it.from) * attended_ld() + long(it.head) * G * D;
+            item.part = it.part < 0 ? nullptr : parts + long(it.part) * part_size;
+            item.out_stride = attended_ld();
+            item.k_pages = static_cast<const T*>(step_->k_pages);
+            item.v_pages = static_cast<const T*>(step_->v_pages);
+            item.table = step_->block_tables + id * step_->layer_stride + step_->slots[it.request] * step_->slot_stride;
+            item.head = it.head;
+            item.group = G;
+            item.num_tokens = it.to - it.from;
+            item.first_position = step_->positions[it.from];
+            item.first_page = it.first_page;
+            item.end_page = it.end_page;
+            item.scale = s_.scale;
+            attend<T>(item, pages_, attention_[thread]);
+        });
+        for (const Merge& m : merges_)
+            for (int g = 0; g < G; g++)
+                merge_parts(parts + long(m.part) * part_size + g * (D + 2), m.num_parts, part_size, D, attended_.data() + long(m.token) * attended_ld() + (long(m.head) * G + g) * D);
+        count(kAttention);
+    }
+
+    // Pages of one part of a one-token row: whole contexts while they are work enough for every thread.
+    int pages_in_part(int r0, int r1) const {
+        if (pool_.num_threads() == 1) return 1 << 30;
+        long pages = 0;
+        for (int r = r0; r < r1; r++) pages += chunks_for(step_->positions[step_->query_start[r + 1] - 1] + 1, s_.page_size);
+        return std::max<long>(kPagesInBlock, pages * s_.num_kv_heads / (4 * pool_.num_threads()));
+    }
+
+    static int head_chunk(int panels) { return std::max(1, std::min(8, panels / 16)); }
+
+    template <class Sink>
+    void head_product(const float* rows, int M, int end, Sink&& sink) {
+        mark_ = Clock::now();
+        normed_.at_least(size_t(M) * hidden_ld());
+        for (int m = 0; m < M; m++) convert_row(rows + long(m) * s_.hidden, normed_.data() + long(m) * hidden_ld(), s_.hidden);
+        const int panels = panels_of(s_.vocab), chunk = head_chunk(panels);
+        const Rows<W> x = {normed_.data(), hidden_ld(), M};
+        pool_.begin();
+        pool_.run(chunks_for(panels, chunk), [&](int c, int) {
+            multiply<W>(x, weights(ends_[end].head, s_.vocab, s_.hidden), Correction<W>{}, c * chunk, std::min(panels, (c + 1) * chunk), sink);
+        });
+        pool_.end();
+        count(kHead);
+    }
+
+    static void better(Best& best, const float* values, int first, int n) {
+        for (int i = 0; i < n; i++)
+            if (values[i] > best.value) best = {values[i], first + i};
+    }
+
+    BsSpec s_;
+    std::vector<BsLayer> layers_;
+    BsEnd ends_[2];
+    PageShape<T> pages_;
+    Pool pool_;
+    std::vector<AttentionScratch<T>> attention_;
+    const BsStep* step_ = nullptr;
+    Buffer<float> hidden_, qkv_, bias_, parts_;
+    Buffer<X> normed_, q_, attended_, act_;
+    std::vector<Item> items_;
+    std::vector<Merge> merges_;
+    std::vector<int> tokens_;
+    std::vector<Best> best_;
+    double times_[kPhases] = {};
+    Clock::time_point mark_;
+};
+
+}  // namespace boomerang

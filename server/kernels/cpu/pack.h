@@ -1,0 +1,147 @@
+// From a checkpoint's matrices to panels, once at load; and single rows back, for embeddings tied to the head.
+#pragma once
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "panels.h"
+#include "step.h"
+
+namespace boomerang {
+
+template <class W>
+inline int64_t packed_bytes(int N, int K, bool gated) {
+    return int64_t(num_panels(N, gated)) * units_of<W>(K) * kLine<W>;
+}
+
+template <class T, class W>
+void pack_panel(const BsPack& m, int panel) {
+    const int units = units_of<W>(m.K);
+    W* target = static_cast<W*>(m.target) + long(panel) * units * kPanel * kPerUnit<W>;
+    const T* rows[kPanel];
+    float inverse[kPanel];
+    for (int i = 0; i < kPanel; i++) {
+        const int row = source_row(panel * kPanel + i, m.N, m.gated);
+        rows[i] = row < 0 ? nullptr : static_cast<const T*>(m.source) + long(row) * m.K;
+        if constexpr (sizeof(W) == 1) {  // symmetric, one scale per channel
+            float most = 0.0f;
+            if (rows[i])
+                for (int k = 0; k < m.K; k++) most = std::max(most, std::fabs(to_float(rows[i][k])));
+            m.scale[panel * kPanel + i] = most / 127.0f;
+            inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
+        }
+    }
+    for (int u = 0; u < units; u++)
+        for (int i = 0; i < kPanel; i++)
+            for (int j = 0; j < kPerUnit<W>; j++) {
+                const int k = u * kPerUnit<W> + j;
+                W value{};
+                if (rows[i] && k < m.K) {
+                    if constexpr (sizeof(W) == 1)
+                        value.value = int8_t(std::lrint(to_float(rows[i][k]) * inverse[i]));
+                    else
+                        value = rows[i][k];
+                }
+                target[(long(u) * kPanel + i) * kPerUnit<W> + j] = value;
+            }
+}
+
+#ifdef __AVX512F__
+// 16 x 16 four-byte values, rows to columns.
+inline void transpose16(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// The same type on both sides: whole units of four bytes change places, 16 x 16 at a time. The server is not ready
+// before its weights are packed.
+template <class T>
+void pack_panel_same(const BsPack& m, int panel) {
+    const int units = units_of<T>(m.K), whole = m.K / kPerUnit<T>;
+    if (m.K % kPerUnit<T>) return pack_panel<T, T>(m, panel);
+    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<T>;
+    for (int half = 0; half < kPanel; half += 16) {
+        const T* rows[16];
+        for (int i = 0; i < 16; i++) {
+            const int row = source_row(panel * kPanel + half + i, m.N, m.gated);
+            rows[i] = row < 0 ? nullptr : static_cast<const T*>(m.source) + long(row) * m.K;
+        }
+        for (int u = 0; u < units; u += 16) {
+            __m512i block[16];
+            for (int i = 0; i < 16; i++)
+                block[i] = rows[i] ? _mm512_maskz_loadu_epi32(tail16(whole - u), rows[i] + u * kPerUnit<T>) : _mm512_setzero_si512();
+            transpose16(block);
+            for (int i = 0; i < 16; i++) _mm512_stream_si512(reinterpret_cast<__m512i*>(target + long(u + i) * kLine<T> + half * 4), block[i]);
+        }
+    }
+}
+#else
+template <class T>
+void pack_panel_same(const BsPack& m, int panel) {
+    pack_panel<T, T>(m, panel);
+}
+#endif
+
+inline void pack_one(const BsPack& m, int panel) {
+    if (m.type == BS_FLOAT) return pack_panel_same<float>(m, panel);
+    if (m.type == BS_BF16) return pack_panel_same<bf16>(m, panel);
+    if (m.source_type == BS_FLOAT) return pack_panel<float, int8>(m, panel);
+    pack_panel<bf16, int8>(m, panel);
+}
+
+inline void pack_all(const BsPack* matrices, int count, int num_threads) {
+    constexpr int kPanelsAtOnce = 16;
+    std::vector<std::pair<int, int>> work;  // (matrix, first panel)
+    for (int i = 0; i < count; i++)
+        for (int p = 0; p < num_panels(matrices[i].N, matrices[i].gated); p += kPanelsAtOnce) work.emplace_back(i, p);
+    std::atomic<size_t> next{0};
+    auto run = [&] {
+        for (size_t i; (i = next.fetch_add(1)) < work.size();) {
+            const BsPack& m = matrices[work[i].first];
+            const int end = std::min(num_panels(m.N, m.gated), work[i].second + kPanelsAtOnce);
+            for (int p = work[i].second; p < end; p++) pack_one(m, p);
+        }
+        _mm_sfence();
+    };
+    std::vector<std::thread> threads;
+    for (int i = 1; i < num_threads; i++) threads.emplace_back(run);
+    run();
+    for (auto& thread : threads) thread.join();
+}
+
+// Row `n` of a packed [N, K] as float.
+template <class W>
+inline void unpack_row(const Weights& w, int n, float* out) {
+    const int units = units_of<W>(w.K);
+    const W* data = reinterpret_cast<const W*>(w.data);
+    for (int k = 0; k < w.K; k++) {
+        const W value = data[panel_offset<W>(n, k, units)];
+        if constexpr (sizeof(W) == 1)
+            out[k] = value.value * w.scale[n];
+        else
+            out[k] = to_float(value);
+    }
+}
+
+}  // namespace boomerang

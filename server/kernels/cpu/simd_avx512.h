@@ -1,0 +1,54 @@
+// F16 on AVX-512: one register.
+#pragma once
+
+namespace boomerang {
+
+using F16 = __m512;  // the compiler's vector type: + - * / work on it
+using Mask = __mmask16;
+
+inline Mask tail16(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : Mask((1u << n) - 1); }
+inline F16 zero16() { return _mm512_setzero_ps(); }
+inline F16 set16(float x) { return _mm512_set1_ps(x); }
+inline F16 fma16(F16 a, F16 b, F16 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F16 max16(F16 a, F16 b) { return _mm512_max_ps(a, b); }
+inline F16 min16(F16 a, F16 b) { return _mm512_min_ps(a, b); }
+inline F16 round16(F16 x) { return _mm512_roundscale_ps(x, 8); }
+inline F16 scale_by_power16(F16 x, F16 n) { return _mm512_scalef_ps(x, n); }
+inline float sum16(F16 x) { return _mm512_reduce_add_ps(x); }
+inline float top16(F16 x) { return _mm512_reduce_max_ps(x); }
+inline F16 keep16(Mask mask, F16 x) { return _mm512_maskz_mov_ps(mask, x); }
+inline F16 choose16(Mask mask, F16 x, F16 otherwise) { return _mm512_mask_mov_ps(otherwise, mask, x); }
+inline Mask greater16(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline Mask equal16(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline Mask and16(Mask a, Mask b) { return a & b; }
+inline int first16(Mask mask) { return mask ? __builtin_ctz(mask) : -1; }
+
+inline F16 load16(const float* p, Mask mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, p); }
+inline F16 load16(const bf16* p, Mask mask = 0xffff) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+inline void store16(float* p, F16 x, Mask mask = 0xffff) { _mm512_mask_storeu_ps(p, mask, x); }
+
+// The 16 values as bfloat16, rounded to nearest even.
+inline __m256i narrow16(F16 x) {
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), one);
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+inline void store16(bf16* p, F16 x, Mask mask = 0xffff) { _mm256_mask_storeu_epi16(p, mask, narrow16(x)); }
+
+// Every second bfloat16 from p on: 16 values into the even (first = 0) or odd (first = 1) places of 32.
+inline void store_every_second16(bf16* p, int first, F16 x) {
+    const __m512i wide = _mm512_cvtepu16_epi32(narrow16(x));
+    if (first == 0)
+        _mm512_mask_storeu_epi16(p, 0x55555555, wide);
+    else
+        _mm512_mask_storeu_epi16(p, 0xaaaaaaaa, _mm512_slli_epi32(wide, 16));
+}
+
+}  // namespace boomerang

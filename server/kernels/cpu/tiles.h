@@ -1,0 +1,111 @@
+// Blocks of up to 32 rows on AMX tiles (bfloat16 products of 16 x 32 by 32 x 16).
+#pragma once
+#include "buffer.h"
+#include "panels.h"
+
+namespace boomerang {
+
+#ifdef __AMX_BF16__
+
+template <class W>
+constexpr bool kHasTiles = sizeof(W) < 4;
+constexpr int kTileRows = 2;  // fewer rows are left to registers
+
+// How this thread's tiles are configured, and panels of int8 as bfloat16. Lives as long as one chunk of work: another
+// library may configure tiles in between.
+struct TileState {
+    int rows = -1;
+    const char* panels[2] = {};  // that `widened` holds, one per term
+
+    // Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights. Tiles have no more rows than there are.
+    void configure(int wanted) {
+        if (wanted == rows) return;
+        rows = wanted;
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t columns[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        const uint8_t low = uint8_t(std::min(rows, 16)), high = uint8_t(rows > 16 ? rows - 16 : 1);
+        for (int i = 0; i < 8; i++) config.columns[i] = 64;
+        for (int i : {0, 1, 4}) config.rows[i] = low;
+        for (int i : {2, 3, 5}) config.rows[i] = high;
+        for (int i : {6, 7}) config.rows[i] = 16;
+        _tile_loadconfig(&config);
+    }
+};
+
+template <bool two, bool prefetch>
+inline void tile_block(const Term<bf16>* terms, int num_terms, const char* next, float* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (const Term<bf16>* t = terms; t < terms + num_terms; t++) {
+        const char* line = t->panel;
+        const bf16* x = t->x;
+        const long stride = t->ldx * 2;
+        for (int u = 0; u < t->units; u += kUnitStep, line += kUnitStep * kLine<bf16>, x += 2 * kUnitStep) {
+            if (prefetch) {
+#pragma GCC unroll 32
+                for (int i = 0; i < kUnitStep * kLine<bf16>; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+                next += kUnitStep * kLine<bf16>;
+            }
+            _tile_loadd(4, x, stride);
+            _tile_loadd(6, line, kLine<bf16>);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, line + 64, kLine<bf16>);
+            _tile_dpbf16ps(1, 4, 7);
+            if (two) {
+                _tile_loadd(5, x + 16 * t->ldx, stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, sums, 4 * kPanel);
+    _tile_stored(1, sums + 16, 4 * kPanel);
+    if (two) {
+        _tile_stored(2, sums + 16 * kPanel, 4 * kPanel);
+        _tile_stored(3, sums + 16 * kPanel + 16, 4 * kPanel);
+    }
+}
+
+inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
+    tiles.configure(rows);
+    if (rows > 16)
+        next ? tile_block<true, true>(terms, num_terms, next, sums) : tile_block<true, false>(terms, num_terms, next, sums);
+    else
+        next ? tile_block<false, true>(terms, num_terms, next, sums) : tile_block<false, false>(terms, num_terms, next, sums);
+}
+
+// A panel is widened once for all blocks of rows that follow each other.
+inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
+    static thread_local Buffer<char> widened[2];
+    Term<bf16> wide[2];
+    for (int i = 0; i < num_terms; i++) {
+        const Term<int8>& t = terms[i];
+        char* to = widened[i].at_least(size_t(t.units) * kLine<bf16>);
+        wide[i] = {t.x, t.ldx, to, t.units};
+        if (tiles.panels[i] == t.panel) continue;
+        tiles.panels[i] = t.panel;
+        for (int u = 0; u < t.units; u++)
+            for (int half = 0; half < 2; half++) {
+                if (next && i == 0 && half == 0) _mm_prefetch(next + long(u) * kLine<int8>, _MM_HINT_T1);
+                _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, widen_int8(t.panel + long(u) * kLine<int8> + 32 * half));
+            }
+    }
+    block_in_tiles(wide, num_terms, rows, nullptr, sums, tiles);
+}
+
+#else
+
+template <class W>
+constexpr bool kHasTiles = false;
+struct TileState {};
+
+#endif
+
+}  // namespace boomerang
