@@ -20,7 +20,7 @@ class BuildWithKernels(build_py):
         try:
             spec.loader.exec_module(build)
             target = KERNELS if self.editable_mode else Path(self.build_lib) / "server" / "kernels" / "cpu"
-            build.build(target)
+            build.build_all(target, for_this_machine=self.editable_mode)
         except Exception as error:
             # Not fatal: the server builds them at first start, or serves with torch and says so.
             logging.warning("native CPU kernels were not built: %s", error)

@@ -78,6 +78,7 @@ def create_executor(pair: LoadedPair, config: EngineConfig) -> Executor:
             continue
         built = build(pair, config)
         if not isinstance(built, str):
+            reasons += getattr(built, "passed_over", list)()
             logger.info("executor: %s%s", built.describe(), f" (passed over: {'; '.join(reasons)})" if reasons else "")
             return built
         reasons.append(f"{name}: {built}")

@@ -10,7 +10,9 @@ from model_store.spec import ModelSpec
 from model_store.weights import EndWeights, LayerWeights
 from server.engine.batch import ForwardBatch, Segment
 from server.engine.config import EngineConfig
+from server.kernels.cpu.build import VARIANTS
 from server.kernels.cpu.executor import create
+from server.kernels.cpu.library import VARIANT_VARIABLE
 from server.model.torch_executor import TorchExecutor
 
 PAGE, MAX_BLOCKS = 8, 40
@@ -110,7 +112,9 @@ def make_steps(elasticity: Elasticity, counts: list[list[int]]) -> list[ForwardB
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_logits_as_the_portable_executor(family, dtype):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatch):
+    monkeypatch.setenv(VARIANT_VARIABLE, variant)
     config = EngineConfig(page_size=PAGE, max_model_len=320)
     native = create(make_pair(family, dtype), config)
     if isinstance(native, str):
@@ -127,7 +131,9 @@ def test_same_logits_as_the_portable_executor(family, dtype):
         executor.allocate_kv(steps[0].block_tables.size)
     for batch in steps:
         num_teacher = int(batch.logits_start[batch.head_cut])
-        got = native.logits(native.forward(batch), num_teacher)
+        hidden = native.forward(batch)
+        got = native.logits(hidden, num_teacher)
+        assert native.greedy(hidden, num_teacher) == got.argmax(dim=1).tolist()
         expected = portable.logits(portable.forward(batch), num_teacher)
         error = (got - expected).norm(dim=1) / expected.norm(dim=1)
         assert error.max() < (1e-4 if dtype == torch.float32 else 0.03)

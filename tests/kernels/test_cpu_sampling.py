@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.engine.sampler import Sampler
-from server.kernels.cpu import build, library
+from server.kernels.cpu import library
 from server.kernels.cpu.executor import NativeExecutor
 from tests.engine.test_sampler import LOGITS, expect, make_request
 
@@ -19,9 +19,9 @@ class Drawer:
     """A native executor without a model: only its vocabulary matters for drawing."""
 
     def __init__(self, vocab: int) -> None:
-        self._lib = library.load()
+        _, self._lib, _ = library.choose()
         spec = library.Spec(hidden=16, intermediate=16, num_heads=1, num_kv_heads=1, head_dim=16, vocab=vocab)
-        self._engine = self._lib.bs_create(ctypes.byref(spec), (library.Layer * 1)(), 1, 2)
+        self._engine = self._lib.bs_create(ctypes.byref(spec), (library.Layer * 1)(), 1, (library.End * 2)(), 2)
 
     draw = NativeExecutor.draw
     __del__ = NativeExecutor.__del__
@@ -29,8 +29,8 @@ class Drawer:
 
 @pytest.fixture(scope="module", autouse=True)
 def _needs_native():
-    if library.missing_instructions() or not build.compiler():
-        pytest.skip("no native kernels on this machine")
+    if isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from model_store.pair import open_pair
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
-from server.kernels.cpu import build, library
+from server.kernels.cpu import library
+from server.kernels.cpu.build import VARIANTS
 from tests.tiny_pairs import FAMILIES, VOCAB, Oracle, make_pair
 
 ORDERS = ("last_to_first", "first_to_last", "mixed")
@@ -23,17 +24,14 @@ def family(request, tmp_path_factory):
     return teacher, student, Oracle(teacher, student)
 
 
-@pytest.fixture(params=["torch", "native"])
-def executor(request):
-    if request.param == "native" and (reason := native_problem()):
-        pytest.skip(reason)
-    return request.param
-
-
-def native_problem() -> str | None:
-    if missing := library.missing_instructions():
-        return f"the processor lacks {', '.join(missing)}"
-    return None if build.compiler() else "no C++ compiler"
+@pytest.fixture(params=["torch", *VARIANTS])
+def executor(request, monkeypatch):
+    if request.param == "torch":
+        return "torch"
+    monkeypatch.setenv(library.VARIANT_VARIABLE, request.param)
+    if isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
+    return "native"
 
 
 def open_order(teacher, student, order):

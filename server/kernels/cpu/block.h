@@ -58,9 +58,7 @@ struct Operand<bf16> {
 };
 // int8 is exact in bfloat16.
 inline __m512i widen_int8(const char* p) {
-    const __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
-    const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+    const F16 even = even_int8(p), odd = odd_int8(p);
     // The upper half of a float with at most 7 significant bits is its bfloat16.
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
 }
@@ -171,8 +169,9 @@ inline int block_size(int rows) {
 
 template <class W>
 inline void block(const Term<W>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
-    if constexpr (kHasTiles<W>)
+    if constexpr (kHasTiles<W>) {
         if (rows >= kTileRows) return block_in_tiles(terms, num_terms, rows, next, sums, tiles);
+    }
     block_in_registers<W>(terms, num_terms, rows, next, sums);
 }
 

@@ -209,7 +209,7 @@ class Engine {
                 if (end.embed)
                     convert_row(static_cast<const T*>(end.embed) + long(step_->input_ids[t]) * s_.hidden, to, s_.hidden);
                 else
-                    unpack_row<W>(weights(end.head, s_.vocab, s_.hidden), step_->input_ids[t], to);
+                    unpack_row<W>(weights(end.packed_embed, s_.vocab, s_.hidden), step_->input_ids[t], to);
                 if (!end.positions) continue;
                 const T* position = static_cast<const T*>(end.positions) + long(step_->positions[t]) * s_.hidden;
                 for (int i = 0; i < s_.hidden; i++) to[i] += to_float(position[i]);

@@ -1,7 +1,7 @@
 """The native CPU executor: one call into C++ runs a whole step.
 
-Weights are used where they lie (row-major, as loaded), so teacher and student tensors exist once. The hidden state is
-float32; products take bfloat16 or float32 operands with float32 sums.
+Weights are packed once at load, teacher and student tensors exist once (packing.py). The hidden state is float32;
+products take bfloat16 or float32 operands with float32 sums.
 
 T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabulary.
 """
@@ -12,22 +12,16 @@ import ctypes
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from model_store.pair import LoadedPair
-from model_store.weights import EndWeights, LayerWeights
 from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
-from server.kernels.cpu import build, library
-from server.kernels.cpu.arena import move_to_huge_pages
+from server.kernels.cpu import library
+from server.kernels.cpu.packing import PackedWeights, end_table, layer_table
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_FIELDS = {
-    "attn_norm_w": "attn_norm_weight", "attn_norm_b": "attn_norm_bias", "qkv_w": "qkv_weight", "qkv_b": "qkv_bias",
-    "q_norm_w": "q_norm_weight", "k_norm_w": "k_norm_weight", "o_w": "o_weight", "o_b": "o_bias",
-    "mlp_norm_w": "mlp_norm_weight", "mlp_norm_b": "mlp_norm_bias", "up_w": "up_weight", "up_b": "up_bias",
-    "down_w": "down_weight", "down_b": "down_bias",
-}  # fmt: skip
+_TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+_MAX_HEAD_DIM = 1024  # of write_page's scratch
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
@@ -37,17 +31,16 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
         return f"runs on cpu, not on {embed.device.type}"
     if embed.dtype not in (torch.bfloat16, torch.float32):
         return f"takes bfloat16 or float32, not {embed.dtype}"
-    if config.quantization:
+    if config.quantization not in (None, "int8"):
         return f"does not do --quantization {config.quantization}"
     if pair.low_rank:
         return "does not run low-rank differences"
-    if missing := library.missing_instructions():
-        return f"the processor lacks {', '.join(missing)}"
-    try:
-        lib = library.load()
-    except (build.BuildError, OSError) as error:
-        return f"not built: {error}"
-    return NativeExecutor(pair, config, lib)
+    if pair.spec.head_dim > _MAX_HEAD_DIM:
+        return f"takes heads of up to {_MAX_HEAD_DIM} channels, not {pair.spec.head_dim}"
+    chosen = library.choose()
+    if isinstance(chosen, list):
+        return "; ".join(chosen)
+    return NativeExecutor(pair, config, *chosen)
 
 
 class NativeExecutor:
@@ -56,36 +49,38 @@ class NativeExecutor:
     name = "native"
     shared_stations: frozenset[int] = frozenset()
 
-    def __init__(self, pair: LoadedPair, config: EngineConfig, lib: ctypes.CDLL) -> None:
+    def __init__(
+        self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str]
+    ) -> None:
         spec = self.spec = pair.spec
-        self.layers, self.ends = pair.layers, pair.ends
-        self.dtype = pair.ends["teacher"].embed.dtype
+        self.dtype = pair.ends["teacher"].final_norm_weight.dtype
         self.device = torch.device("cpu")
         self.page_size = config.page_size
+        self.variant, self._passed_over = variant, passed_over
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
-        self._lib = lib
-        move_to_huge_pages(
-            tensor for part in (*pair.layers.values(), *pair.ends.values()) for tensor in part.tensors()
-        )
+        self._lib, self._pair = lib, pair  # norms and biases are used where they lie
+        self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
+        weight_type = torch.int8 if config.quantization == "int8" else self.dtype
+        self._weights = PackedWeights(pair, lib, weight_type, self.num_threads)
         inv_freq, factor = spec.rope_inv_freq() if spec.rotary_dim else (torch.zeros(0), 1.0)
         angles = torch.outer(torch.arange(config.max_model_len, dtype=torch.float32), inv_freq)
         self._cos = (angles.cos() * factor).contiguous()
         self._sin = (angles.sin() * factor).contiguous()
-        num_layers = pair.elasticity.num_teacher_layers + len(pair.elasticity.stations)
-        table = (library.Layer * num_layers)()
-        for index, weights in pair.layers.items():
-            table[index] = _pointers(weights)
-        description = library.Spec(
+        self._description = library.Spec(
             hidden=spec.hidden_size, intermediate=spec.intermediate_size, num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, vocab=spec.vocab_size,
             layer_norm=spec.norm == "layer", activation=_ACTIVATIONS[spec.activation], gated=spec.gated_mlp,
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
-            is_bf16=self.dtype == torch.bfloat16, eps=spec.norm_eps, scale=spec.attention_scale,
+            type=_TYPES[self.dtype], weight_type=_TYPES[weight_type], eps=spec.norm_eps, scale=spec.attention_scale,
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
-        self._engine = lib.bs_create(ctypes.byref(description), table, num_layers, self.num_threads)
-        self.k_pages: torch.Tensor | None = None
-        self.v_pages: torch.Tensor | None = None
+        num_layers = pair.elasticity.num_teacher_layers + len(pair.elasticity.stations)
+        self._engine = lib.bs_create(
+            ctypes.byref(self._description), layer_table(pair, self._weights, num_layers), num_layers,
+            end_table(pair, self._weights), self.num_threads,
+        )  # fmt: skip
+        self.k_pages: np.ndarray | None = None
+        self.v_pages: np.ndarray | None = None
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
@@ -93,48 +88,61 @@ class NativeExecutor:
             self._engine = None
 
     def describe(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"native C++ on cpu, {name}, {self.num_threads} threads, pages of {self.page_size} tokens"
+        kinds = [str(self.dtype).removeprefix("torch.")]
+        if self._weights.dtype != self.dtype:
+            kinds.append(f"{str(self._weights.dtype).removeprefix('torch.')} weights")
+        text = f"native C++ ({self.variant}) on cpu, {', '.join(kinds)}, {self.num_threads} threads, "
+        return f"{text}pages of {self.page_size} tokens"
+
+    def passed_over(self) -> list[str]:
+        """Better variants of the kernels, and why they do not run here."""
+        return self._passed_over
 
     def page_bytes(self) -> int:
-        return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
+        return 2 * self._lib.bs_page_bytes(ctypes.byref(self._description))
 
     def allocate_kv(self, num_pages: int) -> None:
-        shape = (num_pages, self.spec.num_kv_heads, self.page_size, self.spec.head_dim)
-        self.k_pages = torch.empty(shape, dtype=self.dtype)
-        self.v_pages = torch.empty(shape, dtype=self.dtype)
+        self.k_pages, self.v_pages = (_zeros(num_pages * self.page_bytes() // 2) for _ in "kv")
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
         """What holds KV; the first dimension is the page."""
         return self.k_pages, self.v_pages
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        hidden = self._embed(batch)
         program = np.array([segment[:3] for segment in batch.program], np.int32)
         tables = batch.block_tables
+        out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
+        embed_cut, norm_cut = int(batch.query_start[batch.embed_cut]), int(batch.logits_start[batch.norm_cut])
+        if not self._has_two_ends:
+            embed_cut, norm_cut = batch.num_tokens, len(out)
         step = library.Step(
             num_tokens=batch.num_tokens, num_requests=batch.num_requests, num_segments=len(program),
-            program=program.ctypes.data, positions=batch.positions.ctypes.data,
+            num_rows=len(out), embed_cut=embed_cut, norm_cut=norm_cut, program=program.ctypes.data,
+            input_ids=batch.input_ids.ctypes.data, positions=batch.positions.ctypes.data,
             query_start=batch.query_start.ctypes.data, slots=batch.slots.ctypes.data,
             block_tables=tables.ctypes.data, layer_stride=tables.strides[0] // 4, slot_stride=tables.strides[1] // 4,
-            k_pages=self.k_pages.data_ptr(), v_pages=self.v_pages.data_ptr(), hidden=hidden.data_ptr(),
+            rows=batch.logits_rows.ctypes.data, k_pages=self.k_pages.ctypes.data, v_pages=self.v_pages.ctypes.data,
+            out=out.data_ptr(),
         )  # fmt: skip
         self._lib.bs_step(self._engine, ctypes.byref(step))
-        rows = hidden[torch.from_numpy(batch.logits_rows)]  # a copy: the norm below is in place
-        split = int(batch.logits_start[batch.norm_cut])
-        self._by_side(rows, split, self._final_norm)
-        return rows
+        return out
 
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
         out = torch.empty(len(hidden), self.spec.vocab_size, dtype=torch.float32)
-
-        def head(rows: torch.Tensor, end: EndWeights, start: int) -> None:
-            bias = end.head_bias.data_ptr() if end.head_bias is not None else None
-            target = out[start:].data_ptr()
-            self._lib.bs_head(self._engine, rows.data_ptr(), len(rows), end.head.data_ptr(), bias, target)
-
-        self._by_side(hidden.contiguous(), num_teacher, head)
+        hidden = hidden.contiguous()
+        for end, start, stop in self._sides(len(hidden), num_teacher):
+            rows, target = hidden[start:stop], out[start:stop]
+            self._lib.bs_head(self._engine, rows.data_ptr(), len(rows), end, target.data_ptr())
         return out
+
+    def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
+        """The likeliest token per row of `logits(hidden, num_teacher)`, which are never written to memory."""
+        tokens = np.empty(len(hidden), np.int32)
+        hidden = hidden.contiguous()
+        for end, start, stop in self._sides(len(hidden), num_teacher):
+            rows = hidden[start:stop]
+            self._lib.bs_greedy(self._engine, rows.data_ptr(), len(rows), end, tokens[start:stop].ctypes.data)
+        return tokens.tolist()
 
     def draw(self, logits: torch.Tensor, draws: list[tuple[float, float, float, int, float]]) -> list[int]:
         """One token per row of float32 logits [S, V]; per row (temperature, top_p, min_p, top_k, uniform number)."""
@@ -149,42 +157,20 @@ class NativeExecutor:
         self._lib.bs_draw(self._engine, logits.data_ptr(), len(draws), rows, tokens.ctypes.data)
         return tokens.tolist()
 
-    # --- parts
+    def times(self) -> dict[str, float]:
+        """Seconds spent in each part of the steps since the last call."""
+        seconds = (ctypes.c_double * len(library.TIMES))()
+        self._lib.bs_times(self._engine, seconds)
+        return dict(zip(library.TIMES, seconds, strict=True))
 
-    def _embed(self, batch: ForwardBatch) -> torch.Tensor:
-        ids = torch.from_numpy(batch.input_ids)
-        positions = torch.from_numpy(batch.positions)
-        hidden = torch.empty(batch.num_tokens, self.spec.hidden_size)
-
-        def embed(rows: torch.Tensor, end: EndWeights, start: int) -> None:
-            out = hidden[start : start + len(rows)]
-            out.copy_(F.embedding(rows, end.embed))
-            if end.positions is not None:
-                out += F.embedding(positions[start : start + len(rows)], end.positions)
-
-        self._by_side(ids, int(batch.query_start[batch.embed_cut]), embed)
-        return hidden
-
-    def _final_norm(self, rows: torch.Tensor, end: EndWeights, start: int) -> None:
-        bias = end.final_norm_bias.data_ptr() if end.final_norm_bias is not None else None
-        self._lib.bs_norm(self._engine, rows.data_ptr(), len(rows), end.final_norm_weight.data_ptr(), bias)
-
-    def _by_side(self, rows: torch.Tensor, split: int, apply) -> None:
-        """apply(rows, end weights, first row) on [:split] with the teacher's ends, on [split:] with the student's."""
-        teacher, student = self.ends["teacher"], self.ends["student"]
-        if teacher is student:
-            split = len(rows)
-        if split:
-            apply(rows[:split], teacher, 0)
-        if split < len(rows):
-            apply(rows[split:], student, split)
+    def _sides(self, num_rows: int, num_teacher: int) -> list[tuple[int, int, int]]:
+        """(end, first row, end row) of the rows that take the teacher's and the student's ends."""
+        split = num_teacher if self._has_two_ends else num_rows
+        return [side for side in ((0, 0, split), (1, split, num_rows)) if side[1] < side[2]]
 
 
-def _pointers(weights: LayerWeights) -> library.Layer:
-    values = {}
-    for name, field in _FIELDS.items():
-        tensor = getattr(weights, field)
-        if tensor is not None:
-            assert tensor.is_contiguous()
-            values[name] = tensor.data_ptr()
-    return library.Layer(**values)
+def _zeros(num_bytes: int) -> np.ndarray:
+    """Bytes from the start of a cache line, which the system hands out on first use: nothing is touched at start."""
+    raw = np.zeros(num_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + num_bytes]

@@ -1,4 +1,4 @@
-"""Finds or builds the kernel library and describes its C interface (step.h) to ctypes."""
+"""Finds or builds the kernel library that suits the processor and describes its C interface (step.h) to ctypes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,37 @@ from pathlib import Path
 
 from server.kernels.cpu import build
 
-_NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+# Forces one variant; for tests and for measuring what a variant is worth.
+VARIANT_VARIABLE = "BOOMERANG_CPU_VARIANT"
+FLOAT, BF16, INT8 = 0, 1, 2  # BsType
+
+
+class Weights(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("scale", c_void_p)]
 
 
 class Layer(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in (
-        "attn_norm_w", "attn_norm_b", "qkv_w", "qkv_b", "q_norm_w", "k_norm_w", "o_w", "o_b",
-        "mlp_norm_w", "mlp_norm_b", "up_w", "up_b", "down_w", "down_b",
-    )]  # fmt: skip
+    _fields_ = [
+        *((name, c_void_p) for name in (
+            "attn_norm_w", "attn_norm_b", "qkv_b", "q_norm_w", "k_norm_w", "o_b", "mlp_norm_w", "mlp_norm_b", "up_b",
+            "down_b",
+        )),
+        *((name, Weights) for name in ("qkv", "o", "up", "down")),
+    ]  # fmt: skip
+
+
+class End(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("embed", "positions", "norm_w", "norm_b", "head_b")),
+        ("packed_embed", Weights), ("head", Weights),
+    ]  # fmt: skip
 
 
 class Spec(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in (
             "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "layer_norm", "activation",
-            "gated", "parallel_residual", "rotary_dim", "page_size", "is_bf16",
+            "gated", "parallel_residual", "rotary_dim", "page_size", "type", "weight_type",
         )),
         ("eps", c_float), ("scale", c_float), ("cos", c_void_p), ("sin", c_void_p),
     ]  # fmt: skip
@@ -31,10 +47,21 @@ class Spec(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        ("num_tokens", c_int32), ("num_requests", c_int32), ("num_segments", c_int32),
-        ("program", c_void_p), ("positions", c_void_p), ("query_start", c_void_p), ("slots", c_void_p),
-        ("block_tables", c_void_p), ("layer_stride", c_int64), ("slot_stride", c_int64),
-        ("k_pages", c_void_p), ("v_pages", c_void_p), ("hidden", c_void_p),
+        *((name, c_int32) for name in (
+            "num_tokens", "num_requests", "num_segments", "num_rows", "embed_cut", "norm_cut",
+        )),
+        *((name, c_void_p) for name in (
+            "program", "input_ids", "positions", "query_start", "slots", "block_tables",
+        )),
+        ("layer_stride", c_int64), ("slot_stride", c_int64),
+        *((name, c_void_p) for name in ("rows", "k_pages", "v_pages", "out")),
+    ]  # fmt: skip
+
+
+class Pack(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("source", "target", "scale")),
+        *((name, c_int32) for name in ("N", "K", "gated", "source_type", "type")),
     ]  # fmt: skip
 
 
@@ -44,26 +71,55 @@ class Draw(ctypes.Structure):
     ]  # fmt: skip
 
 
-def missing_instructions() -> list[str]:
-    """What this processor lacks of what the kernels use."""
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return list(_NEEDED)
-    return [name for name in _NEEDED if name not in flags.split()]
+TIMES = ("product", "attention", "place", "norm", "head", "embed")  # of bs_times
 
 
-def load() -> ctypes.CDLL:
+def choose() -> tuple[str, ctypes.CDLL, list[str]] | list[str]:
+    """The best variant that this machine can run and its library, with why better ones were passed over.
+
+    Only the reasons if there is none.
+    """
+    forced = os.environ.get(VARIANT_VARIABLE)
+    if forced and forced not in build.VARIANTS:
+        raise ValueError(f"{VARIANT_VARIABLE}={forced}: not one of {', '.join(build.VARIANTS)}")
+    reasons = []
+    for variant in build.VARIANTS:
+        if forced and variant != forced:
+            continue
+        if missing := build.missing_instructions(variant):
+            reasons.append(f"{variant}: the processor lacks {', '.join(missing)}")
+            continue
+        try:
+            library = load(variant)
+        except (build.BuildError, OSError) as error:
+            reasons.append(f"{variant}: not built: {error}")
+            continue
+        if error := library.bs_prepare():
+            reasons.append(f"{variant}: the system refuses it: {os.strerror(error)}")
+            continue
+        return variant, library, reasons
+    return reasons
+
+
+def load(variant: str) -> ctypes.CDLL:
     """The library: installed beside its sources, else in the cache, else built there. Raises build.BuildError."""
-    name = build.library_name()
+    name = build.library_name(variant)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boomerang" / "kernels"
     path = next((folder / name for folder in (build.SOURCES, cache) if (folder / name).is_file()), None)
-    library = ctypes.CDLL(str(path or build.build(cache)))
+    library = ctypes.CDLL(str(path or build.build(cache, variant)))
+    library.bs_packed_bytes.restype = c_int64
+    library.bs_packed_bytes.argtypes = [c_int32] * 4
+    library.bs_packed_channels.restype = c_int64
+    library.bs_packed_channels.argtypes = [c_int32] * 2
+    library.bs_pack.argtypes = [POINTER(Pack), c_int32, c_int32]
+    library.bs_page_bytes.restype = c_int64
+    library.bs_page_bytes.argtypes = [POINTER(Spec)]
     library.bs_create.restype = c_void_p
-    library.bs_create.argtypes = [POINTER(Spec), POINTER(Layer), c_int32, c_int32]
+    library.bs_create.argtypes = [POINTER(Spec), POINTER(Layer), c_int32, POINTER(End), c_int32]
     library.bs_destroy.argtypes = [c_void_p]
     library.bs_step.argtypes = [c_void_p, POINTER(Step)]
-    library.bs_norm.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
-    library.bs_head.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p]
+    library.bs_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]
+    library.bs_greedy.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]
     library.bs_draw.argtypes = [c_void_p, c_void_p, c_int32, POINTER(Draw), c_void_p]
+    library.bs_times.argtypes = [c_void_p, POINTER(c_double)]
     return library

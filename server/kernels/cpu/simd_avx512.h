@@ -29,6 +29,15 @@ inline F16 load16(const bf16* p, Mask mask = 0xffff) {
 }
 inline void store16(float* p, F16 x, Mask mask = 0xffff) { _mm512_mask_storeu_ps(p, mask, x); }
 
+// Every second of 32 bfloat16 or int8 values from p on.
+inline F16 even_bf16(const char* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline F16 odd_bf16(const char* p) {
+    return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
+}
+inline __m512i words_of_int8(const char* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F16 even_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words_of_int8(p), 16), 16)); }
+inline F16 odd_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(words_of_int8(p), 16)); }
+
 // The 16 values as bfloat16, rounded to nearest even.
 inline __m256i narrow16(F16 x) {
 #ifdef __AVX512BF16__

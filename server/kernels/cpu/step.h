@@ -20,10 +20,11 @@ struct BsLayer {
     BsWeights qkv, o, up, down;
 };
 
-// Embedding, final norm and head of one side. A tied embedding is the packed head; an untied one is T [vocab, hidden].
+// Embedding, final norm and head of one side. An embedding that is also somebody's head is packed, any other one is
+// `embed`, T [vocab, hidden].
 struct BsEnd {
     const void *embed, *positions, *norm_w, *norm_b, *head_b;
-    BsWeights head;
+    BsWeights packed_embed, head;
 };
 
 struct BsSpec {

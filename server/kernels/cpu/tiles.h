@@ -104,6 +104,7 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
 
 template <class W>
 constexpr bool kHasTiles = false;
+constexpr int kTileRows = 0;
 struct TileState {};
 
 #endif
