@@ -17,7 +17,7 @@ from server.engine.config import EngineConfig
 from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
 from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
-from server.engine.sampler import Sampler, token_logprobs
+from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
 from server.model.executor import Executor, create_executor
 
@@ -239,18 +239,29 @@ class Engine:
                 return {}
             hidden = hidden[torch.from_numpy(last_rows.astype(np.int64))]
             head_rows = int((last_rows < head_rows).sum())
-        logits = self.executor.logits(hidden, head_rows)
         requests = [batch.requests[row] for row in batch.sample_requests]
-        tokens = self.sampler.sample(logits, requests)
-        # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
-        chosen = logits[torch.arange(len(tokens)), [token.token_id for token in tokens]]
-        if not chosen.isfinite().all():
-            for row in (~chosen.isfinite()).nonzero()[:, 0].tolist():
-                self._faults[requests[row].request_id] = "the logits hold no finite number to choose"
+        tokens = self._choose(hidden, head_rows, requests)
         for request, token in zip(requests, tokens, strict=True):
             if request.grammar is not None:
                 request.grammar.accept(token.token_id)
         return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}
+
+    def _choose(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[SampledToken]:
+        """A token per row of hidden; requests for which no finite number is found are noted as faulty."""
+        greedy = getattr(self.executor, "greedy", None)
+        if greedy is not None and all(is_plain_greedy(request) for request in requests):
+            ids = greedy(hidden, head_rows)
+            faulty = [row for row, token in enumerate(ids) if token < 0]
+            tokens = [SampledToken(max(token, 0), None) for token in ids]
+        else:
+            logits = self.executor.logits(hidden, head_rows)
+            tokens = self.sampler.sample(logits, requests)
+            # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
+            chosen = logits[torch.arange(len(tokens)), [token.token_id for token in tokens]]
+            faulty = (~chosen.isfinite()).nonzero()[:, 0].tolist()
+        for row in faulty:
+            self._faults[requests[row].request_id] = "the logits hold no finite number to choose"
+        return tokens
 
     def _score_prompts(self, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> None:
         """Logprobs of prompt tokens for requests that asked; kept until their first output."""

@@ -208,6 +208,11 @@ def token_logprobs(row: torch.Tensor, token: int, num_top: int | None) -> TokenL
     return TokenLogprobs(token, value.item(), int((row > value).sum()) + 1, top)
 
 
+def is_plain_greedy(request: Request) -> bool:
+    """Whether the likeliest token is all that the request wants of its logits."""
+    return request.sampling.is_greedy and request.sampling.logprobs is None and not _needs_processing(request)
+
+
 def _needs_processing(request: Request) -> bool:
     sampling = request.sampling
     return bool(

@@ -94,7 +94,7 @@ def plan(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
     return [[group for group in step if group[0] > 0 and group[1] > 0] for step in steps]
 
 
-def _batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
+def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
     """The steps as batches, with pages from the engine's pool while each one is out."""
     kv_cache, elasticity = engine.kv_cache, engine.elasticity
     sides = {"t": engine.sizes[-1], "s": engine.sizes[0]}
@@ -130,7 +130,7 @@ def calibrate(
     features, times = [], []
     blank = CostModel(profile, np.zeros(NUM_FEATURES))
     deadline = clock() + seconds
-    for index, batch in enumerate(_batches(engine, steps)):
+    for index, batch in enumerate(batches(engine, steps)):
         best = None
         for repeat in range(4):
             started = clock()
@@ -271,7 +271,7 @@ def _check(engine: Engine, model: CostModel) -> float:
     That one step reads all weights, so it tells another machine from this one; finer differences are left to the
     correction that goes on while serving.
     """
-    for batch in _batches(engine, [[(1, 1, 32, "t")]]):
+    for batch in batches(engine, [[(1, 1, 32, "t")]]):
         took = []
         for _ in range(4):
             started = time.perf_counter()

@@ -9,7 +9,7 @@ import torch
 from model_store.pair import open_pair
 from server.sizing.calibrate import profile_of
 from server.sizing.cost_model import NUM_FEATURES, CostModel
-from tests.model.test_oracle import make_engine, make_request, native_problem, run
+from tests.model.test_oracle import make_engine, make_request, run
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import VOCAB, make_model
 
@@ -26,8 +26,6 @@ def folders(request, tmp_path_factory):
 
 @pytest.fixture(params=["torch"])
 def executor(request):
-    if request.param == "native" and (reason := native_problem()):
-        pytest.skip(reason)
     return request.param
 
 

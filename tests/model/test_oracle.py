@@ -140,7 +140,7 @@ def test_long_prompts_in_one_step(family, executor):
     """Enough rows for the kernels that only pay with many of them, and contexts of several attention blocks."""
     teacher, student, oracle = family
     pair = open_order(teacher, student, "last_to_first")
-    engine = make_engine(pair, executor, max_model_len=256, max_num_batched_tokens=1024)
+    engine = make_engine(pair, executor, max_model_len=256, max_num_batched_tokens=1024, kv_cache_bytes=16 << 20)
     rng = random.Random(2)
     requests = [
         make_request(f"l{i}", [rng.randrange(VOCAB) for _ in range(length)], size, max_tokens=2, prompt_logprobs=-1)

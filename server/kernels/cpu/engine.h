@@ -71,7 +71,7 @@ class Engine {
             Best best = best_[m];
             for (size_t i = m; i < best_.size(); i += M)
                 if (best_[i].value > best.value) best = best_[i];
-            tokens[m] = best.token;
+            tokens[m] = std::isfinite(best.value) ? best.token : -1;
         }
     }
 

@@ -9,6 +9,7 @@ T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabu
 from __future__ import annotations
 
 import ctypes
+import logging
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
 from server.kernels.cpu import library
 from server.kernels.cpu.packing import PackedWeights, end_table, layer_table
+
+logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
@@ -56,6 +59,8 @@ class NativeExecutor:
         self.dtype = pair.ends["teacher"].final_norm_weight.dtype
         self.device = torch.device("cpu")
         self.page_size = config.page_size
+        if self.page_size % 32:
+            logger.warning("pages of %d tokens take the memory of %d", self.page_size, -(-self.page_size // 32) * 32)
         self.variant, self._passed_over = variant, passed_over
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
@@ -136,7 +141,10 @@ class NativeExecutor:
         return out
 
     def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
-        """The likeliest token per row of `logits(hidden, num_teacher)`, which are never written to memory."""
+        """The likeliest token per row of `logits(hidden, num_teacher)`, which are never written to memory.
+
+        -1 for a row whose largest logit is not finite.
+        """
         tokens = np.empty(len(hidden), np.int32)
         hidden = hidden.contiguous()
         for end, start, stop in self._sides(len(hidden), num_teacher):

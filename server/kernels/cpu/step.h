@@ -79,7 +79,7 @@ void bs_destroy(void* engine);
 void bs_step(void* engine, const struct BsStep* step);
 // logits [M, vocab] float = rows [M, hidden] float times the head of `end`.
 void bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits);
-// The likeliest token of each row (the first of equals), without logits in memory.
+// The likeliest token of each row (the first of equals), without logits in memory; -1 if that logit is not finite.
 void bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens);
 // tokens[m] drawn from logits [M, vocab].
 void bs_draw(void* engine, const float* logits, int32_t M, const struct BsDraw* draws, int32_t* tokens);

@@ -1,0 +1,116 @@
+"""What a step of the native CPU executor costs, part by part, against what memory and matrix products allow.
+
+    python -m benchmarks.step_times [--repeats 5] [--size 30L] [--variant amx]
+
+Steps are real ones through the engine, without scheduling and HTTP. `limit` is the larger of the bytes of weights and
+KV over the read bandwidth and the operations of the products over the rate of a large bfloat16 product in torch, both
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from server.config import Settings
+from server.engine.engine import Engine
+from server.launch import engine_config, open_settings_pair
+from server.sizing.calibrate import batches
+
+SHAPES = {  # name: (requests, tokens each, context before)
+    "decode 1": (1, 1, 128), "decode 1, context 1024": (1, 1, 1024), "decode 4": (4, 1, 128),
+    "decode 16": (16, 1, 128), "decode 16, context 1024": (16, 1, 1024), "decode 64": (64, 1, 128),
+    "prefill 512": (1, 512, 0), "prefill 512 x 8": (8, 512, 0),
+}  # fmt: skip
+
+
+def read_bandwidth(num_bytes: int = 256 << 20) -> float:
+    """Bytes per second that torch's threads sum from memory, the best of several passes."""
+    data = torch.ones(num_bytes // 4)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return num_bytes / best
+
+
+def product_rate(dtype: torch.dtype, n: int = 2048) -> float:
+    """Operations per second of a square matrix product in torch."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=int, help="layers; default the largest")
+    parser.add_argument("--variant", help="force a variant of the kernels")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization")
+    parser.add_argument("--only", help="comma-separated names of steps")
+    arguments = parser.parse_args()
+    if arguments.variant:
+        os.environ["BOOMERANG_CPU_VARIANT"] = arguments.variant
+    settings = Settings(executor="native", dtype=arguments.dtype)
+    pair, dtype = open_settings_pair(settings), getattr(torch, arguments.dtype)
+    loaded = pair.load(dtype, "cpu")
+    config = dataclasses.replace(
+        engine_config(settings, pair, dtype, torch.device("cpu")),
+        max_num_seqs=64, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,
+        quantization=arguments.quantization,
+    )  # fmt: skip
+    start = time.perf_counter()
+    engine = Engine(loaded, config)
+    packed_in = time.perf_counter() - start
+    executor, size = engine.executor, arguments.size or engine.sizes[-1]
+    bandwidth, rate = read_bandwidth(), product_rate(dtype)
+    print(f"{executor.describe()}; engine ready in {packed_in:.2f} s")
+    print(f"limits: {bandwidth / 1e9:.1f} GB/s, {rate / 1e12:.2f} TFLOP/s")
+    spec, path = loaded.spec, pair.elasticity.path(size)
+    weight_bytes = sum(sum(t.nbytes for t in loaded.layers[layer].tensors()) for layer in path.layers)
+    head_bytes = loaded.ends["teacher"].head.nbytes
+    weight_item = loaded.ends["teacher"].head.element_size()
+    parameters = weight_bytes / weight_item
+    table = Table(title=f"{size} layers, milliseconds, median of {arguments.repeats}")
+    for column in ("step", "all", "tok/s", "limit", "of limit", *executor.times()):
+        table.add_column(column, justify="right" if column != "step" else "left")
+    names = [name.strip() for name in arguments.only.split(";")] if arguments.only else list(SHAPES)
+    for name in names:
+        count, tokens, context = SHAPES[name]
+        (batch,) = batches(engine, [[(count, tokens, context, "t" if size == engine.sizes[-1] else "s")]])
+        engine.run_batch(batch)
+        executor.times()
+        walls, parts = [], []
+        for _ in range(arguments.repeats):
+            start = time.perf_counter()
+            engine.run_batch(batch)
+            walls.append(time.perf_counter() - start)
+            parts.append(executor.times())
+        wall = statistics.median(walls)
+        rows = count * tokens
+        kv_bytes = count * (context + tokens) * 2 * spec.kv_size * dtype.itemsize * len(path.layers)
+        attention = 4 * spec.num_heads * spec.head_dim * len(path.layers) * count * tokens * (context + tokens / 2)
+        operations = 2 * parameters * rows + 2 * head_bytes / weight_item * count + attention
+        limit = max((weight_bytes + head_bytes + kv_bytes) / bandwidth, operations / rate)
+        table.add_row(
+            name, f"{1e3 * wall:.2f}", f"{rows / wall:.0f}", f"{1e3 * limit:.2f}", f"{limit / wall:.0%}",
+            *(f"{1e3 * statistics.median(part[key] for part in parts):.2f}" for key in parts[0]),
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
