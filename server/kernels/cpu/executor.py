@@ -47,7 +47,7 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
 
 
 class NativeExecutor:
-    """Implements `server.model.executor.Executor`."""
+    """Implements `server.model.executor.Executor`. Takes over the pair: its matrices are packed in place of the plain ones."""
 
     name = "native"
     shared_stations: frozenset[int] = frozenset()
