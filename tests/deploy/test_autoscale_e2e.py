@@ -1,8 +1,10 @@
 """Everything together, as real processes: HAProxy, Prometheus, autoscaler, replicas, load that rises and falls.
 
-A random pair of middling size, so that a step costs milliseconds of arithmetic and a smaller size is really faster.
-Limits are multiples of what this machine does when idle, and load is a number of visitors, not a rate: both fit any
-machine.
+Nothing here depends on how fast the machine is. Pressure comes from places, not from speed: a replica runs `SLOTS`
+requests at once, `CROWD` visitors are more than that and fewer than two replicas have, and each visitor sends its next
+request when the last one is answered. The limit on the first token is a share of what a whole answer takes here and
+now: a lone visitor is far below it, one who waits for a place is above it. Phases end when what they wait for has
+happened.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 import httpx
 import pytest
@@ -24,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.autoscale import Record, send, server_command
 from deploy.autoscaler.decision import ScalingPolicy
+from deploy.autoscaler.drivers import Replica
 from deploy.grafana.panels import draw
 from deploy.local.stack import LocalStack
 from tests.api.tiny import make_tokenizer
@@ -31,9 +34,12 @@ from tests.api.tiny import make_tokenizer
 pytestmark = [
     pytest.mark.skipif(not shutil.which("haproxy"), reason="needs haproxy"),
     pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(500),
 ]
-TEACHER_LAYERS, KEPT = 16, (0, 2, 4, 6, 8, 10, 12, 14)
+TEACHER_LAYERS, KEPT = 12, (0, 2, 4, 6, 8, 10)
+SLOTS, CROWD = 8, 10
+TOKENS = 192  # of an answer: long enough that a wait for a place is longer than any hiccup of a busy machine
+PATIENCE = 120.0  # seconds for what takes ten on an idle machine
 
 
 def make_pair(folder: Path) -> tuple[Path, Path]:
@@ -42,10 +48,10 @@ def make_pair(folder: Path) -> tuple[Path, Path]:
         torch.manual_seed(layers)
         config = LlamaConfig(
             vocab_size=400,
-            hidden_size=768,
-            intermediate_size=2048,
+            hidden_size=512,
+            intermediate_size=1408,
             num_hidden_layers=layers,
-            num_attention_heads=12,
+            num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=1024,
             bos_token_id=1,
@@ -66,15 +72,16 @@ def command(tmp_path_factory) -> list[str]:
     teacher, student = make_pair(tmp_path_factory.mktemp("pair"))
     return server_command(
         *("--teacher", str(teacher), "--student", str(student), "--served-model-name", "pair", "--num-threads", "1"),
-        *("--kv-cache-memory", "256MiB", "--max-model-len", "512", "--max-num-seqs", "32", "--shutdown-timeout", "60"),
+        *("--kv-cache-memory", "256MiB", "--max-model-len", "512", "--max-num-seqs", str(SLOTS)),
+        *("--shutdown-timeout", "60"),
         *("--device", "cpu", "--dtype", "bfloat16", "--store", str(teacher.parent / "store")),
     )
 
 
-def body(number: int, tokens: int = 48, **fields) -> dict:
+def body(number: int, tokens: int = TOKENS, **fields) -> dict:
     return {
         "model": "pair",
-        "prompt": f"Visitor {number} says: " + 6 * "the quick brown fox jumps over the lazy dog. ",
+        "prompt": f"Visitor {number} says: the quick brown fox jumps over the lazy dog. ",
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
@@ -121,32 +128,21 @@ class Visitors:
         await self.client.aclose()
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]], timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
+async def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not await asyncio.to_thread(condition):
         assert time.monotonic() < deadline, what
         await asyncio.sleep(0.2)
 
 
-async def idle_limits(visitors: Visitors) -> dict:
-    """Limits that a lone visitor gets the full size under: a multiple of what this machine does when idle."""
-
-    async def ask(**fields) -> Record:
-        record = Record(0.0)
-        await send(visitors.client, record, body(len(seen), **fields), visitors.started)
-        seen.append(record)
-        return record
-
-    seen: list[Record] = []
-    idle = [await ask(size="teacher") for _ in range(3)]
-    assert all(record.is_complete for record in idle), idle
-    tpot, ttft = (1000 * sorted(values)[1] for values in ([r.tpot for r in idle], [r.ttft for r in idle]))
-    for factor in (1.8, 2.5, 3.5, 5.0):
-        slo = {"tpot_ms": round(factor * tpot, 2), "ttft_ms": round(max(500.0, 5 * factor * ttft))}
-        answers = [await ask(slo=slo) for _ in range(3)]
-        if all(record.size == TEACHER_LAYERS for record in answers):
-            return slo
-    raise AssertionError(f"the full size is not served to a lone visitor: {answers}")
+async def limits_of_this_machine(visitors: Visitors) -> dict:
+    """A limit on the first token that everybody keeps who finds a place, and nobody who waits for one."""
+    seen = [Record(0.0) for _ in range(SLOTS)]
+    await asyncio.gather(
+        *(send(visitors.client, record, body(i, size="teacher"), visitors.started) for i, record in enumerate(seen))
+    )
+    assert all(record.is_complete for record in seen), seen
+    return {"ttft_ms": round(1000 * 0.3 * median(record.e2e for record in seen))}
 
 
 # What vLLM's own Grafana dashboard and the usual scalers read.
@@ -177,79 +173,91 @@ def check_dashboards(stack: LocalStack, begin: float, picture: Path) -> None:
         assert get("/api/v1/query", params=query).json()["data"]["result"], family
 
 
-# Whether visitors are a crowd depends on the speed of the machine: on two cores about one run in three fails.
-@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_AUTOSCALE"), reason="by hand: make test-autoscale")
 def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command, tmp_path):
-    policy = ScalingPolicy(min_replicas=1, max_replicas=2, down_stabilisation=10, down_interval=2, capacity_doubling=15)
+    policy = ScalingPolicy(
+        min_replicas=1, max_replicas=2, down_stabilisation=8, down_interval=2, capacity_doubling=120,
+        # Other tests and people use this machine too: a late answer or two is no reason for a replica here.
+        slo_target=0.5, degraded_low=0.2, degraded_high=0.3,
+    )  # fmt: skip
 
     async def scenario(stack: LocalStack) -> tuple[Visitors, dict[str, float]]:
         visitors, at = Visitors(stack), {}
+
+        def all_whole(number: int) -> bool:
+            """The last `number` answers had the full size."""
+            last = [record.size for record in visitors.records if record.size][-number:]
+            return len(last) == number and min(last) == TEACHER_LAYERS
+
         try:
-            visitors.slo = await idle_limits(visitors)
+            visitors.slo = await limits_of_this_machine(visitors)
             visitors.set(1)
-            await asyncio.sleep(4)
+            await until(lambda: all_whole(2), "a lone visitor does not get the full size")
             at["busy"] = visitors.now
-            visitors.set(12)
-            await until(lambda: stack.num_ready() == 2, 90, "no second replica joined")
+            visitors.set(CROWD)
+            await until(lambda: stack.num_ready() == 2, "no second replica joined")
             at["joined"] = visitors.now
-            await asyncio.sleep(6)
-            at["calm"] = visitors.now
+            await until(lambda: all_whole(CROWD), "two replicas have places for all, and sizes stay small")
+            at["relieved"] = visitors.now
             visitors.set(1)
-            await until(lambda: len(stack.driver.replicas()) == 1, 90, "the second replica stayed")
+            await until(lambda: len(stack.driver.replicas()) == 1, "the second replica stayed")
             at["left"] = visitors.now
-            await asyncio.sleep(2)
+            await until(lambda: all_whole(2), "a lone visitor does not get the full size any more")
         finally:
             await visitors.close()
         return visitors, at
 
     with LocalStack(command, tmp_path, policy, window="5s") as stack:
-        stack.wait_ready(timeout=120)
+        stack.wait_ready(timeout=PATIENCE)
         begin = time.time()
         visitors, at = asyncio.run(scenario(stack))
         check_dashboards(stack, begin, tmp_path / "panels.png")
 
     failed = [record for record in visitors.records if not record.is_complete]
     assert not failed, failed[:3]
-
-    def sizes(start: float, end: float) -> list[int]:
-        return [record.size for record in visitors.records if start <= record.at < end]
-
-    busy = [record for record in visitors.records if at["busy"] <= record.at < at["joined"]]
-    first = next(record for record in busy if record.size < TEACHER_LAYERS)
-    assert first.at - at["busy"] < 1.0, f"the first smaller size came {first.at - at['busy']:.1f} s after the load"
-    assert max(sizes(0, at["busy"])) == TEACHER_LAYERS
-    # Replicas share the cores of a small machine: that a second one helps is for the benchmark to show, on a quiet one.
-    crowded, relieved = sizes(at["busy"] + 1, at["joined"]), sizes(at["joined"] + 2, at["calm"])
-    assert mean(relieved) >= mean(crowded), (mean(crowded), mean(relieved))
-    assert mean(sizes(at["left"] - 5, at["left"] + 10)) > TEACHER_LAYERS - 1
-
+    # Sizes gave way first, and that is what the replica was added for.
+    small = [record for record in visitors.records if record.size < TEACHER_LAYERS and record.at >= at["busy"]]
+    assert small and small[0].at < at["joined"], at
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
-    assert any(entry["target"] == 2 and entry["reason"] == "degraded" for entry in decisions)
+    up = next(entry for entry in decisions if entry["target"] == 2)
+    assert up["reason"] == "degraded" and up["signal"]["degraded_share"] > policy.degraded_high, up
     assert decisions[-1]["target"] == 1
 
 
 def test_a_replica_that_is_killed_takes_only_its_own_streams_along(command, tmp_path):
     policy = ScalingPolicy(min_replicas=2, max_replicas=2)
 
-    async def scenario(stack: LocalStack) -> tuple[list[Record], float]:
+    async def scenario(stack: LocalStack) -> tuple[list[Record], float, int]:
         visitors = Visitors(stack)
+
+        def running(replica: Replica) -> int:
+            return httpx.get(f"http://{replica.address}/load", trust_env=False).json()["num_running"]
+
+        def all_stream() -> bool:
+            current = [record for record in visitors.records if record.e2e is None]
+            is_busy = len(current) == 8 and all(record.ttft for record in current)
+            return is_busy and all(running(replica) for replica in stack.driver.replicas())
+
         try:
             visitors.set(8)
-            await asyncio.sleep(4)
-            victim = next(replica for replica in stack.driver.replicas() if replica.status == "ready")
+            await until(all_stream, "not everybody streams, or only from one replica")
+            victim = stack.driver.replicas()[0]
+            num_running = running(victim)
             os.kill(stack.driver.pid(victim.id), signal.SIGKILL)
             at = visitors.now
-            await until(lambda: stack.num_ready() == 2, 90, "the killed replica was not replaced")
+            await until(
+                lambda: victim.id not in {r.id for r in stack.driver.replicas()} and stack.num_ready() == 2,
+                "the killed replica was not replaced",
+            )
         finally:
             await visitors.close()
-        return visitors.records, at
+        return visitors.records, at, num_running
 
     with LocalStack(command, tmp_path, policy, window="5s") as stack:
-        stack.wait_ready(replicas=2, timeout=180)
-        records, at = asyncio.run(scenario(stack))
+        stack.wait_ready(replicas=2, timeout=PATIENCE)
+        records, at, num_running = asyncio.run(scenario(stack))
 
     failed = [record for record in records if not record.is_complete]
-    assert 1 <= len(failed) <= 8
+    assert 1 <= len(failed) <= num_running
     for record in failed:
         # Each had begun to stream before the kill, and its client was told: by an error event or by a cut stream,
         # which every HTTP client reports as an error.

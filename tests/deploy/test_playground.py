@@ -62,10 +62,14 @@ def test_sizes_answer_side_by_side(page):
     assert page.locator("article h3").all_inner_texts()[0].startswith("4L")
     for lane in lanes.all():
         facts = dict(zip(lane.locator("dt").all_inner_texts(), lane.locator("dd").all_inner_texts(), strict=True))
-        assert re.fullmatch(r"\d+ ms", facts["TTFT"]) and facts["Speed"].endswith("tok/s"), facts
+        assert re.fullmatch(r"[\d.]+ m?s", facts["TTFT"]) and facts["Speed"].endswith("tok/s"), facts
         assert int(facts["Tokens"]) > 1 and "KV" in facts["Memory"], facts
         assert lane.locator(".text").inner_text().strip()
     assert "reason: auto" in lanes.last.locator(".reason").inner_text()
+    # The largest size is what the others are compared with; auto was given it too.
+    agreements = page.locator("article .agreement").all_inner_texts()
+    assert agreements[2] == "" and agreements[3] == "Word for word the answer of 6L."
+    assert re.fullmatch(r"The first \d+ of \d+ words as 6L\.", agreements[0]), agreements
     assert page.locator("#mix-text").inner_text()
 
 
@@ -74,8 +78,11 @@ def test_the_slider_names_every_size_and_adds_it(page):
     slider.focus()
     page.keyboard.press("Home")
     assert slider.get_attribute("aria-valuetext").startswith("4 layers")
+    expect(page.locator("#strip rect")).to_have_count(4)  # a cell for every layer that runs
     page.keyboard.press("ArrowRight")
-    assert "5 layers" in page.locator("#size-facts").inner_text()
+    assert "5 layers" in page.locator("#size-name").inner_text()
+    expect(page.locator("#strip rect")).to_have_count(5)
+    assert "stations run their block of teacher layers" in page.locator("#strip-text").inner_text()
     for _ in page.locator("#chips button").all():
         page.locator("#chips button").first.click()
     expect(page.locator("#chips li")).to_have_count(0)
@@ -93,6 +100,8 @@ def test_limits_reach_the_server_and_the_curl_line_works(page, server):
     run(page)
     curl = page.locator("#curl").inner_text()
     assert '"slo":{"tpot_ms":60000}' in curl
+    page.locator("#curl-of").select_option("4L")
+    assert '"model":"tiny:4L"' in page.locator("#curl").inner_text()
     body = re.search(r"-d '(.*)'$", curl).group(1).replace("'\\''", "'")
     answer = httpx.post(server.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 200 and answer.text.rstrip().endswith("data: [DONE]")
@@ -148,6 +157,12 @@ CONTRAST = """() => {
 }"""
 
 
+def test_a_narrow_screen_does_not_scroll_sideways(page):
+    page.set_viewport_size({"width": 375, "height": 800})
+    run(page, tokens=4)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 375
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_contrast_in_both_themes(page, theme):
     page.locator("#theme").select_option(theme)
@@ -156,7 +171,7 @@ def test_contrast_in_both_themes(page, theme):
 
 
 def test_only_its_own_files_are_served(server):
-    for name in ("app.js", "api.js", "chart.js", "app.css", "icon.svg"):
+    for name in ("app.js", "api.js", "chart.js", "dial.js", "lane.js", "format.js", "app.css", "icon.svg", "pair.json"):
         answer = httpx.get(f"{server.url}/playground/{name}")
         assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
     for name in ("__init__.py", "..%2f..%2fapp.py", "nothing.js"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 __all__ = ["router"]
@@ -34,6 +34,18 @@ def _file(name: str) -> Response:
 @router.get("/")
 async def index() -> Response:
     return _file("index.html")
+
+
+@router.get("/playground/pair.json")
+async def pair(request: Request) -> Response:
+    """How teacher and student interlock, for the picture of the layers: no more than `boomerang sizes` prints."""
+    model = request.app.state.server.model
+    if model is None:
+        return JSONResponse({"stations": []}, headers=_HEADERS)
+    elasticity = model.engine.elasticity
+    stations = zip(elasticity.stations, elasticity.thresholds, strict=True)
+    rows = [{"start": station.start, "stop": station.stop, "threshold": threshold} for station, threshold in stations]
+    return JSONResponse({"stations": rows}, headers=_HEADERS)
 
 
 @router.get("/playground/{name}")

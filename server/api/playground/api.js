@@ -30,6 +30,12 @@ export async function getModels() {
   return (await response.json()).data;
 }
 
+// How the pair interlocks: [{start, stop, threshold}] by station. Empty where the server does not tell.
+export async function getStations() {
+  const response = await fetch("playground/pair.json");
+  return response.ok ? (await response.json()).stations : [];
+}
+
 export async function getMetrics() {
   const response = await fetch("metrics", { headers: headers() });
   return response.ok ? response.text() : null;
