@@ -21,7 +21,7 @@ FROM builder AS builder-cpu
 # torch first and from its own index: the default one would bring gigabytes of CUDA libraries.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)"
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model_store model_store
 COPY server server
 COPY deploy deploy
@@ -32,7 +32,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . 
 
 FROM builder AS builder-cuda
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)"
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model_store model_store
 COPY server server
 COPY deploy deploy
