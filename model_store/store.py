@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 MANIFEST = "manifest.json"
@@ -67,9 +68,11 @@ def install(
         folder.mkdir(exist_ok=True)
         try:
             write_manifest(folder, **fill(folder))
-        except BaseException:
+        except BaseException as error:
             if not keep_partial:
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, SafetensorError):  # what safetensors makes of a full disk
+                raise StoreError(f"{target.name} could not be written: {error}") from error
             raise
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # a running server keeps its open files; the old folder only loses its name
@@ -159,8 +162,9 @@ def _digests(paths: list[Path], known: _Stamps) -> _Stamps:
     for path in paths:
         stat = path.stat()
         old = known.get(path.name)
-        is_known = old is not None and old[:2] == [stat.st_size, stat.st_mtime_ns]
-        stamps[path.name] = old if is_known else [stat.st_size, stat.st_mtime_ns, sha256(path)]
+        # ctime, unlike mtime, cannot be set back by whoever changed the file.
+        is_known = old is not None and old[:2] == [stat.st_size, stat.st_ctime_ns]
+        stamps[path.name] = old if is_known else [stat.st_size, stat.st_ctime_ns, sha256(path)]
     return stamps
 
 

@@ -32,7 +32,7 @@ from server.api.tools import ToolStream, ToolUse, plain_messages
 async def create_chat_completion(request: Request, state: ServerState) -> Response:
     body = await read_body(request, ChatCompletionRequest, state)
     carried = request.scope["state"]
-    state.admission.check()
+    state.admission.check(carried["tenant"].name)
     call = ChatCall(state, body, body.request_id or carried["request_id"])
     prompt = await call.prompt()
     plan = Plan(

@@ -33,7 +33,7 @@ from server.engine.request import TokenLogprobs
 async def create_completion(request: Request, state: ServerState) -> Response:
     body = await read_body(request, CompletionRequest, state)
     carried = request.scope["state"]
-    state.admission.check()
+    state.admission.check(carried["tenant"].name)
     call = CompletionCall(state, body, body.request_id or carried["request_id"])
     prompts = await call.prompts()
     plan = Plan(

@@ -156,10 +156,11 @@ class Generation:
         Where a policy picks the size, the other sequences are pinned to what it picked: one answer, one size.
         """
         waiting = sum(len(sequence.request.prompt_token_ids) for sequence in self.sequences)
-        self.state.admission.check(len(self.sequences), waiting)
+        self.state.admission.check(self.sequences[0].request.tenant, len(self.sequences), waiting)
         seconds = self.state.settings.max_request_seconds
         if seconds:
-            self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+            left = self.sequences[0].request.arrival_time + seconds - now()
+            self._deadline = asyncio.get_running_loop().call_later(max(left, 0), self._expire, seconds)
         first, rest = self.sequences[0], self.sequences[1:]
         self._submit(first)
         is_pinned = len(first.request.sizes) == 1
@@ -242,7 +243,7 @@ class Generation:
     def _submit(self, sequence: Sequence) -> None:
         num_tokens = len(sequence.request.prompt_token_ids)
         sequence.stream = self.state.engine.submit(sequence.request)
-        self.state.admission.enter(num_tokens)
+        self.state.admission.enter(sequence.request.tenant, num_tokens)
         sequence.is_queued = True
 
     def _note(self, sequence: Sequence, output: RequestOutput) -> None:
@@ -253,7 +254,7 @@ class Generation:
     def _leave_queue(self, sequence: Sequence) -> None:
         if sequence.is_queued:
             sequence.is_queued = False
-            self.state.admission.leave(len(sequence.request.prompt_token_ids))
+            self.state.admission.leave(sequence.request.tenant, len(sequence.request.prompt_token_ids))
 
     async def _retire(self, sequence: Sequence, delta: Delta) -> None:
         """A stop string ends a sequence before the engine knows: tell it, and the metrics why."""

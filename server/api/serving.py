@@ -29,6 +29,8 @@ T = TypeVar("T", bound=Body)
 
 # A body that takes longer than this to arrive is a stalled client.
 _BODY_SECONDS = 120.0
+# Bodies of the largest allowed size that may be arriving at once: bounds memory, whatever the number of connections.
+_FULL_BODIES = 16
 
 
 async def read_body(request: Request, model: type[T], state: ServerState) -> T:
@@ -40,13 +42,18 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
         async with asyncio.timeout(_BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
+                state.body_bytes += len(chunk)
                 if size > limit:
                     raise APIError(f"The request body is larger than {limit} bytes.", status=413)
+                if state.body_bytes > limit * _FULL_BODIES:
+                    raise APIError("Too many large requests are arriving.", status=503, retry_after=1)
                 chunks.append(chunk)
     except TimeoutError:
         raise APIError("The request body did not arrive in time.", status=408) from None
     except ClientDisconnect:
         raise APIError("The client left before its request had arrived.", status=499) from None
+    finally:
+        state.body_bytes -= size
     return parse_body(model, b"".join(chunks))
 
 

@@ -45,6 +45,7 @@ class ServerState:
         self.is_draining = False
         self.load_error: str | None = None
         self.num_active = 0  # inference requests between first byte in and last byte out
+        self.body_bytes = 0  # of request bodies that are still arriving
         self.async_engine: AsyncEngine | None = None
         self.model: ServedModel | None = None
         self.chooser: SizeChooser | None = None
@@ -100,7 +101,9 @@ class ServerState:
 class Admission:
     """Counts work that was accepted and not yet admitted by the scheduler; refuses what exceeds the queue limits.
 
-    Everything happens on the event loop, so a check and its booking cannot be torn apart.
+    Everything happens on the event loop, so a check and its booking cannot be torn apart. A full queue refuses those
+    who fill it: a tenant with less waiting than its equal share of the queue still gets in, so that a flood from one
+    key costs the other keys no refusals. That can at most double the queue.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -109,22 +112,36 @@ class Admission:
         self.metrics = metrics
         self.num_reqs = 0
         self.num_tokens = 0
+        self._waiting: dict[str, tuple[int, int]] = {}  # tenant -> requests, tokens
 
-    def check(self, num_reqs: int = 1, num_tokens: int = 0) -> None:
-        """503 with Retry-After if so much more does not fit into the queue."""
-        # One request larger than the whole queue is let through when nothing waits, or it could never run.
-        if self.max_reqs is not None and self.num_reqs and self.num_reqs + num_reqs > self.max_reqs:
+    def check(self, tenant: str, num_reqs: int = 1, num_tokens: int = 0) -> None:
+        """503 with Retry-After if so much more of this tenant does not fit into the queue."""
+        own_reqs, own_tokens = self._waiting.get(tenant, (0, 0))
+        num_tenants = len(self._waiting.keys() | {tenant})
+
+        def is_full(limit: int | None, waiting: int, own: int, more: int) -> bool:
+            # One request larger than the whole queue is let through when nothing waits, or it could never run.
+            if limit is None or not waiting or waiting + more <= limit:
+                return False
+            return num_tenants == 1 or own + more > limit / num_tenants
+
+        if is_full(self.max_reqs, self.num_reqs, own_reqs, num_reqs):
             self._refuse("max_num_queued_reqs", f"{self.num_reqs} requests are waiting")
-        if self.max_tokens is not None and self.num_tokens and self.num_tokens + num_tokens > self.max_tokens:
+        if is_full(self.max_tokens, self.num_tokens, own_tokens, num_tokens):
             self._refuse("max_num_queued_tokens", f"{self.num_tokens} prompt tokens are waiting")
 
-    def enter(self, num_tokens: int) -> None:
-        self.num_reqs += 1
-        self.num_tokens += num_tokens
+    def enter(self, tenant: str, num_tokens: int) -> None:
+        self._book(tenant, 1, num_tokens)
 
-    def leave(self, num_tokens: int) -> None:
-        self.num_reqs -= 1
-        self.num_tokens -= num_tokens
+    def leave(self, tenant: str, num_tokens: int) -> None:
+        self._book(tenant, -1, -num_tokens)
+
+    def _book(self, tenant: str, num_reqs: int, num_tokens: int) -> None:
+        self.num_reqs += num_reqs
+        self.num_tokens += num_tokens
+        own_reqs, own_tokens = self._waiting.pop(tenant, (0, 0))
+        if own_reqs + num_reqs:
+            self._waiting[tenant] = own_reqs + num_reqs, own_tokens + num_tokens
 
     def _refuse(self, reason: str, detail: str) -> None:
         self.metrics.admission_rejected(reason)

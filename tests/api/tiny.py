@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -97,7 +97,12 @@ class RunningServer:
     """`python -m server serve` in a process of its own, on a port of the system's choice."""
 
     def __init__(
-        self, pair: tuple[Path, Path], *flags: str, env: dict[str, str] | None = None, module: str = "server"
+        self,
+        pair: tuple[Path, Path],
+        *flags: str,
+        env: dict[str, str] | None = None,
+        module: str = "server",
+        preexec_fn: Callable[[], None] | None = None,
     ) -> None:
         base: Sequence[str] = (
             *("--teacher", str(pair[0]), "--student", str(pair[1]), "--host", "127.0.0.1", "--port", "0"),
@@ -112,11 +117,13 @@ class RunningServer:
             env=environment | {"OMP_NUM_THREADS": "1"} | (env or {}),
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec_fn,
         )
         self.log: list[str] = []
         self.url = ""
         self._listening = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         for line in self.process.stderr:
