@@ -54,7 +54,8 @@ class ForwardBatch:
     head_cut: int
     logits_rows: np.ndarray  # [S], token index of each wanted row, ascending
     logits_start: np.ndarray  # [R + 1], rows of request r are [logits_start[r], logits_start[r + 1])
-    sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [R'] that get a new token
+    # [R'] that get a new token; of a request with guesses to verify all rows count, of any other the last one.
+    sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -63,6 +64,13 @@ class ForwardBatch:
     @property
     def num_requests(self) -> int:
         return len(self.requests)
+
+    def sample_rows(self) -> np.ndarray:
+        """Rows (of those at `logits_rows`) that tokens are drawn from, ascending; int64."""
+        ends = self.logits_start[self.sample_requests + 1]
+        widths = [1 + len(self.requests[row].draft_token_ids) for row in self.sample_requests]
+        parts = [np.arange(end - width, end) for end, width in zip(ends, widths, strict=True)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def tokens(self, start: int, stop: int) -> slice:
         """Token range of requests [start, stop)."""
@@ -96,6 +104,14 @@ def build_batch(
     for row, (request, count) in enumerate(scheduled):
         start, begin = int(query_start[row]), request.num_computed_tokens
         stop = start + count
+        if request.draft_token_ids:
+            # The last token and the guesses after it; every row's logits tell whether the next guess was right.
+            input_ids[start:stop] = [request.output_token_ids[-1], *request.draft_token_ids]
+            positions[start:stop] = np.arange(begin, begin + count, dtype=np.int32)
+            logits_rows.extend(range(start, stop))
+            logits_start[row + 1] = len(logits_rows)
+            samples.append(row)
+            continue
         if count == 1 and begin + 1 == request.num_tokens and request.output_token_ids:
             input_ids[start] = request.output_token_ids[-1]
             positions[start] = begin

@@ -18,4 +18,6 @@ class EngineConfig:
     executor: str = "auto"  # auto | native | torch: see server.model.executor
     attention_backend: str = "auto"
     quantization: str | None = None
+    speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation
+    num_speculative_tokens: int = 3  # guesses ahead, at most
     seed: int = 0

@@ -15,10 +15,12 @@ from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
+from server.engine.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
 from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
+from server.engine.speculation import Speculator
 from server.model.executor import Executor, create_executor
 
 logger = logging.getLogger(__name__)
@@ -87,18 +89,25 @@ class Engine:
             num_pages=num_pages,
             page_size=config.page_size,
             num_layers=num_layers,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=config.max_num_seqs * (1 if config.speculative_size is None else 2),  # and their drafts
             max_model_len=config.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
         self.sampler = Sampler(config.seed, getattr(self.executor, "draw", None))
+        self.speculator = None if config.speculative_size is None else self._speculator(config)
         self.metrics_sink: MetricsSink | None = None
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._last_model_end: float | None = None
         self._quarantine = Quarantine()
         self._faults: dict[str, str] = {}  # requests of this step whose own numbers went wrong, and how
         self.num_step_failures = 0
+
+    def _speculator(self, config: EngineConfig) -> Speculator:
+        path = self.elasticity.path(config.speculative_size)
+        slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
+        pool = self.scheduler.drafts = DraftPool(self.kv_cache, path, slots)
+        return Speculator(self, self.scheduler, self.sampler, pool, config.num_speculative_tokens)
 
     # --- requests
 
@@ -157,11 +166,16 @@ class Engine:
         """Compute a plan and book it. _ComputeError, with nothing booked, if it cannot be computed."""
         self._faults = {}
         try:
-            batch = self.build_batch(planned.scheduled)
             model_start = time.monotonic()
+            if self.speculator is not None:
+                self.speculator.draft(planned)
+            batch = self.build_batch(planned.scheduled)
+            verify_start = time.monotonic()
             sampled = self.run_batch(batch)
             model_end = time.monotonic()
         except Exception as error:
+            if self.speculator is not None:
+                self.speculator.retract(planned)
             raise _ComputeError(error) from error
         faulty = []
         if self._faults:
@@ -170,11 +184,12 @@ class Engine:
         gap = 0.0 if self._last_model_end is None else model_start - self._last_model_end
         self._last_model_end = model_end
         before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
+        num_generated = sum(1 + len(token.following) for token in sampled.values())
         outputs = self.scheduler.update(planned, sampled)
         self._attach_prompt_logprobs(outputs)
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
         try:
-            self._observe(planned, batch, before, started, model_start, model_end, gap)
+            self._observe(planned, batch, before, started, (model_start, verify_start, model_end), gap, num_generated)
         except Exception:  # the step is booked: what only watches it must not undo that
             logger.exception("a step could not be observed")
         for request in faulty:
@@ -228,39 +243,65 @@ class Engine:
     @torch.inference_mode()
     def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:
         """Forward pass, logits and sampling of one step; books nothing."""
-        hidden = self.executor.forward(batch)
-        if not len(batch.logits_rows):
+        found = self.forward_rows(batch)
+        if found is None:
             return {}
-        last_rows = batch.logits_start[batch.sample_requests + 1] - 1
-        head_rows = int(batch.logits_start[batch.head_cut])
-        if len(last_rows) < len(batch.logits_rows):
-            self._score_prompts(batch, hidden, head_rows)
-            if not len(last_rows):
-                return {}
-            hidden = hidden[torch.from_numpy(last_rows.astype(np.int64))]
-            head_rows = int((last_rows < head_rows).sum())
         requests = [batch.requests[row] for row in batch.sample_requests]
-        tokens = self._choose(hidden, head_rows, requests)
+        tokens = self._choose(*found, requests)
         for request, token in zip(requests, tokens, strict=True):
             if request.grammar is not None:
                 request.grammar.accept(token.token_id)
         return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}
 
-    def _choose(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[SampledToken]:
-        """A token per row of hidden; requests for which no finite number is found are noted as faulty."""
+    @torch.inference_mode()
+    def forward_rows(self, batch: ForwardBatch) -> tuple[torch.Tensor, int] | None:
+        """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none."""
+        hidden = self.executor.forward(batch)
+        if not len(batch.logits_rows):
+            return None
+        rows = batch.sample_rows()
+        head_rows = int(batch.logits_start[batch.head_cut])
+        if len(rows) < len(batch.logits_rows):
+            self._score_prompts(batch, hidden, head_rows)
+            if not len(rows):
+                return None
+            hidden = hidden[torch.from_numpy(rows)]
+            head_rows = int((rows < head_rows).sum())
+        return hidden, head_rows
+
+    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None:
+        """The likeliest token per row, -1 where none is; None unless that is all these requests want."""
         greedy = getattr(self.executor, "greedy", None)
-        if greedy is not None and all(is_plain_greedy(request) for request in requests):
-            ids = greedy(hidden, head_rows)
-            faulty = [row for row, token in enumerate(ids) if token < 0]
-            tokens = [SampledToken(max(token, 0), None) for token in ids]
+        if greedy is None or not all(is_plain_greedy(request) for request in requests):
+            return None
+        return greedy(hidden, head_rows)
+
+    def _choose(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[SampledToken]:
+        """A token per request, with those that follow; whoever has no finite number to choose is noted as faulty."""
+        owners = [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
+        ids = self.greedy_tokens(hidden, head_rows, requests)
+        if ids is not None:
+            is_finite = [token >= 0 for token in ids]
+            tokens = [SampledToken(max(token, 0)) for token in ids]
+            if self.speculator is not None:
+                tokens = self.speculator.settle(tokens, requests)
         else:
             logits = self.executor.logits(hidden, head_rows)
-            tokens = self.sampler.sample(logits, requests)
+            if self.speculator is None:
+                tokens = self.sampler.sample(logits, requests)
+            else:
+                tokens = self.speculator.verify(logits, requests)
             # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
-            chosen = logits[torch.arange(len(tokens)), [token.token_id for token in tokens]]
-            faulty = (~chosen.isfinite()).nonzero()[:, 0].tolist()
-        for row in faulty:
-            self._faults[requests[row].request_id] = "the logits hold no finite number to choose"
+            chosen = [[one.token_id for one in (token, *token.following)] for token in tokens]
+            rows, first = [], 0
+            for request, own in zip(requests, chosen, strict=True):
+                rows += range(first, first + len(own))
+                first += 1 + len(request.draft_token_ids)
+            owners = [owners[row] for row in rows]
+            is_finite = logits[rows, [token for own in chosen for token in own]].isfinite().tolist()
+        for request, is_good in zip(owners, is_finite, strict=True):
+            if not is_good:
+                self._faults[request.request_id] = "the logits hold no finite number to choose"
         return tokens
 
     def _score_prompts(self, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> None:
@@ -303,11 +344,12 @@ class Engine:
         batch: ForwardBatch,
         before: list[tuple[Request, int]],
         started: float,
-        model_start: float,
-        model_end: float,
+        times: tuple[float, float, float],
         gap: float,
+        num_generated: int,
     ) -> None:
-        self.scheduler.policy.observe_step(batch, model_end - model_start, model_end)
+        model_start, verify_start, model_end = times
+        self.scheduler.policy.observe_step(batch, model_end - verify_start, model_end)
         if self.metrics_sink is None:
             return
         num_prompt = sum(
@@ -319,7 +361,7 @@ class Engine:
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,
                 num_prompt_tokens=num_prompt,
-                num_generation_tokens=len(batch.sample_requests),
+                num_generation_tokens=num_generated,
                 step_time=time.monotonic() - started,
                 model_time=model_end - model_start,
                 gap=gap,

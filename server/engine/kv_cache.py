@@ -76,8 +76,8 @@ class KVCacheManager:
 
     # --- prefix cache
 
-    def find_prefix(self, request: Request, path: LayerPath) -> list[Block]:
-        """Cached blocks that hold the longest prefix of the request on this path.
+    def find_prefix(self, request: Request, path: LayerPath, counts: bool = True) -> list[Block]:
+        """Cached blocks that hold the longest prefix of the request on this path; `counts`: as a query and hits.
 
         At least the last token is left to compute, because its logits are wanted. A request that asks for prompt
         logprobs needs every position's logits and so takes nothing from the cache.
@@ -92,8 +92,9 @@ class KVCacheManager:
             if block is None:
                 break
             found.append(block)
-        self.prefix_queries += request.num_tokens
-        self.prefix_hits += len(found) * self.page_size
+        if counts:
+            self.prefix_queries += request.num_tokens
+            self.prefix_hits += len(found) * self.page_size
         return found
 
     def cache_full_blocks(self, request: Request) -> None:

@@ -126,6 +126,7 @@ class Request:
     first_token_time: float | None = None
     last_token_time: float | None = None
     stop_reason: int | str | None = None
+    draft_token_ids: list[int] = field(default_factory=list)  # guesses to verify in this step, after the last token
     sampler_state: Any = None  # generator and token counts, owned by the sampler
     error: str | None = None
 

@@ -49,7 +49,7 @@ class Sampler:
         """logits float32 [S, V], row i for requests[i]; modified in place. Returns a token (and logprobs) per row."""
         raw = self._raw_logprobs(logits, requests)
         for row, request in enumerate(requests):
-            if _needs_processing(request):
+            if needs_processing(request):
                 self._process(logits[row], request)
         if self._native_draw is None and all(request.sampling.is_greedy for request in requests):
             tokens = logits.argmax(dim=-1).tolist()
@@ -68,7 +68,7 @@ class Sampler:
 
     # --- what the request asks of its logits
 
-    def _state(self, request: Request) -> SamplerState:
+    def state(self, request: Request) -> SamplerState:
         if request.sampler_state is None:
             seed = request.sampling.seed
             source = random.Random(seed if seed is not None else self._random.getrandbits(64))
@@ -103,7 +103,7 @@ class Sampler:
 
     def _penalise(self, row: torch.Tensor, request: Request) -> None:
         """CTRL's repetition penalty over prompt and output; OpenAI's presence and frequency penalties over output."""
-        sampling, state = request.sampling, self._state(request)
+        sampling, state = request.sampling, self.state(request)
         for token in request.output_token_ids[state.num_counted :]:
             state.counts[token] = state.counts.get(token, 0) + 1
         state.num_counted = len(request.output_token_ids)
@@ -144,16 +144,19 @@ class Sampler:
 
     def _draw_arguments(self, request: Request) -> tuple[float, float, float, int, float]:
         sampling = request.sampling
-        uniform = 0.0 if sampling.is_greedy else self._state(request).random.random()
+        uniform = 0.0 if sampling.is_greedy else self.state(request).random.random()
         temperature = 0.0 if sampling.is_greedy else sampling.temperature
         return temperature, sampling.top_p, sampling.min_p, sampling.top_k, uniform
 
     def _draw_plain(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
         """No top_k, no top_p: the whole (min_p-masked) distribution, no sort. logits [S, V]."""
+        return self.invert(self.weights(logits, requests), requests).tolist()
+
+    def weights(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+        """Probabilities without top_k and top_p, up to a factor where min_p cut some off. [S, V] -> [S, V]."""
         probs = torch.softmax(logits / _column([r.sampling.temperature for r in requests], logits), dim=-1)
         min_p = _column([r.sampling.min_p for r in requests], logits)
-        probs = probs.masked_fill_(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-        return self._invert(probs, requests).tolist()
+        return probs.masked_fill_(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
 
     def _draw_cut(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
         """top_k and/or top_p over the likeliest entries; the vocabulary is sorted only for a very wide nucleus."""
@@ -185,13 +188,13 @@ class Sampler:
             width = vocab
         # Keep the smallest set whose mass reaches top_p: an entry stays if the mass before it has not.
         probs = probs.masked_fill_(mass - probs >= top_p, 0.0)
-        choice = self._invert(probs, requests)
+        choice = self.invert(probs, requests)
         return ids.gather(1, choice[:, None]).squeeze(1).tolist()
 
-    def _invert(self, probs: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    def invert(self, probs: torch.Tensor, requests: list[Request]) -> torch.Tensor:
         """Index of the first entry whose cumulative weight exceeds u x total. probs [S, n], need not sum to 1."""
         mass = probs.cumsum(dim=-1, dtype=torch.float64)
-        uniform = _column([self._state(r).random.random() for r in requests], mass)
+        uniform = _column([self.state(r).random.random() for r in requests], mass)
         index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1)
         # u x total may round up to total itself: fall back to the last entry that has any weight.
         last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
@@ -210,10 +213,10 @@ def token_logprobs(row: torch.Tensor, token: int, num_top: int | None) -> TokenL
 
 def is_plain_greedy(request: Request) -> bool:
     """Whether the likeliest token is all that the request wants of its logits."""
-    return request.sampling.is_greedy and request.sampling.logprobs is None and not _needs_processing(request)
+    return request.sampling.is_greedy and request.sampling.logprobs is None and not needs_processing(request)
 
 
-def _needs_processing(request: Request) -> bool:
+def needs_processing(request: Request) -> bool:
     sampling = request.sampling
     return bool(
         request.grammar is not None

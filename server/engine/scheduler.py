@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from model_store.assembly import Elasticity
 from server.engine.config import EngineConfig
+from server.engine.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
 from server.engine.load import Load
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
@@ -45,6 +46,7 @@ class SchedulerOutput:
 class SampledToken:
     token_id: int
     logprobs: TokenLogprobs | None = None
+    following: tuple[SampledToken, ...] = ()  # more tokens of the same step: guesses that were right
 
 
 class Scheduler:
@@ -71,6 +73,7 @@ class Scheduler:
         self.num_resizes = 0
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
+        self.drafts: DraftPool | None = None  # set where requests speculate
 
     # --- the way in and out
 
@@ -164,20 +167,31 @@ class Scheduler:
         for request, count in output.scheduled:
             if request.is_finished:  # aborted while the step ran
                 continue
-            request.num_computed_tokens += count
-            self.load.advance(request, count)
-            self.kv_cache.cache_full_blocks(request)
+            # Guesses count as computed only once they have become tokens.
+            self._book(request, count - len(request.draft_token_ids))
+            request.draft_token_ids = []
             token = sampled.get(request.request_id)
-            is_decode = count == 1 and bool(request.output_token_ids)
-            weight = OUTPUT_TOKEN_COST if is_decode else 1.0
-            self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
             if token is not None:
                 results.append(self._append(request, token, now))
+                for another in token.following:
+                    if request.is_finished:
+                        break
+                    self._book(request, 1)
+                    results.append(self._append(request, another, now))
             elif request.sampling.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
                 results.append(self._finish(request, RequestStatus.FINISHED_LENGTH))
         return results
 
     # --- parts
+
+    def _book(self, request: Request, count: int) -> None:
+        """`count` more tokens of the request hold KV."""
+        is_decode = count == 1 and bool(request.output_token_ids)
+        request.num_computed_tokens += count
+        self.load.advance(request, count)
+        self.kv_cache.cache_full_blocks(request)
+        weight = OUTPUT_TOKEN_COST if is_decode else 1.0
+        self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
 
     def _advance(self, request: Request, budget: int, output: SchedulerOutput) -> int:
         """Plan a running request's tokens for this step; returns what is left of the layer-token budget."""
@@ -216,6 +230,8 @@ class Scheduler:
             idle_prefix = sum(len(block.pages) for block in prefix if block.ref_count == 0)
             need = self.kv_cache.num_pages_for(request.num_tokens, path) - len(prefix) * path.num_layers
             if count <= 0 or not self.kv_cache.can_allocate(need + idle_prefix):
+                if count > 0 and self.drafts is not None and self.drafts.release():
+                    continue
                 break
             self.waiting.remove(request)
             is_change = request.decision is not None and request.decision.size != choice.size
@@ -241,6 +257,8 @@ class Scheduler:
     def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
         """Allocate up to `num_tokens`, preempting others if need be; False if `request` itself had to go."""
         while not self.kv_cache.allocate(request, num_tokens):
+            if self.drafts is not None and self.drafts.release():
+                continue
             victim = self._victim()
             self._preempt(victim, output)
             if victim is request:
@@ -348,6 +366,9 @@ class Scheduler:
         self.running.remove(request)
         self.load.leave(request)
         self.kv_cache.free(request)
+        request.draft_token_ids = []
+        if self.drafts is not None:
+            self.drafts.drop(request.request_id)
         self._free_slots.append(request.slot)
         request.slot = -1
 
@@ -366,7 +387,11 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert the invariants that every scenario must leave intact."""
-        self.kv_cache.check_integrity(self.running)
+        drafts: list[Request] = []
+        if self.drafts is not None:
+            self.drafts.check_integrity(self.running)
+            drafts = list(self.drafts.drafts.values())
+        self.kv_cache.check_integrity(self.running + drafts)
         self.load.check(self.running)
         slots = sorted(self._free_slots + [request.slot for request in self.running])
         assert slots == list(range(self.config.max_num_seqs)), "a slot leaked or has two owners"

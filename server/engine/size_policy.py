@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from server.engine.request import Request, SizeDecision
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from server.engine.batch import ForwardBatch
     from server.engine.scheduler import Scheduler
 
@@ -49,6 +51,10 @@ class SizePolicy:
 
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """A step spent `seconds` in the model and ended at `end` on the scheduler's clock."""
+
+    def decode_seconds(self, rows: np.ndarray) -> float | None:
+        """Predicted seconds of a decode step of rows[size] requests; None if this policy predicts nothing."""
+        return None
 
     def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
         """Seconds until what waits now will have been admitted."""

@@ -241,6 +241,9 @@ class BudgetPolicy(SizePolicy):
         """Prompt tokens x layers that this step may carry beside its decode rows, or None for no limit."""
         return self.outlook.prefill_budget(scheduler, now, self.config.margin)
 
+    def decode_seconds(self, rows: np.ndarray) -> float:
+        return self.outlook.mix_seconds(rows)
+
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """Learn from a step of `seconds` in the model that ended at `end` on the scheduler's clock."""
         self.cost.observe(self.cost.shape(batch), seconds)
