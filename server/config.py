@@ -122,6 +122,13 @@ class Settings:
     )
     enable_prefix_caching: bool = option(True, "keep KV of finished prefixes for reuse", group="engine")
     executor: str = option("auto", "auto, native or torch", group="engine", choices=("auto", "native", "torch"))
+    speculative_size: str = option(
+        "off",
+        "size that guesses tokens for requests of larger sizes: a size, auto (the smallest), off; it guesses only "
+        "where that is predicted to pay",
+        group="engine",
+    )
+    num_speculative_tokens: int = option(3, "tokens guessed ahead, at most", group="engine", minimum=1, maximum=16)
     attention_backend: str = option("auto", "attention implementation", group="engine")
     seed: int = option(0, "seed for requests without one", group="engine")
     num_threads: int | None = option(

@@ -22,6 +22,7 @@ from server.api.connection import guarded_protocol
 from server.api.state import ServedModel, ServerState
 from server.api.tokenizer import ServingTokenizer
 from server.config import GiB, Settings
+from server.sizing.spec import SizeError, SizeSpec
 from server.startup import StartupClock
 
 if TYPE_CHECKING:
@@ -75,6 +76,22 @@ def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
     return settings.memory_budget is not None and expanded > settings.memory_budget
 
 
+def speculative_size(settings: Settings, pair: Pair) -> int | None:
+    """The size that guesses; ValueError if there is no such size or it could guess for none."""
+    text, sizes = settings.speculative_size.strip().lower(), pair.elasticity.sizes
+    if text == "off":
+        return None
+    if text == "auto":
+        return sizes[0]
+    try:
+        size = SizeSpec.parse(text).resolve(sizes, {size: pair.parameters(size) for size in sizes})
+    except SizeError as error:
+        raise ValueError(f"--speculative-size: {error}") from None
+    if size == sizes[-1]:
+        raise ValueError(f"--speculative-size: {size}L is the largest size, it can guess for none")
+    return size
+
+
 def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> EngineConfig:
     """Fill in what the settings leave to the machine. Called after the weights are loaded: free memory is measured."""
     from server.engine.config import EngineConfig
@@ -104,6 +121,8 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         executor=settings.executor,
         attention_backend=settings.attention_backend,
         quantization=settings.quantization,
+        speculative_size=speculative_size(settings, pair),
+        num_speculative_tokens=settings.num_speculative_tokens,
         seed=settings.seed,
     )
 

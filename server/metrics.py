@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 if TYPE_CHECKING:
     from server.engine.engine import Engine, StepStats
     from server.engine.request import Request
+    from server.engine.speculation import Speculator
 
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (
@@ -368,7 +369,43 @@ class _EngineCollector:
         ]
         for name, text, value in counters:
             yield one(CounterMetricFamily, name, text, value)
+        if self.engine.speculator is not None:
+            yield from self._speculation(self.engine.speculator)
         yield from self._by_size(stats)
+
+    def _speculation(self, speculator: Speculator) -> Iterator[Metric]:
+        """vLLM's totals, and how well each size is guessed: which tells what the smaller one is worth, too."""
+        stats, names = speculator.stats, list(self.labels)
+        values = list(self.labels.values())
+        by_position = [sum(column) for column in zip(*stats.accepted.values(), strict=True)] or [0]
+        totals = (
+            ("num_drafts", "Times guesses were made for a request", sum(stats.drafts.values())),
+            ("num_draft_tokens", "Tokens guessed", sum(stats.draft_tokens.values())),
+            ("num_accepted_tokens", "Guesses that stood", sum(by_position)),
+        )
+        for suffix, text, value in totals:
+            family = CounterMetricFamily(f"vllm:spec_decode_{suffix}", text, labels=names)
+            family.add_metric(values, value)
+            yield family
+        family = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Guesses that stood by position",
+            labels=[*names, "position"],
+        )  # fmt: skip
+        for position, value in enumerate(by_position):
+            family.add_metric([*values, str(position)], value)
+        yield family
+        pairs = (
+            ("drafts", "Times guesses were made for a request of this size", stats.drafts),
+            ("draft_tokens", "Tokens guessed for this size", stats.draft_tokens),
+            ("accepted_tokens", "Guesses that stood", {size: sum(n) for size, n in stats.accepted.items()}),
+        )
+        for suffix, text, counts in pairs:
+            family = CounterMetricFamily(
+                f"boomerang:spec_decode_{suffix}", text, labels=["model_name", "size", "draft_size"]
+            )
+            for size, value in sorted(counts.items()):
+                family.add_metric([self.labels["model_name"], str(size), str(speculator.size)], value)
+            yield family
 
     def _by_size(self, stats: Any) -> Iterator[Metric]:
         name = self.labels["model_name"]

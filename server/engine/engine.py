@@ -14,8 +14,8 @@ import torch
 from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch, build_batch
 from server.engine.config import EngineConfig
-from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.drafts import DraftPool
+from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
 from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs

@@ -139,10 +139,13 @@ class Speculator:
             pending = draft.num_tokens - draft.num_computed_tokens
             if pending > min(_CATCH_UP, config.max_num_batched_tokens):
                 behind.append((draft, min(_CATCH_UP, config.max_num_batched_tokens)))
-            elif limit > 0 and kv_cache.allocate(request, request.num_tokens + limit):
-                if kv_cache.allocate(draft, draft.num_tokens + limit):
-                    self._prepare_draws(request, draft)
-                    ready.append((request, draft, limit))
+            elif (
+                limit > 0
+                and kv_cache.allocate(request, request.num_tokens + limit)
+                and kv_cache.allocate(draft, draft.num_tokens + limit)
+            ):
+                self._prepare_draws(request, draft)
+                ready.append((request, draft, limit))
         for draft, count in behind:
             if kv_cache.allocate(draft, draft.num_computed_tokens + count):
                 self._run([(draft, count)])

@@ -5,9 +5,11 @@ import random
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from model_store.pair import open_pair
 from server.engine.payoff import Payoff
+from server.metrics import Metrics
 from tests.model.test_oracle import make_engine, make_request, native_problem, run
 from tests.tiny_pairs import VOCAB, make_pair
 
@@ -193,6 +195,23 @@ def test_failures_do_not_spread(pair, loaded, monkeypatch):
         fast.check_integrity()
     assert [(r.output_token_ids, r.status) for r in made[1]] == expected
     assert fast.num_step_failures > 0 and sum(fast.speculator.stats.accepted[6]) > 0
+
+
+def test_metrics_by_pair_of_sizes(pair, loaded):
+    _, fast = engines(pair, loaded)
+    metrics = Metrics()
+    metrics.attach(fast, "m", 96)
+    run(fast, [make_request("r", [1, 2, 3], 6, max_tokens=20), make_request("s", [1, 2], 5, max_tokens=20)])
+    values = {
+        (sample.name, sample.labels.get("size"), sample.labels.get("draft_size")): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+    }
+    guessed = values["boomerang:spec_decode_draft_tokens_total", "6", "4"]
+    assert guessed == fast.speculator.stats.draft_tokens[6] > 0
+    by_size = sum(values["boomerang:spec_decode_accepted_tokens_total", size, "4"] for size in "56")
+    assert values["vllm:spec_decode_num_accepted_tokens_total", None, None] == by_size
+    assert values["vllm:generation_tokens_total", None, None] == 40
 
 
 def test_depth_follows_cost_and_acceptance():
