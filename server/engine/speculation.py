@@ -179,7 +179,7 @@ class Speculator:
             request.draft_token_ids.append(token)
 
     def _draw(self, logits: torch.Tensor, pairs: list[tuple[Request, Request]]) -> list[int]:
-        """A guess per row, for (request, its draft); keeps the distribution where rejection sampling will ask for it."""
+        """A guess per row, for (request, its draft); keeps the distribution where rejection sampling asks for it."""
         tokens = [0] * len(pairs)
         exact = [row for row, (request, _) in enumerate(pairs) if not _rejects(request)]
         for row, token in zip(exact, self.sampler.sample(logits[exact], [pairs[i][1] for i in exact]), strict=True):
