@@ -1,0 +1,46 @@
+"""What this machine can do at most, measured with torch in the same run as the engines.
+
+    python -m benchmarks.peers.limits    prints {"bandwidth": bytes/s, "products": flop/s}
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+# (outputs, inputs) of the layer products of SmolLM2-135M: qkv, output, gate and up, down
+SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+
+
+def bandwidth(num_bytes: int = 1 << 30, repeats: int = 7) -> float:
+    """Bytes per second that all threads read together, best of `repeats` passes over float32 values."""
+    values = torch.ones(num_bytes // 4)
+    return num_bytes / min(_seconds(lambda: values.sum()) for _ in range(repeats))
+
+
+def products(rows: int = 4096, repeats: int = 9) -> float:
+    """bfloat16 multiply-adds (x 2) per second of the model's layer products at `rows` rows, median."""
+    work = [(torch.randn(rows, k).bfloat16(), torch.randn(n, k).bfloat16()) for n, k in SHAPES]
+    flops = sum(2 * rows * n * k for n, k in SHAPES)
+
+    def layer() -> None:
+        for x, weight in work:
+            F.linear(x, weight)
+
+    layer()
+    return flops / statistics.median(_seconds(layer) for _ in range(repeats))
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        print(json.dumps({"bandwidth": bandwidth(), "products": products()}))
