@@ -16,6 +16,8 @@ _MODULES = {
     "export": ("write one size as an ordinary checkpoint", "model_store.export"),
     "simulate": ("replay a trace against a simulated cluster", "server.sizing.simulate_cli"),
 }
+# Commands of the model store that let our engine speak: which function of server.offline makes their second argument.
+_GENERATORS = {"distill": "teacher_generator", "evaluate": "pair_generator"}
 _MODEL_GROUPS = ("model", "engine")
 
 
@@ -108,13 +110,25 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
                 sub.set_defaults(run=_missing(name, module))
                 continue
             implementation.add_arguments(sub)
-            sub.set_defaults(run=implementation.run)
+            sub.set_defaults(run=_with_engine(name, implementation.run))
     return parser
 
 
 class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=120)
+
+
+def _with_engine(name: str, run: Callable[..., int]) -> Callable[[argparse.Namespace], int]:
+    if name not in _GENERATORS:
+        return run
+
+    def run_with_engine(arguments: argparse.Namespace) -> int:
+        from server import offline
+
+        return run(arguments, getattr(offline, _GENERATORS[name])(arguments))
+
+    return run_with_engine
 
 
 def _missing(name: str, module: str) -> Callable[[argparse.Namespace], int]:

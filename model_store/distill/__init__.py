@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from model_store.distill.data import Message
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.recipe import Preset
+    from model_store.evaluate.chat import Generate
 
 ORDERS = {"last": "last_to_first", "first": "first_to_last"}
-# conversations that wait for an answer -> the teacher's answers
-Answer = Callable[[list[list["Message"]]], list[str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep", default="every-2nd", help="every-2nd, a list 0,2,4,..., or a number of layers (default %(default)s)")
     add("--data", type=Path, nargs="+", required=True, help=".txt, .jsonl or .jsonl.gz files or folders of them")
     add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
+    add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
     add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
     add("--order", default="klpatch", choices=("last", "first", "klpatch"), help="order in which sizes grow")
     add("--tokens", type=float, default=2e6, help="training tokens (default %(default).0f)")
@@ -38,9 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default %(default)s)")
     add("--lr", type=float, default=None, help="peak learning rate (default 4e-4 with muon, 3e-4 with adamw)")
     add("--schedule", default="cosine", help="transformers' lr_scheduler_type (default %(default)s)")
+    add("--decay-share", type=float, default=0.25, help="of warmup_stable_decay (default %(default)s)")
     add("--weight-decay", type=float, default=0.0)
     add("--loss-on", default="response", choices=("response", "all"), help="which tokens of conversations count")
     add("--self-generate", type=int, default=0, metavar="N", help="let the teacher answer up to N bare prompts")
+    add("--answer-tokens", type=int, default=256, help="longest answer of --self-generate (default %(default)s)")
+    add("--temperature", type=float, default=1.0, help="of --self-generate; 0 is greedy (default %(default)s)")
     add("--rank", type=int, default=0, help="train low-rank differences of this rank (default: whole layers)")
     add("--store-rank", type=int, default=0, help="train whole layers, store differences of this rank")
     add("--int8", action="store_true", help="store low-rank factors as int8 with a scale per row")
@@ -50,12 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--align", type=float, help="weight of the mean cosine distance [recipe]")
     add("--position-share", type=float, help="share of positions that get logits [recipe]")
     add("--pure-share", type=float, help="share of rows that run the student alone; 1 turns patching off [recipe]")
+    add("--small-bias", type=float, help="1: the other rows' sizes spread evenly; more: towards small ones [recipe]")
     add("--order-noise", type=float, help="how much the order is shuffled at each step, in ranks [recipe]")
     flag = argparse.BooleanOptionalAction
     add("--warm-start", action=flag, default=None, help="closed-form fit before training [recipe]")
     add("--train-ends", action=flag, default=None, help="train embedding, norm and head too [recipe]")
     add("--train-single", action=flag, default=None, help="train one-layer blocks too [recipe]")
     add("--optimizer", choices=("muon", "adamw"), help="[recipe]")
+    add("--compile", action="store_true", help="fuse the layers with torch.compile: minutes to start, faster steps")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", type=int, default=0)
     add("--save-steps", type=int, default=200, help="steps between checkpoints that --resume continues from")
@@ -63,15 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", help="folder of the local model store")
 
 
-def run(args: argparse.Namespace, answer: Answer | None = None) -> int:
-    """Distil and write the pair. `answer` lets an engine speak for the teacher (--self-generate)."""
+def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
+    """Distil and write the pair. `generate` is the teacher in an engine (--self-generate), else transformers'."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from model_store.assembly import Elasticity
+    from model_store.distill.cpu_attention import use_matmul_attention
     from model_store.distill.data import answer_prompts, pack, read_documents
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.recipe import PRESETS, kept_layers, with_overrides
+    from model_store.distill.start import start_from
+    from model_store.evaluate import end_tokens
+    from model_store.evaluate.chat import transformers_generate
     from model_store.sources import default_teacher, resolve
 
     preset = with_overrides(PRESETS[args.recipe], vars(args))
@@ -86,11 +95,17 @@ def run(args: argparse.Namespace, answer: Answer | None = None) -> int:
     kept = kept_layers(args.keep, teacher.config.num_hidden_layers)
     first_order = "first_to_last" if args.order == "first" else "last_to_first"
     elasticity = getattr(Elasticity, first_order)(teacher.config.num_hidden_layers, kept)
+    if device == "cpu":
+        use_matmul_attention(teacher, args.row_tokens)
     model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
 
+    if args.start_from:
+        start_from(model, args.start_from)
     documents = [document for path in args.data for document in read_documents(path)]
     if args.self_generate:
-        documents = answer_prompts(documents, answer or _answer_with(model, tokenizer), args.self_generate)
+        generate = generate or transformers_generate(model, end_tokens(model, tokenizer))
+        speak = _speaker(args, generate, tokenizer, model.elasticity.sizes[-1])
+        documents = answer_prompts(documents, speak, args.self_generate)
     documents = [document for document in documents if not document.needs_answer]
     calibration = args.calibration_rows * args.row_tokens
     rows = pack(documents, tokenizer, int(args.tokens) + calibration, args.row_tokens, args.loss_on, args.seed)
@@ -112,14 +127,16 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
     from transformers.trainer_utils import get_last_checkpoint
 
     from model_store.distill.elastic import LossWeights
+    from model_store.distill.head_loss import compile_head_loss
     from model_store.distill.low_rank import make_low_rank, merge_low_rank
     from model_store.distill.trainer import CurveFile, DistillTrainer, SizeSampler
     from model_store.distill.warm_start import fit_by_least_squares
 
     checkpoints = args.out / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if args.resume and checkpoints.is_dir() else None
-    if preset.warm_start and last is None:
-        fit_by_least_squares(model, held, progress=_say)
+    if last is None and (preset.warm_start or args.start_from):
+        if preset.warm_start:
+            fit_by_least_squares(model, held, progress=_say)
         # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
         _choose_order(model, held[:1], args.order)
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -132,20 +149,31 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
         output_dir=str(checkpoints), max_steps=_steps(args), per_device_train_batch_size=args.batch_rows,
         gradient_accumulation_steps=args.accumulate, max_grad_norm=0.0 if preset.optimizer == "muon" else 1.0,
         learning_rate=args.lr or (4e-4 if preset.optimizer == "muon" else 3e-4), weight_decay=args.weight_decay,
-        adam_beta2=0.95, lr_scheduler_type=args.schedule, warmup_steps=max(1, _steps(args) // 50),
+        adam_beta2=0.95, lr_scheduler_type=args.schedule,
+        lr_scheduler_kwargs=_schedule_options(args), warmup_steps=max(1, _steps(args) // 50),
         bf16=_has_bf16(device), use_cpu=device == "cpu", logging_steps=max(1, min(10, _steps(args) // 20)),
         save_steps=args.save_steps, save_total_limit=2, seed=args.seed, remove_unused_columns=False, report_to="none",
         ddp_find_unused_parameters=True, dataloader_pin_memory=device != "cpu",
     )  # fmt: skip
     trainer = DistillTrainer(
         model=model, args=arguments, train_dataset=rows,
-        sampler=SizeSampler(model.elasticity, preset.pure_share, preset.order_noise, args.seed),
+        sampler=SizeSampler(model.elasticity, preset, args.seed),
         weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share),
         matrix_optimizer=preset.optimizer == "muon", callbacks=[CurveFile(args.out / "training_curve.jsonl")],
     )  # fmt: skip
+    model.compile_layers(args.compile)
+    compile_head_loss(args.compile)
     trainer.train(resume_from_checkpoint=last)
+    model.compile_layers(False)
+    compile_head_loss(False)
     if args.rank:
         merge_low_rank(model)
+
+
+def _schedule_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.schedule != "warmup_stable_decay":
+        return {}
+    return {"num_decay_steps": max(1, round(_steps(args) * args.decay_share)), "decay_type": "linear"}
 
 
 def _steps(args: argparse.Namespace) -> int:
@@ -179,21 +207,19 @@ def _set_thresholds(model: ElasticModel, thresholds: list[int]) -> None:
     model.elasticity = Elasticity(own.num_teacher_layers, [s.start for s in own.stations], thresholds)
 
 
-def _answer_with(model: ElasticModel, tokenizer: Any) -> Answer:
-    """The teacher through transformers: for use without our engine."""
-    from model_store.evaluate import end_tokens
-    from model_store.evaluate.chat import transformers_generate
-
-    ends = end_tokens(model, tokenizer)
-    generate = transformers_generate(model, ends)
+def _speaker(
+    args: argparse.Namespace, generate: Generate, tokenizer: Any, size: int
+) -> Callable[[list[list[Message]]], list[str]]:
+    """A function from conversations that wait for an answer to the teacher's answers."""
 
     def answer(conversations: list[list[Message]]) -> list[str]:
+        room = args.row_tokens * 4
         prompts = [
-            tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)[-room:]
             for turns in conversations
         ]
-        answers = generate(model.elasticity.sizes[-1], prompts, 256)
-        return [tokenizer.decode([t for t in ids if t not in ends]) for ids in answers]
+        answers = generate(size, prompts, args.answer_tokens, args.temperature)
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     return answer
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from model_store.assembly import Elasticity
+from model_store.distill.head_loss import head_loss
 
 
 @dataclass(slots=True)
@@ -52,14 +53,6 @@ def body_of(model: PreTrainedModel) -> Body:
     return Body(first("layers", "h"), ends, getattr(base, "wpe", None), getattr(base, "rotary_emb", None))
 
 
-@dataclass(slots=True)
-class MixedOutput:
-    """`logits` [C, P, V] of the first C rows (the others are the teacher itself) and the mean alignment loss."""
-
-    logits: torch.Tensor
-    alignment: torch.Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class LossWeights:
     """Weights of cross-entropy, KL(teacher || student) and mean cosine distance; share of positions with logits."""
@@ -92,6 +85,7 @@ class ElasticModel(nn.Module):
         # Not a submodule: it is neither trained nor saved with the student.
         object.__setattr__(self, "teacher", teacher)
         object.__setattr__(self, "body", body)
+        self._call_layer = _call_layer
         self.elasticity = elasticity
         self.config = teacher.config
         self.student = nn.ModuleDict()
@@ -141,13 +135,16 @@ class ElasticModel(nn.Module):
             return None
         return self.body.rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
 
-    @staticmethod
-    def run_layer(layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
+    def compile_layers(self, on: bool = True) -> None:
+        """Run decoder layers through torch.compile: one graph for all layers and batch sizes, norms and gates fused."""
+        # The number of rows changes from station to station: without `dynamic` each would be a graph of its own.
+        self._call_layer = torch.compile(_call_layer, dynamic=True) if on else _call_layer
+
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
         # The student is kept in float32 beside a bfloat16 teacher; outside of training autocast brings them together.
         differs = next(layer.parameters()).dtype != hidden.dtype
         with torch.autocast(hidden.device.type, torch.bfloat16) if differs else contextlib.nullcontext():
-            out = layer(hidden, position_embeddings=rope) if rope is not None else layer(hidden)
-        return out[0] if isinstance(out, tuple) else out
+            return self._call_layer(layer, hidden, rope)
 
     def run_station(self, index: int, hidden: torch.Tensor, rope: tuple | None, on_teacher: bool) -> torch.Tensor:
         station = self.elasticity.stations[index]
@@ -182,9 +179,12 @@ class ElasticModel(nn.Module):
 
     def mixed(
         self, ids: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
-        states: list[torch.Tensor], positions: torch.Tensor,
-    ) -> MixedOutput:  # fmt: skip
-        """Run row b at `sizes[b]` (ascending) of the nested order `thresholds`; logits at token `positions`.
+        states: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, int, torch.Tensor]:  # fmt: skip
+        """Run row b at `sizes[b]` (ascending) of the nested order `thresholds`.
+
+        Returns the last hidden state [C, T, E] of the first C rows (the others are the teacher itself), how many of
+        them end with the student's norm and head, and the mean alignment loss.
 
         Rows that have met no student layer yet equal the teacher's `states` and cost nothing. Because the order is
         nested and the rows are sorted, at every station the rows on the student's side are a prefix of the batch, the
@@ -215,11 +215,7 @@ class ElasticModel(nn.Module):
         if hidden is None:
             raise ValueError("every row is the teacher itself: nothing to train")
         split = sum(size < thresholds[-1] for size in sizes) if self.ends is not None else 0
-        picked = hidden[:, positions]
-        logits = [self.logits(picked[:split], False)] if split else []
-        if split < done:
-            logits.append(self.logits(picked[split:], True))
-        return MixedOutput(torch.cat(logits), torch.stack(losses).mean())
+        return hidden, min(split, done), torch.stack(losses).mean()
 
     def forward(
         self, input_ids: torch.Tensor, loss_mask: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
@@ -233,27 +229,39 @@ class ElasticModel(nn.Module):
         count = input_ids.shape[1] - 1
         picked = torch.randperm(count, device=input_ids.device)[: max(1, round(count * weights.position_share))]
         picked = picked.sort().values
-        out = self.mixed(input_ids, sizes, thresholds, states, picked)
-        rows = len(out.logits)
+        hidden, split, alignment = self.mixed(input_ids, sizes, thresholds, states)
+        rows = len(hidden)
         counts = loss_mask[:rows, 1:][:, picked].float()
         total = loss_mask[:, 1:][:, picked].float().sum().clamp_min(1.0)
-        ours = F.log_softmax(out.logits.float(), -1)
-        zero = ours.new_zeros(())
-        kl = ce = pure = zero
-        if weights.kl:
-            with torch.no_grad():
-                theirs = F.log_softmax(self.logits(states[-1][:rows][:, picked]).float(), -1)
-            per_token = (theirs.exp() * (theirs - ours)).sum(-1) * counts
-            kl = per_token.sum() / total
+        loss = weights.align * alignment
+        kl = ce = pure = loss.new_zeros(())
+        if weights.kl or weights.ce:
+            targets, teacher = input_ids[:rows, 1:][:, picked], self.side(on_teacher=True)
+            reference = teacher.norm(states[-1][:rows][:, picked])
+            per_token = []
+            for part, on_teacher in ((slice(0, split), False), (slice(split, rows), True)):
+                if part.start == part.stop:
+                    continue
+                ends = self.side(on_teacher)
+                own, *parts = head_loss(
+                    ends.norm(hidden[part][:, picked]).flatten(0, 1), ends.head.weight, targets[part].flatten(),
+                    reference[part].flatten(0, 1), teacher.head.weight, (counts[part] / total).flatten(),
+                    weights.kl, weights.ce,
+                )  # fmt: skip
+                loss = loss + own
+                per_token.append(parts)
+            kl_of, ce_of = (torch.cat(parts).view_as(counts) * counts for parts in zip(*per_token, strict=True))
+            kl, ce = kl_of.sum() / total, ce_of.sum() / total
             alone = sum(size == self.elasticity.sizes[0] for size in sizes)
             if alone:
-                pure = (per_token[:alone].sum() / counts[:alone].sum().clamp_min(1.0)).detach()
-        if weights.ce:
-            target = input_ids[:rows, 1:][:, picked]
-            ce = -(ours.gather(-1, target[..., None])[..., 0] * counts).sum() / total
-        loss = weights.ce * ce + weights.kl * kl + weights.align * out.alignment
-        parts = {"kl": kl, "ce": ce, "align": out.alignment}
+                pure = kl_of[:alone].sum() / counts[:alone].sum().clamp_min(1.0)
+        parts = {"kl": kl, "ce": ce, "align": alignment}
         return {"loss": loss, "pure": pure, **{name: value.detach() for name, value in parts.items()}}
+
+
+def _call_layer(layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
+    out = layer(hidden, position_embeddings=rope) if rope is not None else layer(hidden)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ class Preset:
     align: float
     position_share: float
     pure_share: float  # share of rows that run the student alone; 1.0 is distillation without patching
+    small_bias: float  # 1.0 spreads the sizes of the other rows evenly, more moves them towards small sizes
     order_noise: float
     warm_start: bool
     train_ends: bool
@@ -25,13 +26,13 @@ class Preset:
 
 PRESETS = {
     # Ours, for small budgets: a closed-form start, then random cuts of the served order.
-    "stochastic": Preset(0.0, 1.0, 4.0, 0.5, 0.375, 8.0, True, False, False, "muon"),
+    "stochastic": Preset(0.0, 1.0, 4.0, 0.5, 0.375, 1.5, 8.0, True, False, False, "muon"),
     # arXiv 2510.05064: CE + 0.1 KL + 2/(M + 1) times the sum of cosine distances, every parameter trained.
-    "published": Preset(1.0, 0.1, 2.0, 1.0, 1.0, 0.0, False, True, True, "adamw"),
+    "published": Preset(1.0, 0.1, 2.0, 1.0, 1.0, 1.0, 0.0, False, True, True, "adamw"),
     # arXiv 2608.22854 (ADAPT): five times the cosine weight.
-    "adapt": Preset(1.0, 0.1, 10.0, 1.0, 1.0, 0.0, False, True, True, "adamw"),
+    "adapt": Preset(1.0, 0.1, 10.0, 1.0, 1.0, 1.0, 0.0, False, True, True, "adamw"),
     # ADAPT, figure 10: alignment alone.
-    "cosine": Preset(0.0, 0.0, 10.0, 1.0, 1.0, 0.0, False, False, True, "adamw"),
+    "cosine": Preset(0.0, 0.0, 10.0, 1.0, 1.0, 1.0, 0.0, False, False, True, "adamw"),
 }
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", help="folder, GGUF file or hub id (default: the default pair's)")
     add("--student", help="folder or hub id of the student")
     add("--patch-order", choices=("last_to_first", "first_to_last"), help="measure this order, not the pair's own")
-    add("--compare-orders", action="store_true", help="also print the table of every known order")
+    add("--compare-orders", action="store_true", help="also last-to-first and first-to-last, beside the pair's own")
     add("--text", type=Path, help="held-out text file; figures are taken on its first windows")
     add("--windows", type=int, default=16, help="windows of the text to use (default %(default)s)")
     add("--window-tokens", type=int, default=512, help="tokens of a window (default %(default)s)")
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sizes", help="sizes to measure, as 16,20,30 (default: all)")
     add("--training-data", type=Path, nargs="*", default=[], help="files trained on; refuses overlap with --text")
     add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs that may overlap (default 0)")
+    add("--speed", action="store_true", help="also time each size: tokens per second of one request")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--device", default="cpu")
     add("--report", type=Path, help="folder for quality.md, quality.svg and quality.html")
@@ -48,6 +51,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from transformers import AutoTokenizer
 
     from model_store.distill.from_pair import load_elastic
+    from model_store.evaluate.chat import transformers_generate
+    from model_store.evaluate.measure import is_monotone
     from model_store.evaluate.overlap import check_overlap, read_texts
     from model_store.evaluate.report import markdown, table, write_report
     from model_store.pair import open_pair
@@ -75,14 +80,23 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         chat = measure_chat(model, sizes, tokenizer, args.chat, args.chat_limit, args.max_new_tokens, generate)
         for size, row in chat.items():
             rows[size].update(row)
+    if args.speed:
+        speak = generate or transformers_generate(model, end_tokens(model, tokenizer))
+        for size, speed in measure_speed(speak, sizes, tokenizer).items():
+            rows[size]["tokens_per_second"] = speed
     _add_costs(pair, rows, getattr(torch, args.dtype))
 
     print(markdown(table(rows)))
-    if args.compare_orders and args.text:
-        _print_orders(pair, model, sizes, ids, args)
+    if args.text:
+        worse = is_monotone({size: row["kl"] for size, row in rows.items()})
+        falls = "KL to the teacher falls at every added layer."
+        print("\n" + (f"KL to the teacher does not fall at {', '.join(map(str, worse))} layers." if worse else falls))
+    orders = _other_orders(pair, model, sizes, ids, args) if args.compare_orders and args.text else {}
+    for name, other in orders.items():
+        print(f"\n{name}\n\n{markdown(table(other))}")
     if args.report:
         notes = [f"{key}: {value}" for key, value in provenance.items()]
-        write_report(args.report, f"{pair.name}, quality by size", notes, rows)
+        write_report(args.report, f"{pair.name}, quality by size", notes, rows, orders)
     if not args.no_store:
         store_quality(pair, rows, provenance)
     return 0
@@ -161,15 +175,36 @@ def _add_costs(pair: Pair, rows: dict[int, dict[str, Any]], dtype: Any) -> None:
             rows[entry["size"]]["weight_bytes"] = entry["weight_bytes"]
 
 
-def _print_orders(pair: Pair, model: Any, sizes: Sequence[int], ids: Sequence[int], args: argparse.Namespace) -> None:
+def _other_orders(
+    pair: Pair, model: Any, sizes: Sequence[int], ids: Sequence[int], args: argparse.Namespace
+) -> dict[str, dict[int, dict[str, float]]]:
     from model_store.assembly import Elasticity
-    from model_store.evaluate.report import markdown, table
 
-    own = model.elasticity
+    own, measured = model.elasticity, {}
     for order in ("last_to_first", "first_to_last"):
         model.elasticity = getattr(Elasticity, order)(pair.spec.num_layers, own.kept)
-        print(f"\n{order}\n\n{markdown(table(measure_text(model, sizes, ids, args.window_tokens, args.windows)))}")
+        measured[order] = measure_text(model, sizes, ids, args.window_tokens, args.windows)
     model.elasticity = own
+    return measured
+
+
+def measure_speed(
+    generate: Generate, sizes: Sequence[int], tokenizer: Any, num_new: int = 64, repeats: int = 3
+) -> dict[int, float]:
+    """Decode tokens per second of one request at each size, the median; what precedes the first token is taken off."""
+    prompt = tokenizer("Once upon a time there was a lighthouse keeper who", add_special_tokens=False).input_ids
+    speeds: dict[int, float] = {}
+    for size in sizes:
+        generate(size, [prompt], 4)
+        rates = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            generate(size, [prompt], 1)
+            first = time.perf_counter()
+            (answer,) = generate(size, [prompt], num_new)
+            rates.append((len(answer) - 1) / max(time.perf_counter() - first - (first - start), 1e-9))
+        speeds[size] = statistics.median(rates)
+    return speeds
 
 
 def store_quality(pair: Pair, rows: dict[int, dict[str, Any]], provenance: dict[str, Any]) -> Path:

@@ -15,27 +15,27 @@ import torch
 
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import lend_size
+from model_store.evaluate.measure import ratio_of_sums
 
-# (size, prompts as token ids, most new tokens) -> answers as token ids, an end token included where one was drawn
-Generate = Callable[[int, Sequence[list[int]], int], list[list[int]]]
+# (size, prompts as token ids, most new tokens, temperature = 0) -> answers as token ids, with the end token if drawn
+Generate = Callable[..., list[list[int]]]
 _REPEAT_NGRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Figures of the answers of one size."""
+    """One entry per answer of one size."""
 
-    repetition: float  # share of answers that collapsed into repetition
-    stop_rate: float  # share that ended by themselves
-    mean_tokens: float
+    repetitive: list[bool]  # collapsed into repetition
+    stopped: list[bool]  # ended by itself
+    lengths: list[int]  # tokens
 
     @classmethod
     def of(cls, answers: Sequence[list[int]], end_tokens: set[int]) -> Answers:
-        stopped = [bool(answer) and answer[-1] in end_tokens for answer in answers]
         return cls(
-            sum(map(is_repetitive, answers)) / len(answers),
-            sum(stopped) / len(answers),
-            sum(map(len, answers)) / len(answers),
+            [is_repetitive(answer) for answer in answers],
+            [bool(answer) and answer[-1] in end_tokens for answer in answers],
+            [len(answer) for answer in answers],
         )
 
 
@@ -46,10 +46,13 @@ def is_repetitive(tokens: Sequence[int]) -> bool:
 
 
 def transformers_generate(model: ElasticModel, end_tokens: set[int], batch_size: int = 16) -> Generate:
-    """Greedy generation with transformers, left-padded batches; used where no engine is handed in."""
+    """Generation with transformers, left-padded batches; used where no engine is handed in."""
 
     @torch.no_grad()
-    def generate(size: int, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
+    ) -> list[list[int]]:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         pad, answers = min(end_tokens), []
         with lend_size(model, size) as lent:
             for start in range(0, len(prompts), batch_size):
@@ -58,7 +61,7 @@ def transformers_generate(model: ElasticModel, end_tokens: set[int], batch_size:
                 ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch])
                 mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
                 out = lent.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling,
                     eos_token_id=sorted(end_tokens), pad_token_id=pad, use_cache=True,
                 )  # fmt: skip
                 answers += [_until_end(row[longest:].tolist(), end_tokens) for row in out]
@@ -84,14 +87,28 @@ def chat_prompts(path: Path, limit: int) -> list[str]:
 
 
 def compare(answers: dict[int, Answers], teacher: int) -> dict[int, dict[str, float]]:
-    """Figures per size, with the answer length as a multiple of the teacher's and a 95 % half width of repetition."""
-    base = answers[teacher]
-    return {
-        size: {
-            "repetition": a.repetition,
-            "stop_rate": a.stop_rate,
-            "answer_tokens": a.mean_tokens,
-            "length_ratio": a.mean_tokens / base.mean_tokens if base.mean_tokens else math.nan,
-        }
-        for size, a in answers.items()
-    }
+    """Figures per size with the half widths of their 95 % intervals over prompts (`_ci`).
+
+    Shares have Wilson intervals (half their width: the interval itself is not centred on the share), because with a
+    few dozen prompts shares near 0 and 1 are the rule. The length is a multiple of the teacher's on the same prompts.
+    """
+    base = answers[teacher].lengths
+    figures = {}
+    for size, own in answers.items():
+        row: dict[str, float] = {}
+        for name, outcomes in (("repetition", own.repetitive), ("stop_rate", own.stopped)):
+            low, high = wilson_interval(sum(outcomes), len(outcomes))
+            row |= {name: sum(outcomes) / len(outcomes), f"{name}_low": low, f"{name}_high": high}
+            row[f"{name}_ci"] = (high - low) / 2
+        row["answer_tokens"] = sum(own.lengths) / len(own.lengths)
+        row["length_ratio"], row["length_ratio_ci"] = ratio_of_sums([float(n) for n in own.lengths], base)
+        figures[size] = row
+    return figures
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % score interval of a share."""
+    share, weight = hits / trials, 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / weight
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / weight
+    return max(0.0, centre - half), min(1.0, centre + half)

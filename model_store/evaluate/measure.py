@@ -81,10 +81,10 @@ def summary(row: Scores, teacher: Scores) -> dict[str, float]:
     Ratios of sums; their error by linearisation, so that windows may differ in length. Perplexity as a multiple of
     the teacher's is a paired figure: its interval is that of the difference of log-likelihoods.
     """
-    nll, nll_ci = _ratio(row.nll, row.tokens)
-    gap, gap_ci = _ratio([a - b for a, b in zip(row.nll, teacher.nll, strict=True)], row.tokens)
-    kl, kl_ci = _ratio(row.kl, row.tokens)
-    agree, agree_ci = _ratio(row.agree, row.tokens)
+    nll, nll_ci = ratio_of_sums(row.nll, row.tokens)
+    gap, gap_ci = ratio_of_sums([a - b for a, b in zip(row.nll, teacher.nll, strict=True)], row.tokens)
+    kl, kl_ci = ratio_of_sums(row.kl, row.tokens)
+    agree, agree_ci = ratio_of_sums(row.agree, row.tokens)
     perplexity, multiple = math.exp(nll), math.exp(gap)
     return {
         "perplexity": perplexity, "perplexity_ci": perplexity * nll_ci,
@@ -93,8 +93,8 @@ def summary(row: Scores, teacher: Scores) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Mean per token and the half width of its 95 % interval, windows being the sampling unit."""
+def ratio_of_sums(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Ratio of two totals and the half width of its 95 % interval, the entries being the sampling unit (linearised)."""
     total, n = sum(counts), len(sums)
     mean = sum(sums) / total
     if n < 2:

@@ -13,7 +13,8 @@ _COLUMNS = (
     ("perplexity", "perplexity", "{:.1f}"), ("perplexity_ratio", "x teacher's", "{:.2f}"), ("kl", "KL", "{:.3f}"),
     ("top1_agreement", "top-1", "{:.3f}"), ("chat_kl", "chat KL", "{:.3f}"),
     ("chat_top1_agreement", "chat top-1", "{:.3f}"), ("repetition", "repeats", "{:.2f}"),
-    ("stop_rate", "stops", "{:.2f}"), ("length_ratio", "length", "{:.2f}"),
+    ("stop_rate", "stops", "{:.2f}"), ("length_ratio", "x teacher's length", "{:.2f}"),
+    ("weight_bytes", "weight bytes", "{:,}"), ("tokens_per_second", "tokens/s", "{:.0f}"),
 )  # fmt: skip
 
 
@@ -94,12 +95,19 @@ def html_page(title: str, notes: Sequence[str], rows: list[list[str]], svg: str 
     )
 
 
-def write_report(folder: Path, title: str, notes: Sequence[str], sizes: dict[int, dict[str, Any]]) -> list[Path]:
-    """quality.md, quality.svg and quality.html in `folder`; without matplotlib the plot is left out."""
+def write_report(
+    folder: Path, title: str, notes: Sequence[str], sizes: dict[int, dict[str, Any]],
+    others: dict[str, dict[int, dict[str, Any]]] | None = None,
+) -> list[Path]:  # fmt: skip
+    """quality.md, quality.svg and quality.html in `folder`; without matplotlib the plot is left out.
+
+    `others` are further series for the plot, by name: other patch orders, other students.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = table(sizes)
     try:
-        svg = plot_svg({title: sizes}, ("kl", "perplexity_ratio", "weight_bytes", "tokens_per_second"))
+        series = {"this pair": sizes, **(others or {})}
+        svg = plot_svg(series, ("kl", "perplexity_ratio", "repetition", "weight_bytes", "tokens_per_second"))
     except ImportError:
         svg = None
     files = {"quality.md": f"# {title}\n\n" + "\n\n".join(notes) + "\n\n" + markdown(rows) + "\n"}

@@ -1,0 +1,71 @@
+"""Starting from students that exist: layers that stand for the same block of the teacher are taken over.
+
+A source is a pair's student folder (whole layers or low-rank differences, with student_config.json beside them). With
+several sources a layer is their mean: fine-tuned from a common ancestor, means are often better than either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from model_store.assembly import Elasticity
+from model_store.distill.elastic import ElasticModel
+from model_store.lowrank import LOW_RANK_FILE
+
+_LAYERS = "model.layers."
+
+
+def start_from(model: ElasticModel, folders: Sequence[Path]) -> dict[int, int]:
+    """Load the student's layers in place; returns how many sources each station had. ValueError if none fits."""
+    found: dict[int, list[dict[str, torch.Tensor]]] = {int(key): [] for key in model.student}
+    blocks = {(s.start, s.stop): s.index for s in model.elasticity.stations}
+    for folder in folders:
+        config = folder / "student_config.json"
+        if not config.is_file():
+            raise ValueError(f"--start-from: {folder} has no student_config.json")
+        kept = json.loads(config.read_text())["copied_teacher_layers"]
+        sources = Elasticity.last_to_first(model.elasticity.num_teacher_layers, kept).stations
+        tensors = _read(folder)
+        for source in sources:
+            station = blocks.get((source.start, source.stop))
+            prefix = f"{_LAYERS}{source.index}."
+            layer = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if station in found and layer:
+                found[station].append(_whole(layer, model.body.layers[source.start]))
+    if not any(found.values()):
+        raise ValueError("--start-from: no layer there stands for a block of this student (see --keep)")
+    with torch.no_grad():
+        for station, layers in found.items():
+            if layers:
+                mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
+                model.student[str(station)].load_state_dict(mean)
+    return {station: len(layers) for station, layers in found.items()}
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    if (folder / LOW_RANK_FILE).is_file():
+        return load_file(folder / LOW_RANK_FILE)
+    files = [file for file in sorted(folder.glob("*.safetensors")) if "lowrank" not in file.name]
+    if not files:
+        raise ValueError(f"--start-from: {folder} has no safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def _whole(layer: dict[str, torch.Tensor], base: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A layer's float32 weights; low-rank differences are added to the teacher's `base`."""
+    linears = {name.removesuffix(".lora_A") for name in layer if name.endswith(".lora_A")}
+    whole = {name: value.float() for name, value in layer.items() if ".lora_" not in name}
+    for name in linears:
+        a, b = (_factor(layer, f"{name}.lora_{side}") for side in "AB")
+        whole[f"{name}.weight"] = base.get_submodule(name).weight.detach().float() + b @ a
+    return whole
+
+
+def _factor(layer: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    scale = layer.get(f"{name}_scale")
+    return layer[name].float() if scale is None else layer[name].float() * scale.float()[:, None]

@@ -1,0 +1,104 @@
+"""The engine as a function from prompts to answers, without HTTP: for `boomerang evaluate` and `boomerang distill`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.config import Settings
+
+if TYPE_CHECKING:
+    from model_store.pair import Pair
+
+# (size, prompts as token ids, most new tokens, temperature) -> answers as token ids, the ending token included
+Generate = Callable[..., list[list[int]]]
+_MAX_SEQS = 32
+
+
+class OfflineEngine:
+    """A pair loaded in this process; every call answers a list of prompts with continuous batching."""
+
+    def __init__(self, pair: Pair, settings: Settings, max_model_len: int) -> None:
+        import dataclasses
+
+        from server.api.tokenizer import ServingTokenizer
+        from server.engine.engine import Engine
+        from server.launch import engine_config, pick_device, pick_dtype
+
+        dtype, device = pick_dtype(settings), pick_device(settings)
+        loaded = pair.load(dtype, device)
+        config = engine_config(settings, pair, dtype, device)
+        length = min(max_model_len, pair.spec.max_context)
+        self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))
+        tokenizer = ServingTokenizer.from_folder(pair.tokenizer_path, vocab_size=pair.spec.vocab_size)
+        self._ends = tokenizer.eos_token_ids
+        self._calls = 0
+
+    def generate(
+        self, size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
+    ) -> list[list[int]]:
+        """One answer per prompt. ValueError if a prompt leaves no room for an answer, RuntimeError if a step failed."""
+        from server.engine.request import Request, SamplingParams
+
+        self._calls += 1
+        requests = []
+        for number, prompt in enumerate(prompts):
+            sampling = SamplingParams(
+                max_tokens=min(max_new_tokens, self.engine.config.max_model_len - len(prompt)),
+                temperature=temperature, seed=number, eos_token_ids=self._ends,
+            )  # fmt: skip
+            requests.append(Request(f"{self._calls}-{number}", list(prompt), sampling, sizes=(size,)))
+            self.engine.add_request(requests[-1])
+        while self.engine.has_work:
+            for output in self.engine.step():
+                if output.error:
+                    raise RuntimeError(f"the engine failed: {output.error}")
+        return [list(request.output_token_ids) for request in requests]
+
+
+def pair_generator(args: Any, longest: int = 2048) -> Generate:
+    """Answers by the pair that the arguments of `evaluate` name; loaded at the first call."""
+    from model_store.pair import open_pair
+
+    pair = lambda: open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)  # noqa: E731
+    return _lazy(pair, Settings(dtype=args.dtype, device=args.device), longest)
+
+
+def teacher_generator(args: Any, longest: int = 2048) -> Generate:
+    """Answers by a teacher alone, as `distill --self-generate` needs them: no student exists yet."""
+    return _lazy(lambda: _alone(args.teacher, args.store), Settings(device=args.device), longest)
+
+
+def _lazy(open_it: Callable[[], Pair], settings: Settings, longest: int) -> Generate:
+    engines: list[OfflineEngine] = []
+
+    def generate(*values: Any, **named: Any) -> list[list[int]]:
+        if not engines:
+            engines.append(OfflineEngine(open_it(), settings, longest))
+        return engines[0].generate(*values, **named)
+
+    return generate
+
+
+def _alone(teacher: str | None, store: str | None) -> Pair:
+    """The teacher with a student that differs from it in nothing: low-rank differences of no layer at all."""
+    from safetensors.torch import save_file
+
+    from model_store.lowrank import LOW_RANK_FILE
+    from model_store.pair import open_pair
+    from model_store.sources import default_teacher, resolve
+    from model_store.spec import ModelSpec
+
+    path = resolve(teacher, store) if teacher else default_teacher(store)
+    layers = ModelSpec.from_hf_config(json.loads((path / "config.json").read_text())).num_layers
+    folder = Path(tempfile.mkdtemp(prefix="boomerang-teacher-"))
+    save_file({}, folder / LOW_RANK_FILE)
+    kept = sorted({*range(0, layers, 2), layers - 1})
+    pruned = sorted(set(range(layers)) - set(kept))
+    (folder / "student_config.json").write_text(
+        json.dumps({"copied_teacher_layers": kept, "pruned_teacher_layers": pruned})
+    )
+    return open_pair(path, folder, patch_order="last_to_first", store=store)

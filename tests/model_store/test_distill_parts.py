@@ -1,0 +1,93 @@
+"""The pieces of distillation against plain formulas: the loss over the head, attention, starting points, sizes drawn."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from model_store.assembly import Elasticity
+from model_store.distill.cpu_attention import matmul_attention
+from model_store.distill.elastic import ElasticModel
+from model_store.distill.head_loss import head_loss
+from model_store.distill.recipe import PRESETS
+from model_store.distill.start import start_from
+from model_store.distill.trainer import SizeSampler
+from model_store.evaluate.chat import Answers, compare, wilson_interval
+from tests.api.tiny import make_pair
+
+
+@pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)])
+def test_head_loss_equals_the_plain_formula(kl_weight, ce_weight, monkeypatch):
+    monkeypatch.setattr("model_store.distill.head_loss._CHUNK_ELEMENTS", 3 * 50)  # several chunks, the last one short
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    reference, teacher_weight, targets = torch.randn(7, 8), torch.randn(50, 8), torch.randint(50, (7,))
+    counts = torch.rand(7)
+    ours, theirs = F.log_softmax(hidden @ weight.T, -1), F.log_softmax(reference @ teacher_weight.T, -1)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)
+    ce = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    expected = ((kl_weight * kl + ce_weight * ce) * counts).sum()
+    wanted = torch.autograd.grad(3 * expected, (hidden, weight))
+    loss, _, ce_of = head_loss(hidden, weight, targets, reference, teacher_weight, counts, kl_weight, ce_weight)
+    found = torch.autograd.grad(3 * loss, (hidden, weight))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ce_of, ce.detach())
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_matmul_attention_equals_sdpa():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    out, _ = matmul_attention(None, q, k, v, None)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+
+
+def test_start_from_takes_layers_of_the_same_block_and_means_them(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)  # 6 layers
+    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
+    shifts = {"a": ([0, 2, 4], 1.0), "b": ([0, 2, 4, 5], 3.0)}  # "b" has blocks {0,1}, {2,3}, {4}, {5}
+    for name, (kept, shift) in shifts.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "student_config.json").write_text(json.dumps({"copied_teacher_layers": kept}))
+        layers = [teacher.model.layers[i].state_dict() for i in kept]
+        tensors = {f"model.layers.{i}.{k}": v + shift for i, layer in enumerate(layers) for k, v in layer.items()}
+        save_file(tensors, folder / "student_layers.safetensors")
+    assert start_from(model, [tmp_path / "a", tmp_path / "b"]) == {0: 2, 1: 2, 2: 1}
+    for station, start, shift in ((0, 0, 2.0), (1, 2, 2.0), (2, 4, 1.0)):
+        own = model.student[str(station)].mlp.down_proj.weight
+        torch.testing.assert_close(own, teacher.model.layers[start].mlp.down_proj.weight + shift)
+    with pytest.raises(ValueError, match="student_config"):
+        start_from(model, [tmp_path])
+
+
+def test_small_bias_draws_more_small_sizes_and_keeps_all():
+    elasticity = Elasticity.last_to_first(30, [*range(0, 30, 2), 29])
+    means = {}
+    for bias in (1.0, 2.0):
+        preset = SimpleNamespace(pure_share=0.25, small_bias=bias, order_noise=0.0)
+        drawn = [SizeSampler(elasticity, preset, 0)(step, 16)[0] for step in range(200)]
+        assert all(sizes == sorted(sizes) and sizes.count(16) >= 4 for sizes in drawn)
+        others = [size for sizes in drawn for size in sizes[4:]]
+        assert set(others) == set(elasticity.sizes[1:-1])
+        means[bias] = sum(others) / len(others)
+    assert means[2.0] < means[1.0] - 1
+    assert PRESETS["published"].pure_share == 1.0
+
+
+def test_chat_figures_carry_intervals():
+    assert wilson_interval(0, 40)[0] == 0.0 and 0.05 < wilson_interval(0, 40)[1] < 0.12
+    low, high = wilson_interval(20, 40)
+    assert math.isclose(low, 1 - high) and 0.34 < low < 0.36
+    loop, fine = [5, 6] * 20, list(range(30)) + [0]
+    answers = {2: Answers.of([loop, fine], {0}), 4: Answers.of([fine, fine], {0})}
+    rows = compare(answers, 4)
+    assert rows[2]["repetition"] == 0.5 and rows[2]["stop_rate"] == 0.5 and rows[4]["stop_rate"] == 1.0
+    assert rows[2]["length_ratio"] == pytest.approx(71 / 62) and rows[4]["length_ratio_ci"] == pytest.approx(0)
