@@ -34,7 +34,7 @@ class OfflineEngine:
         length = min(max_model_len, pair.spec.max_context)
         self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))
         tokenizer = ServingTokenizer.from_folder(pair.tokenizer_path, vocab_size=pair.spec.vocab_size)
-        self._ends = tokenizer.eos_token_ids
+        self.ends = set(tokenizer.eos_token_ids)
         self._calls = 0
 
     def generate(
@@ -48,7 +48,7 @@ class OfflineEngine:
         for number, prompt in enumerate(prompts):
             sampling = SamplingParams(
                 max_tokens=min(max_new_tokens, self.engine.config.max_model_len - len(prompt)),
-                temperature=temperature, seed=number, eos_token_ids=self._ends,
+                temperature=temperature, seed=number, eos_token_ids=frozenset(self.ends),
             )  # fmt: skip
             requests.append(Request(f"{self._calls}-{number}", list(prompt), sampling, sizes=(size,)))
             self.engine.add_request(requests[-1])

@@ -18,15 +18,15 @@ _LONGEST = 6000
 
 # Chat prompts for the teacher to answer (`distill --self-generate`): every request about every topic, shuffled.
 _REQUESTS = (
-    "What is {}?", "Explain {} to a ten-year-old.", "Write a short story about {}.", "Why does {} matter?",
+    "What is {}?", "Explain {} in simple words.", "Write a short story about {}.", "Why does {} matter?",
     "Give me three facts about {}.", "Write a short poem about {}.", "What are the pros and cons of {}?",
     "How did {} change over the last century?", "I want to learn about {}. Where should I begin?",
     "Write a polite e-mail that asks for information about {}.", "Summarise the history of {} in one paragraph.",
     "List five questions that a beginner would ask about {}.",
 )  # fmt: skip
 _TOPICS = (
-    "volcanoes", "the printing press", "honey bees", "chess", "the Silk Road", "photosynthesis", "steam engines",
-    "the French Revolution", "jazz", "coral reefs", "bicycles", "the Moon", "vaccines", "bread", "bridges", "glaciers",
+    "volcanoes", "the printing press", "honey bees", "the Silk Road", "steam engines",
+    "the French Revolution", "jazz", "coral reefs", "the Moon", "vaccines", "bread", "bridges", "glaciers",
     "the Roman army", "coffee", "electric cars", "libraries", "owls", "earthquakes", "the human heart", "football",
     "castles", "the Amazon river", "microscopes", "tea", "railways", "penguins", "democracy", "gold", "lighthouses",
     "the violin", "rainbows", "whales", "the Great Wall", "money", "maps", "gardening", "the telephone", "mountains",

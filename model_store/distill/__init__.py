@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     rows.ids, rows.mask = rows.ids[args.calibration_rows :], rows.mask[args.calibration_rows :]
     started = time.time()
     _train(model, rows, held, preset, args, device)
-    _choose_order(model, held, args.order)
+    _choose_order(model, held, args.order, rows=16)
     _write(args, model, preset, tokenizer, teacher_path, held, time.time() - started)
     return 0
 
@@ -128,27 +128,29 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
 
     from model_store.distill.elastic import LossWeights
     from model_store.distill.head_loss import compile_head_loss
-    from model_store.distill.low_rank import make_low_rank, merge_low_rank
+    from model_store.distill.low_rank import make_low_rank
     from model_store.distill.trainer import CurveFile, DistillTrainer, SizeSampler
     from model_store.distill.warm_start import fit_by_least_squares
+    from model_store.distill.write import write_config
 
     checkpoints = args.out / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    write_config(checkpoints, model)  # so that a run can start from the checkpoints of one that was cut short
     last = get_last_checkpoint(str(checkpoints)) if args.resume and checkpoints.is_dir() else None
     if last is None and (preset.warm_start or args.start_from):
         if preset.warm_start:
             fit_by_least_squares(model, held, progress=_say)
         # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
-        _choose_order(model, held[:1], args.order)
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        _choose_order(model, held, args.order, rows=6)
         (checkpoints / "order.json").write_text(json.dumps(list(model.elasticity.thresholds)))
     elif last and (checkpoints / "order.json").is_file():
         _set_thresholds(model, json.loads((checkpoints / "order.json").read_text()))
-    if args.rank:
-        make_low_rank(model, args.rank)
+    factors = make_low_rank(model, args.rank, _moments(model, held)) if args.rank else None
+    matrices = preset.optimizer == "muon"
     arguments = TrainingArguments(
         output_dir=str(checkpoints), max_steps=_steps(args), per_device_train_batch_size=args.batch_rows,
-        gradient_accumulation_steps=args.accumulate, max_grad_norm=0.0 if preset.optimizer == "muon" else 1.0,
-        learning_rate=args.lr or (4e-4 if preset.optimizer == "muon" else 3e-4), weight_decay=args.weight_decay,
+        gradient_accumulation_steps=args.accumulate, max_grad_norm=1.0 if preset.optimizer == "adamw" else 0.0,
+        learning_rate=args.lr or (4e-4 if matrices and not factors else 3e-4), weight_decay=args.weight_decay,
         adam_beta2=0.95, lr_scheduler_type=args.schedule,
         lr_scheduler_kwargs=_schedule_options(args), warmup_steps=max(1, _steps(args) // 50),
         bf16=_has_bf16(device), use_cpu=device == "cpu", logging_steps=max(1, min(10, _steps(args) // 20)),
@@ -159,21 +161,31 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
         model=model, args=arguments, train_dataset=rows,
         sampler=SizeSampler(model.elasticity, preset, args.seed),
         weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share),
-        matrix_optimizer=preset.optimizer == "muon", callbacks=[CurveFile(args.out / "training_curve.jsonl")],
+        matrix_optimizer=matrices, factors=factors, callbacks=[CurveFile(args.out / "training_curve.jsonl")],
     )  # fmt: skip
     model.compile_layers(args.compile)
     compile_head_loss(args.compile)
     trainer.train(resume_from_checkpoint=last)
     model.compile_layers(False)
     compile_head_loss(False)
-    if args.rank:
-        merge_low_rank(model)
 
 
 def _schedule_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.schedule != "warmup_stable_decay":
         return {}
     return {"num_decay_steps": max(1, round(_steps(args) * args.decay_share)), "decay_type": "linear"}
+
+
+def _moments(model: ElasticModel, held: list) -> dict:
+    """Second moments of the inputs of every student linear, along paths of several sizes."""
+    import torch
+
+    from model_store.distill.write import input_moments
+
+    paths = [model.elasticity.path(size).teacher_stations for size in model.elasticity.sizes[:-1:4]]
+    device = held[0].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=_has_bf16(device)):
+        return input_moments(model, held[:4], paths)
 
 
 def _steps(args: argparse.Namespace) -> int:
@@ -186,18 +198,23 @@ def _has_bf16(device: str) -> bool:
     return device != "cpu" or torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
 
 
-def _choose_order(model: ElasticModel, held: list, order: str) -> None:
-    """Set the model's thresholds: KLPatch measures its order on the held-out rows, the others are fixed."""
+def _choose_order(model: ElasticModel, held: list, order: str, rows: int) -> None:
+    """Set the model's thresholds: KLPatch measures its order on held-out `rows`, the others are fixed."""
     if order != "klpatch":
         return
     from model_store.assembly import Elasticity
-    from model_store.distill.order import greedy_order, kl_of_paths
+    from model_store.distill.order import greedy_order, in_dtype, kl_of_paths
+    from model_store.evaluate.measure import is_monotone
 
-    model.eval()
     own = model.elasticity
-    found = greedy_order(own, kl_of_paths(model, [held[0][:12]]), "up", _say)
-    model.elasticity = Elasticity.from_order(own.num_teacher_layers, [s.start for s in own.stations], found)
-    model.train()
+    with in_dtype(model, next(model.teacher.parameters()).dtype):
+        found = greedy_order(own, kl_of_paths(model, [held[0][:rows]]), "up", _say)
+        model.elasticity = Elasticity.from_order(own.num_teacher_layers, [s.start for s in own.stations], found)
+        kl = kl_of_paths(model, [held[-1][:rows]])
+        by_size = {size: kl(model.elasticity.path(size).teacher_stations) for size in model.elasticity.sizes}
+    worse = is_monotone(by_size)
+    _say(f"order {found}; KL on other text {', '.join(f'{size}: {value:.3f}' for size, value in by_size.items())}")
+    _say(f"it does not fall at {worse}" if worse else "it falls at every added layer")
 
 
 def _set_thresholds(model: ElasticModel, thresholds: list[int]) -> None:
@@ -230,9 +247,7 @@ def _write(
 ) -> None:  # fmt: skip
     import dataclasses
 
-    import torch
-
-    from model_store.distill.write import input_moments, write_full, write_low_rank, write_manifest
+    from model_store.distill.write import write_full, write_low_rank, write_manifest
 
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -244,10 +259,8 @@ def _write(
         "tokens": int(args.tokens), "seconds": round(seconds),
     }  # fmt: skip
     if rank := args.rank or args.store_rank:
-        paths = [model.elasticity.path(size).teacher_stations for size in model.elasticity.sizes[:-1:4]]
-        model.student.to(torch.float32)
-        with torch.autocast(held[0].device.type, torch.bfloat16, enabled=_has_bf16(held[0].device.type)):
-            moments = input_moments(model, held[:4], paths)
+        # A student trained in this rank loses nothing by the cut, whatever the moments.
+        moments = None if args.rank else _moments(model, held)
         write_low_rank(args.out, model, lambda name: rank, moments, args.int8)
     else:
         write_full(args.out, model)

@@ -6,7 +6,9 @@ smallest KL divergence to the teacher stays. The order is nested, as batches of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,19 @@ def kl_of_paths(
         return total / count
 
     return divergence
+
+
+@contextlib.contextmanager
+def in_dtype(model: ElasticModel, dtype: torch.dtype) -> Iterator[None]:
+    """The student in evaluation mode and `dtype` for as long as the context lasts: many paths, no casts in between."""
+    trained = model.student
+    try:
+        model.student = copy.deepcopy(trained).to(dtype)
+        model.eval()
+        yield
+    finally:
+        model.student = trained
+        model.train()
 
 
 def greedy_order(

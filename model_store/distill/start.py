@@ -1,12 +1,14 @@
 """Starting from students that exist: layers that stand for the same block of the teacher are taken over.
 
-A source is a pair's student folder (whole layers or low-rank differences, with student_config.json beside them). With
-several sources a layer is their mean: fine-tuned from a common ancestor, means are often better than either.
+A source is a pair's student folder (whole layers or low-rank differences, with student_config.json beside them), or a
+checkpoint of a run of `distill` that was cut short. With several sources a layer is their mean: fine-tuned from one
+ancestor, means are often better than either.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +27,9 @@ def start_from(model: ElasticModel, folders: Sequence[Path]) -> dict[int, int]:
     found: dict[int, list[dict[str, torch.Tensor]]] = {int(key): [] for key in model.student}
     blocks = {(s.start, s.stop): s.index for s in model.elasticity.stations}
     for folder in folders:
-        config = folder / "student_config.json"
-        if not config.is_file():
+        places = [place / "student_config.json" for place in (folder, folder.parent)]
+        config = next((place for place in places if place.is_file()), None)
+        if config is None:
             raise ValueError(f"--start-from: {folder} has no student_config.json")
         kept = json.loads(config.read_text())["copied_teacher_layers"]
         sources = Elasticity.last_to_first(model.elasticity.num_teacher_layers, kept).stations
@@ -53,7 +56,8 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     files = [file for file in sorted(folder.glob("*.safetensors")) if "lowrank" not in file.name]
     if not files:
         raise ValueError(f"--start-from: {folder} has no safetensors")
-    return {name: value for file in files for name, value in load_file(file).items()}
+    tensors = {name: value for file in files for name, value in load_file(file).items()}
+    return {re.sub(r"^student\.(?=\d+\.)", _LAYERS, name): value for name, value in tensors.items()}
 
 
 def _whole(layer: dict[str, torch.Tensor], base: torch.nn.Module) -> dict[str, torch.Tensor]:

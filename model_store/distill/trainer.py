@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from model_store.assembly import Elasticity
 from model_store.distill.elastic import LossWeights
+from model_store.distill.low_rank import Factors, LowRankOptimizer
 from model_store.distill.recipe import Preset
 
 
@@ -95,8 +96,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
 class DistillTrainer(Trainer):
     """Trainer whose loss is the elastic model's; everything else is the library's."""
 
-    def __init__(self, *args: Any, sampler: SizeSampler, weights: LossWeights, matrix_optimizer: bool, **kwargs: Any):
+    def __init__(
+        self, *args: Any, sampler: SizeSampler, weights: LossWeights, matrix_optimizer: bool,
+        factors: list[Factors] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """`factors` make it train low-rank differences; else `matrix_optimizer` says whether matrices take Muon."""
         self.size_sampler, self.loss_weights, self.matrix_optimizer = sampler, weights, matrix_optimizer
+        self.factors = factors
         self._parts: dict[str, float] = {}
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
@@ -112,8 +118,12 @@ class DistillTrainer(Trainer):
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.matrix_optimizer:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.optimizer is None and self.factors is not None:
+            whole = {id(factors.weight) for factors in self.factors}
+            others = [p for p in trained if id(p) not in whole]
+            self.optimizer = LowRankOptimizer(self.factors, others, self.args.learning_rate, self.args.weight_decay)
+        elif self.optimizer is None and self.matrix_optimizer:
             self.optimizer = MatrixOptimizer(trained, self.args.learning_rate, self.args.weight_decay)
         return self.optimizer or super().create_optimizer(*args, **kwargs)
 

@@ -20,12 +20,17 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 def write_manifest(folder: Path, model: ElasticModel, manifest: dict[str, Any]) -> None:
     """pair.json (thresholds of the patch order, provenance) and student_config.json."""
+    write_config(folder, model)
+    manifest = {**manifest, "thresholds": list(model.elasticity.thresholds)}
+    (folder / "pair.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def write_config(folder: Path, model: ElasticModel) -> None:
+    """student_config.json: which layers of the teacher the student keeps, in the published format."""
     kept = [station.start for station in model.elasticity.stations]
     pruned = sorted(set(range(model.elasticity.num_teacher_layers)) - set(kept))
     config = {"copied_teacher_layers": kept, "pruned_teacher_layers": pruned}
     (folder / "student_config.json").write_text(json.dumps(config) + "\n")
-    manifest = {**manifest, "thresholds": list(model.elasticity.thresholds)}
-    (folder / "pair.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def write_full(folder: Path, model: ElasticModel) -> None:

@@ -22,7 +22,10 @@ def text(tmp_path_factory):
     return file
 
 
-FORMS = [[], ["--store-rank", "8", "--int8"], ["--recipe", "published", "--order", "last"]]
+FORMS = [
+    [], ["--store-rank", "8", "--int8"], ["--rank", "6", "--schedule", "warmup_stable_decay"],
+    ["--recipe", "published", "--order", "last"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

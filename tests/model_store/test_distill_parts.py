@@ -1,4 +1,4 @@
-"""The pieces of distillation against plain formulas: the loss over the head, attention, starting points, sizes drawn."""
+"""The pieces of distillation against plain formulas: loss over the head, attention, starting points, sizes drawn."""
 
 import json
 import math
@@ -14,9 +14,11 @@ from model_store.assembly import Elasticity
 from model_store.distill.cpu_attention import matmul_attention
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.head_loss import head_loss
+from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
 from model_store.distill.recipe import PRESETS
 from model_store.distill.start import start_from
 from model_store.distill.trainer import SizeSampler
+from model_store.distill.write import write_config
 from model_store.evaluate.chat import Answers, compare, wilson_interval
 from tests.api.tiny import make_pair
 
@@ -91,3 +93,45 @@ def test_chat_figures_carry_intervals():
     rows = compare(answers, 4)
     assert rows[2]["repetition"] == 0.5 and rows[2]["stop_rate"] == 0.5 and rows[4]["stop_rate"] == 1.0
     assert rows[2]["length_ratio"] == pytest.approx(71 / 62) and rows[4]["length_ratio_ci"] == pytest.approx(0)
+
+
+def test_low_rank_training_equals_training_the_factors(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
+    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    factors = make_low_rank(model, 4)
+    first = factors[0]
+    start = (first.a.detach().clone(), first.b.detach().clone())
+    assert torch.linalg.matrix_rank((first.weight - first.base).float(), rtol=2e-2) <= 4
+    x, target = torch.randn(5, first.weight.shape[1]), torch.randn(5, first.weight.shape[0])
+    a, b = (value.clone().requires_grad_() for value in start)
+    F.mse_loss(x @ (first.base + b @ a).T, target).backward()
+    optimizer = LowRankOptimizer(factors, [], lr=1e-2, weight_decay=0.0)
+    F.mse_loss(F.linear(x, first.weight), target).backward()
+    optimizer.step()
+    torch.testing.assert_close(first.a.grad, a.grad, rtol=0.05, atol=0.05 * float(a.grad.abs().max()))
+    torch.testing.assert_close(first.b.grad, b.grad, rtol=0.05, atol=0.05 * float(b.grad.abs().max()))
+    assert not torch.equal(first.a, start[0])
+    torch.testing.assert_close(first.weight, first.base + first.b @ first.a, rtol=0.02, atol=2e-3)
+    state = optimizer.state_dict()
+    with torch.no_grad():
+        first.a.zero_()
+    optimizer.load_state_dict(state)
+    assert first.a.abs().sum() == state["factors"][0][0].abs().sum()
+
+
+def test_a_run_that_was_cut_short_is_a_place_to_start_from(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
+    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
+    with torch.no_grad():
+        model.student["1"].mlp.down_proj.weight.zero_()
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    write_config(checkpoint.parent, model)
+    save_file(model.state_dict(), checkpoint / "model.safetensors")
+    other = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
+    assert start_from(other, [checkpoint]) == {0: 1, 1: 1, 2: 1}
+    assert other.student["1"].mlp.down_proj.weight.abs().sum() == 0

@@ -1,0 +1,155 @@
+"""Does the recipe work on another family? A tiny Pythia (GPT-NeoX) is trained here, distilled, and interpolated.
+
+    python -m benchmarks.second_family --text speeches_public_domain.jsonl.gz [--students pruned published ...]
+
+Trains a teacher of ten layers from scratch on the given text, then makes students that keep every second layer, each of
+the same number of tokens through `boomerang distill`, and one that is merely pruned (the teacher's layers, untrained).
+Prints perplexity and KL to the teacher of every size of all of them on text that was held out. Minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from model_store.assembly import Elasticity
+from model_store.distill.elastic import ElasticModel
+from model_store.distill.from_pair import load_elastic
+from model_store.distill.write import write_full, write_manifest
+from model_store.evaluate import measure_text
+from model_store.pair import open_pair
+from server.cli import main as boomerang
+
+VOCAB, ROW, BATCH = 1024, 128, 32
+KEEP = "0,2,4,6,8,9"  # the published rule: every second layer and the last
+_PATCHING = ["--pure-share", "0.4", "--small-bias", "1.5"]
+STUDENTS = {  # name: options of `boomerang distill`
+    "published": ["--recipe", "published", "--order", "last", "--lr", "1e-3"],
+    "published+patching": ["--recipe", "published", "--order", "last", "--lr", "1e-3", *_PATCHING],
+    "cosine": ["--recipe", "cosine", "--train-ends", "--order", "last", "--lr", "1e-3"],
+    "cosine+patching": ["--recipe", "cosine", "--train-ends", "--order", "last", "--lr", "1e-3", *_PATCHING],
+    "ours": ["--recipe", "stochastic", "--order", "klpatch", "--lr", "1e-3"],
+}
+
+
+def read(path: Path) -> list[str]:
+    if path.name.endswith(".gz"):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line)["text"] for line in lines]
+    return [path.read_text()]
+
+
+def save_tokenizer(folder: Path, texts: list[str]) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+
+
+def train_teacher(folder: Path, texts: list[str], steps: int, layers: int = 10, hidden: int = 128) -> float:
+    """Train from scratch with a plain loop; returns the mean loss of the last steps, in nats per token."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, rotary_pct=0.25, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(config)
+    ids = AutoTokenizer.from_pretrained(folder)("<|endoftext|>".join(texts)).input_ids
+    rows = torch.tensor(ids[: len(ids) // ROW * ROW]).view(-1, ROW)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    recent: list[float] = []
+    for step in range(steps):
+        batch = rows[torch.randint(len(rows), (BATCH,))]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        recent.append(float(loss))
+        if step % 50 == 49:
+            print(f"teacher: step {step + 1}, loss {sum(recent[-50:]) / 50:.3f}", file=sys.stderr, flush=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return sum(recent[-50:]) / len(recent[-50:])
+
+
+def write_pruned(teacher: Path, folder: Path) -> None:
+    """The student before any training, as a pair that the commands take."""
+    kept = [int(part) for part in KEEP.split(",")]
+    model = GPTNeoXForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    elastic = ElasticModel(model, Elasticity.last_to_first(model.config.num_hidden_layers, kept))
+    folder.mkdir(parents=True)
+    write_full(folder, elastic)
+    write_manifest(folder, elastic, {"name": "pruned", "teacher": str(teacher)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="training text, .jsonl.gz with `text` or .txt")
+    parser.add_argument("--out", type=Path, default=Path("second_family"), help="working folder, emptied first")
+    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--tokens", type=float, default=6e5, help="of the distillation")
+    known = ["pruned", *STUDENTS]
+    parser.add_argument("--students", nargs="+", choices=known, default=["pruned", "published"], metavar="NAME",
+                        help=f"of {', '.join(known)} (default pruned published)")  # fmt: skip
+    parser.add_argument("--order", choices=("last_to_first", "first_to_last"), help="not each student's own")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shutil.rmtree(args.out, ignore_errors=True)
+    teacher = args.out / "teacher"
+    teacher.mkdir(parents=True)
+    texts = [text for text in read(args.text) if text.strip()]
+    held_out, texts = texts[::20], [text for i, text in enumerate(texts) if i % 20]
+    started = time.time()
+    save_tokenizer(teacher, texts)
+    train_teacher(teacher, texts, args.teacher_steps)
+    print(f"teacher trained in {time.time() - started:.0f} s", file=sys.stderr)
+    data = args.out / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    results = {}
+    for name in args.students:
+        started = time.time()
+        student = args.out / name
+        if name == "pruned":
+            write_pruned(teacher, student)
+        else:
+            options = ["--keep", KEEP, "--device", "cpu", "--row-tokens", str(ROW), "--batch-rows", str(BATCH)]
+            names = ["--teacher", str(teacher), "--data", str(data), "--out", str(student)]
+            if status := boomerang(["distill", *names, *options, "--tokens", str(args.tokens), *STUDENTS[name]]):
+                sys.exit(status)
+        print(f"{name} made in {time.time() - started:.0f} s", file=sys.stderr)
+        results[name] = measure(teacher, student, args.order, held_out)
+    print(f"| layers | {' | '.join(f'{name}: perplexity / KL' for name in results)} |")
+    print("|---" * (len(results) + 1) + "|")
+    for size in next(iter(results.values())):
+        cells = [f"{rows[size]['perplexity']:.1f} / {rows[size]['kl']:.2f}" for rows in results.values()]
+        print(f"| {size} | {' | '.join(cells)} |")
+    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def measure(teacher: Path, student: Path, order: str | None, held_out: list[str]) -> dict[int, dict[str, float]]:
+    pair = open_pair(teacher, student, patch_order=order)
+    model = load_elastic(pair, torch.float32)
+    ids = AutoTokenizer.from_pretrained(teacher)("<|endoftext|>".join(held_out)).input_ids
+    return measure_text(model, pair.elasticity.sizes, ids, 256, 24)
+
+
+if __name__ == "__main__":
+    main()
