@@ -7,6 +7,7 @@ import torch
 
 from model_store.pair import open_pair
 from server.cli import main
+from server.offline import OfflineEngine
 from tests.api.tiny import ROOT, make_pair
 
 
@@ -55,3 +56,29 @@ def test_evaluate_refuses_text_that_was_trained_on(teacher, text, capsys):
     arguments += ["--windows", "1", "--window-tokens", "64", "--training-data", str(text), "--no-store"]
     assert main(arguments) == 1
     assert "13-word runs" in capsys.readouterr().err
+
+
+def test_the_teacher_answers_bare_prompts_through_our_engine(teacher, text, tmp_path, monkeypatch):
+    calls = []
+    generate = OfflineEngine.generate
+    heard = lambda self, *asked: calls.append((asked, generate(self, *asked))) or calls[-1][1]  # noqa: E731
+    monkeypatch.setattr(OfflineEngine, "generate", heard)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(5)))
+    small = ["--tokens", "1000", "--row-tokens", "64", "--batch-rows", "4", "--calibration-rows", "4"]
+    small += ["--device", "cpu", "--self-generate", "3", "--answer-tokens", "8", "--order", "last"]
+    small += ["--out", str(tmp_path / "student")]
+    assert main(["distill", "--teacher", str(teacher), "--data", str(text), str(prompts), *small]) == 0
+    ((size, asked, most, temperature), answers) = calls[0]
+    assert (size, len(asked), most, temperature) == (6, 3, 8, 1.0)
+    assert all(0 < len(answer) <= 8 for answer in answers)
+
+
+def test_evaluate_lets_our_engine_answer_chat_prompts(teacher, tmp_path, capsys):
+    chat = tmp_path / "chat.txt"
+    chat.write_text("Hello?\nWhat is a fox?\n")
+    student = teacher.parent / "student"
+    arguments = ["evaluate", "--teacher", str(teacher), "--student", str(student), "--chat", str(chat), "--speed"]
+    assert main([*arguments, "--max-new-tokens", "12", "--sizes", "4,6", "--report", str(tmp_path), "--no-store"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert "chat KL" in (tmp_path / "quality.html").read_text()

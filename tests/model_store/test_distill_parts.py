@@ -88,7 +88,7 @@ def test_chat_figures_carry_intervals():
     assert wilson_interval(0, 40)[0] == 0.0 and 0.05 < wilson_interval(0, 40)[1] < 0.12
     low, high = wilson_interval(20, 40)
     assert math.isclose(low, 1 - high) and 0.34 < low < 0.36
-    loop, fine = [5, 6] * 20, list(range(30)) + [0]
+    loop, fine = [5, 6] * 20, [*range(30), 0]
     answers = {2: Answers.of([loop, fine], {0}), 4: Answers.of([fine, fine], {0})}
     rows = compare(answers, 4)
     assert rows[2]["repetition"] == 0.5 and rows[2]["stop_rate"] == 0.5 and rows[4]["stop_rate"] == 1.0
