@@ -57,9 +57,12 @@ class LowRankDelta:
     terms: dict[str, list[LowRankTerm]]  # "qkv" | "o" | "up" | "down"
     attn_norm_weight: torch.Tensor
     mlp_norm_weight: torch.Tensor
+    packed: torch.Tensor | None = None  # the terms in an executor's own layout, which it keeps in their place
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.attn_norm_weight, self.mlp_norm_weight)
+        if self.packed is not None:
+            yield self.packed
         for terms in self.terms.values():
             for term in terms:
                 yield from (t for t in (term.a, term.b, term.a_scale, term.b_scale) if t is not None)

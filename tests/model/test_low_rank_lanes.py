@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from server.kernels.cpu import library
 from server.sizing.calibrate import profile_of
 from server.sizing.cost_model import NUM_FEATURES, CostModel
 from tests.model.test_oracle import make_engine, make_request, run
@@ -24,8 +25,10 @@ def folders(request, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["torch", "native"])
 def executor(request):
+    if request.param == "native" and isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
     return request.param
 
 
@@ -37,10 +40,10 @@ def test_the_same_text_as_expanded(folders, order, executor):
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.choice([1, 7, 8, 9, 40]))] for _ in range(8)]
     prompts += prompts[:2]
-    texts = []
+    texts, page_bytes = [], make_engine(pair, executor).executor.page_bytes()
     for low_rank in (False, True):
         loaded = pair.load(torch.float32, low_rank=low_rank)
-        engine = make_engine(pair, executor, loaded=loaded, kv_cache_bytes=1 << 18)
+        engine = make_engine(pair, executor, loaded=loaded, kv_cache_bytes=120 * page_bytes)
         assert engine.executor.shared_stations == (frozenset(range(4)) if low_rank else frozenset({3}))
         sizes = pair.elasticity.sizes
         requests = [make_request(f"r{i}", p, sizes[i % 3], max_tokens=20) for i, p in enumerate(prompts)]
@@ -87,3 +90,19 @@ def test_the_cost_model_knows_the_form(folders):
     own_layers = sum(t.nbytes for i in (6, 7, 8) for t in pair.load(torch.float32).layers[i].tensors())
     factors = sum(t.nbytes for d in loaded.low_rank.values() for t in d.tensors())
     assert weights[0] - weights[1] == pytest.approx(own_layers - factors)
+
+
+def test_bfloat16_stays_close(folders, executor):
+    """int8 factors stay int8 in the native executor; memory is the teacher's and theirs."""
+    pair = open_pair(folders / "teacher", folders / "student")
+    prompt = random.Random(1).choices(range(VOCAB), k=30)
+    scores = []
+    for dtype, chosen in ((torch.float32, "torch"), (torch.bfloat16, executor)):
+        loaded = pair.load(dtype, low_rank=True)
+        engine = make_engine(pair, chosen, loaded=loaded)
+        requests = [make_request(f"r{size}", prompt, size, max_tokens=1, logprobs=-1) for size in (6, 5, 4)]
+        outputs = run(engine, requests)
+        rows = [o.new_logprobs[0].top for r in requests for o in outputs[r.request_id] if o.new_logprobs]
+        scores.append(torch.tensor([[value for _, value in sorted(row)] for row in rows]))
+    centred = [rows - rows.mean(-1, keepdim=True) for rows in scores]
+    assert torch.cosine_similarity(*centred).min() > 0.99

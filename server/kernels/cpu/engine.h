@@ -21,8 +21,8 @@ inline int chunks_for(int n, int size) { return (n + size - 1) / size; }
 template <class T, class W>
 class Engine {
   public:
-    Engine(const BsSpec& spec, const BsLayer* layers, int num_layers, const BsEnd* ends, int num_threads)
-        : s_(spec), layers_(layers, layers + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
+    Engine(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
+        : s_(spec), layers_(layers, layers + num_layers), differences_(differences, differences + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
           pool_(num_threads), attention_(num_threads) {}
 
     void step(const BsStep& step) {
@@ -38,8 +38,8 @@ class Engine {
         mark_ = Clock::now();
         embed();
         for (int i = 0; i < step.num_segments; i++) {
-            const int32_t* segment = step.program + 3 * i;
-            layer(segment[0], segment[1], segment[2]);
+            const int32_t* segment = step.program + 5 * i;
+            layer(segment[0], segment[1], segment[2], segment[3], differences_[segment[4]], segment[4]);
         }
         for (int i = 0; i < step.num_rows; i++) {
             const BsEnd& end = ends_[i < step.norm_cut ? 0 : 1];
@@ -105,6 +105,7 @@ class Engine {
     int hidden_ld() const { return padded<W>(s_.hidden); }
     int attended_ld() const { return padded<W>(q_width()); }
     int act_ld() const { return round_up(padded<W>(s_.intermediate), kPanel); }
+    int up_width() const { return s_.gated ? 2 * s_.intermediate : s_.intermediate; }
     int group() const { return s_.num_heads / s_.num_kv_heads; }
 
     void count(Phase phase) {
@@ -144,10 +145,10 @@ class Engine {
         count(kNorm);
     }
 
-    template <class Sink>
-    void product(const Rows<W>& x, const Weights& w, int panels, Sink&& sink) {
+    template <class V, class Sink>
+    void product(const Rows<V>& x, const Weights& w, int panels, Sink&& sink) {
         const int chunk = std::max(1, std::min(8, panels / (8 * pool_.num_threads())));
-        pool_.run(chunks_for(panels, chunk), [&](int c, int) { multiply<W>(x, w, Correction<W>{}, c * chunk, std::min(panels, (c + 1) * chunk), sink); });
+        pool_.run(chunks_for(panels, chunk), [&](int c, int) { multiply<V>(x, w, Correction<V>{}, c * chunk, std::min(panels, (c + 1) * chunk), sink); });
         count(kProduct);
     }
 
@@ -160,26 +161,87 @@ class Engine {
         });
     }
 
-    void layer(int id, int r0, int r1) {
+    // y [rows of x, ldy] (+)= b (a x).
+    template <bool add>
+    void product_of_factors(const Rows<W>& x, const BsFactors& f, int K, float* y, long ldy) {
+        if constexpr (sizeof(T) == 4)
+            product_of<float, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
+        else if (s_.factor_type == BS_INT8)
+            product_of<int8, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
+        else
+            product_of<bf16, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
+    }
+
+    template <class V, bool add>
+    void product_of(const Rows<V>& x, const BsFactors& f, int K, float* y, long ldy) {
+        int rank = 0, panels = 0;
+        for (int i = 0; i < f.num_terms; i++) {
+            rank += f.terms[i].rank;
+            panels += panels_of(f.terms[i].stop - f.terms[i].start);
+        }
+        if (!rank || !x.M) return;
+        X* low = low_.at_least(size_t(x.M) * rank);
+        product(x, weights(f.a, rank, K), panels_of(rank), [&](int m, int rows, int panel, const float* sums) {
+            for (int half = 0; half < kPanel; half += 16) {
+                const F16 factor = f.a.scale ? load16(f.a.scale + panel * kPanel + half) : set16(1.0f);
+                for (int r = 0; r < rows; r++) store16(low + long(m + r) * rank + panel * kPanel + half, load16(sums + r * kPanel + half) * factor);
+            }
+        });
+        // All terms in one go: their panels one after the other.
+        const int chunk = std::max(1, std::min(8, panels / (8 * pool_.num_threads())));
+        pool_.run(chunks_for(panels, chunk), [&](int c, int) {
+            int begin = 0, at = 0;
+            for (int i = 0; i < f.num_terms; i++) {
+                const BsTerm& term = f.terms[i];
+                const int N = term.stop - term.start, from = std::max(c * chunk - begin, 0), to = std::min((c + 1) * chunk - begin, panels_of(N));
+                if (from < to)
+                    multiply<V>({low + at, rank, x.M}, weights(term.b, N, term.rank), Correction<V>{}, from, to, [&](int m, int rows, int panel, const float* sums) {
+                        const int n = panel * kPanel;
+                        put_block<add>(y + m * ldy + term.start + n, ldy, sums, rows, N - n, scale_of(term.b, n), nullptr);
+                    });
+                begin += panels_of(N);
+                at += term.rank;
+            }
+        });
+        count(kProduct);
+    }
+
+    // Requests [r0, split) run layer `id`; [split, r1) run the difference `d` to it, as layer `student`.
+    void layer(int id, int r0, int r1, int split, const BsDifference& d, int student) {
         const BsLayer& w = layers_[id];
-        const int t0 = step_->query_start[r0], t1 = step_->query_start[r1], M = t1 - t0, E = s_.hidden;
+        const int t0 = step_->query_start[r0], ts = step_->query_start[split], t1 = step_->query_start[r1], M = t1 - t0, E = s_.hidden;
+        const int first = ts - t0, others = t1 - ts;  // the difference's rows
+        auto norms = [&](const void* weight, const void* bias, const void* own) {
+            norm_tokens(t0, ts, weight, bias);
+            norm_tokens(ts, t1, own ? own : weight, bias);
+        };
+        auto rest = [&](const X* x, long ldx) { return Rows<W>{x + first * ldx, ldx, others}; };
         float* hidden = hidden_.data() + long(t0) * E;
         const Rows<W> normed = {normed_.data() + long(t0) * hidden_ld(), hidden_ld(), M};
         X* act = act_.data() + long(t0) * act_ld();
-        norm_tokens(t0, t1, w.attn_norm_w, w.attn_norm_b);
+        norms(w.attn_norm_w, w.attn_norm_b, d.attn_norm_w);
         product_to<false>(normed, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_width(), qkv_width());
-        place(id, w, r0, r1);
-        attention(id, r0, r1);
-        if (s_.parallel_residual) norm_tokens(t0, t1, w.mlp_norm_w, w.mlp_norm_b);
-        product_to<true>({attended_.data() + long(t0) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), w.o_b, hidden, E);
-        if (!s_.parallel_residual) norm_tokens(t0, t1, w.mlp_norm_w, w.mlp_norm_b);
-        mlp_up(w, normed, act);
+        product_of_factors<true>(rest(normed.x, hidden_ld()), d.qkv, E, qkv_.data() + long(ts) * qkv_width(), qkv_width());
+        if (first) place(id, w, r0, split), attention(id, r0, split);
+        if (others) place(student, w, split, r1), attention(student, split, r1);
+        if (s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
+        const X* attended = attended_.data() + long(t0) * attended_ld();
+        product_to<true>({attended, attended_ld(), M}, w.o, E, q_width(), w.o_b, hidden, E);
+        product_of_factors<true>(rest(attended, attended_ld()), d.o, q_width(), hidden + long(first) * E, E);
+        if (!s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
+        // What the difference adds to gate and up has to be there before the activation.
+        const int N = up_width();
+        float* extra = d.up.num_terms && others ? extra_.at_least(size_t(others) * N) : nullptr;
+        product_of_factors<false>(rest(normed.x, hidden_ld()), d.up, E, extra, N);
+        mlp_up(w, normed, act, extra, first);
         product_to<true>({act, act_ld(), M}, w.down, E, s_.intermediate, w.down_b, hidden, E);
+        product_of_factors<true>(rest(act, act_ld()), d.down, s_.intermediate, hidden + long(first) * E, E);
     }
 
-    void mlp_up(const BsLayer& w, const Rows<W>& x, X* act) {
+    // `extra`: [rows from `first` on, up_width()] to add before the activation, or null.
+    void mlp_up(const BsLayer& w, const Rows<W>& x, X* act, const float* extra, int first_extra) {
         const bool gated = s_.gated;
-        const int N = gated ? 2 * s_.intermediate : s_.intermediate;
+        const int N = up_width();
         const float* b = widen(w.up_b, N, gated);
         product(x, weights(w.up, N, s_.hidden), num_panels(N, gated), [&](int m, int rows, int panel, const float* sums) {
             F16 factor[2], offset[2];
@@ -189,7 +251,13 @@ class Engine {
                 offset[half] = b ? load16(b + n) : zero16();
             }
             for (int r = 0; r < rows; r++) {
-                const F16 first = fma16(load16(sums + r * kPanel), factor[0], offset[0]), second = fma16(load16(sums + r * kPanel + 16), factor[1], offset[1]);
+                F16 first = fma16(load16(sums + r * kPanel), factor[0], offset[0]), second = fma16(load16(sums + r * kPanel + 16), factor[1], offset[1]);
+                if (extra && m + r >= first_extra) {
+                    const float* row = extra + long(m + r - first_extra) * N;
+                    const int width = gated ? N / 2 : N, n = gated ? panel * 16 : panel * kPanel, n2 = gated ? N / 2 + n : n + 16;
+                    first = first + load16(row + n, tail16(width - n));
+                    second = second + load16(row + n2, tail16(N - n2));
+                }
                 if (gated) {
                     store16(act + long(m + r) * act_ld() + panel * 16, activate16(first, s_.activation) * second);
                 } else {
@@ -349,13 +417,14 @@ class Engine {
 
     BsSpec s_;
     std::vector<BsLayer> layers_;
+    std::vector<BsDifference> differences_;
     BsEnd ends_[2];
     PageShape<T> pages_;
     Pool pool_;
     std::vector<AttentionScratch<T>> attention_;
     const BsStep* step_ = nullptr;
-    Buffer<float> hidden_, qkv_, bias_, parts_;
-    Buffer<X> normed_, q_, attended_, act_;
+    Buffer<float> hidden_, qkv_, bias_, parts_, extra_;
+    Buffer<X> normed_, q_, attended_, act_, low_;
     std::vector<Item> items_;
     std::vector<Merge> merges_;
     std::vector<int> tokens_;

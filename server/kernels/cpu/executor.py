@@ -18,6 +18,7 @@ from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
 from server.kernels.cpu import library
+from server.kernels.cpu.differences import PackedDifferences
 from server.kernels.cpu.packing import PackedWeights, end_table, layer_table
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,6 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
         return f"takes bfloat16 or float32, not {embed.dtype}"
     if config.quantization not in (None, "int8"):
         return f"does not do --quantization {config.quantization}"
-    if pair.low_rank:
-        return "does not run low-rank differences"
     if pair.spec.head_dim > _MAX_HEAD_DIM:
         return f"takes heads of up to {_MAX_HEAD_DIM} channels, not {pair.spec.head_dim}"
     chosen = library.choose()
@@ -50,7 +49,6 @@ class NativeExecutor:
     """Implements `server.model.executor.Executor`. Takes over the pair: its matrices are packed in place of the plain ones."""
 
     name = "native"
-    shared_stations: frozenset[int] = frozenset()
 
     def __init__(
         self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str]
@@ -67,6 +65,9 @@ class NativeExecutor:
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
         weight_type = torch.int8 if config.quantization == "int8" else self.dtype
         self._weights = PackedWeights(pair, lib, weight_type, self.num_threads)
+        self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
+        self.shared_stations = pair.shared_stations
+        self._num_teacher_layers = pair.elasticity.num_teacher_layers
         inv_freq, factor = spec.rope_inv_freq() if spec.rotary_dim else (torch.zeros(0), 1.0)
         angles = torch.outer(torch.arange(config.max_model_len, dtype=torch.float32), inv_freq)
         self._cos = (angles.cos() * factor).contiguous()
@@ -76,13 +77,14 @@ class NativeExecutor:
             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, vocab=spec.vocab_size,
             layer_norm=spec.norm == "layer", activation=_ACTIVATIONS[spec.activation], gated=spec.gated_mlp,
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
-            type=_TYPES[self.dtype], weight_type=_TYPES[weight_type], eps=spec.norm_eps, scale=spec.attention_scale,
+            type=_TYPES[self.dtype], weight_type=_TYPES[weight_type],
+            factor_type=_TYPES[self._differences.dtype], eps=spec.norm_eps, scale=spec.attention_scale,
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
         num_layers = pair.elasticity.num_teacher_layers + len(pair.elasticity.stations)
         self._engine = lib.bs_create(
-            ctypes.byref(self._description), layer_table(pair, self._weights, num_layers), num_layers,
-            end_table(pair, self._weights), self.num_threads,
+            ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
+            self._differences.table(num_layers), num_layers, end_table(pair, self._weights), self.num_threads,
         )  # fmt: skip
         self.k_pages: np.ndarray | None = None
         self.v_pages: np.ndarray | None = None
@@ -114,7 +116,13 @@ class NativeExecutor:
         return self.k_pages, self.v_pages
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        program = np.array([segment[:3] for segment in batch.program], np.int32)
+        program = np.array(
+            [
+                (layer, start, stop, stop if split is None else split, self._num_teacher_layers + station)
+                for layer, start, stop, station, split in batch.program
+            ],
+            np.int32,
+        )
         tables = batch.block_tables
         out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
         embed_cut, norm_cut = int(batch.query_start[batch.embed_cut]), int(batch.logits_start[batch.norm_cut])

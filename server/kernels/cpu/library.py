@@ -28,6 +28,21 @@ class Layer(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Term(ctypes.Structure):
+    _fields_ = [("b", Weights), ("start", c_int32), ("stop", c_int32), ("rank", c_int32)]
+
+
+class Factors(ctypes.Structure):
+    _fields_ = [("a", Weights), ("num_terms", c_int32), ("terms", Term * 3)]
+
+
+class Difference(ctypes.Structure):
+    _fields_ = [
+        ("attn_norm_w", c_void_p), ("mlp_norm_w", c_void_p),
+        *((name, Factors) for name in ("qkv", "o", "up", "down")),
+    ]  # fmt: skip
+
+
 class End(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("embed", "positions", "norm_w", "norm_b", "head_b")),
@@ -40,6 +55,7 @@ class Spec(ctypes.Structure):
         *((name, c_int32) for name in (
             "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "layer_norm", "activation",
             "gated", "parallel_residual", "rotary_dim", "page_size", "type", "weight_type",
+            "factor_type",
         )),
         ("eps", c_float), ("scale", c_float), ("cos", c_void_p), ("sin", c_void_p),
     ]  # fmt: skip
@@ -115,7 +131,7 @@ def load(variant: str) -> ctypes.CDLL:
     library.bs_page_bytes.restype = c_int64
     library.bs_page_bytes.argtypes = [POINTER(Spec)]
     library.bs_create.restype = c_void_p
-    library.bs_create.argtypes = [POINTER(Spec), POINTER(Layer), c_int32, POINTER(End), c_int32]
+    library.bs_create.argtypes = [POINTER(Spec), POINTER(Layer), POINTER(Difference), c_int32, POINTER(End), c_int32]
     library.bs_destroy.argtypes = [c_void_p]
     library.bs_step.argtypes = [c_void_p, POINTER(Step)]
     library.bs_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]

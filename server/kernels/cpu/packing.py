@@ -50,7 +50,7 @@ class PackedWeights:
             distinct = [t for t in group if not (t.data_ptr() in seen or seen.add(t.data_ptr()))]
             matrices.append([self._measure(tensor, id(tensor) in gated) for tensor in distinct])
         everyone = list(pair.tensors())
-        self._arena = _huge_pages(sum(m.num_bytes for group in matrices for m in group))
+        self._arena = huge_pages(sum(m.num_bytes for group in matrices for m in group))
         self._scales = np.zeros(sum(m.num_channels for group in matrices for m in group), np.float32)
         offset = channel = 0
         for group in matrices:  # originals of one layer are freed before the next is packed
@@ -135,7 +135,7 @@ def _address(weights: LayerWeights | EndWeights, name: str) -> int | None:
     return tensor.data_ptr()
 
 
-def _huge_pages(num_bytes: int) -> torch.Tensor:
+def huge_pages(num_bytes: int) -> torch.Tensor:
     """Uninitialised bytes that start on a huge page; ordinary memory where the system has none."""
     raw = torch.empty(num_bytes + _HUGE, dtype=torch.uint8)
     start = -raw.data_ptr() % _HUGE

@@ -29,8 +29,8 @@ struct TypedHandle final : Handle {
     Engine<T, W> engine;
     std::vector<SamplingScratch> sampling;
 
-    TypedHandle(const BsSpec& spec, const BsLayer* layers, int num_layers, const BsEnd* ends, int num_threads)
-        : engine(spec, layers, num_layers, ends, num_threads), sampling(num_threads) {}
+    TypedHandle(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
+        : engine(spec, layers, differences, num_layers, ends, num_threads), sampling(num_threads) {}
     void step(const BsStep& step) override { engine.step(step); }
     void head(const float* rows, int M, int end, float* logits) override { engine.head(rows, M, end, logits); }
     void greedy(const float* rows, int M, int end, int32_t* tokens) override { engine.greedy(rows, M, end, tokens); }
@@ -71,12 +71,11 @@ int64_t bs_page_bytes(const BsSpec* s) {
     return PageShape<bf16>(s->page_size, s->head_dim, s->num_kv_heads).page_elements() * 2;
 }
 
-void* bs_create(const BsSpec* spec, const BsLayer* layers, int32_t num_layers, const BsEnd* ends, int32_t num_threads) {
-    if (spec->type == BS_BF16) {
-        if (spec->weight_type == BS_BF16) return static_cast<Handle*>(new TypedHandle<bf16, bf16>(*spec, layers, num_layers, ends, num_threads));
-        return static_cast<Handle*>(new TypedHandle<bf16, int8>(*spec, layers, num_layers, ends, num_threads));
-    }
-    return static_cast<Handle*>(new TypedHandle<float, float>(*spec, layers, num_layers, ends, num_threads));
+void* bs_create(const BsSpec* spec, const BsLayer* layers, const BsDifference* differences, int32_t num_layers, const BsEnd* ends, int32_t num_threads) {
+    auto make = [&](auto* none) -> Handle* { return new std::remove_pointer_t<decltype(none)>(*spec, layers, differences, num_layers, ends, num_threads); };
+    if (spec->type != BS_BF16) return make(static_cast<TypedHandle<float, float>*>(nullptr));
+    if (spec->weight_type == BS_BF16) return make(static_cast<TypedHandle<bf16, bf16>*>(nullptr));
+    return make(static_cast<TypedHandle<bf16, int8>*>(nullptr));
 }
 
 void bs_destroy(void* engine) { delete handle(engine); }

@@ -20,6 +20,24 @@ struct BsLayer {
     BsWeights qkv, o, up, down;
 };
 
+// What a student layer adds to the products of the teacher layer that it is a difference to: output channels
+// [start, stop) get b (a x). `a` [sum of ranks, K] holds the terms' factors one below the other, `b` is [stop - start,
+// rank]; ranks are multiples of 32 (padded with zeros). Both are of the factors' type. In BsDifference the norms of a
+// student layer that has none of its own are null, and it has no terms.
+struct BsTerm {
+    BsWeights b;
+    int32_t start, stop, rank;
+};
+struct BsFactors {
+    BsWeights a;
+    int32_t num_terms;
+    BsTerm terms[3];
+};
+struct BsDifference {
+    const void *attn_norm_w, *mlp_norm_w;
+    BsFactors qkv, o, up, down;
+};
+
 // Embedding, final norm and head of one side. An embedding that is also somebody's head is packed, any other one is
 // `embed`, T [vocab, hidden].
 struct BsEnd {
@@ -29,16 +47,17 @@ struct BsEnd {
 
 struct BsSpec {
     int32_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type;
+    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type;
     float eps, scale;
     const float *cos, *sin;  // [positions, rotary_dim / 2]
 };
 
-// One step: `program` lists (layer, first request, end request). Tokens [0, embed_cut) take the embedding of end 0, the
+// One step: `program` lists (layer, first request, end request, split, student layer): requests from `split` on run as
+// the student layer, a difference to `layer` with KV of its own. Tokens [0, embed_cut) take the embedding of end 0, the
 // others that of end 1; of the wanted rows [0, norm_cut) take the norm of end 0.
 struct BsStep {
     int32_t num_tokens, num_requests, num_segments, num_rows, embed_cut, norm_cut;
-    const int32_t* program;       // [num_segments, 3]
+    const int32_t* program;       // [num_segments, 5]
     const int32_t* input_ids;     // [T]
     const int32_t* positions;     // [T]
     const int32_t* query_start;   // [R + 1]
@@ -74,7 +93,8 @@ void bs_pack(const struct BsPack* matrices, int32_t count, int32_t num_threads);
 // Bytes of K (or V) of one page.
 int64_t bs_page_bytes(const struct BsSpec* spec);
 
-void* bs_create(const struct BsSpec* spec, const struct BsLayer* layers, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);
+// `layers` and `differences` by global id.
+void* bs_create(const struct BsSpec* spec, const struct BsLayer* layers, const struct BsDifference* differences, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);
 void bs_destroy(void* engine);
 void bs_step(void* engine, const struct BsStep* step);
 // logits [M, vocab] float = rows [M, hidden] float times the head of `end`.

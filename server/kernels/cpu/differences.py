@@ -1,0 +1,84 @@
+"""Low-rank student layers in the layout of the kernels: `a` of all terms of a product one below the other, `b` by term.
+
+int8 factors stay int8 (one scale per row, as stored); the kernels add their products to the teacher's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model_store.loaded import LoadedPair
+from model_store.lowrank import LowRankDelta, LowRankTerm
+from server.kernels.cpu import library
+from server.kernels.cpu.packing import MATRICES, huge_pages
+
+_TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+_PANEL = 32  # output channels of a panel: ranks are padded to it
+
+
+class PackedDifferences:
+    """Packs the factors of a pair's low-rank layers in place of the plain ones."""
+
+    def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, dtype: torch.dtype, num_threads: int) -> None:
+        """`dtype` is the pair's. In float32 the factors are float32, else what they are stored in."""
+        self._lib, self._num_threads = lib, num_threads
+        terms = [term for delta in pair.low_rank.values() for group in delta.terms.values() for term in group]
+        is_int8 = dtype != torch.float32 and bool(terms) and all(t.a_scale is not None for t in terms)
+        self.dtype = torch.int8 if is_int8 else dtype
+        self._scales: list[np.ndarray] = []
+        self._by_layer = {layer: self._pack(delta) for layer, delta in sorted(pair.low_rank.items())}
+        self._deltas = pair.low_rank  # norms are used where they lie
+
+    def table(self, num_layers: int) -> ctypes.Array:
+        """The differences by global id; without terms where there is none."""
+        table = (library.Difference * num_layers)()
+        for layer, factors in self._by_layer.items():
+            delta = self._deltas[layer]
+            table[layer] = library.Difference(
+                attn_norm_w=delta.attn_norm_weight.data_ptr(), mlp_norm_w=delta.mlp_norm_weight.data_ptr(), **factors
+            )
+        return table
+
+    def _pack(self, delta: LowRankDelta) -> dict[str, library.Factors]:
+        """One layer's factors; the plain ones are freed."""
+        sources: list[torch.Tensor] = []
+        for name in MATRICES:
+            plain = [self._padded(term) for term in delta.terms[name]]
+            sources += [torch.cat([a for a, _ in plain]), *(b for _, b in plain)]
+        sizes = [self._lib.bs_packed_bytes(*s.shape, False, _TYPES[self.dtype]) for s in sources]
+        delta.packed = huge_pages(sum(sizes))
+        items = (library.Pack * len(sources))()
+        packed, offset = [], 0
+        for item, source, size in zip(items, sources, sizes, strict=True):
+            scale = np.zeros(self._lib.bs_packed_channels(source.shape[0], False), np.float32)
+            target = delta.packed[offset : offset + size]
+            item.source, item.target, item.scale = source.data_ptr(), target.data_ptr(), scale.ctypes.data
+            item.N, item.K = source.shape
+            item.source_type, item.type = _TYPES[source.dtype], _TYPES[self.dtype]
+            is_int8 = self.dtype == torch.int8
+            packed.append(library.Weights(target.data_ptr(), scale.ctypes.data if is_int8 else None))
+            self._scales.append(scale)
+            offset += size
+        self._lib.bs_pack(items, len(sources), self._num_threads)
+        weights, factors = iter(packed), {}
+        for name in MATRICES:
+            terms = delta.terms[name]
+            factors[name] = library.Factors(a=next(weights), num_terms=len(terms))
+            for i, term in enumerate(terms):
+                factors[name].terms[i] = library.Term(next(weights), term.start, term.stop, _padded_rank(term))
+        delta.terms = {}
+        return factors
+
+    def _padded(self, term: LowRankTerm) -> tuple[torch.Tensor, torch.Tensor]:
+        """a and b with the rank filled up with zeros, in the type that packing starts from."""
+        a, b = term.factors(torch.float32 if self.dtype == torch.int8 else self.dtype)
+        more = _padded_rank(term) - a.shape[0]
+        return F.pad(a, (0, 0, 0, more)).contiguous(), F.pad(b, (0, more)).contiguous()
+
+
+def _padded_rank(term: LowRankTerm) -> int:
+    return -(-term.a.shape[0] // _PANEL) * _PANEL
