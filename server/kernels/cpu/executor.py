@@ -46,7 +46,7 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
 
 
 class NativeExecutor:
-    """Implements `server.model.executor.Executor`. Takes over the pair: its matrices are packed in place of the plain ones."""
+    """Implements `server.model.executor.Executor`. Takes over the pair: its matrices are packed in their place."""
 
     name = "native"
 
