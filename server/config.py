@@ -121,7 +121,10 @@ class Settings:
         32, "tokens per KV page", group="engine", minimum=1, maximum=1024, aliases=("--block-size",)
     )
     enable_prefix_caching: bool = option(True, "keep KV of finished prefixes for reuse", group="engine")
-    executor: str = option("auto", "auto, native or torch", group="engine", choices=("auto", "native", "torch"))
+    executor: str = option(
+        "auto", "what computes a step", group="engine", choices=("auto", "cuda", "native", "torch")
+    )
+    enforce_eager: bool = option(False, "record no CUDA graphs", group="engine")
     speculative_size: str = option(
         "off",
         "size that guesses tokens for requests of larger sizes: a size, auto (the smallest), off; it guesses only "

@@ -119,6 +119,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         kv_cache_bytes=kv_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         executor=settings.executor,
+        enforce_eager=settings.enforce_eager,
         attention_backend=settings.attention_backend,
         quantization=settings.quantization,
         speculative_size=speculative_size(settings, pair),

@@ -15,7 +15,8 @@ class EngineConfig:
     page_size: int = 32  # tokens of one layer in one page
     kv_cache_bytes: int = 1 << 30  # both K and V, all layers
     enable_prefix_caching: bool = True
-    executor: str = "auto"  # auto | native | torch: see server.model.executor
+    executor: str = "auto"  # auto | cuda | native | torch: see server.model.executor
+    enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
     quantization: str | None = None
     speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation

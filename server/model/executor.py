@@ -50,6 +50,16 @@ class Executor(Protocol):
 Candidate = tuple[str, Callable[["LoadedPair", "EngineConfig"], "Executor | str"]]
 
 
+def _cuda(pair: LoadedPair, config: EngineConfig) -> Executor | str:
+    if pair.ends["teacher"].embed.device.type != "cuda" and config.executor != "cuda":
+        return "runs on cuda only"  # said without importing Triton, which takes a second
+    try:
+        from server.kernels.cuda.executor import create
+    except ImportError as error:
+        return f"not available ({error})"
+    return create(pair, config)
+
+
 def _native(pair: LoadedPair, config: EngineConfig) -> Executor | str:
     try:
         from server.kernels.cpu.executor import create
@@ -66,7 +76,7 @@ def _torch(pair: LoadedPair, config: EngineConfig) -> Executor | str:
     return TorchExecutor(pair, page_size=config.page_size)
 
 
-CANDIDATES: list[Candidate] = [("native", _native), ("torch", _torch)]
+CANDIDATES: list[Candidate] = [("cuda", _cuda), ("native", _native), ("torch", _torch)]
 
 
 def create_executor(pair: LoadedPair, config: EngineConfig) -> Executor:

@@ -1,0 +1,152 @@
+"""Compiles every kernel to machine code for a GPU that need not be there: `python -m server.kernels.cuda.compile`.
+
+Prints registers, spilled bytes and shared memory of each, at the shapes of common models. Finds what the interpreter
+cannot: type errors, tiles beyond shared memory, spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from server.kernels.cuda import activation, attention, draw, norm, rotary, tables
+
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(slots=True)
+class Case:
+    """One compilation: argument types ("T" stands for the model's) and constants."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    unaligned: tuple[str, ...] = ()  # pointers that may start anywhere
+
+
+def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int = 32) -> list[Case]:
+    """What a model of these shapes launches: RMS and layer norm, every activation, decode and chunk attention, draw."""
+    two = triton.next_power_of_2
+    found = []
+    for kind in ("rms", "layer"):
+        types = {"x_ptr": "*T", "weight_ptr": "*T", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32",
+                 "width": "i32", "eps": "fp32"}  # fmt: skip
+        width = two(hidden)
+        constants = {"IS_LAYER": kind == "layer", "HAS_BIAS": kind == "layer", "ROWS": 1, "WIDTH": width}
+        found.append(
+            Case(f"{kind} norm", norm.norm_kernel, types, constants, num_warps=min(max(width // 512, 1), 8))
+        )
+    for kind, number in activation.KINDS.items():
+        types = {"up_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "width": "i32"}
+        constants = {"KIND": number, "IS_GATED": kind == "silu", "ROWS": 1, "COLUMNS": 1024}
+        found.append(Case(kind, activation.activation_kernel, types, constants))
+    pages = {"k_pages_ptr": "*T", "v_pages_ptr": "*T", "table_ptr": "*i32"}
+    shape = {"H": num_heads, "K": num_kv_heads, "D": head_dim, "PAGE": page_size}
+    for has_norm, rotary_dim in ((True, head_dim), (False, head_dim // 4 * 2), (False, 0)):
+        for rows in (1, 8):
+            types = {"qkv_ptr": "*T", "q_ptr": "*T", **pages, "positions_ptr": "*i32", "slots_ptr": "*i32",
+                     "count_ptr": "*i32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "q_norm_ptr": "*T",
+                     "k_norm_ptr": "*T", "num_tokens": "i32", "max_blocks": "i32", "eps": "fp32"}  # fmt: skip
+            constants = {**shape, "ROTARY": rotary_dim, "HAS_NORM": has_norm, "ROWS": rows, "WIDTH": two(head_dim)}
+            warps = 1 if rows * two(head_dim) <= 256 else 4
+            name = f"rotary {rotary_dim}{', qk norm' if has_norm else ''}, {rows} rows"
+            found.append(Case(name, rotary.rotary_kernel, types, constants, num_warps=warps))
+    items = {"tokens_ptr": "*i32", "lengths_ptr": "*i32", "slots_ptr": "*i32", "positions_ptr": "*i32"}
+    tiles = attention.Tiles.of(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, item_bytes=2)
+    for name, splits, rows in (("decode", 1, tiles.decode_rows), ("decode", 8, tiles.decode_rows),
+                               ("chunk", 1, tiles.chunk_rows)):  # fmt: skip
+        types = {"q_ptr": "*T", "out_ptr": "*T", "partial_ptr": "*fp32", "score_ptr": "*fp32", **pages, **items,
+                 "count_ptr": "*i32", "first_token": "i32", "max_blocks": "i32", "scale": "fp32"}  # fmt: skip
+        constants = {**shape, "SPLITS": splits, "BLOCK_M": rows, "BLOCK_N": tiles.keys, "WIDTH": tiles.width}
+        found.append(
+            Case(f"{name} attention, {splits} splits", attention.attention_kernel, types, constants,
+                 unaligned=(*items, "count_ptr"))
+        )  # fmt: skip
+    types = {"partial_ptr": "*fp32", "score_ptr": "*fp32", "out_ptr": "*T", "tokens_ptr": "*i32", "count_ptr": "*i32",
+             "first_token": "i32"}  # fmt: skip
+    constants = {"H": num_heads, "D": head_dim, "SPLITS": 8, "WIDTH": tiles.width}
+    found.append(Case("reduce splits", attention.reduce_kernel, types, constants, num_warps=1))
+    types = {"logits_ptr": "*T", "settings_ptr": "*fp64", "tokens_ptr": "*i32", "vocab": "i32", "row_stride": "i32",
+             "settings_stride": "i32"}  # fmt: skip
+    found.append(Case("draw", draw.draw_kernel, types, {"SHIFT": 16, "BLOCK": 4096}, num_warps=8))
+    types = {"table_ptr": "*i32", "updates_ptr": "*i32", "num_updates": "i32"}
+    found.append(Case("table updates", tables.scatter_kernel, types, {"BLOCK": 1024}))
+    return found
+
+
+def compile_case(case: Case, dtype: str, capability: int) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of one kernel. Raises what the compiler raises."""
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr").replace("T", _TYPES[dtype]) for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") and name not in case.unaligned]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {
+        "kernel": case.name, "dtype": dtype, **resources(compiled.asm["ptx"], capability),
+        "shared": compiled.metadata.shared,
+    }  # fmt: skip
+
+
+def resources(ptx: str, capability: int) -> dict[str, int]:
+    """Registers a thread and spilled bytes, as the assembler that Triton brings along reports them."""
+    assembler = triton.knobs.nvidia.ptxas.path
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        command = [assembler, "-v", f"-arch={arch}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = [int(number) for number in re.findall(r"(\d+) bytes spill", report)]
+    return {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "spilled": sum(spills)}
+
+
+SHAPES = {
+    "qwen3-4b": {"hidden": 2560, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+    "smollm2-135m": {"hidden": 576, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64},
+    "pythia-2.8b": {"hidden": 2560, "num_heads": 32, "num_kv_heads": 32, "head_dim": 80},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(_TYPES))
+    parser.add_argument("--capability", type=int, default=90, help="compute capability, 90 for Hopper")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    for shape in arguments.shapes:
+        for dtype in arguments.dtypes:
+            for case in cases(**SHAPES[shape]):
+                rows.append({"shape": shape} | compile_case(case, dtype, arguments.capability))
+    if arguments.json:
+        json.dump(rows, sys.stdout)
+        return 0
+    print(f"{'shapes':14}{'kernel':36}{'dtype':10}{'registers':>10}{'spilled':>9}{'shared':>9}")
+    for row in rows:
+        print(
+            f"{row['shape']:14}{row['kernel']:36}{row['dtype']:10}{row['registers']:>10}{row['spilled']:>9}"
+            f"{row['shared']:>9}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

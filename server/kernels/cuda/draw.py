@@ -1,0 +1,192 @@
+"""Draws one token per row on the device, by the sampler's rules (server/engine/sampler.py): one uniform number per row
+inverts the cumulative distribution, so a seed gives the same text here as anywhere, up to rounding.
+
+Nothing is sorted and nothing waits for the host. What top_k, top_p and the draw need of an order by likelihood is the
+mass or the number of entries above a value; that falls as the value rises, so each is found by bisection over the
+bits of the logit (16 steps for bfloat16). Equal logits count in the order of their ids.
+
+S = rows, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from server.kernels.cuda.runtime import INTERPRETED
+
+# Bits of a float32 that a wider copy of a narrower type leaves zero: bisection need not look at them.
+_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+
+@triton.jit
+def _key(x, SHIFT: tl.constexpr):
+    """Integers in the order of the floats."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
+
+
+@triton.jit
+def _value(key, SHIFT: tl.constexpr):
+    """The float of a key. For negative numbers the spare bits of the ordered form are ones."""
+    bits = (key << SHIFT).to(tl.int32)
+    bits = tl.where(key < 0, (bits | ((1 << SHIFT) - 1)) ^ 0x7FFFFFFF, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(x, top, scale, min_p):
+    """Likelihood of a logit relative to the largest one; 0 below min_p."""
+    weight = tl.exp((x - top) * scale)
+    return tl.where(weight >= min_p, weight, 0.0)
+
+
+@triton.jit
+def _from(row_ptr, vocab, key, top, scale, min_p, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass and number of the entries at or above `key`."""
+    mass = tl.zeros([], tl.float64)
+    count = tl.zeros([], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        is_in = (ids < vocab) & (_key(x, SHIFT) >= key)
+        mass += tl.sum(tl.where(is_in, _weight(x, top, scale, min_p), 0.0), axis=0).to(tl.float64)
+        count += tl.sum(is_in.to(tl.int32), axis=0)
+    return mass, count
+
+
+@triton.jit
+def _search(
+    row_ptr, vocab, low, high, target, top, scale, min_p, BY_COUNT: tl.constexpr, STRICT: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest key of [low, high) from which on mass (or count) reaches (or, STRICT, exceeds) the target."""
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        mass, count = _from(row_ptr, vocab, middle, top, scale, min_p, SHIFT, BLOCK)
+        if BY_COUNT:
+            reached = count.to(tl.float64) >= target
+        elif STRICT:
+            reached = mass > target
+        else:
+            reached = mass >= target
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    return low
+
+
+@triton.jit
+def _draw_in_id_order(row_ptr, vocab, uniform, top, scale, min_p, BLOCK: tl.constexpr):
+    """The first entry, by id, at which the running mass exceeds uniform x total."""
+    total = tl.zeros([], tl.float64)
+    last = tl.zeros([], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        weights = _weight(x, top, scale, min_p)
+        total += tl.sum(weights, axis=0).to(tl.float64)
+        last = tl.maximum(last, tl.max(tl.where(weights > 0.0, ids, 0), axis=0))
+    target = uniform * total
+    before = tl.zeros([], tl.float64)
+    token = last  # if rounding lets the target reach the total
+    is_found = before > target
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        weights = _weight(x, top, scale, min_p)
+        mass = tl.sum(weights, axis=0).to(tl.float64)
+        if (before + mass > target) & (is_found == 0):
+            running = tl.cumsum(weights, axis=0).to(tl.float64)
+            exceeds = (before + running > target) & (weights > 0.0)
+            here = tl.min(tl.where(exceeds, ids, vocab), axis=0)
+            token = tl.where(here < vocab, here, token)
+            is_found = here < vocab
+        before += mass
+    return token
+
+
+@triton.jit
+def _draw_in_rank_order(
+    row_ptr, vocab, uniform, top_p, top_k, top, scale, min_p, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first entry, likeliest first, at which the running mass exceeds uniform x what top_k and top_p keep."""
+    lowest = _key(tl.full([], float("-inf"), tl.float32), SHIFT)
+    above = _key(top, SHIFT) + 1
+    bound = lowest  # keys below it are cut off
+    kept, count = _from(row_ptr, vocab, lowest, top, scale, min_p, SHIFT, BLOCK)
+    if (top_k > 0) & (top_k < vocab):
+        bound = _search(
+            row_ptr, vocab, lowest, above, top_k.to(tl.float64), top, scale, min_p, True, False, SHIFT, BLOCK
+        )
+        mass, count = _from(row_ptr, vocab, bound + 1, top, scale, min_p, SHIFT, BLOCK)
+        kept = mass + (top_k - count) * _weight(_value(bound, SHIFT), top, scale, min_p).to(tl.float64)
+    if top_p < 1.0:
+        target = top_p * kept
+        bound = _search(row_ptr, vocab, bound, above, target, top, scale, min_p, False, False, SHIFT, BLOCK)
+        mass, count = _from(row_ptr, vocab, bound + 1, top, scale, min_p, SHIFT, BLOCK)
+        weight = tl.maximum(_weight(_value(bound, SHIFT), top, scale, min_p).to(tl.float64), 1e-300)
+        kept = tl.minimum(kept, mass + tl.maximum(tl.ceil((target - mass) / weight), 1.0) * weight)
+    target = uniform * kept
+    chosen = _search(row_ptr, vocab, bound, above, target, top, scale, min_p, False, True, SHIFT, BLOCK)
+    mass, count = _from(row_ptr, vocab, chosen + 1, top, scale, min_p, SHIFT, BLOCK)
+    weight = tl.maximum(_weight(_value(chosen, SHIFT), top, scale, min_p).to(tl.float64), 1e-300)
+    wanted = tl.minimum(tl.floor(tl.maximum((target - mass) / weight, 0.0)), 1e9).to(tl.int32)  # of equal entries
+    seen = tl.zeros([], tl.int32)
+    token = tl.zeros([], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        is_equal = (ids < vocab) & (_key(x, SHIFT) == chosen)
+        number = tl.sum(is_equal.to(tl.int32), axis=0)
+        if (number > 0) & (seen <= wanted):
+            rank = seen + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1
+            # The last of them where rounding asks for one more.
+            token = tl.max(tl.where(is_equal & (rank <= wanted), ids, 0), axis=0)
+        seen += number
+    return token
+
+
+@triton.jit
+def draw_kernel(
+    logits_ptr, settings_ptr, tokens_ptr, vocab, row_stride, settings_stride, SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_ids = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        best_ids = tl.where(x > best, ids, best_ids)
+        best = tl.maximum(x, best)
+    top = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == top, best_ids, vocab), axis=0)
+    temperature = tl.load(settings_ptr + row)
+    if temperature > 0.0:
+        top_p = tl.load(settings_ptr + settings_stride + row)
+        min_p = tl.load(settings_ptr + 2 * settings_stride + row).to(tl.float32)
+        top_k = tl.load(settings_ptr + 3 * settings_stride + row).to(tl.int32)
+        uniform = tl.load(settings_ptr + 4 * settings_stride + row)
+        scale = (1.0 / temperature).to(tl.float32)
+        if (top_p < 1.0) | ((top_k > 0) & (top_k < vocab)):
+            token = _draw_in_rank_order(
+                row_ptr, vocab, uniform, top_p, top_k, top, scale, min_p, SHIFT, BLOCK
+            )
+        else:
+            token = _draw_in_id_order(row_ptr, vocab, uniform, top, scale, min_p, BLOCK)
+    tl.store(tokens_ptr + row, token)
+
+
+def draw(logits: torch.Tensor, settings: torch.Tensor, tokens: torch.Tensor) -> None:
+    """One token per row of logits [S, V] into tokens int32 [>= S].
+
+    settings float64 [5, >= S]: temperature (0: the likeliest), top_p, min_p, top_k, uniform number of [0, 1).
+    """
+    num_rows, vocab = logits.shape
+    if num_rows:
+        draw_kernel[(num_rows,)](
+            logits, settings, tokens, vocab, logits.stride(0), settings.stride(0), SHIFT=_SPARE_BITS[logits.dtype],
+            BLOCK=min(triton.next_power_of_2(vocab), 1 << 16 if INTERPRETED else 4096), num_warps=8,
+        )  # fmt: skip

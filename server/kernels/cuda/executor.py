@@ -1,0 +1,301 @@
+"""The CUDA executor: library products and Triton kernels, decode steps as CUDA graphs.
+
+A decode step of one size is one graph over the whole path. With mixed sizes every station has one graph for each side;
+the rows of both sides lie left-aligned in two buffers and move between them where the cut moves, so addresses never
+change. Steps with prompts in them are launched kernel by kernel.
+
+T = tokens of the step, R = requests, S = rows whose logits are wanted, E = hidden, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model_store.pair import LoadedPair
+from model_store.weights import EndWeights
+from server.engine.batch import ForwardBatch
+from server.engine.config import EngineConfig
+from server.kernels.cuda.attention import PagedAttention
+from server.kernels.cuda.draw import draw
+from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
+from server.kernels.cuda.inputs import DecodeInputs, StepInputs
+from server.kernels.cuda.layer import Layers
+from server.kernels.cuda.norm import norm
+from server.kernels.cuda.runtime import INTERPRETED
+from server.kernels.cuda.staging import Download, Upload
+from server.kernels.cuda.tables import DeviceTables
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("teacher", "student")
+# (temperature, top_p, min_p, top_k, uniform number) of one row
+DrawSettings = tuple[float, float, float, int, float]
+
+
+def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
+    """The executor, or the reason why this pair or this machine cannot have it."""
+    embed = pair.ends["teacher"].embed
+    if embed.device.type != "cuda" and not (INTERPRETED and config.executor == "cuda"):
+        return f"runs on cuda, not on {embed.device.type}"
+    if config.quantization:
+        return f"does not do --quantization {config.quantization}"
+    if embed.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(embed.device)
+        if major < 8:
+            return f"needs compute capability 8.0, the device has {major}.{minor}"
+        if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+            return "Triton needs a C compiler at run time and there is none"
+    if missing := [layer for path in pair.sizes for layer in pair.elasticity.path(path).layers if layer not in pair.layers]:
+        return f"layer {missing[0]} is not loaded whole"
+    return CudaExecutor(pair, config)
+
+
+class CudaExecutor:
+    """Implements `server.model.executor.Executor`; `launch` runs a step and draws its tokens without waiting."""
+
+    name = "cuda"
+
+    def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
+        self.spec, self.elasticity, self.ends = pair.spec, pair.elasticity, pair.ends
+        self.sizes = pair.sizes
+        self.dtype, self.device = pair.ends["teacher"].embed.dtype, pair.ends["teacher"].embed.device
+        self.page_size = config.page_size
+        spec, device, max_rows = self.spec, self.device, config.max_num_seqs
+        num_stations = len(self.elasticity.stations)
+        self._attention = PagedAttention(
+            num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            scale=spec.attention_scale, max_rows=max_rows, num_programs=2 * _num_processors(device),
+            dtype=self.dtype, device=device,
+        )  # fmt: skip
+        self._tables = DeviceTables(
+            self.elasticity.num_global_layers, max_rows, -(-config.max_model_len // config.page_size), device
+        )
+        self._layers = Layers(spec, pair.layers, self._attention, self._tables, config.max_model_len, device)
+        self._graphs = Graphs(device, enabled=not config.enforce_eager)
+        self._buckets = buckets(max_rows)
+        self._inputs = DecodeInputs(max_rows, num_stations, device)
+        self._upload = Upload(8 * config.max_num_batched_tokens, np.int32, device)
+        self._draw_upload = Upload(5 * max_rows, np.float64, device)
+        self._no_limit = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device)
+        # Left-aligned hidden rows of both sides, and what a decode step leaves: zeroed, because padding is computed too.
+        self._x = torch.zeros(2, max_rows, spec.hidden_size, dtype=self.dtype, device=device)
+        self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=self.dtype, device=device)
+        self._logits = torch.zeros(max_rows, spec.vocab_size, dtype=self.dtype, device=device)
+        self._tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._ready: torch.Tensor | None = None  # rows whose logits `_logits` holds
+
+    # --- Executor
+
+    def describe(self) -> str:
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu (interpreted)"
+        graphs = f"{len(self._graphs)} CUDA graphs" if self._graphs.enabled else "no CUDA graphs"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"Triton on {where}, {name}, {graphs}, pages of {self.page_size} tokens"
+
+    def page_bytes(self) -> int:
+        return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Also records the graphs. ValueError if the memory is not there."""
+        self._graphs.clear()
+        try:
+            self._layers.allocate(num_pages, self.page_size, self.dtype)
+        except torch.OutOfMemoryError as error:
+            need = num_pages * self.page_bytes() / 2**30
+            raise ValueError(
+                f"the KV cache of {need:.2f} GiB does not fit on the device: lower --kv-cache-memory or "
+                f"--gpu-memory-utilization ({error})"
+            ) from error
+        if self._graphs.enabled:
+            self._record()
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        if self._is_decode(batch):
+            self._run_decode(batch)
+            if len(batch.logits_rows) == batch.num_tokens:
+                self._ready = self._hidden[: batch.num_tokens]
+                return self._ready
+            return self._hidden[torch.from_numpy(batch.logits_rows).to(self.device)]
+        return self._run_any(batch)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+        if hidden is self._ready:
+            return self._logits[: len(hidden)].float()
+        out = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
+        self._head(hidden, num_teacher, out)
+        return out.float()
+
+    @torch.inference_mode()
+    def draw(self, logits: torch.Tensor, draws: list[DrawSettings]) -> list[int]:
+        """One token per row of logits [S, V]."""
+        return self._draw(logits, draws).wait()
+
+    # --- without waiting
+
+    @torch.inference_mode()
+    def launch(self, batch: ForwardBatch, draws: list[DrawSettings], *, follows: bool = False) -> Download:
+        """Run a step whose requests all take one token and draw the next one of each; nothing waits for the device.
+
+        With `follows` the input ids are the tokens that the launch before drew, in the same order: the host need not
+        know them yet.
+        """
+        assert self._is_decode(batch) and len(batch.logits_rows) == batch.num_requests == len(draws)
+        self._run_decode(batch, follows=follows)
+        return self._draw(self._logits[: batch.num_requests], draws)
+
+    # --- steps of any kind
+
+    def _run_any(self, batch: ForwardBatch) -> torch.Tensor:
+        self._ready = None
+        updates = self._tables.changes(batch, self.page_size)
+        inputs = StepInputs.send(batch, updates, self._upload, self._attention.max_queries, self._no_limit)
+        self._tables.apply(inputs.updates)
+        x = torch.empty(batch.num_tokens, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        split = int(batch.query_start[batch.embed_cut])
+        for end, rows in self._by_side(split, batch.num_tokens):
+            _embed(end, inputs.ids[rows], inputs.positions[rows], x[rows])
+        lanes = {}
+        for segment in batch.program:
+            key = (segment.start, segment.stop)
+            lane = lanes.get(key) or lanes.setdefault(key, inputs.lane(*key))
+            self._layers.run(x[batch.tokens(*key)], segment.layer, lane)
+        wanted = x.index_select(0, inputs.logits_rows)
+        hidden = torch.empty_like(wanted)
+        for end, rows in self._by_side(int(batch.logits_start[batch.norm_cut]), len(wanted)):
+            self._final_norm(end, wanted[rows], hidden[rows])
+        return hidden
+
+    # --- decode steps, recorded
+
+    def _is_decode(self, batch: ForwardBatch) -> bool:
+        return batch.num_tokens == batch.num_requests
+
+    def _run_decode(self, batch: ForwardBatch, *, follows: bool = False) -> None:
+        """Leaves final-normed rows in `_hidden` and their logits in `_logits`, in batch order."""
+        self._ready = None
+        updates = self._tables.changes(batch, self.page_size)
+        if len(updates):
+            self._tables.apply(*self._upload.send([updates]))
+        num, sizes = batch.num_requests, batch.sizes
+        splits = np.searchsorted(-sizes, -np.asarray(self.elasticity.thresholds), side="right").astype(np.int32)
+        self._inputs.send(batch, splits)
+        if follows:
+            self._inputs.take_ids(self._tokens[:num])
+        if sizes[0] == sizes[-1]:
+            self._run_path(int(sizes[0]), bucket_of(num, self._buckets))
+        else:
+            self._run_sides(batch, splits.tolist())
+
+    def _run_path(self, size: int, rows: int) -> None:
+        path = self.elasticity.path(size)
+
+        def run() -> None:
+            x, lane = self._x[0, :rows], self._inputs.lane(0, rows, None)
+            _embed(self.ends[path.embed_from], self._inputs.ids[0, :rows], lane.positions, x)
+            for layer in path.layers:
+                self._layers.run(x, layer, lane)
+            self._final_norm(self.ends[path.norm_from], x, self._hidden[:rows])
+            self._head(self._hidden[:rows], rows if path.head_from == "teacher" else 0, self._logits[:rows])
+
+        self._graphs.run(("path", size, rows), run)
+
+    def _run_sides(self, batch: ForwardBatch, splits: list[int]) -> None:
+        num, cut = batch.num_requests, batch.embed_cut
+        for side, count in enumerate((cut, num - cut)):
+            if count:
+                ids, positions = self._inputs.ids[side, :count], self._inputs.lane(side, count, None).positions
+                _embed(self.ends[SIDES[side]], ids, positions, self._x[side, :count])
+        for station, split in enumerate(splits):
+            self._move(cut, split, num)
+            cut = split
+            for side, count in enumerate((cut, num - cut)):
+                if count:
+                    self._run_station(station, side, bucket_of(count, self._buckets))
+        self._move(cut, batch.norm_cut, num)
+        cut = batch.norm_cut
+        if cut:
+            self._final_norm(self.ends["teacher"], self._x[0, :cut], self._hidden[:cut])
+        if cut < num:
+            rows = self._x[1, : num - cut].flip(0)
+            self._final_norm(self.ends["student"], rows, self._hidden[cut:num])
+        self._head(self._hidden[:num], batch.head_cut, self._logits[:num])
+
+    def _run_station(self, index: int, side: int, rows: int) -> None:
+        station = self.elasticity.stations[index]
+        layers = range(station.start, station.stop) if side == 0 else (self.elasticity.num_teacher_layers + index,)
+
+        def run() -> None:
+            lane = self._inputs.lane(side, rows, index)
+            for layer in layers:
+                self._layers.run(self._x[side, :rows], layer, lane)
+
+        self._graphs.run(("station", index, side, rows), run)
+
+    def _move(self, old: int, new: int, num: int) -> None:
+        """Requests between the old and the new cut change sides: off the end of one buffer onto the end of the other."""
+        teacher, student = self._x
+        if new > old:
+            teacher[old:new] = student[num - new : num - old].flip(0)
+        elif new < old:
+            student[num - old : num - new] = teacher[new:old].flip(0)
+
+    def _record(self) -> None:
+        """Record what any mix of sizes needs, and whole paths of the ends of the dial; other paths when first used.
+
+        Counts are 0 meanwhile, so nothing is written to the pages. Largest first, so that all share its memory.
+        """
+        started = time.monotonic()
+        for rows in reversed(self._buckets):
+            for size in {self.sizes[0], self.sizes[-1]}:
+                self._run_path(size, rows)
+            if len(self.sizes) > 1:
+                for index, threshold in enumerate(self.elasticity.thresholds):
+                    for side in range(2):
+                        is_used = self.sizes[-1] >= threshold if side == 0 else self.sizes[0] < threshold
+                        if is_used:
+                            self._run_station(index, side, rows)
+        torch.cuda.synchronize(self.device)
+        logger.info("recorded %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
+
+    # --- parts
+
+    def _by_side(self, split: int, num: int) -> list[tuple[EndWeights, slice]]:
+        """(end weights, rows) of both sides; one entry where they are the same or one is empty."""
+        teacher, student = self.ends["teacher"], self.ends["student"]
+        if teacher is student:
+            split = num
+        sides = [(teacher, slice(0, split)), (student, slice(split, num))]
+        return [(end, rows) for end, rows in sides if rows.start < rows.stop]
+
+    def _final_norm(self, end: EndWeights, rows: torch.Tensor, out: torch.Tensor) -> None:
+        norm(rows, end.final_norm_weight, end.final_norm_bias, kind=self.spec.norm, eps=self.spec.norm_eps, out=out)
+
+    def _head(self, hidden: torch.Tensor, num_teacher: int, out: torch.Tensor) -> None:
+        for end, rows in self._by_side(num_teacher, len(hidden)):
+            torch.mm(hidden[rows], end.head.t(), out=out[rows])
+            if end.head_bias is not None:
+                out[rows] += end.head_bias
+
+    def _draw(self, logits: torch.Tensor, draws: list[DrawSettings]) -> Download:
+        # Rows of `settings`: temperature, top_p, min_p, top_k, uniform number.
+        (settings,) = self._draw_upload.send([np.asarray(draws, np.float64).reshape(-1, 5).T])
+        draw(logits, settings, self._tokens)
+        return Download(self._tokens[: len(draws)])
+
+
+def _embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    torch.index_select(end.embed, 0, ids, out=out)
+    if end.positions is not None:
+        out += F.embedding(positions, end.positions)
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

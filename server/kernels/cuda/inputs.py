@@ -1,0 +1,118 @@
+"""What a step's kernels read, as arrays: for steps of any kind, and the fixed places of recorded decode steps.
+
+T = tokens, R = requests, B = most rows of a recorded step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from server.engine.batch import ForwardBatch
+from server.kernels.cuda.attention import Items
+from server.kernels.cuda.layer import Lane
+from server.kernels.cuda.staging import Upload
+
+
+def _chunk_items(batch: ForwardBatch, rows: np.ndarray, max_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items of the requests `rows`, int32 [4, n] (token, queries, slot, position), and how many each request has."""
+    counts = np.diff(batch.query_start)[rows]
+    numbers = -(-counts // max_queries)
+    first = np.repeat(np.cumsum(numbers) - numbers, numbers)
+    begin = (np.arange(len(first)) - first) * max_queries  # of the item within its request
+    owner = np.repeat(rows, numbers)
+    lengths = np.minimum(np.repeat(counts, numbers) - begin, max_queries)
+    start = batch.query_start[owner]
+    items = np.stack((start + begin, lengths, batch.slots[owner], batch.positions[start] + begin))
+    return items.astype(np.int32), numbers
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """A step's arrays on the device, in batch order; `lane` cuts out what some of the requests need."""
+
+    batch: ForwardBatch
+    ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    logits_rows: torch.Tensor
+    updates: torch.Tensor  # of the block tables
+    decode: torch.Tensor  # [4, n]
+    chunks: torch.Tensor  # [4, n]
+    decode_start: np.ndarray  # [R + 1], decode items of request r are [decode_start[r], decode_start[r + 1])
+    chunk_start: np.ndarray
+    no_limit: torch.Tensor  # a count that no row reaches
+
+    @classmethod
+    def send(
+        cls, batch: ForwardBatch, updates: np.ndarray, upload: Upload, max_queries: int, no_limit: torch.Tensor
+    ) -> StepInputs:
+        """Build the arrays and put them on their way."""
+        counts = np.diff(batch.query_start)
+        is_decode = counts == 1
+        decode, decode_numbers = _chunk_items(batch, np.flatnonzero(is_decode), 1)
+        chunks, chunk_numbers = _chunk_items(batch, np.flatnonzero(~is_decode), max_queries)
+        starts = np.zeros((2, len(counts) + 1), np.int64)
+        starts[0, 1:][is_decode] = decode_numbers
+        starts[1, 1:][~is_decode] = chunk_numbers
+        np.cumsum(starts, axis=1, out=starts)
+        arrays = [
+            batch.input_ids, batch.positions, np.repeat(batch.slots, counts), batch.logits_rows, updates, decode, chunks
+        ]  # fmt: skip
+        sent = upload.send(arrays)
+        return cls(batch, *sent, starts[0], starts[1], no_limit)
+
+    def lane(self, start: int, stop: int) -> Lane:
+        """Requests [start, stop) of the batch."""
+        tokens = self.batch.tokens(start, stop)
+        items = (
+            self._items(self.decode, self.decode_start[start], self.decode_start[stop], True),
+            self._items(self.chunks, self.chunk_start[start], self.chunk_start[stop], False),
+        )
+        return Lane(self.positions[tokens], self.slots[tokens], self.no_limit, items, tokens.start)
+
+    def _items(self, items: torch.Tensor, start: int, stop: int, is_decode: bool) -> Items:
+        return Items(*items[:, start:stop], count=self.no_limit, is_decode=is_decode)
+
+
+class DecodeInputs:
+    """Fixed places for steps in which every request advances by one token.
+
+    Side 0 holds the requests in batch order (largest size first), side 1 in reverse, so that both the rows on the
+    teacher's side and those on the student's are a prefix at every station. How long the prefix is, `count` says.
+    """
+
+    def __init__(self, max_rows: int, num_stations: int, device: torch.device) -> None:
+        self._shape = (2, max_rows)
+        self._num_rows_values = 6 * max_rows
+        self._upload = Upload(self._num_rows_values + 2 * num_stations + 1, np.int32, device)
+        rows = self._upload.buffer[: self._num_rows_values].view(3, 2, max_rows)
+        self.ids, self._positions, self._slots = rows
+        self._counts = self._upload.buffer[self._num_rows_values :]
+        self._tokens = torch.arange(max_rows, dtype=torch.int32, device=device)
+        self._lengths = torch.ones(max_rows, dtype=torch.int32, device=device)
+
+    def send(self, batch: ForwardBatch, splits: np.ndarray) -> None:
+        """splits [stations]: how many requests run the teacher's block there."""
+        num = batch.num_requests
+        rows = np.zeros((3, *self._shape), np.int32)
+        for values, array in zip(rows, (batch.input_ids, batch.positions, batch.slots), strict=True):
+            values[0, :num], values[1, :num] = array, array[::-1]
+        counts = np.empty(2 * len(splits) + 1, np.int32)
+        counts[:-1:2], counts[1::2], counts[-1] = splits, num - splits, num
+        self._upload.send([rows, counts])
+
+    def take_ids(self, tokens: torch.Tensor) -> None:
+        """Input ids that the host does not know yet: the tokens just drawn, in batch order."""
+        self.ids[0, : len(tokens)] = tokens
+        self.ids[1, : len(tokens)] = tokens.flip(0)
+
+    def lane(self, side: int, rows: int, station: int | None) -> Lane:
+        """The first `rows` of a side; `station` says whose count holds (None: all requests)."""
+        index = -1 if station is None else 2 * station + side
+        count = self._counts[index:][:1]
+        positions, slots = self._positions[side, :rows], self._slots[side, :rows]
+        items = Items(self._tokens[:rows], self._lengths[:rows], slots, positions, count, is_decode=True)
+        return Lane(positions, slots, count, (items,), 0)

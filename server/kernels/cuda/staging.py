@@ -1,0 +1,74 @@
+"""Small host arrays to the device and back without waiting: pinned memory, one copy each way per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class Upload:
+    """Packs host arrays into one device buffer with one asynchronous copy.
+
+    Two pinned buffers take turns, so that filling the next one never waits for the copy before. The device buffer needs
+    no such care: its readers were enqueued before the copy that overwrites it.
+    """
+
+    def __init__(self, capacity: int, dtype: np.dtype, device: torch.device) -> None:
+        self._dtype, self._device = np.dtype(dtype), device
+        self._turn = 0
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        torch_dtype = torch.from_numpy(np.zeros(0, self._dtype)).dtype
+        is_cuda = self._device.type == "cuda"
+        self._host = [torch.zeros(capacity, dtype=torch_dtype, pin_memory=is_cuda) for _ in range(2)]
+        self.buffer = torch.zeros(capacity, dtype=torch_dtype, device=self._device)
+
+    def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Views of the device buffer that hold the arrays once the stream gets there; valid until the next send.
+
+        The buffer grows if they do not fit: not for views that a captured graph reads.
+        """
+        total = sum(array.size for array in arrays)
+        if total > len(self.buffer):
+            for event in self._copied:
+                if event is not None:
+                    event.synchronize()
+            self._allocate(max(total, 2 * len(self.buffer)))
+        self._turn = 1 - self._turn
+        event = self._copied[self._turn]
+        if event is not None:
+            event.synchronize()
+        host = self._host[self._turn].numpy()
+        views, start = [], 0
+        for array in arrays:
+            stop = start + array.size
+            host[start:stop] = array.reshape(-1)
+            views.append(self.buffer[start:stop].view(array.shape))
+            start = stop
+        self.buffer[:total].copy_(self._host[self._turn][:total], non_blocking=True)
+        if self._device.type == "cuda":
+            event = self._copied[self._turn] = event or torch.cuda.Event()
+            event.record()
+        return views
+
+
+class Download:
+    """A copy of device values that is on its way to the host."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host, self._event = values.clone(), None
+
+    def wait(self) -> list:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
