@@ -28,14 +28,16 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def make_pair(family: str, dtype: torch.dtype) -> LoadedPair:
+def make_pair(family: str, dtype: torch.dtype, elasticity: Elasticity | None = None, **changes) -> LoadedPair:
+    """Random weights; `changes` are fields of the ModelSpec."""
+    elasticity = elasticity or Elasticity.last_to_first(6, (0, 2, 4, 5))
     fields = {
-        "family": family, "num_layers": 6, "hidden_size": 70, "intermediate_size": 106, "num_heads": 6,
+        "family": family, "num_layers": elasticity.num_teacher_layers, "hidden_size": 70, "intermediate_size": 106, "num_heads": 6,
         "num_kv_heads": 2, "head_dim": 20, "vocab_size": 331, "norm": "rms", "norm_eps": 1e-5, "activation": "silu",
         "gated_mlp": True, "parallel_residual": False, "qk_norm": False, "qkv_bias": False, "o_bias": False,
         "mlp_bias": False, "rope_theta": 1e4, "max_position_embeddings": 320, "tie_word_embeddings": True,
         "attention_scale": 0.2,
-    } | FAMILIES[family]  # fmt: skip
+    } | FAMILIES[family] | changes  # fmt: skip
     fields.setdefault("rotary_dim", fields["head_dim"])
     spec = ModelSpec(**fields)
     generator = torch.Generator().manual_seed(0)
@@ -67,17 +69,18 @@ def make_pair(family: str, dtype: torch.dtype) -> LoadedPair:
             positions=draw(spec.max_position_embeddings, e) if spec.learned_positions else None,
         )  # fmt: skip
 
-    elasticity = Elasticity.last_to_first(6, (0, 2, 4, 5))
     return LoadedPair(
         name="tiny", spec=spec, elasticity=elasticity, sizes=elasticity.sizes,
         layers={i: layer() for i in range(elasticity.num_global_layers)}, ends={"teacher": end(), "student": end()},
     )  # fmt: skip
 
 
-def make_steps(elasticity: Elasticity, counts: list[list[int]]) -> list[ForwardBatch]:
-    """One batch per step; counts[step][request] tokens of five requests, sizes 6, 5, 5, 4, 4; pages in random order."""
+def make_steps(
+    elasticity: Elasticity, counts: list[list[int]], sizes: tuple[int, ...] = (6, 5, 5, 4, 4), vocab: int = 331
+) -> list[ForwardBatch]:
+    """One batch per step; counts[step][request] tokens of requests of these sizes; pages in random order."""
     rng = np.random.default_rng(0)
-    sizes = np.array([6, 5, 5, 4, 4], np.int32)
+    sizes = np.array(sizes, np.int32)
     shape = (elasticity.num_global_layers, len(sizes), MAX_BLOCKS)
     tables = rng.permutation(np.prod(shape)).astype(np.int32).reshape(shape)
     done = np.zeros(len(sizes), np.int32)
@@ -96,10 +99,10 @@ def make_steps(elasticity: Elasticity, counts: list[list[int]]) -> list[ForwardB
             if split:
                 program += [Segment(t, 0, split, station.index) for t in range(station.start, station.stop)]
             if split < len(rows):
-                program.append(Segment(6 + station.index, split, len(rows), station.index))
+                program.append(Segment(elasticity.num_teacher_layers + station.index, split, len(rows), station.index))
         batches.append(ForwardBatch(
             requests=[None] * len(rows), sizes=sizes[rows],
-            input_ids=rng.integers(0, 331, start[-1]).astype(np.int32),
+            input_ids=rng.integers(0, vocab, start[-1]).astype(np.int32),
             positions=np.concatenate([np.arange(done[r], done[r] + step[r]) for r in rows]).astype(np.int32),
             query_start=start, context_lens=done[rows] + advance, slots=rows.astype(np.int32), block_tables=tables,
             program=program, embed_cut=cut(elasticity.embed_threshold, sizes[rows]),

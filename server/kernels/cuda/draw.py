@@ -160,11 +160,12 @@ def draw_kernel(
         ids = start + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         best_ids = tl.where(x > best, ids, best_ids)
-        best = tl.maximum(x, best)
+        best = tl.where(x > best, x, best)
     top = tl.max(best, axis=0)
     token = tl.min(tl.where(best == top, best_ids, vocab), axis=0)
+    is_finite = (top > float("-inf")) & (top < float("inf"))
     temperature = tl.load(settings_ptr + row)
-    if temperature > 0.0:
+    if (temperature > 0.0) & is_finite:
         top_p = tl.load(settings_ptr + settings_stride + row)
         min_p = tl.load(settings_ptr + 2 * settings_stride + row).to(tl.float32)
         top_k = tl.load(settings_ptr + 3 * settings_stride + row).to(tl.int32)
@@ -176,11 +177,11 @@ def draw_kernel(
             )
         else:
             token = _draw_in_id_order(row_ptr, vocab, uniform, top, scale, min_p, BLOCK)
-    tl.store(tokens_ptr + row, token)
+    tl.store(tokens_ptr + row, tl.where(is_finite, token, -1))
 
 
 def draw(logits: torch.Tensor, settings: torch.Tensor, tokens: torch.Tensor) -> None:
-    """One token per row of logits [S, V] into tokens int32 [>= S].
+    """One token per row of logits [S, V] into tokens int32 [>= S]; -1 where no logit is a finite number.
 
     settings float64 [5, >= S]: temperature (0: the likeliest), top_p, min_p, top_k, uniform number of [0, 1).
     """

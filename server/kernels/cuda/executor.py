@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 SIDES = ("teacher", "student")
 # (temperature, top_p, min_p, top_k, uniform number) of one row
 DrawSettings = tuple[float, float, float, int, float]
+GREEDY: DrawSettings = (0.0, 1.0, 0.0, 0, 0.0)
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
@@ -51,8 +52,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
         if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
             return "Triton needs a C compiler at run time and there is none"
-    if missing := [layer for path in pair.sizes for layer in pair.elasticity.path(path).layers if layer not in pair.layers]:
-        return f"layer {missing[0]} is not loaded whole"
+    if pair.low_rank:
+        return "does not run students kept as low-rank differences"
     return CudaExecutor(pair, config)
 
 
@@ -60,6 +61,7 @@ class CudaExecutor:
     """Implements `server.model.executor.Executor`; `launch` runs a step and draws its tokens without waiting."""
 
     name = "cuda"
+    shared_stations: frozenset[int] = frozenset()
 
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
         self.spec, self.elasticity, self.ends = pair.spec, pair.elasticity, pair.ends
@@ -132,6 +134,16 @@ class CudaExecutor:
         out = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
         self._head(hidden, num_teacher, out)
         return out.float()
+
+    @torch.inference_mode()
+    def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
+        """The likeliest token of each row; -1 where no logit is a finite number."""
+        if hidden is self._ready:
+            logits = self._logits[: len(hidden)]
+        else:
+            logits = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
+            self._head(hidden, num_teacher, logits)
+        return self._draw(logits, [GREEDY] * len(logits)).wait()
 
     @torch.inference_mode()
     def draw(self, logits: torch.Tensor, draws: list[DrawSettings]) -> list[int]:

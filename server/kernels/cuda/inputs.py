@@ -106,8 +106,9 @@ class DecodeInputs:
 
     def take_ids(self, tokens: torch.Tensor) -> None:
         """Input ids that the host does not know yet: the tokens just drawn, in batch order."""
-        self.ids[0, : len(tokens)] = tokens
-        self.ids[1, : len(tokens)] = tokens.flip(0)
+        ids = tokens.clamp_min(0)  # -1: nothing could be drawn, which the host will see
+        self.ids[0, : len(ids)] = ids
+        self.ids[1, : len(ids)] = ids.flip(0)
 
     def lane(self, side: int, rows: int, station: int | None) -> Lane:
         """The first `rows` of a side; `station` says whose count holds (None: all requests)."""

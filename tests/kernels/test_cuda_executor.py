@@ -1,0 +1,151 @@
+"""The CUDA executor against the portable one, without a GPU: kernels interpreted, recorded steps called directly.
+
+Everything but the recording itself runs: buckets and padding, both sides and the moves between them, block tables,
+staging, drawing, steps that follow on the device.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model_store.assembly import Elasticity
+from model_store.loaded import LoadedPair
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.request import Request, SamplingParams
+from server.kernels.cuda.executor import CudaExecutor, create
+from server.model.executor import create_executor
+from server.model.torch_executor import TorchExecutor
+from tests.kernels.test_cpu_executor import FAMILIES, make_pair, make_steps
+
+PAGE, VOCAB = 8, 61
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ORDERS = {  # two stations of two layers each; in the last one the cut moves both ways
+    "last_to_first": Elasticity.last_to_first(4, (0, 2)),
+    "first_to_last": Elasticity.first_to_last(4, (0, 2)),
+    "middle": Elasticity(6, (0, 2, 4), (6, 4, 5)),
+}
+SMALL = {"hidden_size": 24, "intermediate_size": 40, "head_dim": 16, "vocab_size": VOCAB}
+
+
+def make_small(family: str = "qwen3", order: str = "last_to_first", dtype: torch.dtype = torch.float32) -> LoadedPair:
+    is_grouped = FAMILIES[family].get("num_kv_heads", 2) == 2
+    rotary_dim = FAMILIES[family].get("rotary_dim", SMALL["head_dim"])
+    shape = SMALL | {"num_heads": 2, "num_kv_heads": 1 if is_grouped else 2, "rotary_dim": rotary_dim}
+    pair = make_pair(family, dtype, ORDERS[order], **shape)
+    for part in (*pair.layers.values(), *pair.ends.values()):
+        for tensor in part.tensors():
+            tensor.data = tensor.data.to(DEVICE)
+    return pair
+
+
+def make_config(**changes) -> EngineConfig:
+    values = {"page_size": PAGE, "max_model_len": 320, "max_num_seqs": 5, "max_num_batched_tokens": 64}
+    return EngineConfig(**(values | {"executor": "cuda", "kv_cache_bytes": 1 << 20} | changes))
+
+
+def assert_same_logits(pair: LoadedPair, counts: list[list[int]], sizes: tuple[int, ...]) -> None:
+    cuda, portable = create(pair, make_config()), TorchExecutor(pair, page_size=PAGE)
+    assert isinstance(cuda, CudaExecutor), cuda
+    tolerance = 1e-4 if pair.ends["teacher"].embed.dtype == torch.float32 else 0.02
+    steps = make_steps(pair.elasticity, counts, sizes, VOCAB)
+    for executor in (cuda, portable):
+        executor.allocate_kv(steps[0].block_tables.size)
+    for batch in steps:
+        num_teacher = int(batch.logits_start[batch.head_cut])
+        hidden = cuda.forward(batch)
+        got = cuda.logits(hidden, num_teacher)
+        assert cuda.greedy(hidden, num_teacher) == got.argmax(dim=1).tolist()
+        assert torch.equal(cuda.logits(hidden.clone(), num_teacher), got) or DEVICE.type == "cuda"
+        expected = portable.logits(portable.forward(batch), num_teacher)
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < tolerance, error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    # Whole prompts beside a first token, a chunk and decode rows together, decode of mixed sizes, of one size.
+    assert_same_logits(
+        make_small(family), [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1], [0, 0, 1, 1]], sizes=(4, 3, 2, 2)
+    )
+
+
+@pytest.mark.parametrize(("order", "sizes"), [("first_to_last", (4, 3, 3, 2)), ("middle", (6, 5, 4, 3))])
+def test_rows_change_sides_where_the_order_says(order, sizes):
+    assert_same_logits(make_small("llama", order), [[2, 2, 2, 2], [1, 1, 1, 1], [1, 0, 0, 1]], sizes)
+
+
+def test_half_precision_and_chunks_of_several_items():
+    pair = make_small("llama", dtype=torch.float16)  # the interpreter cannot multiply bfloat16 matrices
+    assert_same_logits(pair, [[0, 3, 1, 0], [70, 1, 0, 0], [1, 1, 1, 0]], sizes=(4, 3, 2, 2))
+
+
+def test_launched_steps_follow_each_other_without_the_host():
+    pair = make_small("llama")
+    sizes, num_steps = (4, 3, 2), 2
+    prompt, *steps = make_steps(pair.elasticity, [[4, 2, 3]] + num_steps * [[1, 1, 1]], sizes, VOCAB)
+    draws = [(0.0, 1.0, 0.0, 0, 0.0), (0.9, 0.9, 0.0, 0, 0.3), (1.2, 1.0, 0.1, 0, 0.6)]
+    chains = []
+    for follows in (False, True):
+        executor = create(pair, make_config())
+        executor.allocate_kv(prompt.block_tables.size)
+        hidden = executor.forward(prompt)
+        tokens = executor.draw(executor.logits(hidden, int(prompt.logits_start[prompt.head_cut])), draws)
+        chain = [tokens]
+        for step in steps:
+            ids = torch.zeros(3).int().numpy() if follows else torch.tensor(chain[-1]).int().numpy()
+            chain.append(executor.launch(replace(step, input_ids=ids), draws, follows=follows).wait())
+        chains.append(chain)
+    assert chains[0] == chains[1]
+    assert len({tuple(tokens) for tokens in chains[0]}) > 1
+
+
+def run_engine(executor: str, pair: LoadedPair) -> tuple[Engine, list[list[int]]]:
+    """Requests of all sizes, greedy and seeded, some with a common prefix, in a pool so small that they preempt."""
+    page_bytes = TorchExecutor(pair, page_size=PAGE).page_bytes()
+    engine = Engine(pair, make_config(
+        executor=executor, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=12, kv_cache_bytes=19 * page_bytes
+    ))  # fmt: skip
+    rng = random.Random(0)
+    shared = [rng.randrange(VOCAB) for _ in range(10)]
+    settings = [{"temperature": 0.0}, {"temperature": 0.8, "seed": 1, "top_p": 0.9}, {"temperature": 1.1, "seed": 2}]
+    requests = [
+        Request(f"r{i}", [*shared, i], SamplingParams(max_tokens=7, ignore_eos=True, **setting), sizes=(2 + i,))
+        for i, setting in enumerate(settings)
+    ]
+    for request in requests:
+        engine.add_request(request)
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    return engine, [request.output_token_ids for request in requests]
+
+
+def test_same_text_through_the_engine():
+    pair = make_small("llama")
+    engine, texts = run_engine("cuda", pair)
+    assert engine.executor.name == "cuda" and engine.scheduler.num_preemptions > 0
+    assert texts == run_engine("torch", pair)[1]
+
+
+def test_passed_over_with_reasons(caplog):
+    pair = make_small()
+    caplog.set_level("INFO", "server.model.executor")
+    if DEVICE.type == "cpu":
+        assert create_executor(pair, make_config(executor="auto")).name != "cuda"
+        assert "cuda: runs on cuda only" in caplog.text
+    with pytest.raises(ValueError, match=r"cuda: does not do --quantization int8.*native: not asked for"):
+        create_executor(pair, make_config(quantization="int8"))
+
+
+def test_kv_cache_that_does_not_fit_names_the_settings(monkeypatch):
+    executor = create(make_small(), make_config())
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(executor._layers, "allocate", refuse)
+    with pytest.raises(ValueError, match=r"--kv-cache-memory.*--gpu-memory-utilization"):
+        executor.allocate_kv(10)

@@ -1,0 +1,245 @@
+"""Every Triton kernel against plain torch (interpreted where there is no GPU), and all of them compiled for Hopper."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from server.engine.request import Request, SamplingParams
+from server.engine.sampler import Sampler
+from server.kernels.cuda.activation import activate
+from server.kernels.cuda.attention import Items, PagedAttention
+from server.kernels.cuda.draw import draw
+from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
+from server.kernels.cuda.norm import norm
+from server.kernels.cuda.rotary import rotate_and_write
+from server.kernels.cuda.staging import Download, Upload
+from server.kernels.cuda.tables import DeviceTables
+from server.model import decoder_layer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NO_LIMIT = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def randn(*shape, dtype=torch.float32, around=0.0):
+    return (around + torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).to(DEVICE, dtype)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def assert_close(got, expected, dtype):
+    scale = expected.float().abs().max()
+    assert (got.float() - expected.float()).abs().max() <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norm(kind, dtype):
+    x, weight = randn(19, 70, dtype=dtype), randn(70, dtype=dtype, around=1.0)
+    bias = randn(70, dtype=dtype) if kind == "layer" else None
+    spec = SimpleNamespace(norm=kind, norm_eps=1e-5)
+    expected = decoder_layer.norm(x.float(), weight.float(), None if bias is None else bias.float(), spec)
+    assert_close(norm(x, weight, bias, kind=kind, eps=1e-5), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+def test_activation(kind, dtype):
+    up = 3 * randn(5, 138, dtype=dtype)
+    apply = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[kind]
+    gate, rest = up.float().chunk(2, dim=-1)
+    assert_close(activate(up, kind=kind, is_gated=True), apply(gate) * rest, dtype)
+    assert_close(activate(up, kind=kind, is_gated=False), apply(up.float()), dtype)
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "has_norm", "dtype"),
+    [(20, True, torch.float32), (6, False, torch.float32), (0, False, torch.float32), (20, True, torch.bfloat16)],
+)
+def test_rotary_norm_and_pages(rotary_dim, has_norm, dtype):
+    heads, kv_heads, dim, page, tokens, count = 3, 1, 20, 4, 5, 4
+    qkv = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    weights = [randn(dim, dtype=dtype, around=1.0), randn(dim, dtype=dtype, around=2.0)] if has_norm else [None, None]
+    pages = [torch.zeros(6, kv_heads, page, dim, dtype=dtype, device=DEVICE) for _ in range(2)]
+    table, positions, slots = ints([3, 0], [5, 1]), ints(2, 3, 4, 1, 6), ints(0, 0, 0, 1, 1)
+    angles = torch.outer(torch.arange(8), 1.0 / 10 ** (torch.arange(max(rotary_dim // 2, 1)) / 3)).to(DEVICE)
+    got = rotate_and_write(
+        qkv, *pages, table, positions, slots, ints(count), angles.cos(), angles.sin(), rotary_dim=rotary_dim,
+        num_heads=heads, q_norm=weights[0], k_norm=weights[1], eps=1e-5,
+    )  # fmt: skip
+    q, k, v = qkv.float().view(tokens, -1, dim).split((heads, kv_heads, kv_heads), dim=1)
+    if has_norm:
+        spec = SimpleNamespace(norm="rms", norm_eps=1e-5)
+        q, k = (decoder_layer.norm(x, w.float(), None, spec) for x, w in zip((q, k), weights, strict=True))
+    if rotary_dim:
+        turns = torch.cat((angles, angles), dim=-1)[positions.long(), None]
+        q, k = (decoder_layer.rotate(x, turns.cos(), turns.sin()) for x in (q, k))
+    assert_close(got[:count], q[:count], dtype)
+    expected = [torch.zeros_like(pages[0]) for _ in range(2)]
+    for token in range(count):  # the row beyond is padding and leaves no trace
+        position = int(positions[token])
+        where = int(table[int(slots[token]), position // page])
+        expected[0][where, :, position % page] = k[token].to(dtype)
+        expected[1][where, :, position % page] = v[token].to(dtype)
+    for written, wanted in zip(pages, expected, strict=True):
+        assert_close(written, wanted, dtype)
+
+
+def attend(items: Items, *, num_programs: int, heads=6, kv_heads=2, dim=24, dtype=torch.float32, tokens=40):
+    """Kernel and reference outputs [tokens, H, D] for two requests with 100 positions in shuffled pages."""
+    page, length = 8, 104
+    attention = PagedAttention(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.3, max_rows=4, num_programs=num_programs,
+        dtype=dtype, device=DEVICE,
+    )  # fmt: skip
+    keys, values = (randn(2, length, kv_heads, dim, dtype=dtype, around=a) for a in (0.0, 0.1))
+    q = randn(tokens, heads, dim, dtype=dtype)
+    order = torch.randperm(26, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    table = order.view(2, 13).int()
+    pages = [torch.full((26, kv_heads, page, dim), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    for target, source in zip(pages, (keys, values), strict=True):
+        target[order] = source.view(26, page, kv_heads, dim).transpose(1, 2)
+    got = torch.zeros_like(q)
+    attention.run(q, got, *pages, table, items, first_token=10)
+    expected = torch.zeros_like(q)
+    for item in range(min(len(items), int(items.count))):
+        row, slot = int(items.tokens[item]) - 10, int(items.slots[item])
+        for i in range(int(items.lengths[item])):
+            seen = int(items.positions[item]) + i + 1
+            k, v = keys[slot, :seen].transpose(0, 1), values[slot, :seen].transpose(0, 1)
+            query = q[row + i][:, None].float()
+            expected[row + i] = F.scaled_dot_product_attention(
+                query[None], k[None].float(), v[None].float(), scale=0.3, enable_gqa=True
+            )[0, :, 0].to(dtype)
+    return got, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cannot multiply bfloat16 matrices
+@pytest.mark.parametrize("num_programs", [1, 32])
+def test_decode_attention_whole_and_split(num_programs, dtype):
+    # The fourth item is padding: its request, row and position are nonsense.
+    items = Items(ints(10, 11, 12, 99), ints(1, 1, 1, 1), ints(0, 1, 1, 77), ints(100, 0, 65, 10**6), ints(3), True)
+    got, expected = attend(items, num_programs=num_programs, dtype=dtype)
+    assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2)])
+def test_chunk_attention(heads, kv_heads):
+    # A first chunk, one that goes on, and one of two tokens.
+    items = Items(ints(10, 25, 41), ints(15, 16, 2), ints(0, 1, 0), ints(0, 60, 98), NO_LIMIT, False)
+    got, expected = attend(items, num_programs=8, heads=heads, kv_heads=kv_heads)
+    assert_close(got, expected, torch.float32)
+
+
+def test_number_of_splits_fills_the_device_and_no_more():
+    attention = PagedAttention(
+        num_heads=32, num_kv_heads=8, head_dim=128, scale=1.0, max_rows=256, num_programs=264, dtype=torch.bfloat16,
+        device=DEVICE,
+    )  # fmt: skip
+    assert [attention.num_splits(n) for n in (1, 2, 8, 16, 17, 64, 256)] == [32, 16, 4, 2, 1, 1, 1]
+
+
+def make_draws(num_rows: int) -> list[Request]:
+    rng = random.Random(5)
+    return [
+        Request(f"r{i}", [1], SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.3]), top_p=rng.choice([1.0, 0.9, 0.4]), top_k=rng.choice([0, 0, 1, 7]),
+            min_p=rng.choice([0.0, 0.05]), seed=i,
+        ), sizes=(1,)) for i in range(num_rows)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_like_the_sampler(dtype):
+    logits = (3 * randn(16, 1200)).to(dtype)
+    requests, settings = make_draws(len(logits)), []
+    expected = [token.token_id for token in Sampler().sample(logits.float(), requests)]
+    for request in requests:
+        request.sampler_state = None
+    Sampler(draw=lambda _, draws: settings.extend(draws) or [0] * len(draws)).sample(logits.float(), requests)
+    tokens = torch.zeros(len(logits), dtype=torch.int32, device=DEVICE)
+    draw(logits, torch.tensor(settings, dtype=torch.float64, device=DEVICE).T.contiguous(), tokens)
+    for row, (got, wanted) in enumerate(zip(tokens.tolist(), expected, strict=True)):
+        # Among equal bfloat16 logits torch keeps any, the kernel the first ones.
+        assert got == wanted or (dtype == torch.bfloat16 and logits[row, got] == logits[row, wanted]), settings[row]
+
+
+def test_draw_matches_the_distribution_and_reports_rows_without_numbers():
+    num = 20
+    logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf, 2.0]], device=DEVICE, dtype=torch.bfloat16).repeat(num + 2, 1)
+    logits[num], logits[num + 1] = torch.nan, -torch.inf
+    settings = torch.zeros(5, num + 2, dtype=torch.float64, device=DEVICE)
+    settings[0], settings[1], settings[4, :num] = 1.0, 0.8, (torch.arange(num) + 0.5) / num
+    tokens = torch.zeros(num + 2, dtype=torch.int32, device=DEVICE)
+    draw(logits, settings, tokens)
+    # Mass by rank: 0.39, 0.39, 0.14, ...: 0.8 is reached with the third; 1 and 4 are equal and come in order of id.
+    probabilities = torch.softmax(logits[0].float(), dim=0)[[1, 4, 2]]
+    expected = (probabilities / probabilities.sum() * num).round().int().tolist()
+    counts = torch.bincount(tokens[:num], minlength=5)
+    assert all(abs(a - b) <= 1 for a, b in zip(counts[[1, 4, 2]].tolist(), expected, strict=True))
+    assert int(counts[[1, 4, 2]].sum()) == num and tokens[num:].tolist() == [-1, -1]
+    assert tokens[:num].tolist() == sorted(tokens[:num].tolist(), key=[1, 4, 2].index)
+
+
+def test_block_tables_send_only_what_changed():
+    tables = DeviceTables(num_layers=3, num_slots=2, num_blocks=4, device=DEVICE)
+    host = np.arange(24, dtype=np.int32).reshape(3, 2, 4) + 100
+    request = SimpleNamespace(blocks=[object(), object()], path=SimpleNamespace(layers=(0, 2)))
+
+    def send(context: int) -> int:
+        batch = SimpleNamespace(
+            requests=[request], slots=np.array([1]), context_lens=np.array([context]), block_tables=host
+        )
+        changes = tables.changes(batch, page_size=8)
+        tables.apply(torch.from_numpy(changes).to(DEVICE))
+        return len(changes)
+
+    assert send(9) == 4 and send(10) == 0  # two blocks on two layers, then nothing new
+    request.blocks.append(object())
+    assert send(17) == 2
+    assert tables.tables[[0, 2], 1, :3].tolist() == host[[0, 2], 1, :3].tolist() and not tables.tables[1].any()
+    request.blocks = list(request.blocks)  # preempted or changed size: new pages in the same places
+    host += 50
+    assert send(17) == 6
+    assert tables.tables[[0, 2], 1, :3].tolist() == host[[0, 2], 1, :3].tolist()
+
+
+def test_staging_grows_and_keeps_what_was_sent():
+    upload = Upload(4, np.int32, DEVICE)
+    first = upload.send([np.arange(3)])[0].tolist()
+    a, b = upload.send([np.arange(6).reshape(2, 3), np.array([7])])
+    assert first == [0, 1, 2] and a.tolist() == [[0, 1, 2], [3, 4, 5]] and b.tolist() == [7]
+    assert Download(b).wait() == [7]
+
+
+def test_buckets_and_direct_calls_without_graphs():
+    assert buckets(1) == [1] and buckets(5) == [1, 2, 4, 5]
+    assert buckets(256)[-1] == 256 and len(buckets(256)) < 24
+    assert [bucket_of(n, buckets(40)) for n in (1, 3, 9, 33, 40)] == [1, 4, 16, 40, 40]
+    calls = []
+    graphs = Graphs(DEVICE, enabled=False)
+    for _ in range(2):
+        graphs.run("key", lambda: calls.append(1))
+    assert calls == [1, 1] and len(graphs) == 0
+
+
+def test_every_kernel_compiles_for_hopper_without_spilling():
+    """In a process of its own: here the kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "server.kernels.cuda.compile", "--json", "--shapes", "qwen3-4b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) > 15
+    for row in rows:
+        assert row["spilled"] == 0 and row["shared"] <= 227 * 1024, row
