@@ -32,11 +32,11 @@ def make_pair(family: str, dtype: torch.dtype, elasticity: Elasticity | None = N
     """Random weights; `changes` are fields of the ModelSpec."""
     elasticity = elasticity or Elasticity.last_to_first(6, (0, 2, 4, 5))
     fields = {
-        "family": family, "num_layers": elasticity.num_teacher_layers, "hidden_size": 70, "intermediate_size": 106, "num_heads": 6,
-        "num_kv_heads": 2, "head_dim": 20, "vocab_size": 331, "norm": "rms", "norm_eps": 1e-5, "activation": "silu",
-        "gated_mlp": True, "parallel_residual": False, "qk_norm": False, "qkv_bias": False, "o_bias": False,
-        "mlp_bias": False, "rope_theta": 1e4, "max_position_embeddings": 320, "tie_word_embeddings": True,
-        "attention_scale": 0.2,
+        "family": family, "num_layers": elasticity.num_teacher_layers, "hidden_size": 70, "intermediate_size": 106,
+        "num_heads": 6, "num_kv_heads": 2, "head_dim": 20, "vocab_size": 331, "norm": "rms", "norm_eps": 1e-5,
+        "activation": "silu", "gated_mlp": True, "parallel_residual": False, "qk_norm": False, "qkv_bias": False,
+        "o_bias": False, "mlp_bias": False, "rope_theta": 1e4, "max_position_embeddings": 320,
+        "tie_word_embeddings": True, "attention_scale": 0.2,
     } | FAMILIES[family] | changes  # fmt: skip
     fields.setdefault("rotary_dim", fields["head_dim"])
     spec = ModelSpec(**fields)

@@ -75,9 +75,9 @@ class CudaExecutor:
             scale=spec.attention_scale, max_rows=max_rows, num_programs=2 * _num_processors(device),
             dtype=self.dtype, device=device,
         )  # fmt: skip
-        self._tables = DeviceTables(
-            self.elasticity.num_global_layers, max_rows, -(-config.max_model_len // config.page_size), device
-        )
+        num_slots = max_rows * (1 if config.speculative_size is None else 2)  # drafts have rows of their own
+        num_blocks = -(-config.max_model_len // config.page_size)
+        self._tables = DeviceTables(self.elasticity.num_global_layers, num_slots, num_blocks, device)
         self._layers = Layers(spec, pair.layers, self._attention, self._tables, config.max_model_len, device)
         self._graphs = Graphs(device, enabled=not config.enforce_eager)
         self._buckets = buckets(max_rows)
@@ -85,7 +85,7 @@ class CudaExecutor:
         self._upload = Upload(8 * config.max_num_batched_tokens, np.int32, device)
         self._draw_upload = Upload(5 * max_rows, np.float64, device)
         self._no_limit = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device)
-        # Left-aligned hidden rows of both sides, and what a decode step leaves: zeroed, because padding is computed too.
+        # Left-aligned hidden rows of both sides, and what a decode step leaves: zeroed, for padding is computed too.
         self._x = torch.zeros(2, max_rows, spec.hidden_size, dtype=self.dtype, device=device)
         self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=self.dtype, device=device)
         self._logits = torch.zeros(max_rows, spec.vocab_size, dtype=self.dtype, device=device)
@@ -252,7 +252,7 @@ class CudaExecutor:
         self._graphs.run(("station", index, side, rows), run)
 
     def _move(self, old: int, new: int, num: int) -> None:
-        """Requests between the old and the new cut change sides: off the end of one buffer onto the end of the other."""
+        """Requests between the cuts change sides: off the end of one buffer, onto the end of the other."""
         teacher, student = self._x
         if new > old:
             teacher[old:new] = student[num - new : num - old].flip(0)
@@ -299,8 +299,10 @@ class CudaExecutor:
     def _draw(self, logits: torch.Tensor, draws: list[DrawSettings]) -> Download:
         # Rows of `settings`: temperature, top_p, min_p, top_k, uniform number.
         (settings,) = self._draw_upload.send([np.asarray(draws, np.float64).reshape(-1, 5).T])
-        draw(logits, settings, self._tokens)
-        return Download(self._tokens[: len(draws)])
+        # Guesses to verify are more rows than there are requests.
+        tokens = self._tokens if len(draws) <= len(self._tokens) else self._tokens.new_empty(len(draws))
+        draw(logits, settings, tokens)
+        return Download(tokens[: len(draws)])
 
 
 def _embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:

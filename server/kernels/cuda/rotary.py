@@ -74,8 +74,8 @@ def rotate_and_write(
 ) -> torch.Tensor:  # fmt: skip
     """qkv [T, (H + 2K) D] -> rotated q [T, H, D]; writes k and v of rows below `count` into their pages.
 
-    pages [n, K, P, D]; table int32 [max_num_seqs, max_blocks] of this layer; positions, slots int32 [T]; count int32 [1];
-    cos and sin float32 [positions, rotary_dim / 2].
+    pages [n, K, P, D]; table int32 [max_num_seqs, max_blocks] of this layer; positions, slots int32 [T]; count
+    int32 [1]; cos and sin float32 [positions, rotary_dim / 2].
     """
     num_kv_heads, page_size, head_dim = k_pages.shape[1:]
     num_tokens = qkv.shape[0]
