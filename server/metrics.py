@@ -24,6 +24,8 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from server.engine.step_clock import PARTS
+
 if TYPE_CHECKING:
     from server.engine.engine import Engine, StepStats
     from server.engine.request import Request
@@ -218,6 +220,13 @@ class Metrics:
             "boomerang:step_model_seconds", "Time of a step's model call", name, STEP, self.registry
         )
         self.step_gap = one("step_gap_seconds", "Time between model calls")
+        by_part = Counter(
+            "boomerang:step_gap_part_seconds",
+            "The same by what was done; wait: the part of it all in which the engine's thread did not run",
+            ("model_name", "part"),
+            registry=self.registry,
+        )
+        self.gap_parts = {part: by_part.labels(**name, part=part) for part in (*PARTS, "wait")}
         self.engine_steps = one("engine_steps", "Steps run")
 
     # --- event loop
@@ -245,13 +254,16 @@ class Metrics:
         self.iteration.observe(stats.num_scheduled_tokens)
         self.step_time.observe(stats.step_time)
         self.model_time.observe(stats.model_time)
-        self.step_gap.inc(stats.gap)
+        self.step_gap.inc(stats.gap.seconds)
+        for part in PARTS:
+            self.gap_parts[part].inc(stats.gap.parts.get(part, 0.0))
+        self.gap_parts["wait"].inc(stats.gap.wait)
         self.engine_steps.inc()
         # Everyone who decodes gets a token in every step, so the step's period is the interval of all of them.
         num_later = stats.num_generation_tokens - stats.num_first_tokens
         if num_later > 0:
             for histogram in self._inter_token:
-                histogram.observe(stats.model_time + stats.gap, num_later)
+                histogram.observe(stats.model_time + stats.gap.seconds, num_later)
 
     def on_request_finished(self, request: Request) -> None:
         reason = request.status.finish_reason

@@ -80,6 +80,8 @@ class AsyncEngine:
         self.engine = engine
         self._streams: dict[str, OutputStream] = {}
         self._inbox: deque[Request | str] = deque()  # requests to add, ids to abort
+        self._unsent: list[RequestOutput] = []
+        engine.before_model = self._flush
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -155,6 +157,7 @@ class AsyncEngine:
                 outputs = self._drain(inbox)
                 if stopping:
                     self._publish(outputs)
+                    self._flush()
                     self._report_leaks()
                     return
                 if self.engine.has_work:
@@ -162,6 +165,8 @@ class AsyncEngine:
                     outputs += self.engine.step()
                     self._step_started = None
                 self._publish(outputs)
+                if not self.engine.scheduler.running:
+                    self._flush()
                 if not self.engine.scheduler.running and self.engine.has_work and not outputs:
                     # Only a policy that holds requests back leads here; look again soon, or when something arrives.
                     with self._wake:
@@ -174,6 +179,7 @@ class AsyncEngine:
                 self._loop_call(self.on_failure, error)
         finally:
             self._step_started = None
+            self._flush()
             self._loop_call(self._fail_all)
 
     def _report_leaks(self) -> None:
@@ -205,7 +211,16 @@ class AsyncEngine:
         return outputs
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        if outputs:
+        """Hand outputs over when the next model call begins, or at once if none is due.
+
+        Then the event loop reads, writes and sends while the model computes. Woken any earlier, it would hold the
+        interpreter while this thread prepares the next step.
+        """
+        self._unsent += outputs
+
+    def _flush(self) -> None:
+        if self._unsent:
+            outputs, self._unsent = self._unsent, []
             self._loop_call(self._deliver, outputs)
 
     def _loop_call(self, function: Callable, *args: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from server.engine.request import Request, RequestOutput, SamplingParams, TokenL
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
 from server.engine.speculation import Speculator
+from server.engine.step_clock import Gap, StepClock
 from server.model.executor import Executor, create_executor
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class StepStats:
     num_generation_tokens: int
     step_time: float
     model_time: float
-    gap: float
+    gap: Gap
     sizes: dict[int, int] = field(default_factory=dict)  # size -> requests in the step
     num_preempted: int = 0
     num_first_tokens: int = 0  # of the generated ones, those that were their request's first
@@ -98,7 +100,8 @@ class Engine:
         self.speculator = None if config.speculative_size is None else self._speculator(config)
         self.metrics_sink: MetricsSink | None = None
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
-        self._last_model_end: float | None = None
+        self._clock = StepClock()
+        self.before_model: Callable[[], None] | None = None  # called when a step is about to leave Python
         self._quarantine = Quarantine()
         self._faults: dict[str, str] = {}  # requests of this step whose own numbers went wrong, and how
         self.num_step_failures = 0
@@ -141,9 +144,11 @@ class Engine:
         Raises EngineBroken when nothing can be computed any more.
         """
         started = time.monotonic()
+        self._clock.lap("publish")
         planned = self.scheduler.schedule()
+        self._clock.lap("schedule")
         if not planned.scheduled:
-            self._last_model_end = None
+            self._clock.rest()
             return planned.outputs
         try:
             return planned.outputs + self._advance(planned, started)
@@ -151,7 +156,7 @@ class Engine:
             error = failure.error
         self.num_step_failures += 1
         logger.error("a step of %d requests failed", len(planned.scheduled), exc_info=error)
-        self._last_model_end = None
+        self._clock.rest()
 
         def run(part: Scheduled) -> list[RequestOutput]:
             try:
@@ -166,13 +171,17 @@ class Engine:
         """Compute a plan and book it. _ComputeError, with nothing booked, if it cannot be computed."""
         self._faults = {}
         try:
-            model_start = time.monotonic()
-            if self.speculator is not None:
-                self.speculator.draft(planned)
+            drafting = 0.0 if self.speculator is None else self._draft(planned)
             batch = self.build_batch(planned.scheduled)
-            verify_start = time.monotonic()
+            self._clock.lap("build")
+            if self.before_model is not None:
+                self.before_model()
+            model_start = time.monotonic()
+            gap = self._clock.model_starts(model_start)
+            gap.seconds -= drafting
             sampled = self.run_batch(batch)
             model_end = time.monotonic()
+            self._clock.model_ended(model_end)
         except Exception as error:
             if self.speculator is not None:
                 self.speculator.retract(planned)
@@ -181,20 +190,30 @@ class Engine:
         if self._faults:
             faulty = [request for request, _ in planned.scheduled if request.request_id in self._faults]
             planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in self._faults]
-        gap = 0.0 if self._last_model_end is None else model_start - self._last_model_end
-        self._last_model_end = model_end
         before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
         num_generated = sum(1 + len(token.following) for token in sampled.values())
         outputs = self.scheduler.update(planned, sampled)
         self._attach_prompt_logprobs(outputs)
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
         try:
-            self._observe(planned, batch, before, started, (model_start, verify_start, model_end), gap, num_generated)
+            times = (started, model_start, model_end, drafting)
+            self._observe(planned, batch, before, times, gap, num_generated)
         except Exception:  # the step is booked: what only watches it must not undo that
             logger.exception("a step could not be observed")
+        self._clock.lap("book")
         for request in faulty:
             outputs += self._condemn(request, ArithmeticError(self._faults[request.request_id]))
         return outputs
+
+    def _draft(self, planned: SchedulerOutput) -> float:
+        """Let the speculator guess; seconds that took."""
+        if self.before_model is not None:
+            self.before_model()
+        started = time.monotonic()
+        self.speculator.draft(planned)
+        drafting = time.monotonic() - started
+        self._clock.lap("draft")
+        return drafting
 
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
         return build_batch(scheduled, self.elasticity, self.kv_cache.block_tables, self.executor.shared_stations)
@@ -343,13 +362,12 @@ class Engine:
         planned: SchedulerOutput,
         batch: ForwardBatch,
         before: list[tuple[Request, int]],
-        started: float,
-        times: tuple[float, float, float],
-        gap: float,
+        times: tuple[float, float, float, float],
+        gap: Gap,
         num_generated: int,
     ) -> None:
-        model_start, verify_start, model_end = times
-        self.scheduler.policy.observe_step(batch, model_end - verify_start, model_end)
+        started, model_start, model_end, drafting = times
+        self.scheduler.policy.observe_step(batch, model_end - model_start, model_end)
         if self.metrics_sink is None:
             return
         num_prompt = sum(
@@ -363,7 +381,7 @@ class Engine:
                 num_prompt_tokens=num_prompt,
                 num_generation_tokens=num_generated,
                 step_time=time.monotonic() - started,
-                model_time=model_end - model_start,
+                model_time=drafting + model_end - model_start,
                 gap=gap,
                 sizes=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
                 num_preempted=planned.num_preempted,
