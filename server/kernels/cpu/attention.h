@@ -9,7 +9,8 @@
 
 namespace boomerang {
 
-constexpr int kPagesInBlock = 8;  // between two updates of the running softmax: 256 positions of pages of 32
+constexpr int kPagesInBlock = kMostTerms;  // between two updates of the running softmax: 256 positions of pages of 32
+constexpr int kQueryRows = 32;     // rows of one work item, about
 
 // T: type of K and V. Products with them take activations of Act<T>.
 template <class T>
@@ -58,6 +59,8 @@ struct AttentionItem {
     int first_position;         // of the first query token; query i sees positions <= first_position + i
     int first_page, end_page;   // range of pages of this item
     float scale;
+    const int32_t* next_table = nullptr;  // first pages and head of the item that follows
+    int num_next = 0, next_head = 0;
 };
 
 template <class T>
@@ -73,11 +76,13 @@ inline float update_row(const float* scores, X* weights, int seen, int width, fl
     const F16 lowest = set16(-INFINITY);
     F16 top = lowest;
     for (int n = 0; n < seen; n += 16) top = max16(top, choose16(tail16(seen - n), load16(scores + n), lowest));
-    const float peak = std::max(maximum, top16(top) * scale);
+    // Scores become powers of two: e^(scale x - peak) = 2^(factor x - shift).
+    const float peak = std::max(maximum, top16(top) * scale), slope = scale * kLog2E;
+    const F16 shift = set16(-peak * kLog2E);
     F16 sum = zero16();
     int n = 0;
     for (; n < seen; n += 16) {
-        const F16 e = keep16(tail16(seen - n), exp16(fma16(load16(scores + n), set16(scale), set16(-peak))));
+        const F16 e = keep16(tail16(seen - n), power_of_two16<sizeof(X) == 2>(fma16(load16(scores + n), set16(slope), shift)));
         sum = sum + e;
         store16(weights + n, e);
     }
@@ -114,13 +119,8 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
                     size = block_size<T>(rows - r);
                     const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units()};
                     // V of these tokens is wanted soon.
-                    const char* next = r == 0 && n * Dp < shape.head_elements() ? reinterpret_cast<const char*>(v + long(n) * Dp) : nullptr;
-                    block<T>(&term, 1, size, next, sums, tiles);
-                    for (int m = 0; m < size; m++) {
-                        float* to = scores + long(r + m) * columns + i * Pp + n;
-                        store16(to, load16(sums + m * kPanel));
-                        store16(to + 16, load16(sums + m * kPanel + 16));
-                    }
+                    const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 ? kUnitStep * kLine<T> : 0};
+                    block<T>(&term, 1, size, ahead, scores + long(r) * columns + i * Pp + n, columns, tiles);
                 }
         }
         const int first = page * P;  // position of the block's first token
@@ -136,6 +136,15 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
             else
                 for (int n = 0; n < pages * Pp; n += 16) store16(weights + long(r) * columns + n, zero16());
         }
+        // What comes next is fetched while the block is finished: its own next pages, or the next item's first.
+        for (int i = 0; i < kPagesInBlock; i++) {
+            const T* k = nullptr;
+            if (page + kPagesInBlock + i < item.end_page)
+                k = item.k_pages + item.table[page + kPagesInBlock + i] * page_stride + head_offset;
+            else if (page + kPagesInBlock >= item.end_page && i < item.num_next)
+                k = item.k_pages + item.next_table[i] * page_stride + item.next_head * shape.head_elements();
+            for (long byte = 0; k && byte < shape.head_elements() * long(sizeof(T)); byte += 64) _mm_prefetch(reinterpret_cast<const char*>(k) + byte, _MM_HINT_T1);
+        }
         for (int d = 0; d < Dp; d += kPanel) {
             Term<T> terms[kPagesInBlock];
             for (int i = 0; i < pages; i++) {
@@ -144,7 +153,7 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
             }
             for (int r = 0, size; r < rows; r += size) {
                 size = block_size<T>(rows - r);
-                block<T>(terms, pages, size, nullptr, sums, tiles);
+                block<T>(terms, pages, size, Ahead{}, sums, kPanel, tiles);
                 for (int i = 0; i < pages; i++) terms[i].x += size * long(columns);
                 for (int m = 0; m < size; m++)
                     for (int half = 0; half < kPanel; half += 16) {

@@ -1,7 +1,6 @@
 // The one kernel: a block of sums, some rows of activations times one panel of weights.
 //
-// sums[row][32] = sum over terms of x[row] . panel. Several terms add up in registers: the pages of an attention block,
-// or a weight and its low-rank correction.
+// out[row][32] = sum over terms of x[row] . panel. Several terms add up in registers: the pages of an attention block.
 #pragma once
 #include <algorithm>
 
@@ -26,6 +25,8 @@ struct ActivationOf<int8> {
 #endif
 template <class W>
 using Act = typename ActivationOf<W>::type;
+
+constexpr int kMostTerms = 8;  // of one block
 
 template <class W>
 struct Term {
@@ -87,65 +88,84 @@ struct Operand<int8> {
 };
 #endif
 
-// R rows; S sums per output, so that enough of them are on their way at once. `next` (or null) is fetched into the
-// second-level cache along the way: the panel that follows.
-template <class W, int R, int S>
-void block_rows(const Term<W>* terms, int num_terms, const char* next, float* sums) {
-    F16 acc[S][R][2];
+// Weights to fetch into the second-level cache along the way: `bytes` per step of kUnitStep units.
+struct Ahead {
+    const char* from = nullptr;
+    int bytes = 0;
+};
+
+#ifdef __AVX512F__
+constexpr int kHalves = 2, kRegisterRows = 12;
+#else
+constexpr int kHalves = 1, kRegisterRows = 4;  // with sixteen registers half a panel is all that fits
+#endif
+
+// R rows; S sums per output, so that enough of them are on their way at once; H halves of the panel at a time.
+template <class W, int R, int S, int H>
+void block_rows(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
+    constexpr int kHalfLine = kLine<W> / 2;
+    F16 acc[S][R][H];
     for (int s = 0; s < S; s++)
-        for (int r = 0; r < R; r++) acc[s][r][0] = acc[s][r][1] = zero16();
+        for (int r = 0; r < R; r++)
+            for (int h = 0; h < H; h++) acc[s][r][h] = zero16();
+    const char* next = ahead.from;
+    const int share = ahead.bytes * S / kUnitStep;
     for (const Term<W>* t = terms; t < terms + num_terms; t++) {
         const char* line = t->panel;
         const Act<W>* x = t->x;
         for (int u = 0; u < t->units; u += S, line += S * kLine<W>, x += S * kPerUnit<W>) {
-            if (next) {
-#pragma GCC unroll 8
-                for (int i = 0; i < S * kLine<W>; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
-                next += S * kLine<W>;
-            }
+            // Spread out: a burst of prefetches holds up the loads behind it.
+            for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+            next += share;
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
-                const Operand<W> a = Operand<W>::load(line + s * kLine<W>), b = Operand<W>::load(line + s * kLine<W> + kLine<W> / 2);
+                Operand<W> w[H];
+                for (int h = 0; h < H; h++) w[h] = Operand<W>::load(line + s * kLine<W> + h * kHalfLine);
 #pragma GCC unroll 12
-                for (int r = 0; r < R; r++) {
-                    const Act<W>* unit = x + r * t->ldx + s * kPerUnit<W>;
-                    acc[s][r][0] = a.fma(acc[s][r][0], unit);
-                    acc[s][r][1] = b.fma(acc[s][r][1], unit);
-                }
+                for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                    for (int h = 0; h < H; h++) acc[s][r][h] = w[h].fma(acc[s][r][h], x + r * t->ldx + s * kPerUnit<W>);
             }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int half = 0; half < 2; half++) {
-            F16 sum = acc[0][r][half];
-            for (int s = 1; s < S; s++) sum = sum + acc[s][r][half];
-            store16(sums + r * kPanel + 16 * half, sum);
+        for (int h = 0; h < H; h++) {
+            F16 sum = acc[0][r][h];
+            for (int s = 1; s < S; s++) sum = sum + acc[s][r][h];
+            store16(out + r * ld + 16 * h, sum);
         }
 }
 
-#ifdef __AVX512F__
-constexpr int kRegisterRows = 12;
-#else
-constexpr int kRegisterRows = 4;
-#endif
+template <class W, int R, int S>
+void block_of(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
+    block_rows<W, R, S, kHalves>(terms, num_terms, ahead, out, ld);
+    if constexpr (kHalves == 1) {
+        Term<W> second[kMostTerms];
+        for (int i = 0; i < num_terms; i++) {
+            second[i] = terms[i];
+            second[i].panel += kLine<W> / 2;
+        }
+        block_rows<W, R, S, kHalves>(second, num_terms, Ahead{}, out + 16, ld);
+    }
+}
 
 // Up to kRegisterRows rows without tiles.
 template <class W>
-void block_in_registers(const Term<W>* terms, int num_terms, int rows, const char* next, float* sums) {
+void block_in_registers(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld) {
     switch (rows) {
-        case 1: return block_rows<W, 1, 4>(terms, num_terms, next, sums);
-        case 2: return block_rows<W, 2, 2>(terms, num_terms, next, sums);
-        case 3: return block_rows<W, 3, 2>(terms, num_terms, next, sums);
-        case 4: return block_rows<W, 4, 2>(terms, num_terms, next, sums);
+        case 1: return block_of<W, 1, kHalves == 2 ? 4 : 2>(terms, num_terms, ahead, out, ld);
+        case 2: return block_of<W, 2, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld);
+        case 3: return block_of<W, 3, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld);
+        case 4: return block_of<W, 4, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld);
 #ifdef __AVX512F__
-        case 5: return block_rows<W, 5, 2>(terms, num_terms, next, sums);
-        case 6: return block_rows<W, 6, 1>(terms, num_terms, next, sums);
-        case 7: return block_rows<W, 7, 1>(terms, num_terms, next, sums);
-        case 8: return block_rows<W, 8, 1>(terms, num_terms, next, sums);
-        case 9: return block_rows<W, 9, 1>(terms, num_terms, next, sums);
-        case 10: return block_rows<W, 10, 1>(terms, num_terms, next, sums);
-        case 11: return block_rows<W, 11, 1>(terms, num_terms, next, sums);
-        default: return block_rows<W, 12, 1>(terms, num_terms, next, sums);
+        case 5: return block_of<W, 5, 2>(terms, num_terms, ahead, out, ld);
+        case 6: return block_of<W, 6, 1>(terms, num_terms, ahead, out, ld);
+        case 7: return block_of<W, 7, 1>(terms, num_terms, ahead, out, ld);
+        case 8: return block_of<W, 8, 1>(terms, num_terms, ahead, out, ld);
+        case 9: return block_of<W, 9, 1>(terms, num_terms, ahead, out, ld);
+        case 10: return block_of<W, 10, 1>(terms, num_terms, ahead, out, ld);
+        case 11: return block_of<W, 11, 1>(terms, num_terms, ahead, out, ld);
+        default: return block_of<W, 12, 1>(terms, num_terms, ahead, out, ld);
 #endif
     }
 }
@@ -168,11 +188,11 @@ inline int block_size(int rows) {
 }
 
 template <class W>
-inline void block(const Term<W>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
+inline void block(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
     if constexpr (kHasTiles<W>) {
-        if (rows >= kTileRows) return block_in_tiles(terms, num_terms, rows, next, sums, tiles);
+        if (rows >= kTileRows) return block_in_tiles(terms, num_terms, rows, ahead, out, ld, tiles);
     }
-    block_in_registers<W>(terms, num_terms, rows, next, sums);
+    block_in_registers<W>(terms, num_terms, rows, ahead, out, ld);
 }
 
 }  // namespace boomerang

@@ -85,6 +85,8 @@ class Engine {
 
   private:
     using X = Act<W>;
+    static constexpr int kRowsPerThread = 128;  // from which products are split by rows: reading weights once per thread pays
+    static constexpr bool kFast = sizeof(X) == 2;
     static_assert(std::is_same<X, Act<T>>::value, "K, V and weights are multiplied with the same activations");
     using Clock = std::chrono::steady_clock;
     enum Phase { kProduct, kAttention, kPlace, kNorm, kHead, kEmbed, kPhases };
@@ -147,8 +149,15 @@ class Engine {
 
     template <class V, class Sink>
     void product(const Rows<V>& x, const Weights& w, int panels, Sink&& sink) {
-        const int chunk = std::max(1, std::min(8, panels / (8 * pool_.num_threads())));
-        pool_.run(chunks_for(panels, chunk), [&](int c, int) { multiply<V>(x, w, Correction<V>{}, c * chunk, std::min(panels, (c + 1) * chunk), sink); });
+        // Many rows: each thread takes rows, and finds them in its own cache in one product after the other. Few: panels.
+        const int threads = pool_.num_threads();
+        if (threads > 1 && x.M >= kRowsPerThread * threads) {
+            const int rows = std::min(512, round_up(chunks_for(x.M, threads), 32));
+            pool_.run(chunks_for(x.M, rows), [&](int c, int) { multiply<V>(x, w, {c * rows, std::min(x.M, (c + 1) * rows), 0, panels}, sink); });
+        } else {
+            const int chunk = std::max(1, std::min(8, panels / (8 * threads)));
+            pool_.run(chunks_for(panels, chunk), [&](int c, int) { multiply<V>(x, w, {0, x.M, c * chunk, std::min(panels, (c + 1) * chunk)}, sink); });
+        }
         count(kProduct);
     }
 
@@ -195,7 +204,7 @@ class Engine {
                 const BsTerm& term = f.terms[i];
                 const int N = term.stop - term.start, from = std::max(c * chunk - begin, 0), to = std::min((c + 1) * chunk - begin, panels_of(N));
                 if (from < to)
-                    multiply<V>({low + at, rank, x.M}, weights(term.b, N, term.rank), Correction<V>{}, from, to, [&](int m, int rows, int panel, const float* sums) {
+                    multiply<V>({low + at, rank, x.M}, weights(term.b, N, term.rank), {0, x.M, from, to}, [&](int m, int rows, int panel, const float* sums) {
                         const int n = panel * kPanel;
                         put_block<add>(y + m * ldy + term.start + n, ldy, sums, rows, N - n, scale_of(term.b, n), nullptr);
                     });
@@ -259,10 +268,10 @@ class Engine {
                     second = second + load16(row + n2, tail16(N - n2));
                 }
                 if (gated) {
-                    store16(act + long(m + r) * act_ld() + panel * 16, activate16(first, s_.activation) * second);
+                    store16(act + long(m + r) * act_ld() + panel * 16, activate16<kFast>(first, s_.activation) * second);
                 } else {
-                    store16(act + long(m + r) * act_ld() + panel * kPanel, activate16(first, s_.activation));
-                    store16(act + long(m + r) * act_ld() + panel * kPanel + 16, activate16(second, s_.activation));
+                    store16(act + long(m + r) * act_ld() + panel * kPanel, activate16<kFast>(first, s_.activation));
+                    store16(act + long(m + r) * act_ld() + panel * kPanel + 16, activate16<kFast>(second, s_.activation));
                 }
             }
         });
@@ -292,7 +301,6 @@ class Engine {
         tokens_.resize(last - first);
         for (int r = r0; r < r1; r++)
             for (int t = step_->query_start[r]; t < step_->query_start[r + 1]; t++) tokens_[t - first] = r;
-        // Chunks begin at even positions of a prompt or not: tokens that share a unit of V must not be on two threads.
         auto rows = [&](int from, int to) {
             for (int t = from; t < to; t++) {
                 const int r = tokens_[t - first];
@@ -303,9 +311,10 @@ class Engine {
             rows(first, last);
         } else {
             const int chunk = last - first > 64 ? 16 : 4;
+            // A page belongs to one thread: its first token clears it, and tokens share units of V.
             auto start = [&](int c) {
                 int t = std::min(last, first + c * chunk);
-                while (t > first && t < last && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size % 2) t--;
+                while (t > first && t < last && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size) t--;
                 return t;
             };
             pool_.run(chunks_for(last - first, chunk), [&](int c, int) { rows(start(c), start(c + 1)); });
@@ -338,7 +347,7 @@ class Engine {
 
     void attention(int id, int r0, int r1) {
         const int G = group(), P = s_.page_size, D = s_.head_dim, part_size = G * (D + 2);
-        const int query_tokens = std::max(1, 96 / G);
+        const int query_tokens = std::max(1, kQueryRows / G);
         items_.clear();
         merges_.clear();
         int num_parts = 0;
@@ -377,6 +386,12 @@ class Engine {
             item.first_page = it.first_page;
             item.end_page = it.end_page;
             item.scale = s_.scale;
+            if (chunk + 1 < int(items_.size()) && it.to - it.from == 1) {
+                const Item& next = items_[chunk + 1];
+                item.next_table = step_->block_tables + id * step_->layer_stride + step_->slots[next.request] * step_->slot_stride + next.first_page;
+                item.num_next = next.end_page - next.first_page;
+                item.next_head = next.head;
+            }
             attend<T>(item, pages_, attention_[thread]);
         });
         for (const Merge& m : merges_)
@@ -404,7 +419,7 @@ class Engine {
         const Rows<W> x = {normed_.data(), hidden_ld(), M};
         pool_.begin();
         pool_.run(chunks_for(panels, chunk), [&](int c, int) {
-            multiply<W>(x, weights(ends_[end].head, s_.vocab, s_.hidden), Correction<W>{}, c * chunk, std::min(panels, (c + 1) * chunk), sink);
+            multiply<W>(x, weights(ends_[end].head, s_.vocab, s_.hidden), {0, M, c * chunk, std::min(panels, (c + 1) * chunk)}, sink);
         });
         pool_.end();
         count(kHead);

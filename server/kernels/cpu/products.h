@@ -4,9 +4,19 @@
 
 namespace boomerang {
 
-// How far ahead of the product weights are fetched into the second-level cache; measured. Matrices lie in the order in
-// which a step reads them, so what is fetched beyond the end of one is the beginning of the next.
+// How far ahead of its use a weight is fetched into the second-level cache when all rows are one block; measured. With
+// several blocks each fetches its share of the next panel, so that memory and arithmetic overlap. Matrices lie in the
+// order in which a step reads them, so what is fetched beyond the end of one is the beginning of the next.
 constexpr long kAhead = 8192;
+
+template <class W>
+inline Ahead ahead_of(const char* panel, long panel_bytes, int blocks, int index) {
+    constexpr int step = kUnitStep * kLine<W>;
+    if (blocks == 1) return {panel + kAhead, step};
+    if (index >= step / 64) return {};
+    const int share = round_up(step / std::min(blocks, step / 64), 64);
+    return {panel + panel_bytes + index * (panel_bytes / step * share), share};
+}
 
 // Rows [M, ldx] of activations.
 template <class W>
@@ -16,44 +26,38 @@ struct Rows {
     int M;
 };
 
-// A second product added to the first for rows from `first_row` on: y = x w^T + t b^T, where t is x times the other
-// factor of a low-rank difference. `t.x` is row `first_row`'s. No weights: no second product.
-template <class W>
-struct Correction {
-    Rows<W> t = {};
-    Weights b;
-    int first_row = 0;
+// A part of a product: rows [row0, row1) by panels [panel0, panel1).
+struct Part {
+    int row0, row1, panel0, panel1;
 };
 
 // sink(row, rows, panel, sums): sums [rows][32] of one panel for rows [row, row + rows).
 template <class W, class Sink>
-void multiply(const Rows<W>& x, const Weights& w, const Correction<W>& low_rank, int panel0, int panel1, Sink&& sink) {
+void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink) {
     const int units = units_of<W>(w.K);
     const long panel_bytes = long(units) * kLine<W>;
-    const int uncorrected = low_rank.b.data ? low_rank.first_row : x.M;
     // Rows that the second-level cache keeps while the panels of this chunk pass by.
     const int group = std::max(kBlockRows<W>, int((1 << 20) / (x.ldx * long(sizeof(Act<W>)))) / kBlockRows<W> * kBlockRows<W>);
     TileState tiles;
-    alignas(64) float sums[kBlockRows<W> * kPanel];
-    for (int m0 = 0; m0 < x.M; m0 += group) {
-        const int m1 = std::min(x.M, m0 + group);
-        for (int p = panel0; p < panel1; p++) {
+    // Sums are delivered one block late: the tile unit goes on with the next block while the sink works on the last.
+    alignas(64) float sums[2][kBlockRows<W> * kPanel];
+    int count = 0, late_m = 0, late_rows = 0, late_panel = 0;
+    for (int m0 = part.row0; m0 < part.row1; m0 += group) {
+        const int m1 = std::min(part.row1, m0 + group);
+        for (int p = part.panel0; p < part.panel1; p++) {
             const char* panel = w.data + p * panel_bytes;
-            const char* next = m0 == 0 ? panel + kAhead : nullptr;
-            for (int m = m0, rows; m < m1; m += rows) {
-                const bool corrects = m >= uncorrected;
-                rows = block_size<W>((corrects ? m1 : std::min(m1, std::max(uncorrected, m + 1))) - m);
-                Term<W> terms[2] = {{x.x + m * x.ldx, x.ldx, panel, units}};
-                if (corrects) {
-                    const int low_units = units_of<W>(low_rank.b.K);
-                    terms[1] = {low_rank.t.x + (m - uncorrected) * low_rank.t.ldx, low_rank.t.ldx, low_rank.b.data + long(p) * low_units * kLine<W>, low_units};
-                }
-                block<W>(terms, 1 + corrects, rows, corrects ? nullptr : next, sums, tiles);
-                next = nullptr;
-                sink(m, rows, p, sums);
+            const int blocks = (m1 - m0 + kBlockRows<W> - 1) / kBlockRows<W>;
+            for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
+                rows = block_size<W>(m1 - m);
+                const Term<W> term = {x.x + m * x.ldx, x.ldx, panel, units};
+                const Ahead ahead = m0 == part.row0 ? ahead_of<W>(panel, panel_bytes, blocks, index) : Ahead{};
+                block<W>(&term, 1, rows, ahead, sums[count % 2], kPanel, tiles);
+                if (count++) sink(late_m, late_rows, late_panel, sums[count % 2]);
+                late_m = m, late_rows = rows, late_panel = p;
             }
         }
     }
+    if (count) sink(late_m, late_rows, late_panel, sums[(count + 1) % 2]);
 }
 
 // What sinks do with a block: `columns` of `from` [rows][32] scaled, biased, and stored (or added) at y [rows, ldy].

@@ -14,6 +14,7 @@ inline F16 max16(F16 a, F16 b) { return _mm512_max_ps(a, b); }
 inline F16 min16(F16 a, F16 b) { return _mm512_min_ps(a, b); }
 inline F16 round16(F16 x) { return _mm512_roundscale_ps(x, 8); }
 inline F16 scale_by_power16(F16 x, F16 n) { return _mm512_scalef_ps(x, n); }
+inline F16 reciprocal16(F16 x) { return _mm512_rcp14_ps(x); }  // relative error 2^-14
 inline float sum16(F16 x) { return _mm512_reduce_add_ps(x); }
 inline float top16(F16 x) { return _mm512_reduce_max_ps(x); }
 inline F16 keep16(Mask mask, F16 x) { return _mm512_maskz_mov_ps(mask, x); }

@@ -35,8 +35,9 @@ struct TileState {
     }
 };
 
-template <bool two, bool prefetch>
-inline void tile_block(const Term<bf16>* terms, int num_terms, const char* next, float* sums) {
+template <bool two>
+inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
+    const char* next = ahead.from;
     _tile_zero(0);
     _tile_zero(1);
     if (two) {
@@ -48,11 +49,8 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const char* next,
         const bf16* x = t->x;
         const long stride = t->ldx * 2;
         for (int u = 0; u < t->units; u += kUnitStep, line += kUnitStep * kLine<bf16>, x += 2 * kUnitStep) {
-            if (prefetch) {
-#pragma GCC unroll 32
-                for (int i = 0; i < kUnitStep * kLine<bf16>; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
-                next += kUnitStep * kLine<bf16>;
-            }
+            for (int i = 0; i < ahead.bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+            next += ahead.bytes;
             _tile_loadd(4, x, stride);
             _tile_loadd(6, line, kLine<bf16>);
             _tile_dpbf16ps(0, 4, 6);
@@ -65,24 +63,21 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const char* next,
             }
         }
     }
-    _tile_stored(0, sums, 4 * kPanel);
-    _tile_stored(1, sums + 16, 4 * kPanel);
+    _tile_stored(0, out, 4 * ld);
+    _tile_stored(1, out + 16, 4 * ld);
     if (two) {
-        _tile_stored(2, sums + 16 * kPanel, 4 * kPanel);
-        _tile_stored(3, sums + 16 * kPanel + 16, 4 * kPanel);
+        _tile_stored(2, out + 16 * ld, 4 * ld);
+        _tile_stored(3, out + 16 * ld + 16, 4 * ld);
     }
 }
 
-inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
+inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
     tiles.configure(rows);
-    if (rows > 16)
-        next ? tile_block<true, true>(terms, num_terms, next, sums) : tile_block<true, false>(terms, num_terms, next, sums);
-    else
-        next ? tile_block<false, true>(terms, num_terms, next, sums) : tile_block<false, false>(terms, num_terms, next, sums);
+    rows > 16 ? tile_block<true>(terms, num_terms, ahead, out, ld) : tile_block<false>(terms, num_terms, ahead, out, ld);
 }
 
 // A panel is widened once for all blocks of rows that follow each other.
-inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, const char* next, float* sums, TileState& tiles) {
+inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
     static thread_local Buffer<char> widened[2];
     Term<bf16> wide[2];
     for (int i = 0; i < num_terms; i++) {
@@ -93,11 +88,10 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
         tiles.panels[i] = t.panel;
         for (int u = 0; u < t.units; u++)
             for (int half = 0; half < 2; half++) {
-                if (next && i == 0 && half == 0) _mm_prefetch(next + long(u) * kLine<int8>, _MM_HINT_T1);
                 _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, widen_int8(t.panel + long(u) * kLine<int8> + 32 * half));
             }
     }
-    block_in_tiles(wide, num_terms, rows, nullptr, sums, tiles);
+    block_in_tiles(wide, num_terms, rows, ahead, out, ld, tiles);
 }
 
 #else
