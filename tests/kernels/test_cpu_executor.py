@@ -118,7 +118,7 @@ def make_steps(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatch):
     monkeypatch.setenv(VARIANT_VARIABLE, variant)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # whatever the machine has: threads must not disturb each other
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # threads must not disturb each other
     config = EngineConfig(page_size=PAGE, max_model_len=320)
     native = create(make_pair(family, dtype), config)
     if isinstance(native, str):

@@ -39,9 +39,7 @@ void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink)
     // Rows that the second-level cache keeps while the panels of this chunk pass by.
     const int group = std::max(kBlockRows<W>, int((1 << 20) / (x.ldx * long(sizeof(Act<W>)))) / kBlockRows<W> * kBlockRows<W>);
     TileState tiles;
-    // Sums are delivered one block late: the tile unit goes on with the next block while the sink works on the last.
-    alignas(64) float sums[2][kBlockRows<W> * kPanel];
-    int count = 0, late_m = 0, late_rows = 0, late_panel = 0;
+    alignas(64) float sums[kBlockRows<W> * kPanel];
     for (int m0 = part.row0; m0 < part.row1; m0 += group) {
         const int m1 = std::min(part.row1, m0 + group);
         for (int p = part.panel0; p < part.panel1; p++) {
@@ -51,13 +49,11 @@ void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink)
                 rows = block_size<W>(m1 - m);
                 const Term<W> term = {x.x + m * x.ldx, x.ldx, panel, units};
                 const Ahead ahead = m0 == part.row0 ? ahead_of<W>(panel, panel_bytes, blocks, index) : Ahead{};
-                block<W>(&term, 1, rows, ahead, sums[count % 2], kPanel, tiles);
-                if (count++) sink(late_m, late_rows, late_panel, sums[count % 2]);
-                late_m = m, late_rows = rows, late_panel = p;
+                block<W>(&term, 1, rows, ahead, sums, kPanel, tiles);
+                sink(m, rows, p, sums);
             }
         }
     }
-    if (count) sink(late_m, late_rows, late_panel, sums[(count + 1) % 2]);
 }
 
 // What sinks do with a block: `columns` of `from` [rows][32] scaled, biased, and stored (or added) at y [rows, ldy].
