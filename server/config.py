@@ -188,6 +188,9 @@ class Settings:
 
     # --- reporting
     enable_force_include_usage: bool = option(False, "send usage in every stream", group="reporting")
+    enable_per_request_metrics: bool = option(
+        False, "put queue time, time to first token and speed into every answer (`metrics`)", group="reporting"
+    )
     metrics_legacy_names: bool = option(False, "also export metric names that vLLM has dropped", group="reporting")
     otlp_traces_endpoint: str | None = option(None, "send OpenTelemetry traces there", group="reporting")
 

@@ -103,7 +103,7 @@ class CompletionCall:
             else:
                 item = check_prompt_ids(prompt, state, "prompt")
             if is_cut:
-                kept = truncate(item.token_ids, body.truncate_prompt_tokens, state.catalog.max_model_len)
+                kept = truncate(item.token_ids, body, state.catalog.max_model_len)
                 if len(kept) < len(item.token_ids):
                     item = PromptInput(kept)
             prompts.append(item)
@@ -130,8 +130,8 @@ class CompletionCall:
         choices = [
             self._choice(sequence, parts[sequence.index], generation) for sequence in generation.sequences
         ]
-        answer = self._envelope(generation) | {"choices": choices, "usage": self._usage(generation)}
-        return json_response(answer, generation.headers())
+        answer = self._envelope(generation) | {"choices": choices, "usage": generation.usage()}
+        return json_response(answer | generation.timing_report(), generation.headers())
 
     def _choice(self, sequence: Sequence, deltas: list[Delta], generation: Generation) -> dict[str, Any]:
         body, last = self.body, deltas[-1]
@@ -181,9 +181,6 @@ class CompletionCall:
             detokenizer.push(token_id)
         return offsets
 
-    def _usage(self, generation: Generation) -> dict[str, Any]:
-        return generation.usage()
-
     def _envelope(self, generation: Generation) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -225,10 +222,11 @@ class CompletionCall:
             has_begun[delta.index] = True
             chunk = envelope | {"choices": [self._chunk_choice(generation, delta, text, first)]}
             if every_usage:
-                chunk["usage"] = self._usage(generation)
+                chunk["usage"] = generation.usage()
             yield event(chunk)
         if with_usage:
-            yield event(envelope | {"choices": [], "usage": self._usage(generation)})
+            last = {"choices": [], "usage": generation.usage()}
+            yield event(envelope | last | generation.timing_report())
         yield DONE
 
     def _chunk_choice(self, generation: Generation, delta: Delta, text: str, first: bool) -> dict[str, Any]:

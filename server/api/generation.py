@@ -299,6 +299,29 @@ class Generation:
     def size_summary(self) -> dict[str, Any]:
         return self.state.catalog.infos[self.size].summary(self.reason)
 
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of the first choice, in vLLM's names; those that are known by now."""
+        request = self.sequences[0].request
+        scheduled, first, last = request.scheduled_time, request.first_token_time, request.last_token_time
+        if scheduled is None or first is None or last is None:
+            return {}
+        num_tokens = self.sequences[0].num_output_tokens
+        known = {
+            "queue_time_ms": scheduled - request.arrival_time,
+            "time_to_first_token_ms": first - request.arrival_time,
+            "generation_time_ms": last - first,
+        }
+        if num_tokens > 1:
+            known["mean_itl_ms"] = (last - first) / (num_tokens - 1)
+        report = {name: round(seconds * 1000, 3) for name, seconds in known.items()}
+        if num_tokens > 1 and last > first:
+            report["tokens_per_second"] = round((num_tokens - 1) / (last - first), 3)
+        return report
+
+    def timing_report(self) -> dict[str, Any]:
+        """`metrics` of an answer, where the operator wants them."""
+        return {"metrics": self.timings()} if self.state.settings.enable_per_request_metrics else {}
+
     def headers(self) -> dict[str, str]:
         return {"x-boomerang-size": f"{self.size}L", "x-boomerang-size-reason": self.reason}
 

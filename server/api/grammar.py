@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from pydantic import ValidationError
 
-from server.api.errors import APIError, invalid
-from server.api.protocol import SamplingFields, StructuredOutputs
+from server.api.errors import invalid
+from server.api.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
 from server.config import Settings
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _requested(body: SamplingFields) -> tuple[str, str] | None:
     asked = body.response_format
     found = None
     if asked is not None and asked.type != "text":
-        found = (_response_format(asked.type, asked.json_schema), "response_format")
+        found = (_response_format(asked), "response_format")
     if body.structured_outputs is not None:
         if found is not None:
             raise invalid("response_format and structured_outputs exclude each other.", "structured_outputs")
@@ -96,49 +97,99 @@ def _requested(body: SamplingFields) -> tuple[str, str] | None:
     return found
 
 
-def _response_format(kind: str, json_schema: Any) -> str:
-    if kind == "json_object":
-        return _json({"type": "object"}, "response_format")
-    if kind == "json_schema":
-        if json_schema is None or json_schema.schema_ is None:
+def _response_format(asked: ResponseFormat) -> str:
+    param = f"response_format.{asked.type}"
+    if asked.type == "json_object":
+        return _json({"type": "object"}, param)
+    if asked.type == "json_schema":
+        if asked.json_schema is None or asked.json_schema.schema_ is None:
             raise invalid("response_format.json_schema.schema is missing.", "response_format.json_schema")
-        return _json(json_schema.schema_, "response_format")
-    raise APIError(
-        f"response_format.type {kind} is not supported; use structured_outputs.",
-        param="response_format.type",
-        code="unsupported_parameter",
-    )
+        return _json(asked.json_schema.schema_, param)
+    if asked.type == "structural_tag":
+        if not asked.structures or not asked.triggers:
+            raise invalid(f"{param} needs structures and triggers.", param)
+        return _tags(asked.structures, asked.triggers, param)
+    value = getattr(asked, asked.type)
+    if value is None:
+        raise invalid(f"{param} is missing.", param)
+    return _FORMATS[asked.type](value, param)
 
 
 def _structured(asked: StructuredOutputs) -> str:
-    from llguidance import LLMatcher, grammar_from
-
     param = "structured_outputs"
     kinds = ("json_", "regex", "choice", "grammar", "json_object", "structural_tag")
     given = [kind for kind in kinds if getattr(asked, kind) not in (None, False)]
     if len(given) != 1:
-        raise invalid(f"{param} needs exactly one of json, regex, choice, grammar, json_object.", param)
+        raise invalid(f"{param} needs exactly one of json, regex, choice, grammar, json_object, structural_tag.", param)
     kind = given[0]
+    if kind in _FORMATS:
+        return _FORMATS[kind](getattr(asked, kind), f"{param}.{kind}")
     if kind == "structural_tag":
-        raise APIError(f"{param}.structural_tag is not supported.", param=param, code="unsupported_parameter")
-    if kind == "regex":
-        return LLMatcher.grammar_from_regex(asked.regex)
-    if kind == "choice":
-        if not asked.choice or len(asked.choice) > 1000:
-            raise invalid(f"{param}.choice needs 1 to 1000 texts.", param)
-        return grammar_from("choice", asked.choice)
-    if kind == "grammar":
-        try:
-            return grammar_from("grammar", asked.grammar)  # Lark or llama.cpp's GBNF
-        except Exception as error:
-            raise invalid(f"{param}.grammar cannot be read: {str(error)[:300]}", param) from None
+        return _structural_tag(asked.structural_tag, f"{param}.structural_tag")
     schema: Any = {"type": "object"} if kind == "json_object" else asked.json_
     if isinstance(schema, str):
-        try:
-            schema = orjson.loads(schema)
-        except orjson.JSONDecodeError as error:
-            raise invalid(f"{param}.json is not valid JSON: {error}", param) from None
-    return _json(schema, param, asked.whitespace_pattern, bool(asked.disable_any_whitespace))
+        schema = _loads(schema, f"{param}.json")
+    return _json(schema, f"{param}.json", asked.whitespace_pattern, bool(asked.disable_any_whitespace))
+
+
+def _regex(regex: str, param: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def _choice(texts: list[str], param: str) -> str:
+    from llguidance import grammar_from
+
+    if not 0 < len(texts) <= 1000:
+        raise invalid(f"{param} needs 1 to 1000 texts.", param)
+    return grammar_from("choice", texts)
+
+
+def _grammar(text: str, param: str) -> str:
+    """Lark or llama.cpp's GBNF."""
+    from llguidance import grammar_from
+
+    try:
+        return grammar_from("grammar", text)
+    except Exception as error:
+        raise invalid(f"{param} cannot be read: {str(error)[:300]}", param) from None
+
+
+_FORMATS = {"regex": _regex, "choice": _choice, "grammar": _grammar}
+
+
+def _structural_tag(text: str, param: str) -> str:
+    value = _loads(text, param)
+    try:
+        asked = ResponseFormat.model_validate({"type": "structural_tag"} | value)
+    except (ValidationError, TypeError):
+        asked = None
+    if asked is None or not asked.structures or not asked.triggers:
+        raise invalid(f"{param} must be JSON with structures (begin, schema, end) and triggers.", param)
+    return _tags(asked.structures, asked.triggers, param)
+
+
+def _tags(structures: list[Structure], triggers: list[str], param: str) -> str:
+    """Free text in which a trigger opens a tag, and what is inside a tag follows its schema."""
+    from llguidance import LLMatcher, StructTag
+
+    tags = []
+    for structure in structures:
+        trigger = next((text for text in triggers if text and structure.begin.startswith(text)), None)
+        if trigger is None:
+            raise invalid(f"{param}: no trigger begins {structure.begin[:100]!r}.", param)
+        tags.append(
+            StructTag(trigger=trigger, begin=structure.begin, grammar=structure.schema_, end=structure.end)
+        )
+    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
+
+
+def _loads(text: str, param: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"{param} is not valid JSON: {error}", param) from None
 
 
 def _json(schema: Any, param: str, whitespace: str | None = None, compact: bool = False) -> str:

@@ -1,21 +1,13 @@
-"""Request bodies. Types are strict: a bool is no int, a float no int, NaN and infinity are refused by the JSON parser.
-
-Fields that nobody here knows are accepted (and logged once), except those in `UNSUPPORTED`: ignoring them would change
-the answer, so they are refused by name.
-"""
+"""Request bodies of completions, chat and tokenizer routes. The descriptions are the reference in docs/api.md."""
 
 from __future__ import annotations
 
-import logging
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.json_schema import WithJsonSchema
 
-from server.api.errors import APIError, from_validation, invalid
-
-logger = logging.getLogger(__name__)
+from server.api.body import Body
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[
@@ -29,93 +21,71 @@ Size = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
-# field -> values that mean "not used"
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "suffix": (None, ""),
-    "best_of": (None, 1),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
-    "prompt_embeds": (None,),
-    "logprob_token_ids": (None, []),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "thinking_token_budget": (None,),
-    "stop_regex": (None, []),
-    "mirostat": (None, 0),
-    "typical_p": (None, 1, 1.0),
-    "tfs_z": (None, 1, 1.0),
-    "xtc_probability": (None, 0, 0.0),
-    "dry_multiplier": (None, 0, 0.0),
-    "lora_request": (None,),
-    "lora_path": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "grammar": (None, ""),
-    "json_schema": (None,),
-    "regex": (None,),
-    "ebnf": (None,),
-}
-_seen_unknown: set[str] = set()
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), populate_by_name=True)
-
-
-T = TypeVar("T", bound=Body)
-
 
 class StreamOptions(Body):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: bool | None = Field(default=None, description="a last chunk with usage and no choices")
+    continuous_usage_stats: bool | None = Field(default=None, description="with include_usage: usage in every chunk")
 
 
 class SLO(Body):
     """Limits from arrival, in milliseconds."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    ttft_ms: Positive | None = None
-    tpot_ms: Positive | None = None
-    e2e_ms: Positive | None = None
+    ttft_ms: Positive | None = Field(default=None, description="to the first token; header `x-slo-ttft-ms`")
+    tpot_ms: Positive | None = Field(default=None, description="per further token; header `x-slo-tpot-ms`")
+    e2e_ms: Positive | None = Field(default=None, description="to the last token")
 
 
 class ScheduledSize(Body):
     """One leg of `size_schedule`: this size for so many output tokens (the last one: until the end)."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    size: Size
-    tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    size: Size = Field(description="as `size`, but not auto")
+    tokens: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        default=None, description="output tokens of this leg; only the last may leave it out"
+    )
 
 
 class JSONSchemaFormat(Body):
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
-    strict: bool | None = None
+    name: str | None = Field(default=None, description="ignored")
+    description: str | None = Field(default=None, description="ignored")
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema", description="the JSON schema")
+    strict: bool | None = Field(default=None, description="ignored: the schema always holds")
+
+
+class Structure(Body):
+    """A tag of `structural_tag`: after `begin`, text follows the schema up to `end`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    begin: Annotated[str, Field(min_length=1)] = Field(description="opens the tag; starts with a trigger")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON schema of what is inside")
+    end: str = Field(description="closes the tag")
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "choice", "structural_tag"]
-    json_schema: JSONSchemaFormat | None = None
+    type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"] = Field(
+        description="what the text must be; the field of that name says more"
+    )
+    json_schema: JSONSchemaFormat | None = Field(default=None, description="for json_schema")
+    regex: str | None = Field(default=None, description="for regex: the whole text matches it")
+    choice: list[str] | None = Field(default=None, description="for choice: one of these texts")
+    grammar: str | None = Field(default=None, description="for grammar: Lark or GBNF")
+    structures: list[Structure] | None = Field(default=None, description="for structural_tag: the tags")
+    triggers: list[str] | None = Field(default=None, description="for structural_tag: what starts a tag")
 
 
 class StructuredOutputs(Body):
     """vLLM's extra: exactly one of these constrains the text."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    structural_tag: str | None = None
-    disable_any_whitespace: bool | None = None
-    whitespace_pattern: str | None = None
+    json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json", description="JSON schema")
+    regex: str | None = Field(default=None, description="the whole text matches it")
+    choice: list[str] | None = Field(default=None, description="one of these texts")
+    grammar: str | None = Field(default=None, description="Lark or GBNF grammar")
+    json_object: bool | None = Field(default=None, description="any JSON object")
+    structural_tag: str | None = Field(default=None, description="JSON of a structural_tag response format")
+    disable_any_whitespace: bool | None = Field(default=None, description="JSON without optional blanks")
+    whitespace_pattern: str | None = Field(default=None, description="regex of the blanks in JSON")
 
 
 class SizeFields(Body):
@@ -141,38 +111,63 @@ class SamplingFields(SizeFields):
     """Fields that completions and chat share."""
 
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 or -1: all")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = None
-    include_stop_str_in_output: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    ignore_eos: bool | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
-        default=None, description="keep the last so many prompt tokens; -1: as many as the context holds"
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        default=None, description="most tokens to generate; completions: 16 if left out, chat: what the context holds"
     )
-    prompt_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    request_id: Annotated[str, Field(max_length=256)] | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    user: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="0: greedy; default 1")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default 1")
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 or -1: all")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="least probability, relative to the likeliest token's"
+    )
+    n: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(default=None, description="answers per prompt; default 1")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
+        default=None, description="the same seed gives the same text, in any batch"
+    )
+    stop: str | list[str] | None = Field(default=None, description="texts that end the answer")
+    stop_token_ids: list[TokenId] | None = Field(default=None, description="tokens that end the answer")
+    include_stop_str_in_output: bool | None = Field(default=None, description="keep the stop text in the answer")
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        default=None, description="no end of text before so many tokens"
+    )
+    ignore_eos: bool | None = Field(default=None, description="go on after the end-of-text token")
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        default=None, description="taken off the logits of tokens that were generated"
+    )
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        default=None, description="the same, times how often"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None, description="divides the logits of tokens seen in prompt or answer; 1: none"
+    )
+    logit_bias: dict[str, float] | None = Field(default=None, description="token id: -100 .. 100, added to its logit")
+    allowed_token_ids: list[TokenId] | None = Field(default=None, description="nothing but these tokens")
+    bad_words: list[str] | None = Field(default=None, description="words that must not be generated")
+    stream: bool | None = Field(default=None, description="send server-sent events as tokens come")
+    stream_options: StreamOptions | None = Field(default=None, description="only with stream")
+    skip_special_tokens: bool | None = Field(default=None, description="leave special tokens out of text; default true")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        default=None, description="keep so many prompt tokens; -1: as many as the context holds"
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        default=None, description="which end of the prompt is cut; default left"
+    )
+    prompt_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        default=None, description="so many likeliest tokens at every prompt position; -1: all; not with stream"
+    )
+    return_token_ids: bool | None = Field(default=None, description="add prompt_token_ids and token_ids")
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="logprobs name tokens `token_id:7`"
+    )
+    response_format: ResponseFormat | None = Field(default=None, description="constrains the text")
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="the same, as vLLM has it")
+    request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="part of the answer's id; default: header `X-Request-Id`, or made up"
+    )
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(
+        default=None, description="the prefix cache is shared only among requests with the same salt"
+    )
+    user: str | None = Field(default=None, description="ignored")
 
 
 Prompt = Annotated[
@@ -196,13 +191,17 @@ Prompt = Annotated[
 
 class CompletionRequest(SamplingFields):
     prompt: Prompt = Field(description="text, texts, token ids, or lists of token ids")
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    add_special_tokens: bool | None = None
+    echo: bool | None = Field(default=None, description="put the prompt in front of the text")
+    logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        default=None, description="so many likeliest tokens at every position; with echo also of the prompt; -1: all"
+    )
+    add_special_tokens: bool | None = Field(
+        default=None, description="let the tokenizer add its own (BOS) to text prompts; default true"
+    )
 
 
 class ContentPart(Body):
-    type: str
+    type: str = Field(description="text")
     text: str | None = None
 
 
@@ -228,8 +227,8 @@ class ChatMessage(Body):
 class ToolFunction(Body):
     name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.:-]+$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of the arguments")
+    strict: bool | None = Field(default=None, description="ignored: forced calls always follow the schema")
 
 
 class Tool(Body):
@@ -247,70 +246,44 @@ class NamedToolChoice(Body):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    echo: bool | None = None
-    documents: list[dict[str, Any]] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(description="the conversation, oldest first")
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        default=None, description="the newer name of max_tokens"
+    )
+    logprobs: bool | None = Field(default=None, description="log-probability of every generated token")
+    top_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        default=None, description="and of so many likeliest ones; -1: all"
+    )
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
+        default=None, description="functions to call; needs a chat template that knows tools"
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        default=None, description="none, auto, required or one function; the last two hold the text to a call"
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="false: at most one call")
+    add_generation_prompt: bool | None = Field(default=None, description="open the answer; default true")
+    continue_final_message: bool | None = Field(default=None, description="go on with the last message")
+    add_special_tokens: bool | None = Field(default=None, description="on top of those of the template; default false")
+    echo: bool | None = Field(default=None, description="put the last message in front, if it is of the answer's role")
+    documents: list[dict[str, Any]] | None = Field(default=None, description="for the template")
+    reasoning_effort: str | None = Field(default=None, description="for the template")
+    chat_template: str | None = Field(default=None, description="needs --trust-request-chat-template")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="further variables for the template")
 
 
 class TokenizeRequest(Body):
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
-    return_token_strs: bool | None = None
+    model: str | None = Field(default=None, description="checked, otherwise without effect")
+    prompt: str | None = Field(default=None, description="a text, or:")
+    messages: list[ChatMessage] | None = Field(default=None, description="a conversation")
+    add_special_tokens: bool | None = Field(default=None, description="default true for a text, false for messages")
+    add_generation_prompt: bool | None = Field(default=None, description="as for chat")
+    continue_final_message: bool | None = Field(default=None, description="as for chat")
+    chat_template: str | None = Field(default=None, description="as for chat")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="as for chat")
+    tools: list[Tool] | None = Field(default=None, description="as for chat")
+    return_token_strs: bool | None = Field(default=None, description="add token_strs")
 
 
 class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[TokenId]
-
-
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object, or APIError. orjson refuses NaN, infinities, lone surrogates, bad UTF-8 and deep nesting."""
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"The request body is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise invalid("The request body must be a JSON object.")
-    return value
-
-
-def parse_body(model: type[T], raw: bytes) -> T:
-    """Validate a request body; APIError 400 names the parameter."""
-    try:
-        body = model.model_validate(parse_json(raw))
-    except ValidationError as error:
-        raise from_validation(error) from None
-    if body.model_extra:
-        check_extra(body.model_extra)
-    return body
-
-
-def check_extra(extra: dict[str, Any]) -> None:
-    """Refuse unsupported fields that would change the answer; log other unknown ones once."""
-    for name, value in extra.items():
-        neutral = UNSUPPORTED.get(name)
-        if neutral is not None:
-            # `in` would call True equal to 1.
-            if not any(value == ok and type(value) is type(ok) for ok in neutral):
-                raise APIError(f"{name} is not supported.", param=name, code="unsupported_parameter")
-        elif name not in _seen_unknown and len(_seen_unknown) < 1000:
-            _seen_unknown.add(name)
-            logger.info("ignoring unknown request field %r", name[:100])
+    model: str | None = Field(default=None, description="checked, otherwise without effect")
+    tokens: list[TokenId] = Field(description="token ids")

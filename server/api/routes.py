@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.chat import chat_template, render
+from server.api.conversation import chat_template, render
 from server.api.errors import APIError, invalid
 from server.api.protocol import DetokenizeRequest, TokenizeRequest
 from server.api.serving import json_response, read_body

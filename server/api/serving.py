@@ -12,9 +12,10 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from server.api.body import Body, parse_body
 from server.api.errors import APIError, invalid
 from server.api.generation import Generation, PromptInput
-from server.api.protocol import Body, SamplingFields, parse_body
+from server.api.protocol import SamplingFields
 from server.api.sampling import (
     check_logprobs,
     check_token_ids,
@@ -156,14 +157,15 @@ class Plan:
             raise invalid("prompt_logprobs cannot be streamed.", "prompt_logprobs")
 
 
-def truncate(token_ids: list[int], keep: int | None, max_model_len: int) -> list[int]:
-    """The last `keep` tokens (-1: as many as the context holds with room for one more)."""
+def truncate(token_ids: list[int], body: SamplingFields, max_model_len: int) -> list[int]:
+    """What `truncate_prompt_tokens` keeps (-1: as many as the context holds with room for one more)."""
+    keep = body.truncate_prompt_tokens
     if keep is None:
         return token_ids
     if keep == 0 or keep > max_model_len:
         raise invalid(f"truncate_prompt_tokens must be -1 or 1 .. {max_model_len}.", "truncate_prompt_tokens")
     keep = max_model_len - 1 if keep == -1 else keep
-    return token_ids[-keep:]
+    return token_ids[:keep] if body.truncation_side == "right" else token_ids[-keep:]
 
 
 async def encode_prompt(

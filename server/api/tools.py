@@ -19,10 +19,15 @@ class ToolUse:
     """The tools of one request. `is_forced`: the text is one call and nothing else, held to it by a grammar."""
 
     def __init__(
-        self, tools: list[Tool] | None, choice: str | NamedToolChoice | None, template: ChatTemplate | None
+        self,
+        tools: list[Tool] | None,
+        choice: str | NamedToolChoice | None,
+        template: ChatTemplate | None,
+        allows_several: bool = True,
     ) -> None:
         """400 if the choice names no given tool or the template knows no tools."""
         self.tools = tools or []
+        self.allows_several = allows_several
         self.choice = choice if choice is not None else ("auto" if self.tools else "none")
         if not self.tools and self.choice not in ("none", "auto"):
             raise invalid("tool_choice needs tools.", "tool_choice")
@@ -66,7 +71,8 @@ class ToolUse:
         if not self.is_active:
             return text, []
         if OPEN in text:
-            return self._read_tagged(text)
+            content, calls = self._read_tagged(text)
+            return content, calls if self.allows_several else calls[:1]
         call = self._call(text)
         return (None, [call]) if call else (text, [])
 
@@ -139,7 +145,7 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     for index, message in enumerate(messages):
         item: dict[str, Any] = dict(message.model_extra or {})
         item["role"] = "system" if message.role == "developer" else message.role
-        item["content"] = _content(message, index)
+        item["content"] = message_text(message, f"messages.{index}.content")
         for name in ("name", "tool_call_id"):
             if getattr(message, name) is not None:
                 item[name] = getattr(message, name)
@@ -151,18 +157,18 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     return result
 
 
-def _content(message: ChatMessage, index: int) -> str:
+def message_text(message: ChatMessage, param: str = "messages") -> str:
+    """The text of a message; APIError names `param` if there is none or it is not text."""
     if message.content is None:
         if message.role != "assistant":
-            raise invalid(f"messages.{index}.content is missing.", f"messages.{index}.content")
+            raise invalid(f"{param} is missing.", param)
         return ""
     if isinstance(message.content, str):
         return message.content
     texts = []
     for place, part in enumerate(message.content):
         if part.type not in ("text", "input_text", "output_text") or part.text is None:
-            param = f"messages.{index}.content.{place}"
-            raise invalid(f"{param}: only text is understood, not {part.type[:40]!r}.", param)
+            raise invalid(f"{param}.{place}: only text is understood, not {part.type[:40]!r}.", f"{param}.{place}")
         texts.append(part.text)
     return "\n".join(texts)
 
