@@ -10,45 +10,23 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 
-from server.api import protocol
 from server.api.auth import KeyRing
-from server.api.chat import create_chat_completion
-from server.api.completions import create_completion
 from server.api.errors import APIError, handle_api_error, handle_http_error, handle_unexpected
 from server.api.gateway import Gateway
 from server.api.playground import router as playground_router
-from server.api.routes import detokenize, router, tokenize
+from server.api.posts import add_posts, openapi_document
+from server.api.routes import router
 from server.api.state import ServedModel, ServerState
 from server.config import Settings
 from server.metrics import Metrics
 from server.version import __version__
 
 logger = logging.getLogger(__name__)
-
-# path, handler, request model, tag, summary
-_POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [
-    ("/v1/completions", create_completion, protocol.CompletionRequest, "inference", "Continue a prompt"),
-    (
-        "/v1/chat/completions",
-        create_chat_completion,
-        protocol.ChatCompletionRequest,
-        "inference",
-        "Answer a conversation",
-    ),
-    ("/tokenize", tokenize, protocol.TokenizeRequest, "tokenizer", "Text or messages to token ids"),
-    ("/detokenize", detokenize, protocol.DetokenizeRequest, "tokenizer", "Token ids to text"),
-]
 
 
 def create_app(
@@ -84,13 +62,12 @@ def create_app(
     )
     app.state.server = state
     app.include_router(router)
-    for path, handler, model, tag, summary in _POSTS:
-        _add_post(app, state, path, handler, model, tag, summary)
+    add_posts(app, state)
     app.include_router(playground_router)
     app.add_exception_handler(APIError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_error)
     app.add_exception_handler(Exception, handle_unexpected)
-    app.openapi = lambda: _openapi(app)
+    app.openapi = lambda: openapi_document(app)
     # The last one added is the outermost: CORS headers belong on refusals too.
     app.add_middleware(Gateway, state=state)
     app.add_middleware(
@@ -126,75 +103,3 @@ async def _load(
             logger.exception("the model could not be loaded")
         else:
             on_failure(error)
-
-
-def _add_post(
-    app: FastAPI,
-    state: ServerState,
-    path: str,
-    handler: Callable[..., Any],
-    model: type[BaseModel],
-    tag: str,
-    summary: str,
-) -> None:
-    """A route that reads its body itself (strictly, with orjson), documented as if FastAPI had."""
-
-    if handler in (tokenize, detokenize):
-        endpoint = handler
-    else:
-
-        async def endpoint(request: Request) -> Response:
-            return await handler(request, state)
-
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    app.add_api_route(
-        path,
-        endpoint,
-        methods=["POST"],
-        tags=[tag],
-        summary=summary,
-        operation_id=path.strip("/").replace("/", "_"),
-        response_class=Response,
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
-    )
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document plus the request models and the error object."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, definitions = models_json_schema(
-            [(model, "validation") for _, _, model, _, _ in _POSTS],
-            by_alias=True,
-            ref_template="#/components/schemas/{model}",
-        )
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas.update(definitions["$defs"])
-        schemas["Error"] = _ERROR_SCHEMA
-        error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-        for operations in document["paths"].values():
-            for operation in operations.values():
-                answers = operation["responses"]
-                answers.pop("422", None)
-                for status, text in (("400", "Bad request"), ("404", "Not found"), ("503", "Not now")):
-                    answers.setdefault(status, {"description": text, **error})
-        app.openapi_schema = document
-    return app.openapi_schema
-
-
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "integer", "null"]},
-            },
-        }
-    },
-}

@@ -1,4 +1,4 @@
-"""Bodies in general: strict JSON, unknown fields accepted (and logged once), those that would change the answer refused.
+"""Bodies in general: strict JSON; unknown fields are logged, those that would change the answer refused.
 
 Types are strict: a bool is no int, a float no int, NaN and infinity are refused by the JSON parser.
 """

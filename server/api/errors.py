@@ -23,6 +23,16 @@ _TYPES = {
 }
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
 class APIError(Exception):
     """Ends a request with a status and OpenAI's error object. `param` names the field at fault."""
 
@@ -48,16 +58,21 @@ class APIError(Exception):
             "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or self.status}
         }
 
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same in the shape of Anthropic's API."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
     def headers(self) -> dict[str, str]:
         """openai-python obeys both: when to come back, and whether that can help at all."""
         if self.status in (429, 503):
             return {"retry-after": str(max(1, round(self.retry_after or 1)))}
         return {"x-should-retry": "false"}
 
-    def response(self) -> Response:
-        return Response(
-            orjson.dumps(self.body()), self.status, headers=self.headers(), media_type="application/json"
-        )
+    def response(self, path: str = "") -> Response:
+        """`path` is that of the request: clients of `/v1/messages` expect another shape."""
+        body = self.anthropic_body() if "/v1/messages" in path else self.body()
+        return Response(orjson.dumps(body), self.status, headers=self.headers(), media_type="application/json")
 
 
 def invalid(message: str, param: str | None = None) -> APIError:
@@ -88,14 +103,14 @@ def _is_branch(part: int | str) -> bool:
 
 
 async def handle_api_error(request: Request, error: APIError) -> Response:
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def handle_http_error(request: Request, error: Any) -> Response:
     """Starlette's own 404 and 405, in the same shape."""
-    return APIError(str(error.detail), status=error.status_code).response()
+    return APIError(str(error.detail), status=error.status_code).response(request.url.path)
 
 
 async def handle_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours. The text stays in the log: it may hold what other requests sent."""
-    return APIError("The server failed to handle this request.", status=500).response()
+    return APIError("The server failed to handle this request.", status=500).response(request.url.path)

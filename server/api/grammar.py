@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _CACHED = 128
 _COMPILE_SECONDS = 10.0
+# Between JSON tokens. Without a bound a small model falls into writing blanks until its tokens run out.
+_BLANKS = r" |\n[ \t]{0,20}"
 
 
 class Compiler:
@@ -195,12 +197,10 @@ def _loads(text: str, param: str) -> Any:
 def _json(schema: Any, param: str, whitespace: str | None = None, compact: bool = False) -> str:
     from llguidance import LLMatcher
 
-    options: dict[str, Any] = {}
-    if whitespace is not None:
-        options["whitespace_pattern"] = whitespace
-    if compact:
-        options["whitespace_flexible"] = False
+    options: dict[str, Any] = {"whitespace_flexible": False}
+    if not compact:
+        options = {"whitespace_pattern": _BLANKS if whitespace is None else whitespace}
     try:
-        return LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), overrides=options or None)
+        return LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), overrides=options)
     except (ValueError, TypeError) as error:
         raise invalid(f"{param} is not a usable JSON schema: {str(error)[:300]}", param) from None

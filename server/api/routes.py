@@ -37,8 +37,7 @@ async def get_model(request: Request, model: str) -> Response:
 # --- tokenizer
 
 
-async def tokenize(request: Request) -> Response:
-    state = state_of(request)
+async def tokenize(request: Request, state: ServerState) -> Response:
     body = await read_body(request, TokenizeRequest, state)
     state.catalog.split_model(body.model)
     tokenizer = state.tokenizer
@@ -59,8 +58,7 @@ async def tokenize(request: Request) -> Response:
     return json_response(answer)
 
 
-async def detokenize(request: Request) -> Response:
-    state = state_of(request)
+async def detokenize(request: Request, state: ServerState) -> Response:
     body = await read_body(request, DetokenizeRequest, state)
     state.catalog.split_model(body.model)
     if body.tokens and max(body.tokens) >= state.tokenizer.vocab_size:

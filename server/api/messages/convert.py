@@ -1,0 +1,100 @@
+"""Anthropic's words to ours: a `MessagesRequest` as the chat request that means the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from server.api.errors import from_validation, invalid
+from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
+from server.api.protocol import ChatCompletionRequest, SizeFields
+
+# What the model thought before is no part of what it is told; templates drop it too.
+_DROPPED = ("thinking", "redacted_thinking")
+
+
+def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
+    """APIError names the field of the Anthropic body that cannot be served."""
+    messages = [{"role": "system", "content": _texts(body.system, "system")}] if body.system else []
+    for index, message in enumerate(body.messages):
+        messages += _message(message, f"messages.{index}")
+    fields: dict[str, Any] = {"model": body.model, "messages": messages, **_tools(body)}
+    last = body.messages[-1]
+    if last.role == "assistant" and "tool_calls" not in messages[-1]:
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
+    if body.output_config is not None:
+        if body.output_config.format is not None:
+            schema = {"schema": body.output_config.format.schema_}
+            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+        fields["reasoning_effort"] = body.output_config.effort
+    if isinstance(body, MessagesRequest):
+        shared = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream", *SizeFields.model_fields)
+        fields |= {name: getattr(body, name) for name in shared}
+        fields["stop"] = body.stop_sequences
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _message(message: Message, param: str) -> list[dict[str, Any]]:
+    """One of Anthropic's messages is several of OpenAI's when it carries tool results."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    texts, calls, results = [], [], []
+    for place, block in enumerate(message.content):
+        where = f"{param}.content.{place}"
+        if block.type == "text":
+            texts.append(_text(block, where))
+        elif block.type == "tool_use" and message.role == "assistant":
+            arguments = orjson.dumps(block.input or {}).decode()
+            call = {"type": "function", "function": {"name": block.name or "", "arguments": arguments}}
+            calls.append(call | ({"id": block.id} if block.id else {}))
+        elif block.type == "tool_result" and message.role == "user":
+            content = _texts(block.content, f"{where}.content") if block.content else ""
+            results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+        elif block.type not in _DROPPED:
+            raise invalid(f"{where}: {block.type[:40]!r} is not understood in a message of the {message.role}.", where)
+    # Results answer the calls of the message before, so they come first.
+    if calls:
+        return [{"role": message.role, "content": "\n".join(texts), "tool_calls": calls}]
+    if results and not texts:
+        return results
+    return [*results, {"role": message.role, "content": "\n".join(texts)}]
+
+
+def _texts(content: str | list[Block], param: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(_text(block, f"{param}.{place}") for place, block in enumerate(content))
+
+
+def _text(block: Block, param: str) -> str:
+    if block.type != "text" or block.text is None:
+        raise invalid(f"{param}: only text is understood, not {block.type[:40]!r}.", param)
+    return block.text
+
+
+def _tools(body: CountTokensRequest) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if body.tools:
+        tools = []
+        for index, tool in enumerate(body.tools):
+            if tool.type not in (None, "custom"):
+                param = f"tools.{index}.type"
+                raise invalid(f"{param}: {tool.type[:60]!r} is run by Anthropic and not offered here.", param)
+            function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
+            tools.append({"type": "function", "function": function})
+        fields["tools"] = tools
+    choice = body.tool_choice
+    if choice is not None:
+        if choice.type == "tool":
+            if not choice.name:
+                raise invalid("tool_choice.name is missing.", "tool_choice")
+            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        else:
+            fields["tool_choice"] = {"any": "required"}.get(choice.type, choice.type)
+        fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    return fields
