@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder to write; it must not exist or be empty")
     add("--gguf", type=Path, help="also write this GGUF file (Llama-named families)")
     add("--gguf-pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the tensors written [bfloat16]")
     add("--no-verify", action="store_true", help="skip loading the result and comparing its logits")
     add("--store", help="folder of the local model store")
 
@@ -52,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
     size = parse_size(args.size, pair)
     if args.out.exists() and any(args.out.iterdir()):
         raise ExportError(f"--out: {args.out} exists and is not empty")
-    export_size(pair, size, args.out)
+    export_size(pair, size, args.out, args.dtype)
     print(f"wrote {args.out}: {size} layers, {pair.parameters(size):,} parameters")
     if not args.no_verify:
-        print(f"logits equal the pair's at {size} layers (largest difference {verify(pair, size, args.out):.2e})")
+        print(f"logits equal the pair's at {size} layers (largest difference {verify(pair, size, args.out, dtype=args.dtype):.2e})")
     if args.gguf:
         from model_store.export_gguf import verify_gguf, write_gguf
 
@@ -74,7 +75,7 @@ def parse_size(text: str, pair: Pair) -> int:
     return int(match[1])
 
 
-def export_size(pair: Pair, size: int, folder: Path) -> None:
+def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") -> None:
     """Write config, safetensors, tokenizer files and model card of one size into `folder` (atomically)."""
     from model_store.gguf_import import _write_tensors
 
@@ -86,13 +87,13 @@ def export_size(pair: Pair, size: int, folder: Path) -> None:
         names: list[str] = []
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in _tensors(pair, size):
+            for name, tensor in _tensors(pair, size, dtype):
                 names.append(name)
                 yield name, tensor
 
         _write_tensors(target, noted())
         tied = not any(name in ("lm_head.weight", "embed_out.weight") for name in names)
-        config = _config(json.loads((pair.teacher_path / "config.json").read_text()), size, tied)
+        config = _config(json.loads((pair.teacher_path / "config.json").read_text()), size, tied, dtype)
         (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:
             if (pair.tokenizer_path / name).is_file():
@@ -103,22 +104,23 @@ def export_size(pair: Pair, size: int, folder: Path) -> None:
         target.rename(folder)
 
 
-def _config(config: dict[str, Any], size: int, tied: bool) -> dict[str, Any]:
+def _config(config: dict[str, Any], size: int, tied: bool, dtype: str) -> dict[str, Any]:
     for name in ("num_hidden_layers", "n_layer"):
         if name in config:
             config[name] = size
     if types := config.get("layer_types"):
         config["layer_types"] = [types[0]] * size
-    return config | {"tie_word_embeddings": tied, "dtype": "bfloat16"}
+    return config | {"tie_word_embeddings": tied, "dtype": dtype}
 
 
-def _tensors(pair: Pair, size: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and bfloat16 tensor of everything the size runs, in its family's own names and layouts."""
+def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything the size runs, in its family's own names and layouts."""
     import torch
 
     from model_store.lowrank import LOW_RANK_FILE, LowRankStudent
     from model_store.weights import Checkpoint
 
+    dtype = getattr(torch, dtype_name)
     path, num_teacher = pair.elasticity.path(size), pair.elasticity.num_teacher_layers
     teacher = _Files(pair.teacher_path)
     low_rank_file = pair.student_path / LOW_RANK_FILE
@@ -132,11 +134,11 @@ def _tensors(pair: Pair, size: int) -> Iterator[tuple[str, torch.Tensor]]:
             tensors = student.layer(index)
         elif low_rank.has_own_layer(index):
             base = Checkpoint(pair.teacher_path).layer(pair.elasticity.kept[index], torch.float32)
-            tensors = _split(low_rank.layer(index, base, torch.bfloat16, "cpu"), pair)
+            tensors = _split(low_rank.layer(index, base, dtype, "cpu"), pair)
         else:
             tensors = teacher.layer(pair.elasticity.kept[index])
         for name, tensor in tensors:
-            yield f"{teacher.layer_prefix}{position}.{name}", tensor.to(torch.bfloat16)
+            yield f"{teacher.layer_prefix}{position}.{name}", tensor.to(dtype)
     sources = {"teacher": Checkpoint(pair.teacher_path)}
     sources["student"] = sources["teacher"] if low_rank else Checkpoint(pair.student_path)
     parts = {"embed": path.embed_from, "norm": path.norm_from, "head": path.head_from}
@@ -147,9 +149,9 @@ def _tensors(pair: Pair, size: int) -> Iterator[tuple[str, torch.Tensor]]:
             if part == "head" and name in source.end_names("embed"):
                 if stays_tied:
                     continue
-                yield "lm_head.weight", source.tensor(name).to(torch.bfloat16)
+                yield "lm_head.weight", source.tensor(name).to(dtype)
             else:
-                yield teacher.full_name(name), source.tensor(name).to(torch.bfloat16)
+                yield teacher.full_name(name), source.tensor(name).to(dtype)
 
 
 class _Files:
@@ -214,10 +216,10 @@ def model_card(pair: Pair, size: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def verify(pair: Pair, size: int, folder: Path, tolerance: float = 1e-3) -> float:
+def verify(pair: Pair, size: int, folder: Path, tolerance: float = 1e-3, dtype: str = "bfloat16") -> float:
     """Largest difference of float32 logits between the exported model and the pair. ExportError above `tolerance`.
 
-    Both start from the same bfloat16 tensors; what is compared is the assembly, not rounding.
+    Both start from the same tensors of `dtype`; what is compared is the assembly, not rounding.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -227,7 +229,7 @@ def verify(pair: Pair, size: int, folder: Path, tolerance: float = 1e-3) -> floa
     ids = torch.arange(3, 35)[None] % pair.spec.vocab_size
     with torch.no_grad():
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)(ids).logits
-        model = load_elastic(pair, torch.bfloat16)
+        model = load_elastic(pair, getattr(torch, dtype))
         with lend_size(model, size) as lent:
             ours = lent.float()(ids, use_cache=False).logits
     difference = float((exported - ours).abs().max())

@@ -23,7 +23,6 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 async def create_message(request: Request, state: ServerState) -> Response:
     body = await read_body(request, MessagesRequest, state)
-    state.admission.check()
     call = MessageCall(state, Conversation(state, to_chat(body)), request.scope["state"]["request_id"])
     generation = await call.conversation.generation(request, call.id)
     return await respond(request, generation, bool(body.stream), call.whole, call.events, _error_event)

@@ -22,7 +22,6 @@ from server.api.state import ServerState
 
 async def create_response(request: Request, state: ServerState) -> Response:
     body = await read_body(request, ResponsesRequest, state)
-    state.admission.check()
     conversation = Conversation(state, to_chat(body))
     call = ResponseCall(state, body, conversation, body.request_id or request.scope["state"]["request_id"])
     generation = await conversation.generation(request, call.id)
