@@ -192,7 +192,12 @@ class Settings:
         False, "put queue time, time to first token and speed into every answer (`metrics`)", group="reporting"
     )
     metrics_legacy_names: bool = option(False, "also export metric names that vLLM has dropped", group="reporting")
-    otlp_traces_endpoint: str | None = option(None, "send OpenTelemetry traces there", group="reporting")
+    otlp_traces_endpoint: str | None = option(
+        None, "send OpenTelemetry traces there, e.g. http://collector:4318/v1/traces (extra `otel`)", group="reporting"
+    )
+    otlp_metrics_endpoint: str | None = option(
+        None, "send OpenTelemetry GenAI metrics there, e.g. http://collector:4318/v1/metrics", group="reporting"
+    )
 
 
 GROUPS = {

@@ -24,6 +24,7 @@ from server.api.routes import router
 from server.api.state import ServedModel, ServerState
 from server.config import Settings
 from server.metrics import Metrics
+from server.tracing import create_telemetry
 from server.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def create_app(
     """
     state = ServerState(settings, KeyRing.from_settings(settings), Metrics(legacy_names=settings.metrics_legacy_names))
 
+    state.telemetry = create_telemetry(settings)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.ensure_future(_load(state, load, on_failure))
@@ -51,6 +54,8 @@ def create_app(
                 loading.cancel()
             if state.async_engine is not None:
                 await state.async_engine.stop()
+            if state.telemetry is not None:
+                await asyncio.to_thread(state.telemetry.close)
 
     docs = {} if not settings.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(
@@ -93,7 +98,9 @@ async def _load(
             await asyncio.to_thread(model.engine.probe, size)
         async_engine = AsyncEngine(model.engine)
         catalog = model.catalog
-        state.metrics.attach(model.engine, catalog.name, catalog.max_model_len)
+        state.metrics.attach(
+            model.engine, catalog.name, catalog.max_model_len, state.settings.gpu_memory_utilization
+        )
         async_engine.on_failure = on_failure
         await async_engine.start()
         state.attach(model, async_engine)

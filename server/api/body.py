@@ -50,7 +50,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "ebnf": (None,),
 }
 # Where a caller of another server finds what that field did.
-_INSTEAD = {
+INSTEAD = {
     "guided_json": "structured_outputs.json",
     "guided_regex": "structured_outputs.regex",
     "guided_choice": "structured_outputs.choice",
@@ -102,7 +102,7 @@ def check_extra(extra: dict[str, Any]) -> None:
         if neutral is not None:
             # `in` would call True equal to 1.
             if not any(value == ok and type(value) is type(ok) for ok in neutral):
-                instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
+                instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
                 raise APIError(f"{name} is not supported{instead}.", param=name, code="unsupported_parameter")
         elif name not in _seen_unknown and len(_seen_unknown) < 1000:
             _seen_unknown.add(name)

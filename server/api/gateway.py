@@ -10,12 +10,14 @@ import re
 import time
 import uuid
 from collections import deque
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.auth import ANONYMOUS, Tenant
 from server.api.errors import APIError
+from server.api.generation import Generation
 from server.api.state import ServerState
 
 access_logger = logging.getLogger("boomerang.access")
@@ -82,7 +84,10 @@ class Gateway:
             if tenant is not None:
                 self.limits.leave(tenant)
                 self.state.num_active -= 1
-            self._report(scope, path, status, time.monotonic() - started, headers, num_bytes, request_id)
+            seconds, generation = time.monotonic() - started, carried.get("generation")
+            self._report(scope, path, status, seconds, headers, num_bytes, request_id)
+            if is_inference and self.state.telemetry is not None:
+                self.state.telemetry.observe(path, headers, status or 499, seconds, request_id, generation)
 
     # --- before
 
@@ -146,8 +151,25 @@ class Gateway:
                     "status": status,
                     "duration_ms": round(seconds * 1000, 3),
                     "tenant": scope["state"]["tenant"].name,
+                    **_generated(scope["state"].get("generation")),
                 },
             )
+
+
+def _generated(generation: Generation | None) -> dict[str, Any]:
+    """What the log says of an answer."""
+    if generation is None or not generation.size:
+        return {}
+    usage = generation.usage()
+    return {
+        "model": generation.model_id,
+        "size": generation.size,
+        "size_reason": generation.reason,
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "finish_reasons": [sequence.finish_reason for sequence in generation.sequences],
+        **generation.timings(),
+    }
 
 
 class KeyLimits:

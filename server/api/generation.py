@@ -47,6 +47,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     timings: dict[str, float] | None = None
     is_finished: bool = False
+    finish_reason: str | None = None
 
     def feed(self, output: RequestOutput) -> Delta:
         """Turn engine output into text. Sets `is_finished` when a stop string ends the sequence early."""
@@ -79,7 +80,7 @@ class Sequence:
                 raise APIError(f"The constraint could not be followed: {grammar.error}", param="response_format")
             if detokenizer.finish():
                 finish_reason, stop_reason = "stop", detokenizer.stop_string
-            self.is_finished = True
+            self.is_finished, self.finish_reason = True, finish_reason
             self.timings = output.timings
         text = detokenizer.take(is_final=finish_reason is not None)
         return Delta(self.index, text, token_ids, logprobs, offsets, finish_reason, stop_reason)
@@ -100,6 +101,7 @@ class Generation:
     state: ServerState
     request_id: str
     choice: SizeChoice
+    requested_model: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     size: int = 0
     reason: str = ""
@@ -317,6 +319,13 @@ class Generation:
         if num_tokens > 1 and last > first:
             report["tokens_per_second"] = round((num_tokens - 1) / (last - first), 3)
         return report
+
+    def phases(self) -> list[tuple[str, float, float]]:
+        """(name, begin, end) of what the first choice went through, on the clock of `time.monotonic`."""
+        request = self.sequences[0].request
+        marks = (request.arrival_time, request.scheduled_time, request.first_token_time, request.last_token_time)
+        spans = zip(("queue", "prefill", "decode"), marks, marks[1:], strict=False)
+        return [(name, begin, end) for name, begin, end in spans if begin is not None and end is not None]
 
     def timing_report(self) -> dict[str, Any]:
         """`metrics` of an answer, where the operator wants them."""

@@ -121,7 +121,7 @@ class Plan:
                 f"{settings.max_logprob_entries}: lower max_tokens, n, logprobs or the number of prompts.",
                 "prompt_logprobs" if logprobs is None else "logprobs",
             )
-        generation = Generation(state, self.request_id, choice)
+        generation = Generation(state, self.request_id, choice, body.model or catalog.name)
         generation.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         for prompt, limit in zip(prompts, limits, strict=True):
             for index in range(n):
@@ -207,6 +207,8 @@ async def respond(
     error_event: Callable[[APIError], bytes] | None = None,
 ) -> Response:
     """Run the generation as one answer or as a stream. Whatever happens, nothing of it is left running."""
+
+    request.scope["state"]["generation"] = generation  # for log and traces
 
     async def run() -> Response:
         handed_over = False

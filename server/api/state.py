@@ -18,6 +18,7 @@ from server.metrics import Metrics
 if TYPE_CHECKING:
     from server.engine.async_engine import AsyncEngine
     from server.engine.engine import Engine
+    from server.tracing import Telemetry
 
 # A step that runs longer than this is taken for hung; the largest prefill on the slowest machine is far below.
 WEDGED_SECONDS = 300.0
@@ -43,6 +44,7 @@ class ServerState:
         self.admission = Admission(settings, metrics)
         self.started = time.time()
         self.is_draining = False
+        self.telemetry: Telemetry | None = None
         self.load_error: str | None = None
         self.num_active = 0  # inference requests between first byte in and last byte out
         self.body_bytes = 0  # of request bodies that are still arriving

@@ -129,7 +129,7 @@ class RunningServer:
         for line in self.process.stderr:
             self.log.append(line)
             if match := re.search(r"listening on (\S+)", line):
-                self.url = match[1].rstrip('",')
+                self.url = match[1].rstrip('",}')
                 self._listening.set()
         self._listening.set()
 
