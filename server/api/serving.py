@@ -104,8 +104,6 @@ class Plan:
         ]
         longest = max(len(prompt.token_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
         choice = choice.within_memory(catalog, longest)
-        if choice.schedule and not getattr(state.engine.engine, "supports_size_schedule", False):
-            raise invalid("size_schedule is not supported by this engine.", "size_schedule")
         logprobs = check_logprobs(self.num_logprobs, "logprobs", settings, tokenizer.vocab_size)
         prompt_logprobs = check_logprobs(
             self.num_prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size
