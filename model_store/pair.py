@@ -75,9 +75,15 @@ class Pair:
         footprint = self._shared_footprint(dtype) if low_rank else self._footprint
         return footprint.num_bytes(sizes, dtype)
 
-    def size_table(self, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Any]]:
-        """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality."""
-        return [row | {"quality": self.quality.get(row["size"], {})} for row in self._footprint.size_table(dtype)]
+    def size_table(self, dtype: torch.dtype = torch.bfloat16, low_rank: bool = False) -> list[dict[str, Any]]:
+        """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality.
+
+        The bytes are those of the form that runs: `low_rank` as for `load`.
+        """
+        rows = self._footprint.size_table(dtype)
+        if low_rank:
+            rows = [row | {"weight_bytes": self.union_bytes([row["size"]], dtype, low_rank)} for row in rows]
+        return [row | {"quality": self.quality.get(row["size"], {})} for row in rows]
 
     @cached_property
     def _footprint(self) -> Footprint:

@@ -177,7 +177,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
-    infos = size_infos(pair.size_table(dtype))
+    infos = size_infos(pair.size_table(dtype, low_rank))
     names = settings.served_model_name or (pair.name,)
     catalog = Catalog(
         names=tuple(dict.fromkeys(names)),

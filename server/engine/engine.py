@@ -177,8 +177,7 @@ class Engine:
             if self.before_model is not None:
                 self.before_model()
             model_start = time.monotonic()
-            gap = self._clock.model_starts(model_start)
-            gap.seconds -= drafting
+            gap = self._clock.model_starts(model_start, drafting)
             sampled = self.run_batch(batch)
             model_end = time.monotonic()
             self._clock.model_ended(model_end)

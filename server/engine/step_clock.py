@@ -40,11 +40,13 @@ class StepClock:
             self._parts[part] = self._parts.get(part, 0.0) + now - self._mark
             self._mark = now
 
-    def model_starts(self, now: float) -> Gap:
+    def model_starts(self, now: float, drafting: float = 0.0) -> Gap:
+        """`drafting`: seconds since the last model call that were model calls too."""
         if self._end is None:
             return Gap()
-        seconds = now - self._end
-        return Gap(seconds, self._parts, max(seconds - (time.thread_time() - self._cpu), 0.0))
+        seconds = max(now - self._end - drafting, 0.0)
+        waited = now - self._end - (time.thread_time() - self._cpu)
+        return Gap(seconds, self._parts, min(max(waited, 0.0), seconds))
 
     def rest(self) -> None:
         """There is nothing to do: what follows is waiting for work."""

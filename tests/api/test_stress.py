@@ -85,9 +85,10 @@ async def storm(url: str) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("kv_memory", ["16MiB", "600KiB"])  # plenty, and so little that requests preempt each other
-def test_five_hundred_random_requests_leave_nothing_behind(pair, kv_memory):
-    with RunningServer(pair, "--kv-cache-memory", kv_memory, "--max-num-seqs", "12") as server:
+# Plenty of KV; and so little that requests preempt each other, while the smallest size guesses for the others.
+@pytest.mark.parametrize(("kv_memory", "flags"), [("16MiB", ()), ("600KiB", ("--speculative-size", "auto"))])
+def test_five_hundred_random_requests_leave_nothing_behind(pair, kv_memory, flags):
+    with RunningServer(pair, "--kv-cache-memory", kv_memory, "--max-num-seqs", "12", *flags) as server:
         counts = asyncio.run(storm(server.url))
         assert sum(counts.values()) == NUM_REQUESTS and min(counts.values()) > 50, counts
         deadline = time.monotonic() + 20
@@ -106,6 +107,8 @@ def test_five_hundred_random_requests_leave_nothing_behind(pair, kv_memory):
             metrics = httpx.get(server.url + "/metrics").text
             preempted = re.search(r"^vllm:num_preemptions_total\{.*\} (\S+)", metrics, re.M)
             assert preempted and float(preempted[1]) > 0
+            guessed = re.search(r'^boomerang:spec_decode_draft_tokens_total\{.*size="6".*\} (\S+)', metrics, re.M)
+            assert guessed and float(guessed[1]) > 0
         assert server.stop() == 0
         log = "".join(server.log)
         assert re.search(r"all \d+ pages are free", log), log[-2000:]
