@@ -78,9 +78,9 @@ def main() -> None:
                 stats = speculator.stats
                 accepted = sum(stats.accepted[full]) / stats.draft_tokens[full]
                 stood = stats.accepted[full][0] / stats.drafts[full]
-                c = statistics.median(small) / statistics.median(plain)
+                c = statistics.median(one / two for one, two in zip(small, plain, strict=True))
                 ideal = sum(stood**i for i in range(guesses + 1)) / (c * guesses + 1)
-                speedup = statistics.median(plain) / statistics.median(guessed)
+                speedup = statistics.median(one / two for one, two in zip(plain, guessed, strict=True))
                 print(f"{batch:>5} {size:>5} {guesses:>7} {accepted:>8.2f} {c:>5.2f} {ideal:>6.2f} {speedup:>8.2f}")
 
 
