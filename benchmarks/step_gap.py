@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_gap [--streams 16 64] [--seconds 10] [--size 30L] [--json FILE] [-- SERVE FLAGS...]
 
-Starts a server, keeps that many streaming completions open (raw HTTP from another process, which costs little), and reads
-the server's own counters before and after. `wait` is the part of the gap in which the engine's thread did not run;
+Starts a server, keeps that many streaming completions open (raw HTTP from another process, which costs little), and
+reads the server's own counters before and after. `wait` is the part of the gap in which the engine's thread did not run;
 `clients` is the share of one core that the load itself took, which on a small machine slows the server too.
 """
 
@@ -39,7 +39,8 @@ def counters(url: str) -> dict[str, float]:
 async def stream_forever(port: int, body: dict, until: float) -> None:
     """Streaming completions one after the other on connections of their own; the bytes are read, not parsed."""
     payload = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(payload)}"
     while time.monotonic() < until:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + payload)
