@@ -3,7 +3,7 @@
     python -m benchmarks.step_gap [--streams 16 64] [--seconds 10] [--size 30L] [--json FILE] [-- SERVE FLAGS...]
 
 Starts a server, keeps that many streaming completions open (raw HTTP from another process, which costs little), and
-reads the server's own counters before and after. `wait` is the part of the gap in which the engine's thread did not run;
+reads the server's own counters before and after. `wait` is the part of the gap in which the engine thread did not run;
 `clients` is the share of one core that the load itself took, which on a small machine slows the server too.
 """
 
