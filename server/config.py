@@ -154,6 +154,10 @@ class Settings:
     slo_policy: str = option(
         "best_effort", "what happens when a limit cannot be met now", group="sizes", choices=("best_effort", "strict")
     )
+    memory_budget_mb: float | None = option(
+        None, "default limit on a request's own weights plus KV, in MiB", kind="float", group="sizes", minimum=0
+    )
+    priority: int = option(0, "priority of requests that name none; lower runs first", group="sizes")
     size_policy: str = option("auto", "how auto picks: by load and latency, or largest", group="sizes",
                               choices=("auto", "largest"))
 

@@ -83,6 +83,7 @@ class EngineCollector:
         if self.engine.speculator is not None:
             yield from self._speculation(self.engine.speculator)
         yield from self._by_size(stats)
+        yield from self._cost_model()
 
     def _speculation(self, speculator: Speculator) -> Iterator[Metric]:
         """vLLM's totals, and how well each size is guessed: which tells what the smaller one is worth, too."""
@@ -117,6 +118,30 @@ class EngineCollector:
             for size, value in sorted(counts.items()):
                 family.add_metric([self.labels["model_name"], str(size), str(speculator.size)], value)
             yield family
+
+    def _cost_model(self) -> Iterator[Metric]:
+        """How well steps are predicted; nothing where sizes are not chosen by cost."""
+        cost = getattr(self.engine.scheduler.policy, "cost", None)
+        if cost is None:
+            return
+        name = self.labels["model_name"]
+        error = GaugeMetricFamily(
+            "boomerang:step_prediction_error",
+            "Relative error of predicted step time over recent steps, by kind of step and quantile",
+            labels=["model_name", "kind", "quantile"],
+        )
+        seconds = CounterMetricFamily(
+            "boomerang:step_prediction_seconds",
+            "Step time by kind of step: measured, and as predicted beforehand",
+            labels=["model_name", "kind", "value"],
+        )
+        for kind, stats in cost.errors.items():
+            for quantile in (0.5, 0.95):
+                error.add_metric([name, kind, str(quantile)], stats.quantile(quantile))
+            seconds.add_metric([name, kind, "measured"], stats.measured)
+            seconds.add_metric([name, kind, "predicted"], stats.predicted)
+        yield error
+        yield seconds
 
     def _by_size(self, stats: Any) -> Iterator[Metric]:
         name = self.labels["model_name"]

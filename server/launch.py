@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from server.api.app import create_app
+from server.api.auth import KeyRing
 from server.api.catalog import Catalog, size_infos
 from server.api.connection import guarded_protocol
 from server.api.state import ServedModel, ServerState
 from server.api.tokenizer import ServingTokenizer
 from server.config import GiB, Settings
+from server.engine.queue import WaitingQueue
 from server.sizing.spec import SizeError, SizeSpec
+from server.sizing.tenants import Tenants
 from server.startup import StartupClock
 
 if TYPE_CHECKING:
@@ -172,8 +175,6 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     config = engine_config(settings, pair, dtype, device)
     engine = Engine(loaded, config)
     clock.mark("executor and KV cache")
-    attach_policy(engine, loaded, pair, settings)
-    clock.mark("cost model")
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
@@ -188,6 +189,12 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         page_size=config.page_size,
         root=str(settings.teacher or pair.name),
     )
+    resolve = lambda size: catalog.resolve(SizeSpec.parse(size), "--api-key-file")  # noqa: E731
+    tenants = KeyRing.from_settings(settings).sizing(resolve)
+    engine.scheduler.waiting = WaitingQueue(tenants.weight, tenants.rank)
+    clock.mark("tokenizer and tables")
+    attach_policy(engine, loaded, pair, settings, tenants)
+    clock.mark("cost model")
     logger.info(
         "%s: sizes %dL to %dL, %s on %s, context %d, KV cache %.2f GiB",
         catalog.name,
@@ -198,21 +205,23 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         config.max_model_len,
         config.kv_cache_bytes / GiB,
     )
-    clock.mark("tokenizer and tables")
     clock.report()
-    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, dtype, settings))
+    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, dtype, settings), tenants)
 
 
-def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings) -> None:
+def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, tenants: Tenants) -> None:
     """Let load and latency choose among the sizes a request allows, unless the settings say `largest`."""
     if settings.size_policy == "largest":
         return
     from model_store.store import store_root
-    from server.sizing.calibrate import cost_model_for
+    from server.sizing.calibrate import cost_model_for, keep
     from server.sizing.policy import BudgetPolicy
+    from server.sizing.quality import quality_by_size
 
     cost = cost_model_for(engine, loaded, store_root(settings.store) / "calibration")
-    engine.scheduler.policy = BudgetPolicy(cost)
+    policy = BudgetPolicy(cost, tenants=tenants, quality=quality_by_size(pair.quality, pair.elasticity.sizes))
+    policy.save = lambda: keep(cost)
+    engine.scheduler.policy = policy
 
 
 def read_template(value: str | None) -> str | None:

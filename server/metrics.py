@@ -32,7 +32,7 @@ from server.engine.step_clock import PARTS
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine, StepStats
-    from server.engine.request import Request
+    from server.engine.request import Request, SizeDecision
 
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (
@@ -276,6 +276,9 @@ class Metrics:
             for histogram in self._inter_token:
                 histogram.observe(stats.model_time + stats.gap.seconds, num_later)
 
+    def on_size_decision(self, decision: SizeDecision) -> None:
+        self.size_decisions.labels(self._labels["model_name"], str(decision.size), decision.reason).inc()
+
     def on_request_finished(self, request: Request) -> None:
         reason = request.status.finish_reason
         if reason == "abort" and isinstance(request.stop_reason, str):
@@ -328,7 +331,6 @@ class Metrics:
         self.size_requests.labels(name, size, reason).inc()
         self.size_prompt_tokens.labels(name, size).inc(request.num_prompt_tokens)
         self.size_generation_tokens.labels(name, size).inc(num_output)
-        self.size_decisions.labels(name, size, decision.reason).inc()
         ceiling = max(request.sizes)
         self.served_layers.inc(decision.size)
         self.ceiling_layers.inc(ceiling)

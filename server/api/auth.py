@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from server.config import Settings
 from server.options import SettingsError
+from server.sizing.spec import SizeSpec
+from server.sizing.tenants import Tenants, tenant_from_config
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """What a key stands for. Limits of None mean: the server's own."""
+    """What a key stands for: limits on its calls (None: the server's own), and what `server.sizing.tenants` reads."""
 
     name: str
-    min_size: str | None = None
-    max_size: str | None = None
-    slo_ttft_ms: float | None = None
-    slo_tpot_ms: float | None = None
-    slo_e2e_ms: float | None = None
-    weight: float = 1.0
     max_concurrent: int | None = None
     max_requests_per_minute: int | None = None
+    sizing: Mapping[str, Any] = field(default_factory=dict)
 
 
 ANONYMOUS = Tenant("")
@@ -53,6 +51,10 @@ class KeyRing:
     @property
     def tenants(self) -> list[Tenant]:
         return [tenant for _, tenant in self._entries]
+
+    def sizing(self, resolve_size: Callable[[Any], int]) -> Tenants:
+        """Bounds, budgets and shares by tenant. `resolve_size` turns "24L", "75%"... into layers."""
+        return Tenants([tenant_from_config({"tenant": t.name, **t.sizing}, resolve_size) for t in self.tenants])
 
     def find(self, key: str) -> Tenant | None:
         """The tenant of a key. Every entry is compared in constant time, whatever matches."""
@@ -95,6 +97,23 @@ def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Tenant]:
         key, name = fields.pop("key"), str(fields.pop("tenant", f"file-{index}"))
         if not isinstance(key, str) or not key:
             raise ValueError("key must be text")
-        return key, Tenant(name, **fields)
+        limits = {limit: _whole(limit, fields.pop(limit, None)) for limit in _LIMITS}
+        tenant_from_config({"tenant": name, **fields}, _check_size)
+        return key, Tenant(name, **limits, sizing=fields)
     except (TypeError, ValueError, KeyError) as error:
         raise SettingsError(f"--api-key-file: {path}: entry {index}: {error}") from None
+
+
+_LIMITS = ("max_concurrent", "max_requests_per_minute")
+
+
+def _whole(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+    return value
+
+
+def _check_size(value: Any) -> int:
+    """Before the pair is loaded a size can only be read; whether it is served turns out later."""
+    SizeSpec.parse(value)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import orjson
@@ -66,7 +67,7 @@ class APIError(Exception):
     def headers(self) -> dict[str, str]:
         """openai-python obeys both: when to come back, and whether that can help at all."""
         if self.status in (429, 503):
-            return {"retry-after": str(max(1, round(self.retry_after or 1)))}
+            return {"retry-after": str(max(1, math.ceil(self.retry_after or 1)))}
         return {"x-should-retry": "false"}
 
     def response(self, path: str = "") -> Response:

@@ -105,6 +105,7 @@ class Generation:
     sequences: list[Sequence] = field(default_factory=list)
     size: int = 0
     reason: str = ""
+    changes: list[tuple[int, int]] = field(default_factory=list)  # (size, output tokens before it) of the first choice
     _first: RequestOutput | None = None
     _deadline: asyncio.TimerHandle | None = None
     num_prompt_tokens: int = 0
@@ -251,6 +252,8 @@ class Generation:
     def _note(self, sequence: Sequence, output: RequestOutput) -> None:
         self._leave_queue(sequence)
         if output.decision is not None and sequence.index == 0:
+            if output.decision.size != self.size:
+                self.changes.append((output.decision.size, output.decision.after_tokens))
             self.size, self.reason = output.decision.size, output.decision.reason
 
     def _leave_queue(self, sequence: Sequence) -> None:
@@ -267,7 +270,10 @@ class Generation:
     def _raise_if_failed(self, output: RequestOutput) -> None:
         if output.finish_reason == "error":
             raise APIError(
-                output.error or "The engine failed.", status=output.error_status, retry_after=output.retry_after
+                output.error or "The engine failed.",
+                param=output.error_param,
+                status=output.error_status,
+                retry_after=output.retry_after,
             )
         if output.finish_reason == "abort":
             raise APIError("The request was aborted because the server is stopping.", status=503)
@@ -299,7 +305,10 @@ class Generation:
         return self.state.catalog.model_id(self.size)
 
     def size_summary(self) -> dict[str, Any]:
-        return self.state.catalog.infos[self.size].summary(self.reason)
+        summary = self.state.catalog.infos[self.size].summary(self.reason)
+        if len(self.changes) > 1:
+            summary["changes"] = [{"layers": size, "after_tokens": count} for size, count in self.changes]
+        return summary
 
     def timings(self) -> dict[str, float]:
         """Milliseconds of the first choice, in vLLM's names; those that are known by now."""

@@ -84,7 +84,7 @@ class Plan:
         body, state = self.body, self.state
         settings, catalog, tokenizer = state.settings, state.catalog, state.tokenizer
         model_spec = catalog.split_model(body.model)
-        choice = state.chooser.choose(body, model_spec, self.headers)
+        choice = state.chooser.choose(body, model_spec, self.headers, self.tenant.name)
         stop = stop_strings(body, settings)
         n = body.n or 1
         if n > settings.max_n:
@@ -138,7 +138,7 @@ class Plan:
                     stop=stop,
                     include_stop=bool(body.include_stop_str_in_output),
                     skip_special_tokens=body.skip_special_tokens is not False,
-                    priority=body.priority or 0,
+                    priority=choice.priority,
                     tenant=self.tenant.name,
                     cache_salt=body.cache_salt or "",
                     arrival_time=self.arrival_time,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from server.api.auth import KeyRing
@@ -14,6 +15,7 @@ from server.api.size_choice import SizeChooser
 from server.api.tokenizer import ServingTokenizer
 from server.config import Settings
 from server.metrics import Metrics
+from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
     from server.engine.async_engine import AsyncEngine
@@ -32,6 +34,7 @@ class ServedModel:
     tokenizer: ServingTokenizer
     catalog: Catalog
     fingerprint: str = ""
+    tenants: Tenants = field(default_factory=Tenants)
 
 
 class ServerState:
@@ -56,7 +59,8 @@ class ServerState:
     def attach(self, model: ServedModel, async_engine: AsyncEngine) -> None:
         """The pair is loaded and its engine runs: take work from here on."""
         self.model = model
-        self.chooser = SizeChooser(model.catalog, self.settings)
+        self.chooser = SizeChooser(model.catalog, self.settings, model.tenants)
+        self.admission.retry_after = lambda: model.engine.scheduler.estimated_wait()
         self.grammars = Compiler(model.tokenizer, self.settings)
         self.async_engine = async_engine
 
@@ -115,6 +119,7 @@ class Admission:
         self.num_reqs = 0
         self.num_tokens = 0
         self._waiting: dict[str, tuple[int, int]] = {}  # tenant -> requests, tokens
+        self.retry_after: Callable[[], float] = lambda: 1.0  # seconds until what waits now has been admitted
 
     def check(self, tenant: str, num_reqs: int = 1, num_tokens: int = 0) -> None:
         """503 with Retry-After if so much more of this tenant does not fit into the queue."""
@@ -148,5 +153,8 @@ class Admission:
     def _refuse(self, reason: str, detail: str) -> None:
         self.metrics.admission_rejected(reason)
         raise APIError(
-            f"The server is overloaded: {detail}. Try again later.", status=503, code="server_overloaded", retry_after=1
+            f"The server is overloaded: {detail}. Try again later.",
+            status=503,
+            code="server_overloaded",
+            retry_after=self.retry_after(),
         )

@@ -159,6 +159,7 @@ class AsyncEngine:
                     self._publish(outputs)
                     self._flush()
                     self._report_leaks()
+                    self.engine.scheduler.policy.on_stop()
                     return
                 if self.engine.has_work:
                     self._step_started = time.monotonic()
@@ -202,7 +203,7 @@ class AsyncEngine:
             try:
                 self.engine.add_request(item)
             except ValueError as error:
-                outputs.append(_error(item.request_id, str(error), 400))
+                outputs.append(_error(item.request_id, str(error), 400, getattr(error, "param", None)))
             except Exception:
                 logger.exception("request %s could not be queued", item.request_id)
                 outputs.append(_error(item.request_id, "The server failed to handle this request.", 500))
@@ -244,5 +245,7 @@ class AsyncEngine:
             stream.put(_error(request_id, "The engine stopped before this request was finished.", 503))
 
 
-def _error(request_id: str, message: str, status: int) -> RequestOutput:
-    return RequestOutput(request_id, finish_reason="error", error=message, error_status=status)
+def _error(request_id: str, message: str, status: int, param: str | None = None) -> RequestOutput:
+    return RequestOutput(
+        request_id, finish_reason="error", error=message, error_status=status, error_param=param
+    )

@@ -18,9 +18,10 @@ from server.engine.config import EngineConfig
 from server.engine.drafts import DraftPool
 from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
-from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
+from server.engine.request import Request, RequestOutput, SamplingParams, SizeDecision, TokenLogprobs
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
+from server.engine.size_policy import RequestRefused
 from server.engine.speculation import Speculator
 from server.engine.step_clock import Gap, StepClock
 from server.model.executor import Executor, create_executor
@@ -65,6 +66,7 @@ class StepStats:
 class MetricsSink(Protocol):
     def on_step(self, stats: StepStats) -> None: ...
     def on_request_finished(self, request: Request) -> None: ...
+    def on_size_decision(self, decision: SizeDecision) -> None: ...
 
 
 class Engine:
@@ -115,7 +117,7 @@ class Engine:
     # --- requests
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it could not run even on an idle server."""
+        """Queue a request. Raises ValueError (RequestRefused if it could not run even on an idle server)."""
         if request.num_tokens == 0:
             raise ValueError("prompt is empty")
         if request.request_id in self.scheduler.requests:
@@ -123,7 +125,7 @@ class Engine:
         if self._quarantine.holds(request):
             raise ValueError("The same request made the model fail a short while ago; it is not tried again for now.")
         if refusal := self.scheduler.prepare(request):
-            raise ValueError(refusal.message)
+            raise RequestRefused(refusal.message, refusal.param)
         self.scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> list[RequestOutput]:
@@ -147,8 +149,9 @@ class Engine:
         self._clock.lap("publish")
         planned = self.scheduler.schedule()
         self._clock.lap("schedule")
+        self._count_decisions(planned.outputs)
         if not planned.scheduled:
-            self._clock.rest()
+            self._rest()
             return planned.outputs
         try:
             return planned.outputs + self._advance(planned, started)
@@ -194,6 +197,7 @@ class Engine:
         outputs = self.scheduler.update(planned, sampled)
         self._attach_prompt_logprobs(outputs)
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
+        self._count_decisions(outputs)
         try:
             times = (started, model_start, model_end, drafting)
             self._observe(planned, batch, before, times, gap, num_generated)
@@ -202,6 +206,8 @@ class Engine:
         self._clock.lap("book")
         for request in faulty:
             outputs += self._condemn(request, ArithmeticError(self._faults[request.request_id]))
+        if not self.has_work:
+            self._rest()
         return outputs
 
     def _draft(self, planned: SchedulerOutput) -> float:
@@ -257,6 +263,17 @@ class Engine:
         index = torch.from_numpy(pages.astype(np.int64))
         for tensor in getattr(self.executor, "kv_tensors", tuple)():
             tensor[index.to(tensor.device)] = 0
+
+    def _rest(self) -> None:
+        """The time to the next step is waiting for work, not overhead."""
+        self._clock.rest()
+        self.scheduler.policy.on_idle()
+
+    def _count_decisions(self, outputs: list[RequestOutput]) -> None:
+        if self.metrics_sink is not None:
+            for output in outputs:
+                if output.decision is not None:
+                    self.metrics_sink.on_size_decision(output.decision)
 
     @torch.inference_mode()
     def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:

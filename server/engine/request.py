@@ -52,6 +52,7 @@ class Budget:
     e2e: float | None = None
     memory: int | None = None
     strict: bool = False  # slo_policy: strict refuses what cannot be met now, best_effort serves it at the floor
+    inherited: frozenset[str] = frozenset()  # the limits above that the server or the key brought, not the caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class SizeDecision:
 
     size: int
     reason: str
+    after_tokens: int = 0  # output tokens before it
 
 
 class RequestStatus(enum.IntEnum):
@@ -179,6 +181,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     error: str | None = None
     error_status: int = 500  # HTTP status that `error` deserves (400 impossible, 503 not now)
+    error_param: str | None = None  # the field at fault
     retry_after: float | None = None
     timings: dict[str, float] | None = None  # on the last output: queue, prefill, decode, ttft, e2e seconds
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model_store.assembly import Elasticity
 from server.engine.config import EngineConfig
@@ -134,6 +134,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running) or bool(self.waiting)
 
+    def estimated_wait(self) -> float:
+        """Seconds until what waits now will have been admitted. Any thread: totals may be a step old."""
+        return self.policy.estimated_wait(self, self.clock())
+
     # --- one step
 
     def schedule(self) -> SchedulerOutput:
@@ -235,6 +239,7 @@ class Scheduler:
                 break
             self.waiting.remove(request)
             is_change = request.decision is not None and request.decision.size != choice.size
+            choice = replace(choice, after_tokens=len(request.output_token_ids))
             request.path, request.decision = path, choice
             request.slot = self._free_slots.pop()
             self.kv_cache.adopt(request, prefix)
@@ -318,7 +323,7 @@ class Scheduler:
     def _change_size(self, request: Request, decision: SizeDecision, output: SchedulerOutput) -> None:
         if request.status == RequestStatus.RUNNING and decision.size != request.path.size:
             self._set_size(request, decision)
-            output.outputs.append(RequestOutput(request.request_id, decision=decision))
+            output.outputs.append(RequestOutput(request.request_id, decision=request.decision))
 
     def _set_size(self, request: Request, decision: SizeDecision) -> None:
         """Go on at another size: everything so far is computed again on the new path, but for what its cache holds.
@@ -328,7 +333,8 @@ class Scheduler:
         """
         self.load.leave(request)
         self.kv_cache.free(request)
-        request.path, request.decision = self.elasticity.path(decision.size), decision
+        request.path = self.elasticity.path(decision.size)
+        request.decision = replace(decision, after_tokens=len(request.output_token_ids))
         if request.size_schedule:
             request.sizes = (decision.size,)
         self.kv_cache.adopt(request, self.kv_cache.find_prefix(request, request.path))

@@ -21,6 +21,15 @@ class Refusal:
     message: str
     status: int
     retry_after: float | None = None
+    param: str | None = None  # the field at fault
+
+
+class RequestRefused(ValueError):
+    """A request that could not run even on an idle server."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class SizePolicy:
@@ -55,6 +64,12 @@ class SizePolicy:
     def decode_seconds(self, rows: np.ndarray) -> float | None:
         """Predicted seconds of a decode step of rows[size] requests; None if this policy predicts nothing."""
         return None
+
+    def on_idle(self) -> None:
+        """Nothing is left to do: the time to the next step is nobody's."""
+
+    def on_stop(self) -> None:
+        """The engine ends: keep what was learned."""
 
     def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
         """Seconds until what waits now will have been admitted."""

@@ -13,9 +13,9 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 # (requests, tokens each, context before, side) of one group; a step is a list of groups. Sides: t teacher, s student.
 Group = tuple[int, int, int, str]
@@ -213,6 +213,7 @@ def save(model: CostModel, path: Path) -> None:
     content = {
         "format": FORMAT,
         "processor": processor_name(),
+        "profile": model.profile.to_json(),
         "coefficients": model.coefficients.tolist(),
         "prior": model.prior.tolist(),
         "overhead": model.overhead,
@@ -223,20 +224,31 @@ def save(model: CostModel, path: Path) -> None:
     scratch.replace(path)
 
 
-def load(profile: CostProfile, path: Path) -> CostModel | None:
-    """What a former run saved, or None if there is nothing usable."""
+def from_json(content: Mapping[str, Any], profile: CostProfile | None = None) -> CostModel:
+    """The cost model that `save` wrote, for the pair it was saved with or `profile`. ValueError if it is none."""
     try:
-        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, not {FORMAT}")
         coefficients, prior = np.asarray(content["coefficients"]), np.asarray(content["prior"])
-        if content["format"] != FORMAT or coefficients.shape != (NUM_FEATURES,) or prior.shape != (NUM_FEATURES,):
-            return None
+        if coefficients.shape != (NUM_FEATURES,) or prior.shape != (NUM_FEATURES,):
+            raise ValueError("a wrong number of coefficients")
         if not (np.isfinite(coefficients).all() and (coefficients >= 0).all()):
-            return None
-        model = CostModel(profile, coefficients)
+            raise ValueError("coefficients that are not finite or below 0")
+        model = CostModel(profile or CostProfile.from_json(content["profile"]), coefficients)
         model.prior = prior
         model.overhead = float(content["overhead"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no calibration: {type(error).__name__}: {error}") from None
+    return model
+
+
+def load(profile: CostProfile | None, path: Path) -> CostModel | None:
+    """What a former run saved, or None if there is nothing usable. `profile` None: the one it was saved with."""
+    try:
+        model = from_json(json.loads(path.read_text()), profile)
+    except (OSError, ValueError):
         return None
+    model.path = path
     return model
 
 
@@ -249,24 +261,19 @@ def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, sec
     path = None if folder is None else folder / f"{calibration_key(engine, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:
-        off = _check(engine, model)
-        if off < 2.0:
-            logger.info("cost model: taken from %s (%.0f %% off in a quick check)", path, 100 * (off - 1))
-            model.path = path
+        ratio = _check(engine, model)
+        if 0.5 < ratio < 2.0:
+            logger.info("cost model: taken from %s (predicts %.2f of a quick check's time)", path, ratio)
             return model
         logger.info("cost model: %s does not fit this machine any more, calibrating", path)
     model = calibrate(engine, profile, seconds=seconds)
-    if path is not None:
-        try:
-            save(model, path)
-        except OSError as error:
-            logger.warning("cost model: cannot write %s: %s", path, error)
     model.path = path
+    keep(model)
     return model
 
 
 def _check(engine: Engine, model: CostModel) -> float:
-    """By what factor the model is off for one decode row (at least 1). Milliseconds: a server is waiting to start.
+    """Predicted over measured time of one decode row. Milliseconds: a server is waiting to start.
 
     That one step reads all weights, so it tells another machine from this one; finer differences are left to the
     correction that goes on while serving.
@@ -277,6 +284,15 @@ def _check(engine: Engine, model: CostModel) -> float:
             started = time.perf_counter()
             engine.run_batch(batch)
             took.append(time.perf_counter() - started)
-        ratio = model.seconds(model.shape(batch)) / min(took[1:])
-        return max(ratio, 1 / ratio)
+        return model.seconds(model.shape(batch)) / min(took[1:])
     return 1.0  # a KV pool too small for one block: nothing to measure with
+
+
+def keep(model: CostModel) -> None:
+    """Save to where the model belongs; a store that cannot be written is worth a warning, no more."""
+    if model.path is not None:
+        try:
+            save(model, model.path)
+            logger.info("cost model: kept in %s", model.path)
+        except OSError as error:
+            logger.warning("cost model: cannot write %s: %s", model.path, error)

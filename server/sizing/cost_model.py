@@ -19,9 +19,10 @@ recent steps corrects them.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,9 +80,31 @@ class CostProfile:
         teacher = np.array([weights[s.start : s.stop].sum() for s in stations]) - joint
         return joint, teacher, np.array([weights[num_teacher + s.index] for s in stations])
 
+    def to_json(self) -> dict[str, Any]:
+        pair = self.elasticity
+        thresholds = {name: getattr(pair, name) for name in _THRESHOLDS}
+        shape = {"num_teacher_layers": pair.num_teacher_layers, "kept": list(pair.kept), **thresholds}
+        fields = {name: getattr(self, name) for name in ("layer_bytes", *_PROFILE_FIELDS)}
+        return {"pair": shape, **fields, "shared_stations": sorted(self.shared_stations)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> CostProfile:
+        """KeyError, TypeError or ValueError if it is not what `to_json` wrote."""
+        fields = {name: content[name] for name in _PROFILE_FIELDS}
+        return cls(
+            elasticity=Elasticity(**content["pair"]),
+            layer_bytes=tuple(content["layer_bytes"]),
+            shared_stations=frozenset(content["shared_stations"]),
+            **fields,
+        )
+
     def kv_bytes_for(self, num_tokens: int, size: int, page_size: int = 1) -> int:
         """KV bytes of a request of `num_tokens` tokens at `size` layers, whole pages."""
         return -(-num_tokens // page_size) * page_size * size * self.kv_bytes
+
+
+_THRESHOLDS = ("thresholds", "embed_threshold", "norm_threshold", "head_threshold")
+_PROFILE_FIELDS = ("head_bytes", "kv_bytes", "attention_flops", "weight_bytes_per_parameter", "shared_head")
 
 
 def ramps(values: np.ndarray, knots: np.ndarray) -> np.ndarray:
@@ -108,13 +131,17 @@ class ErrorStats:
 
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=2048))
     count: int = 0
+    predicted: float = 0.0  # seconds, summed
+    measured: float = 0.0
 
-    def add(self, error: float) -> None:
-        self.recent.append(error)
+    def add(self, predicted: float, measured: float) -> None:
+        self.recent.append(abs(predicted - measured) / measured)
         self.count += 1
+        self.predicted += predicted
+        self.measured += measured
 
     def quantile(self, q: float) -> float:
-        return float(np.quantile(self.recent, q)) if self.recent else float("nan")
+        return float(np.quantile(list(self.recent), q)) if self.recent else float("nan")
 
 
 class CostModel:
@@ -126,7 +153,7 @@ class CostModel:
         self.prior = coefficients.copy()  # what fits are drawn to where no step tells
         self.correction = dict.fromkeys(KINDS, 1.0)  # follows drift between fits
         self.overhead = 0.0  # seconds between the end of one model call and the start of the next, while busy
-        self.errors = {kind: ErrorStats() for kind in KINDS}
+        self.errors = {kind: ErrorStats() for kind in ("all", *KINDS)}
         self.num_observed = 0
         self._ring: deque[tuple[np.ndarray, float]] = deque(maxlen=768)
         self.path: Path | None = None  # where it is kept
@@ -247,7 +274,8 @@ class CostModel:
     def observe(self, shape: StepShape, measured: float) -> float:
         """Learn from a step that took `measured` seconds; returns what had been predicted."""
         predicted = self.seconds(shape)
-        self.errors[shape.kind].add(abs(predicted - measured) / measured)
+        self.errors[shape.kind].add(predicted, measured)
+        self.errors["all"].add(predicted, measured)
         # Between fits a clipped multiplicative correction per kind follows the machine (a neighbour on the other core).
         ratio = min(max(measured / max(predicted, 1e-9), 0.7), 1.4)
         self.correction[shape.kind] = min(max(self.correction[shape.kind] * ratio**0.08, 0.25), 4.0)
@@ -285,7 +313,7 @@ def fit(
 ) -> np.ndarray:
     """Non-negative coefficients with the least robust relative error on [n, F] steps, drawn to `prior`.
 
-    Minimises sum w (x.c / t - 1)^2 + ridge * sum(w) / n_active * ((c - prior) / scale)^2 by coordinate descent, with Huber
+    Minimises sum w (x.c / t - 1)^2 + ridge * sum(w) / F * ((c - prior) / scale)^2 by coordinate descent, with Huber
     weights from two passes.
     """
     scale = np.maximum(prior, np.max(prior) * 1e-9)

@@ -70,13 +70,17 @@ class PairShape:
         return 2 * (self.layer_parameters * (self.num_layers + len(self.kept)) + 2 * self.vocab_parameters)
 
 
+_QWEN3_KEPT = (*range(0, 34, 2), 34, 35)
+_LLAMA_KEPT = (0, *range(1, 28, 2))
+_PYTHIA_KEPT = (*range(0, 30, 2), 30, 31)
 PAIRS = {
-    "qwen3-4b": PairShape("qwen3-4b", 36, (*range(0, 34, 2), 34, 35), "last_to_first", 100_930_816, 388_956_160, 32, 8, 128),
-    "qwen3-8b": PairShape("qwen3-8b", 36, (*range(0, 34, 2), 34, 35), "last_to_first", 192_946_432, 622_329_856, 32, 8, 128),
-    "llama-3.2-3b": PairShape(
-        "llama-3.2-3b", 28, (0, *range(1, 28, 2)), "first_to_last", 100_669_440, 394_002_432, 24, 8, 128
-    ),
-    "pythia-2.8b": PairShape("pythia-2.8b", 32, (*range(0, 30, 2), 30, 31), "last_to_first", 78_676_480, 128_778_240, 32, 32, 80),
+    pair.name: pair
+    for pair in (
+        PairShape("qwen3-4b", 36, _QWEN3_KEPT, "last_to_first", 100_930_816, 388_956_160, 32, 8, 128),
+        PairShape("qwen3-8b", 36, _QWEN3_KEPT, "last_to_first", 192_946_432, 622_329_856, 32, 8, 128),
+        PairShape("llama-3.2-3b", 28, _LLAMA_KEPT, "first_to_last", 100_669_440, 394_002_432, 24, 8, 128),
+        PairShape("pythia-2.8b", 32, _PYTHIA_KEPT, "last_to_first", 78_676_480, 128_778_240, 32, 32, 80),
+    )
 }
 
 

@@ -106,9 +106,11 @@ class Forecaster:
             rows = new
             if done:
                 break
-        chunk = prefill / piece * max_tokens
-        room = chunk if limit is None else np.clip(0.9 * limit - step, 0.1 * step, chunk)
-        service = prefill * (1.0 + step / np.maximum(room, 1e-9))
+        per_step = np.full_like(step, float(max_tokens))
+        if limit is not None:
+            room = np.maximum(0.9 * limit - step, 0.1 * step) * prompt / np.maximum(prefill, 1e-12)
+            per_step = np.minimum(room, per_step)
+        service = prefill + prompt / per_step * step
         used = rate * service
         # M/D/1 waiting, and as much again for the tail that attainment is about.
         wait = np.where(used < 1.0, used / np.maximum(1.0 - used, 1e-3) * service, NEVER)

@@ -88,29 +88,24 @@ class Outlook:
         else:
             many = step
 
-        # Prompts: seconds per layer-token beside the rows that decode.
+        # Prompts: seconds per layer-token beside the rows that decode, and how many of them a step takes.
         prompt = max(num_tokens - 1, 1)
-        backlog = float((np.asarray(load.pending, np.float64) - load.rows) @ self._all_sizes)
+        backlog = max(float((np.asarray(load.pending, np.float64) - load.rows) @ self._all_sizes), 0.0)
         limit_tokens = config.max_num_batched_tokens
-        piece = min(max(prompt + backlog / self._full_weight, 1.0), limit_tokens)
-        rate = self._token_rate(total, piece)
-        own_prefill = rate * prompt * sizes + cost.prefill_context * sizes * (0.5 * prompt * prompt)
-        work = own_prefill + rate * max(backlog, 0.0)
+        rate = self._token_rate(total, min(max(prompt + backlog / self._full_weight, 1.0), limit_tokens))
+        work = rate * (prompt * sizes + backlog) + cost.prefill_context * sizes * (0.5 * prompt * prompt)
+        per_step = np.full_like(step, limit_tokens * self._full_weight)
         guard = load.tightest_tpot()
-        chunk = rate * limit_tokens * self._full_weight
+        beside = step if total > 0.5 else np.full_like(step, cost.fixed + cost.overhead)
+        if guard is not None and total > 0.5:
+            room = (0.9 * guard - step) / max(rate, 1e-12)
+            per_step = np.clip(room, self.min_chunk * sizes, per_step)
         waited = now - request.arrival_time
         first = float(cost.head_seconds(1.0))
-        if total > 0.5:
-            room = np.full_like(step, chunk) if guard is None else np.clip(
-                0.9 * guard - step, rate * self.min_chunk * sizes, chunk
-            )
-            stretch = 1.0 + step / room  # each step of prompt work drags the decode rows along
-            ttft = waited + work + np.ceil(work / room) * step + first
-        else:
-            stretch = 1.0 + (cost.fixed + cost.overhead + first) / chunk
-            ttft = waited + work * stretch + cost.fixed + cost.overhead + first
+        ttft = waited + work + np.ceil((prompt * sizes + backlog) / per_step) * beside + first
         behind = max(own_waiting_tokens - num_tokens, 0)
-        queue = (work + rate * behind * sizes) * stretch + first + 0.5 * waited
+        queue = work + rate * behind * sizes + ((prompt + behind) * sizes + backlog) / per_step * beside
+        queue += first + 0.5 * waited
         overflow = waiting - max(free_slots, 0)
         if overflow > 0 and load.num_rows:
             queue = queue + overflow * num_output * step / load.num_rows
@@ -198,6 +193,28 @@ class Outlook:
         if context is not None:
             value += cost.decode_context * float(np.asarray(context, np.float64) @ self._all_sizes)
         return value * cost.correction["decode"]
+
+    def pays_to_shrink(self, requests: list[Request], scheduler: Scheduler) -> bool:
+        """Whether steps get so much shorter that computing these texts again at their floors is worth it."""
+        load = scheduler.load
+        rows, context = np.asarray(load.rows, np.float64), list(load.context)
+        before = self.mix_seconds(rows, context)
+        rate = self._token_rate(load.num_rows, scheduler.config.max_num_batched_tokens)
+        cost = remaining = 0.0
+        for request in requests:
+            size, floor, tokens = request.path.size, request.sizes[0], request.num_tokens
+            rows[size] -= 1.0
+            rows[floor] += 1.0
+            context[size] -= tokens
+            context[floor] += tokens
+            cost += self.change_seconds(tokens, floor, rate)
+            remaining += request.sampling.max_tokens - len(request.output_token_ids)
+        saved = (before - self.mix_seconds(rows, context)) * remaining / len(requests)
+        return saved > 2.0 * cost
+
+    def change_seconds(self, num_tokens: int, size: int, rate: float) -> float:
+        """What going on at `size` costs: the text so far computed there, at `rate` seconds per token and layer."""
+        return num_tokens * size * (rate + self.cost.prefill_context * 0.5 * num_tokens)
 
     def drain_seconds(self, scheduler: Scheduler) -> float:
         """Until everything that waits now is admitted, at the smallest size."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from server.sizing.cost_model import CostModel
 from server.sizing.demand import Demand
 from server.sizing.forecast import Forecaster
 from server.sizing.outlook import Outlook
-from server.sizing.tenants import Tenants, merge_budget
+from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
     from server.engine.batch import ForwardBatch
@@ -38,8 +39,9 @@ class PolicyConfig:
     margin: float = 0.9  # predictions may use this share of a limit
     regrow: float = 0.85  # sizes above the last one given out may use this share of that
     hold: float = 1.0  # and not sooner than this after the last shrink
-    window: float = 10.0  # arrival rates are averaged over about this long
-    sigmas: float = 0.5  # and taken this many standard errors high
+    window: float = 20.0  # arrival rates are averaged over about this long
+    sigmas: float = 0.0  # and taken this many standard errors high
+    squeeze: float = 0.5  # running requests may shrink this long after a decision for which no size held
     min_chunk: int = 16  # prompt tokens a step takes at least, however tight the limits of those who decode
 
 
@@ -69,52 +71,49 @@ class BudgetPolicy(SizePolicy):
         self.num_decisions = 0
         self._levels: OrderedDict[tuple, tuple[int, float]] = OrderedDict()  # (tenant, limits) -> (size, last shrink)
         self._last_end: float | None = None
-        self._wait = 0.0
+        self._pressed = -math.inf  # when no size held the last time
+        self.save: Callable[[], None] | None = None  # keeps what the cost model learned
 
     # --- before the queue
 
     def prepare(self, request: Request, scheduler: Scheduler, now: float) -> Refusal | None:
-        """Fill in the tenant's defaults and bounds; refuse (400) what could not be met even on an idle server."""
-        tenant = self.tenants[request.tenant]
-        request.budget = merge_budget(request.budget, tenant.budget)
-        low, high = tenant.min_size, tenant.max_size
-        if low is not None or high is not None:
-            sizes = tuple(s for s in request.sizes if (low is None or s >= low) and (high is None or s <= high))
-            if not sizes:
-                bounds = f"{low or self.table.sizes[0]}L to {high or self.table.sizes[-1]}L"
-                return Refusal(f"This API key is served sizes from {bounds}; none that the request allows is.", 400)
-            if sizes[-1] < request.sizes[-1]:
-                request.size_reason = "tenant_ceiling"
-            request.sizes = sizes
+        """Refuse (400) what could not be met even on an idle server."""
         return self.check(request)
 
     def check(self, request: Request) -> Refusal | None:
-        """400 with the best achievable figure if no allowed size could meet the request's limits alone on the server."""
+        """400 with the best achievable figure if no allowed size could meet the request's limits alone on the server.
+
+        A limit that the caller did not bring itself is a goal: it refuses nothing unless the policy is strict.
+        """
         budget = request.budget
-        if budget.ttft is None and budget.tpot is None and budget.e2e is None:
+        limits = [
+            (name, limit)
+            for name, limit in (("ttft", budget.ttft), ("tpot", budget.tpot), ("e2e", budget.e2e))
+            if limit is not None and (budget.strict or name not in budget.inherited)
+        ]
+        if not limits:
             return None
         candidates = self.table.candidates(request.sizes)
         ttft, tpot = self.outlook.idle(candidates, request.num_prompt_tokens)
         sampling = request.sampling
         sure = sampling.max_tokens if sampling.ignore_eos else max(sampling.min_tokens, 1)
-        e2e = ttft + tpot * max(sure - 1, 0)
-        bad = []
-        for name, limit, figures in (("ttft_ms", budget.ttft, ttft), ("tpot_ms", budget.tpot, tpot), ("e2e_ms", budget.e2e, e2e)):
-            if limit is not None and figures.min() > limit:
-                best = int(figures.argmin())
-                bad.append(
-                    f"slo.{name}: {limit * 1e3:g} cannot be met; the best that an idle server is expected to reach for this "
-                    f"request is {figures[best] * 1e3:.1f} (at {candidates.sizes[best]}L)"
-                )
+        figures = {"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * max(sure - 1, 0)}
+        bad = [(name, limit) for name, limit in limits if figures[name].min() > limit]
+        together = np.all([figures[name] <= limit for name, limit in limits], axis=0)
+        if together.any():
+            return None
         if not bad:
-            together = np.ones(len(candidates.sizes), bool)
-            for limit, figures in ((budget.ttft, ttft), (budget.tpot, tpot), (budget.e2e, e2e)):
-                if limit is not None:
-                    together &= figures <= limit
-            if together.any():
-                return None
-            bad.append("slo: each limit can be met by some allowed size, but no size meets all of them")
-        return Refusal("; ".join(bad) + ".", 400)
+            best = candidates.sizes[int(np.max([figures[name] / limit for name, limit in limits], axis=0).argmin())]
+            message = f"slo: each limit can be met by some allowed size, but no size meets all; {best}L comes closest"
+            return Refusal(message + ".", 400, param="slo")
+        sentences = []
+        for name, limit in bad:
+            best = int(figures[name].argmin())
+            sentences.append(
+                f"slo.{name}_ms: {limit * 1e3:g} cannot be met; the best that an idle server is expected to reach for "
+                f"this request is {figures[name][best] * 1e3:.1f} (at {candidates.sizes[best]}L)."
+            )
+        return Refusal(" ".join(sentences), 400, param=f"slo.{bad[0][0]}_ms")
 
     def on_arrival(self, request: Request, now: float) -> None:
         self.demand.arrived(request.tenant, request.num_prompt_tokens, now)
@@ -133,12 +132,14 @@ class BudgetPolicy(SizePolicy):
         ratios = self._ratios(view, candidates, request, scheduler, now)
         pressure = ratios.max(axis=0)
         index, key, level = self._pick(candidates, pressure, request, now)
-        if self._must_wait(view, index, request, scheduler):
-            budget = request.budget
-            if budget.strict and budget.ttft is not None and now - request.arrival_time > budget.ttft * self.config.margin:
-                return self._refuse(request, scheduler, now)
-            return None
         is_floor = pressure[index] > self.config.margin
+        must_wait = self._must_wait(view, index, request, scheduler)
+        if is_floor or must_wait:
+            self._pressed = now
+        if must_wait:
+            limit = request.budget.ttft
+            is_late = limit is not None and now - request.arrival_time > limit * self.config.margin
+            return self._refuse(request, scheduler, now) if request.budget.strict and is_late else None
         if is_floor and request.budget.strict and self._own_limits_break(view, index, request):
             return self._refuse(request, scheduler, now)
         size = candidates.sizes[index]
@@ -231,6 +232,36 @@ class BudgetPolicy(SizePolicy):
             "The request's latency limits cannot be met at the moment (slo_policy is strict).", 503, math.ceil(wait)
         )
 
+    # --- a running request changes size
+
+    def resize(self, scheduler: Scheduler, now: float) -> list[tuple[Request, SizeDecision]]:
+        """Shrink large running requests while no size holds for new ones, if that pays for itself.
+
+        Those that were given much while there was room keep their layers in every step until they end. Computing
+        their text again at their floor costs once; two at a time, so that the prompts of others are not pushed aside.
+        """
+        if now - self._pressed > self.config.squeeze or len(scheduler.running) < 2:
+            return []
+        found = [
+            request
+            for request in scheduler.running
+            if request.path.size > request.sizes[0]
+            and request.output_token_ids
+            and not request.size_schedule
+            and request.sampling.max_tokens - len(request.output_token_ids) >= 8
+        ]
+        if not found:
+            return []
+        is_decoding = [request for request in found if request.num_tokens - request.num_computed_tokens == 1]
+        under_way = sum(
+            bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens > 1
+            for request in scheduler.running
+        )
+        if under_way >= 2 or not is_decoding or not self.outlook.pays_to_shrink(is_decoding, scheduler):
+            return []
+        is_decoding.sort(key=lambda r: (len(r.output_token_ids) - r.sampling.max_tokens) / r.num_tokens)
+        return [(request, SizeDecision(request.sizes[0], "load")) for request in is_decoding[: 2 - under_way]]
+
     # --- beside the decision
 
     def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
@@ -255,10 +286,9 @@ class BudgetPolicy(SizePolicy):
             self._last_end = end
 
     def on_idle(self) -> None:
-        """The engine ran out of work: the time to the next step is no overhead."""
         self._last_end = None
 
+    def on_stop(self) -> None:
+        if self.save is not None:
+            self.save()
 
-def with_quality(policy: BudgetPolicy, quality: dict[int, float] | None) -> BudgetPolicy:
-    """The same policy maximising another figure (for what-if runs)."""
-    return BudgetPolicy(policy.cost, tenants=policy.tenants, quality=quality, config=replace(policy.config))

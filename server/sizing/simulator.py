@@ -1,8 +1,6 @@
-"""A discrete-event clock that drives the real scheduler, KV manager, size policy and cost model. No model, no torch.
+"""A discrete-event clock that drives replicas of the real scheduler behind a router (server.sizing.replica).
 
-What is simulated is time: a step lasts as long as the `machine` cost model says (with optional noise), tokens have no
-content, and lengths come from the trace. Everything that decides is the code that serves. Replicas share nothing but
-the router in front of them.
+Everything that decides is the code that serves. Replicas share nothing but the router in front of them.
 """
 
 from __future__ import annotations
@@ -16,53 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-from server.engine.config import EngineConfig
-from server.engine.kv_cache import KVCacheManager
-from server.engine.queue import WaitingQueue
-from server.engine.request import Budget, Request, RequestStatus, SamplingParams
-from server.engine.scheduler import SampledToken, Scheduler, SizePolicy
-from server.sizing.cost_model import CostModel, StepShape
+from server.engine.request import Request, RequestStatus, SamplingParams
+from server.sizing.jobs import Job, Record
+from server.sizing.replica import Replica, ReplicaSpec
 
-_RETRY = 0.002  # seconds until a replica whose policy held everything back looks again, as AsyncEngine does
-
-
-@dataclass(slots=True)
-class Job:
-    """One request of a trace. Times in seconds from the start of the trace."""
-
-    arrival: float
-    prompt_tokens: int
-    output_tokens: int
-    tenant: str = ""
-    priority: int = 0
-    sizes: tuple[int, ...] | None = None  # None: all
-    budget: Budget = field(default_factory=Budget)
-
-
-@dataclass(slots=True)
-class Record:
-    """What became of a job; times in seconds, `size` 0 and NaN times if it was never answered."""
-
-    job: Job
-    size: int
-    reason: str
-    ttft: float
-    tpot: float
-    e2e: float
-    preemptions: int
-    replica: int
-    error_status: int = 0
-
-    @property
-    def met(self) -> bool:
-        """All limits the job came with, and an answer at all."""
-        budget = self.job.budget
-        return (
-            self.error_status == 0
-            and (budget.ttft is None or self.ttft <= budget.ttft)
-            and (budget.tpot is None or self.tpot <= budget.tpot)
-            and (budget.e2e is None or self.e2e <= budget.e2e)
-        )
+__all__ = ["ClusterState", "Job", "Record", "Replica", "ReplicaSpec", "Result", "Simulator"]
 
 
 @dataclass(slots=True)
@@ -87,121 +43,6 @@ class Autoscaler(Protocol):
     """Decides how many replicas there should be; a pure function of what it has been shown."""
 
     def __call__(self, state: ClusterState) -> int: ...
-
-
-@dataclass(slots=True)
-class ReplicaSpec:
-    """How to build one replica; `make_policy` gets a fresh policy per replica (its cost model learns)."""
-
-    config: EngineConfig
-    machine: CostModel
-    num_pages: int
-    make_policy: Callable[[], SizePolicy]
-    make_queue: Callable[[], WaitingQueue] = WaitingQueue
-    noise: float = 0.0  # standard deviation of the logarithm of a step's time
-    delivery: float = 0.0  # seconds between a step's end and the client's reading it, and from client to queue
-    max_queued_requests: int = 1024
-
-
-class Replica:
-    """One engine's worth of scheduling state and its place in time."""
-
-    def __init__(self, index: int, spec: ReplicaSpec, seed: int = 0) -> None:
-        self.index = index
-        self.spec = spec
-        self.now = 0.0
-        elasticity = spec.machine.profile.elasticity
-        self.kv_cache = KVCacheManager(
-            num_pages=spec.num_pages,
-            page_size=spec.config.page_size,
-            num_layers=elasticity.num_teacher_layers + len(elasticity.stations),
-            max_num_seqs=spec.config.max_num_seqs,
-            max_model_len=spec.config.max_model_len,
-            enable_prefix_caching=False,  # traces tell lengths, not texts
-        )
-        self.policy = spec.make_policy()
-        self.scheduler = Scheduler(
-            spec.config, elasticity, self.kv_cache, self.policy, spec.make_queue(), clock=lambda: self.now
-        )
-        self.elasticity = elasticity
-        self.inbox: list[Request] = []
-        self.num_steps = 0
-        self.busy = 0.0  # seconds in steps
-        self._rng = random.Random(seed * 1_000_003 + index)
-        self._segments: dict[tuple[tuple[int, int], ...], dict[int, float]] = {}
-        self._joint, self._teacher, self._student = spec.machine.profile.station_weights()
-
-    @property
-    def num_outstanding(self) -> int:
-        return len(self.scheduler.requests) + len(self.inbox)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.inbox) or self.scheduler.has_work
-
-    def run_step(self, now: float) -> tuple[float, list]:
-        """One pass of the engine's loop, begun at `now`: (when it ends, outputs and refusals)."""
-        self.now = now
-        outputs = []
-        for request in self.inbox:
-            refusal = self.scheduler.prepare(request)
-            if refusal is None and len(self.scheduler.waiting) >= self.spec.max_queued_requests:
-                wait = self.policy.estimated_wait(self.scheduler, now)
-                outputs.append((request, 503, wait))
-            elif refusal is not None:
-                outputs.append((request, refusal.status, None))
-            else:
-                self.scheduler.add(request)
-        self.inbox.clear()
-        planned = self.scheduler.schedule()
-        for output in planned.outputs:
-            if output.error is not None:
-                outputs.append((output.request_id, output.error_status, output.retry_after))
-        if not planned.scheduled:
-            return now + (_RETRY if self.scheduler.has_work else 0.0), outputs
-        shape = self._shape(planned.scheduled)
-        seconds = self.spec.machine.seconds(shape)
-        if self.spec.noise:
-            seconds *= self._rng.lognormvariate(0.0, self.spec.noise)
-        sampled = {
-            request.request_id: SampledToken(0)
-            for request, count in planned.scheduled
-            if request.num_computed_tokens + count == request.num_tokens
-        }
-        self.now = now + seconds
-        self.scheduler.update(planned, sampled)
-        cost = getattr(self.policy, "cost", None)
-        if cost is not None:
-            cost.observe(shape, seconds)
-            cost.observe_overhead(self.spec.machine.overhead)
-        self.num_steps += 1
-        self.busy += seconds + self.spec.machine.overhead
-        finished = [request for request, _ in planned.scheduled if request.is_finished]
-        outputs.extend((request, 0, None) for request in finished)
-        self.now += self.spec.machine.overhead
-        return self.now, outputs
-
-    def _shape(self, scheduled: list[tuple[Request, int]]) -> StepShape:
-        """The step's features straight from the plan: what `CostModel.shape` reads off a batch."""
-        n = len(scheduled)
-        counts = np.fromiter((count for _, count in scheduled), np.int64, n)
-        sizes = np.fromiter((request.path.size for request, _ in scheduled), np.int64, n)
-        context = np.fromiter((request.num_computed_tokens for request, _ in scheduled), np.int64, n) + counts
-        by_size: dict[int, int] = {}
-        num_logits = 0
-        for request, count in scheduled:
-            size = request.path.size
-            by_size[size] = by_size.get(size, 0) + count
-            num_logits += request.num_computed_tokens + count == request.num_tokens
-        segments: dict[int, float] = {}
-        total = sum(by_size.values())
-        for index, threshold in enumerate(self.elasticity.thresholds):
-            above = sum(tokens for size, tokens in by_size.items() if size >= threshold)
-            parts = ((total, self._joint), (above, self._teacher), (total - above, self._student))
-            for tokens, weights in parts:
-                if tokens:
-                    segments[tokens] = segments.get(tokens, 0.0) + weights[index]
-        return self.spec.machine.shape_of(counts, context, sizes, segments, [num_logits] if num_logits else [])
 
 
 Router = Callable[[list[Replica], Job], Replica]

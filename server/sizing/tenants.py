@@ -19,6 +19,13 @@ class Tenant:
     min_size: int | None = None
     max_size: int | None = None
     budget: Budget = field(default_factory=Budget)  # for requests that bring no limit of their own
+    strict: bool | None = None  # None: the server's own slo_policy
+    priority: int | None = None  # of requests that name none; None: the server's own
+
+    def bound(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Those of `sizes` that this tenant may be served."""
+        low, high = self.min_size or 0, self.max_size or max(sizes, default=0)
+        return tuple(size for size in sizes if low <= size <= high)
 
 
 class Tenants:
@@ -38,61 +45,61 @@ class Tenants:
         return self[name].rank
 
 
+_LIMITS = ("ttft", "tpot", "e2e", "memory")
+
+
 def merge_budget(own: Budget, *defaults: Budget) -> Budget:
-    """Limits that `own` leaves open are filled from `defaults`, the first that has one. `strict` is the request's."""
+    """Limits that `own` leaves open come from `defaults`, the first that has one. `strict` stays the request's."""
+    inherited = {}
     for default in defaults:
-        own = replace(
-            own,
-            ttft=default.ttft if own.ttft is None else own.ttft,
-            tpot=default.tpot if own.tpot is None else own.tpot,
-            e2e=default.e2e if own.e2e is None else own.e2e,
-            memory=default.memory if own.memory is None else own.memory,
-        )
-    return own
+        for name in _LIMITS:
+            value = getattr(default, name)
+            if value is not None and getattr(own, name) is None and name not in inherited:
+                inherited[name] = value
+    return replace(own, **inherited, inherited=own.inherited | set(inherited)) if inherited else own
 
 
 _MS = {"slo_ttft_ms": "ttft", "slo_tpot_ms": "tpot", "slo_e2e_ms": "e2e"}
+_SETTINGS = ("tenant", "weight", "rank", "min_size", "max_size", "slo_policy", "memory_budget_mb", "priority", *_MS)
 
 
 def tenant_from_config(entry: Mapping[str, Any], resolve_size: Callable[[Any], int]) -> Tenant:
-    """One YAML entry `{tenant, weight, rank, min_size, max_size, slo_ttft_ms, slo_tpot_ms, slo_e2e_ms, slo_policy,
-    memory_budget_mb}`; `key` is ignored here. `resolve_size` turns "24L", "75%"... into layers.
-
-    Raises ValueError naming the field.
-    """
-    known = {"key", "tenant", "weight", "rank", "min_size", "max_size", "slo_policy", "memory_budget_mb", *_MS}
-    if unknown := sorted(set(entry) - known):
-        raise ValueError(f"tenant {entry.get('tenant')!r}: there is no setting {unknown[0]!r}")
+    """One YAML entry of `_SETTINGS`. `resolve_size` turns "24L", "75%"... into layers. ValueError names the setting."""
+    who = f"tenant {entry.get('tenant')!r}"
+    if unknown := sorted(set(entry) - set(_SETTINGS)):
+        raise ValueError(f"{who}: there is no setting {unknown[0]!r}; there are {', '.join(_SETTINGS)}")
 
     def number(name: str) -> float | None:
         value = entry.get(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"tenant {entry.get('tenant')!r}: {name} must be a number above 0, not {value!r}")
+            raise ValueError(f"{who}: {name} must be a number above 0, not {value!r}")
         return float(value)
 
+    def whole(name: str) -> int | None:
+        value = entry.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{who}: {name} must be a whole number, not {value!r}")
+        return value
+
+    policy = entry.get("slo_policy")
+    if policy not in (None, "best_effort", "strict"):
+        raise ValueError(f"{who}: slo_policy is best_effort or strict, not {policy!r}")
+    sizes = {name: None if entry.get(name) is None else resolve_size(entry[name]) for name in ("min_size", "max_size")}
+    if None not in sizes.values() and sizes["min_size"] > sizes["max_size"]:
+        raise ValueError(f"{who}: min_size is above max_size")
     limits = {target: number(name) for name, target in _MS.items()}
     memory = number("memory_budget_mb")
-    strict = entry.get("slo_policy", "best_effort")
-    if strict not in ("best_effort", "strict"):
-        raise ValueError(f"tenant {entry.get('tenant')!r}: slo_policy is best_effort or strict, not {strict!r}")
-    sizes = {}
-    for name in ("min_size", "max_size"):
-        sizes[name] = None if entry.get(name) is None else resolve_size(entry[name])
-    if None not in sizes.values() and sizes["min_size"] > sizes["max_size"]:
-        raise ValueError(f"tenant {entry.get('tenant')!r}: min_size is above max_size")
-    rank = entry.get("rank", 0)
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ValueError(f"tenant {entry.get('tenant')!r}: rank must be a whole number, not {rank!r}")
     return Tenant(
         name=str(entry.get("tenant", "")),
         weight=number("weight") or 1.0,
-        rank=rank,
+        rank=whole("rank") or 0,
+        priority=whole("priority"),
+        strict=None if policy is None else policy == "strict",
         budget=Budget(
-            **{name: value / 1000.0 if value is not None else None for name, value in limits.items()},
+            **{name: None if value is None else value / 1000.0 for name, value in limits.items()},
             memory=None if memory is None else int(memory * (1 << 20)),
-            strict=strict == "strict",
         ),
         **sizes,
     )

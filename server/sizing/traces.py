@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from server.engine.request import Budget
-from server.sizing.simulator import Job
+from server.sizing.jobs import Job
 
 
 class TraceError(ValueError):

@@ -1,0 +1,282 @@
+"""Auto against the pinned teacher and the pinned student under a real trace: real server, real HTTP, open loop.
+
+    python -m benchmarks.trace plan                         # limits and loads for this machine: trace_plan.json
+    python -m benchmarks.trace run                          # every load and policy: trace_results.jsonl
+    python -m benchmarks.trace run --load 2 --policy auto   # or piece by piece
+    python -m benchmarks.trace report --plot docs/scheduling.svg
+
+Arrivals are a slice of the Azure LLM inference trace of 2023 (benchmarks/traces), scaled in time, lengths clipped. All
+loads play the same requests, faster. `plan` measures an idle server: limits are multiples of what it does, and load 1
+is the highest rate at which the simulator expects the pinned teacher to meet them for 99 % of the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.local_server import LocalServer
+from server.engine.request import Budget
+from server.sizing.jobs import Job, Record
+from server.sizing.traces import read_trace, shape_trace
+
+TRACE = Path(__file__).parent / "traces" / "azure_conv_2023.csv"
+POLICIES = {"teacher": "teacher", "student": "student", "auto": "auto"}
+VOCAB = 40000  # prompts are random token ids below this: no prefix is shared
+GIVE_UP = 30.0  # seconds after the last arrival; what is unfinished by then has missed its limits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=Path("trace_plan.json"))
+    parser.add_argument("--results", type=Path, default=Path("trace_results.jsonl"))
+    parser.add_argument("--server-args", default="", help="further flags of the server, in one string")
+    steps = parser.add_subparsers(dest="step", required=True)
+    plan = steps.add_parser("plan", help="measure the idle server, choose limits and loads")
+    plan.add_argument("--requests", type=int, default=150)
+    plan.add_argument("--max-prompt", type=int, default=256)
+    plan.add_argument("--max-output", type=int, default=64)
+    plan.add_argument("--ttft-scale", type=float, default=8.0, help="limit over the idle figure of the longest prompt")
+    plan.add_argument("--tpot-scale", type=float, default=10.0, help="limit over the idle figure at full size")
+    plan.add_argument("--rate", type=float, help="load 1 in requests per second, instead of asking the simulator")
+    run = steps.add_parser("run", help="play loads against policies")
+    run.add_argument("--load", type=float, nargs="*", default=[1.0, 2.0, 4.0])
+    run.add_argument("--policy", nargs="*", choices=sorted(POLICIES), default=list(POLICIES))
+    report = steps.add_parser("report", help="tables, and the same runs through the simulator")
+    report.add_argument("--plot", type=Path, help="load, sizes and limits met over time of one auto run")
+    report.add_argument("--plot-load", type=float, default=2.0)
+    args = parser.parse_args()
+    if args.step == "report":
+        from benchmarks.trace_report import print_report
+
+        print_report(json.loads(args.plan.read_text()), read_results(args.results), args.plot, args.plot_load)
+    elif args.step == "plan":
+        make_plan(args)
+    else:
+        run_all(args, json.loads(args.plan.read_text()))
+
+
+# --- plan
+
+
+def make_plan(args: argparse.Namespace) -> None:
+    from benchmarks.trace_report import highest_rate
+
+    with LocalServer(args.server_args.split()) as server:
+        idle = asyncio.run(measure_idle(server.url, args.max_prompt))
+        models = httpx.get(server.url + "/v1/models").json()["data"]
+    sizes = {card["layers"]: (card["quality"] or {}) for card in models if "layers" in card}
+    plan: dict[str, Any] = {
+        "requests": args.requests,
+        "max_prompt": args.max_prompt,
+        "max_output": args.max_output,
+        "idle": idle,
+        "ttft": round(args.ttft_scale * idle["ttft"], 3),
+        "tpot": round(args.tpot_scale * idle["tpot"], 4),
+        "sizes": sorted(sizes),
+        "quality": {size: {key: row.get(key) for key in ("kl", "top1_agreement")} for size, row in sizes.items()},
+        "calibration": calibration(server),
+    }
+    plan["rate"] = args.rate or round(highest_rate(plan), 4)
+    args.plan.write_text(json.dumps(plan, indent=1) + "\n")
+    print(
+        f"idle: first token of a {args.max_prompt}-token prompt after {1e3 * idle['ttft']:.0f} ms, then "
+        f"{1e3 * idle['tpot']:.1f} ms per token; limits {1e3 * plan['ttft']:.0f} / {1e3 * plan['tpot']:.0f} ms; "
+        f"load 1 = {plan['rate']:.3f} requests/s"
+    )
+
+
+async def measure_idle(url: str, prompt_tokens: int) -> dict[str, float]:
+    """Medians of five requests at full size, one after the other; the first is not counted."""
+    rng = random.Random(1)
+    async with httpx.AsyncClient(timeout=120) as client:
+        rows = []
+        for index in range(6):
+            job = Job(0.0, prompt_tokens, 24)
+            rows.append(await ask(client, url, job, "teacher", rng, time.perf_counter()))
+            if not index:
+                rows.clear()
+    return {
+        "ttft": statistics.median(row.ttft for row in rows),
+        "tpot": statistics.median(row.tpot for row in rows),
+    }
+
+
+def jobs_of(plan: dict[str, Any], load: float) -> list[Job]:
+    return shape_trace(
+        read_trace(TRACE, limit=plan["requests"]),
+        max_prompt=plan["max_prompt"],
+        max_output=plan["max_output"],
+        budget=Budget(ttft=plan["ttft"], tpot=plan["tpot"]),
+        rate=plan["rate"] * load,
+    )
+
+
+# --- run
+
+
+def run_all(args: argparse.Namespace, plan: dict[str, Any]) -> None:
+    for load in args.load:
+        for policy in args.policy:
+            result = run_one(args, plan, load, policy)
+            with args.results.open("a") as lines:
+                lines.write(json.dumps(result) + "\n")
+            met = sum(record["met"] for record in result["records"])
+            print(
+                f"load {load:g}, {policy}: {met} of {len(result['records'])} met their limits in "
+                f"{result['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def run_one(args: argparse.Namespace, plan: dict[str, Any], load: float, policy: str) -> dict[str, Any]:
+    """A server of its own for each run, so that no run learns from another's traffic."""
+    jobs = jobs_of(plan, load)
+    with LocalServer(args.server_args.split()) as server:
+        asyncio.run(measure_idle(server.url, 32))  # touches all code once
+        before = scrape(server.url)
+        begun = time.perf_counter()
+        records = asyncio.run(play(server.url, jobs, POLICIES[policy]))
+        seconds = time.perf_counter() - begun
+        after = scrape(server.url)
+    return {
+        "load": load,
+        "policy": policy,
+        "seconds": seconds,
+        "records": [as_row(record) for record in records],
+        "steps": step_figures(before, after),
+        "calibration": calibration(server),
+    }
+
+
+async def play(url: str, jobs: list[Job], size: str) -> list[Record]:
+    """Every request is sent at its time, whatever became of those before it."""
+    rng = random.Random(0)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+        begun = time.perf_counter() + 0.2
+        tasks = []
+        for job in jobs:
+            await asyncio.sleep(max(begun + job.arrival - time.perf_counter(), 0.0))
+            tasks.append(asyncio.ensure_future(ask(client, url, job, size, rng, begun + job.arrival)))
+        _, late = await asyncio.wait(tasks, timeout=GIVE_UP)
+        for task in late:
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+    nan = float("nan")
+    return [
+        item if isinstance(item, Record) else Record(job, 0, "unfinished", nan, nan, nan, 0, 0, 599)
+        for job, item in zip(jobs, done, strict=True)
+    ]
+
+
+async def ask(
+    client: httpx.AsyncClient, url: str, job: Job, size: str, rng: random.Random, intended: float
+) -> Record:
+    """One streamed completion; times count from when it should have been sent."""
+    body: dict[str, Any] = {
+        "prompt": [rng.randrange(1000, VOCAB) for _ in range(job.prompt_tokens)],
+        "max_tokens": job.output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "size": size,
+        "stream_options": {"include_usage": True},
+    }
+    if size == "auto":  # pinned servers are not told: they could do nothing about it
+        slo = {"ttft_ms": job.budget.ttft, "tpot_ms": job.budget.tpot}
+        body["slo"] = {name: 1000 * limit for name, limit in slo.items() if limit is not None}
+    first = last = None
+    reason, layers, count = "", 0, 0
+    async with client.stream("POST", url + "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            await response.aread()
+            nan = float("nan")
+            return Record(job, 0, "refused", nan, nan, nan, 0, 0, response.status_code)
+        layers = int(response.headers["x-boomerang-size"].rstrip("L"))
+        reason = response.headers["x-boomerang-size-reason"]
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            now = time.perf_counter()
+            event = json.loads(line[6:])
+            if event.get("usage"):
+                count = event["usage"]["completion_tokens"]
+            elif event.get("choices"):
+                first = first or now
+                last = now
+    tpot = (last - first) / (count - 1) if count > 1 else 0.0
+    return Record(job, layers, reason, first - intended, tpot, last - intended, 0, 0)
+
+
+# --- what is kept of a run
+
+
+def as_row(record: Record) -> dict[str, Any]:
+    job = record.job
+    return {
+        "arrival": round(job.arrival, 4), "prompt": job.prompt_tokens, "output": job.output_tokens,
+        "size": record.size, "reason": record.reason, "status": record.error_status, "met": record.met,
+        "ttft": record.ttft, "tpot": record.tpot, "e2e": record.e2e,
+    }  # fmt: skip
+
+
+def record_of(row: dict[str, Any], plan: dict[str, Any]) -> Record:
+    job = Job(row["arrival"], row["prompt"], row["output"], budget=Budget(ttft=plan["ttft"], tpot=plan["tpot"]))
+    return Record(job, row["size"], row["reason"], row["ttft"], row["tpot"], row["e2e"], 0, 0, row["status"])
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Every sample of /metrics by its full name with labels."""
+    lines = httpx.get(url + "/metrics").text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def calibration(server: LocalServer) -> dict[str, Any] | None:
+    """What the cost model of a server that has stopped had learned; None without one."""
+    found = re.findall(r"cost model: kept in (\S+\.json)", "".join(server.log))
+    return json.loads(Path(found[-1]).read_text()) if found else None
+
+
+def step_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    """Prediction error by kind of step, and seconds in and between model calls, from the server's metrics."""
+
+    def change(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    errors: dict[str, dict[str, float]] = {}
+    for name, value in after.items():
+        if name.startswith("boomerang:step_prediction_error{"):
+            labels = dict(part.split("=") for part in name[name.index("{") + 1 : -1].replace('"', "").split(","))
+            errors.setdefault(labels["kind"], {})[labels["quantile"]] = round(value, 4)
+    model = {key: value for key, value in after.items() if key.startswith("boomerang:step_model_seconds_sum")}
+    (total,) = [value - before.get(key, 0.0) for key, value in model.items()]
+    (gap,) = [change(key) for key in after if key.startswith("boomerang:step_gap_seconds_total")]
+    parts = [change(key) for key in after if key.startswith("boomerang:step_gap_part") and 'part="schedule"' in key]
+    schedule = sum(parts)
+    (steps,) = [change(key) for key in after if key.startswith("boomerang:engine_steps_total")]
+    return {"errors": errors, "steps": steps, "model_seconds": total, "gap_seconds": gap, "schedule_seconds": schedule}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The latest result of each load and policy."""
+    latest = {}
+    for line in path.read_text().splitlines():
+        result = json.loads(line)
+        latest[result["load"], result["policy"]] = result
+    return [latest[key] for key in sorted(latest)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

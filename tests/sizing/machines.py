@@ -1,0 +1,70 @@
+"""A made-up machine for the size policy, and the real scheduler on it with a clock that tests turn."""
+
+from __future__ import annotations
+
+import itertools
+
+from model_store.assembly import Elasticity
+from server.engine.config import EngineConfig
+from server.engine.queue import WaitingQueue
+from server.engine.request import Budget, Request, SamplingParams
+from server.sizing.cost_model import CostModel, CostProfile
+from server.sizing.devices import Device, roofline_cost_model
+from server.sizing.jobs import Job
+from server.sizing.policy import BudgetPolicy, PolicyConfig
+from server.sizing.replica import Replica, ReplicaSpec
+from server.sizing.simulator import Result, Simulator
+from server.sizing.tenants import Tenants
+
+# 12 layers of 10 MB, a student of 6: sizes 6 .. 12. A full decode step of one row takes about 13 ms.
+ELASTICITY = Elasticity.last_to_first(12, list(range(0, 12, 2)))
+DEVICE = Device(
+    "test", bandwidth=1e10, flops=4e11, memory=1e9, bandwidth_efficiency=1.0, flops_efficiency=1.0, launch=0.0,
+    fixed=5e-4, overhead=2e-4,
+)  # fmt: skip
+CONFIG = EngineConfig(max_model_len=2048, max_num_seqs=32, max_num_batched_tokens=256, page_size=16)
+_ids = itertools.count()
+
+
+def profile() -> CostProfile:
+    return CostProfile(
+        elasticity=ELASTICITY, layer_bytes=(10_000_000,) * 18, head_bytes=5_000_000, kv_bytes=1024, attention_flops=4096
+    )
+
+
+def machine() -> CostModel:
+    return roofline_cost_model(profile(), DEVICE)
+
+
+def make_policy(tenants: Tenants | None = None, quality: dict[int, float] | None = None, **config) -> BudgetPolicy:
+    return BudgetPolicy(machine(), tenants=tenants, quality=quality, config=PolicyConfig(**config))
+
+
+def make_spec(tenants: Tenants | None = None, make=None, **changes) -> ReplicaSpec:
+    tenants = tenants or Tenants()
+    make = make or (lambda: make_policy(tenants))
+    values = {"num_pages": 20_000, "make_queue": lambda: WaitingQueue(tenants.weight, tenants.rank)} | changes
+    return ReplicaSpec(CONFIG, machine(), values.pop("num_pages"), make, **values)
+
+
+def make_replica(tenants: Tenants | None = None, **changes) -> Replica:
+    return Replica(0, make_spec(tenants, **changes))
+
+
+def make_request(prompt: int = 64, output: int = 32, **fields) -> Request:
+    budget = Budget(**fields.pop("budget", {}))
+    sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+    values = {"sizes": ELASTICITY.sizes, "size_reason": "auto", "arrival_time": 0.0} | fields
+    return Request(f"r{next(_ids)}", [0] * prompt, sampling, budget=budget, **values)
+
+
+def steady(rate: float, seconds: float, tenant: str = "", start: float = 0.0, prompt: int = 64, **limits) -> list[Job]:
+    """Arrivals at equal distances."""
+    count = int(rate * seconds)
+    return [
+        Job(start + i / rate, prompt, 32, tenant, budget=Budget(**limits), sizes=ELASTICITY.sizes) for i in range(count)
+    ]
+
+
+def play(jobs: list[Job], spec: ReplicaSpec | None = None) -> Result:
+    return Simulator(spec or make_spec(), 1).run(sorted(jobs, key=lambda job: job.arrival))
