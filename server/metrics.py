@@ -31,8 +31,9 @@ __all__ = ["Metrics", "size_load"]
 from server.engine.step_clock import PARTS
 
 if TYPE_CHECKING:
-    from server.engine.engine import Engine, StepStats
+    from server.engine.engine import Engine
     from server.engine.request import Request, SizeDecision
+    from server.engine.stats import StepStats
 
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (

@@ -6,8 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,11 +16,12 @@ from server.engine.config import EngineConfig
 from server.engine.drafts import DraftPool
 from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
-from server.engine.request import Request, RequestOutput, SamplingParams, SizeDecision, TokenLogprobs
+from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
 from server.engine.size_policy import RequestRefused
 from server.engine.speculation import Speculator
+from server.engine.stats import EngineStats, MetricsSink, StepStats, timings_of
 from server.engine.step_clock import Gap, StepClock
 from server.model.executor import Executor, create_executor
 
@@ -30,43 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs that go through the head at once: bounds the [rows, vocabulary] float32 scratch.
 _PROMPT_ROWS = 128
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """A snapshot for gauges and load reports."""
-
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    kv_usage: float
-    num_pages: int
-    num_free_pages: int
-    running_by_size: dict[int, int]
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_preemptions: int
-
-
-@dataclass(slots=True)
-class StepStats:
-    """What one step did. Times in seconds; `gap` is the time between the end of the last model call and this one."""
-
-    num_scheduled_tokens: int
-    num_prompt_tokens: int
-    num_generation_tokens: int
-    step_time: float
-    model_time: float
-    gap: Gap
-    sizes: dict[int, int] = field(default_factory=dict)  # size -> requests in the step
-    num_preempted: int = 0
-    num_first_tokens: int = 0  # of the generated ones, those that were their request's first
-
-
-class MetricsSink(Protocol):
-    def on_step(self, stats: StepStats) -> None: ...
-    def on_request_finished(self, request: Request) -> None: ...
-    def on_size_decision(self, decision: SizeDecision) -> None: ...
 
 
 class Engine:
@@ -369,7 +331,7 @@ class Engine:
         for request in requests:
             self._prompt_logprobs.pop(request.request_id, None)
             if output := by_id.get(request.request_id):
-                output.timings = _timings(request)
+                output.timings = timings_of(request)
             if self.metrics_sink is not None:
                 self.metrics_sink.on_request_finished(request)
 
@@ -436,16 +398,3 @@ class _ComputeError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def _timings(request: Request) -> dict[str, float]:
-    """Seconds: queue, prefill, decode, ttft, e2e; those that happened."""
-    timings = {}
-    if request.scheduled_time is not None:
-        timings["queue"] = request.scheduled_time - request.arrival_time
-    if request.first_token_time is not None and request.scheduled_time is not None:
-        timings["prefill"] = request.first_token_time - request.scheduled_time
-        timings["ttft"] = request.first_token_time - request.arrival_time
-        timings["decode"] = request.last_token_time - request.first_token_time
-        timings["e2e"] = request.last_token_time - request.arrival_time
-    return timings

@@ -174,6 +174,7 @@ class Speculator:
         if tokens is None:
             tokens = self._draw(self.runner.executor.logits(*found), pairs)
         for (request, draft), token in zip(pairs, tokens, strict=True):
+            token = max(token, 0)  # -1: no finite logit; a guess like any other, verified or found faulty later
             draft.num_computed_tokens = draft.num_tokens
             draft.output_token_ids.append(token)
             request.draft_token_ids.append(token)

@@ -1,0 +1,59 @@
+"""What an engine reports: snapshots for gauges, one record per step, the times of a finished request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.engine.request import Request, SizeDecision
+from server.engine.step_clock import Gap
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot for gauges and load reports."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    kv_usage: float
+    num_pages: int
+    num_free_pages: int
+    running_by_size: dict[int, int]
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one step did. Times in seconds; `gap` is the time between the end of the last model call and this one."""
+
+    num_scheduled_tokens: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    step_time: float
+    model_time: float
+    gap: Gap
+    sizes: dict[int, int] = field(default_factory=dict)  # size -> requests in the step
+    num_preempted: int = 0
+    num_first_tokens: int = 0  # of the generated ones, those that were their request's first
+
+
+class MetricsSink(Protocol):
+    def on_step(self, stats: StepStats) -> None: ...
+    def on_request_finished(self, request: Request) -> None: ...
+    def on_size_decision(self, decision: SizeDecision) -> None: ...
+
+
+def timings_of(request: Request) -> dict[str, float]:
+    """Seconds: queue, prefill, decode, ttft, e2e; those that happened."""
+    timings = {}
+    if request.scheduled_time is not None:
+        timings["queue"] = request.scheduled_time - request.arrival_time
+    if request.first_token_time is not None and request.scheduled_time is not None:
+        timings["prefill"] = request.first_token_time - request.scheduled_time
+        timings["ttft"] = request.first_token_time - request.arrival_time
+        timings["decode"] = request.last_token_time - request.first_token_time
+        timings["e2e"] = request.last_token_time - request.arrival_time
+    return timings
