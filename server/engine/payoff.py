@@ -8,8 +8,8 @@ import numpy as np
 
 from server.engine.request import Request
 
-# Acceptance of one guess before any was measured: hopeful, so that it gets measured.
-_HOPE = 0.8
+# Acceptance of one guess before any was measured: hopeful, so that it gets measured. Counts like so many guesses.
+_HOPE, _HOPE_WEIGHT = 0.8, 10.0
 _MEMORY = 200.0  # guesses after which an old one counts 1/e
 _MARGIN = 1.03  # predictions are a few per cent off
 _PROBE_EVERY = 256  # steps without guesses after which one is tried, where it could pay at all
@@ -26,14 +26,16 @@ class Payoff:
         self.num_teacher_layers = num_teacher_layers
         self.max_guesses = max_guesses
         self.acceptance: dict[int, float] = {}  # requested size -> probability that a guess stands
+        self._seen: dict[int, float] = {}  # requested size -> guesses that its acceptance rests on
         self._quiet_steps = 0
 
     def observe(self, size: int, num_guesses: int, num_accepted: int) -> None:
         """Of `num_guesses` guesses the first `num_accepted` stood; those after the first that fell tell nothing."""
-        value = self.acceptance.get(size, _HOPE)
+        value, seen = self.acceptance.get(size, _HOPE), self._seen.get(size, _HOPE_WEIGHT)
         for stood in [1.0] * num_accepted + [0.0] * (num_accepted < num_guesses):
-            value += (stood - value) / _MEMORY
-        self.acceptance[size] = value
+            seen = min(seen + 1.0, _MEMORY)
+            value += (stood - value) / seen
+        self.acceptance[size], self._seen[size] = value, seen
 
     def depth(
         self,

@@ -235,4 +235,13 @@ def test_depth_follows_cost_and_acceptance():
     assert depth(0.5, 0.7, 1) == 1
     assert depth(0.6, 0.4, 1) == 0
     assert depth(0.1, 0.9, 16) == 0  # the batch is full: every row verified in vain costs its whole share
+    payoff = Payoff(4, 6, 1)
+    scheduled = [(requests[0], 1)]
+    costs = lambda counts: 0.5 * (counts[4] > 0) + 1.0 * (counts[6] > 0)  # noqa: E731
+    assert payoff.depth(scheduled, requests[:1], costs) == 1  # hope
+    for i in range(30):
+        payoff.observe(6, 1, int(i % 3 == 0))
+    assert 0.33 < payoff.acceptance[6] < 0.5
+    tried = [payoff.depth(scheduled, requests[:1], costs) for _ in range(600)]
+    assert sum(tried) == 2  # now and then one guess, to see whether it would pay again
     assert Payoff(4, 6, 4).depth([(requests[0], 1)], requests[:1], lambda counts: None) == 4
