@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-ray lint clean
+.PHONY: install tools serve test test-ray test-clients lint clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,11 @@ test: install tools
 test-ray: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,ray]'
 	BOOMERANG_TEST_RAY=1 $(BIN)/python -m pytest tests/deploy/test_ray.py $(ARGS)
+
+# LiteLLM and LangChain as clients: many packages, so not part of `make test`.
+test-clients: install
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,clients]'
+	$(BIN)/python -m pytest tests/api/test_clients.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
