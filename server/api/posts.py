@@ -89,9 +89,10 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(definitions["$defs"])
-        schemas["Error"] = _ERROR_SCHEMA
-        error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-        for operations in document["paths"].values():
+        schemas["Error"], schemas["AnthropicError"] = _ERROR_SCHEMA, _ANTHROPIC_ERROR_SCHEMA
+        for path, operations in document["paths"].items():
+            name = "AnthropicError" if path.startswith("/v1/messages") else "Error"
+            error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
             for operation in operations.values():
                 answers = operation["responses"]
                 answers.pop("422", None)
@@ -115,5 +116,18 @@ _ERROR_SCHEMA = {
                 "code": {"type": ["string", "integer", "null"]},
             },
         }
+    },
+}
+
+_ANTHROPIC_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
     },
 }
