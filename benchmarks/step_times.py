@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--variant", help="force a variant of the kernels")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization")
-    parser.add_argument("--only", help="comma-separated names of steps")
+    parser.add_argument("--only", help="names of steps, separated by semicolons")
     arguments = parser.parse_args()
     if arguments.variant:
         os.environ["BOOMERANG_CPU_VARIANT"] = arguments.variant

@@ -39,7 +39,7 @@ def profile_of(pair: LoadedPair, shared_stations: frozenset[int] = frozenset()) 
     """Bytes and shapes of a loaded pair; `shared_stations` as the executor runs it."""
     spec, elasticity = pair.spec, pair.elasticity
     num_layers = elasticity.num_teacher_layers
-    item = pair.ends["teacher"].embed.dtype.itemsize
+    item = pair.ends["teacher"].final_norm_weight.dtype.itemsize  # of K and V; weights may be quantized
 
     def num_bytes(layer: int) -> int:
         if layer - num_layers in shared_stations:
@@ -55,7 +55,7 @@ def profile_of(pair: LoadedPair, shared_stations: frozenset[int] = frozenset()) 
         head_bytes=pair.ends["teacher"].head.nbytes,
         kv_bytes=2 * spec.num_kv_heads * spec.head_dim * item,
         attention_flops=4 * spec.num_heads * spec.head_dim,
-        weight_bytes_per_parameter=float(item),
+        weight_bytes_per_parameter=float(pair.ends["teacher"].head.dtype.itemsize),
         shared_head=pair.ends["teacher"].head is pair.ends["student"].head,
         shared_stations=shared_stations,
     )

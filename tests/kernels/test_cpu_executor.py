@@ -141,3 +141,31 @@ def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatc
         expected = portable.logits(portable.forward(batch), num_teacher)
         error = (got - expected).norm(dim=1) / expected.norm(dim=1)
         assert error.max() < (1e-4 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch):
+    """Logits are those of a model whose matrices were rounded to 255 steps per output channel beforehand."""
+    monkeypatch.setenv(VARIANT_VARIABLE, variant)
+    native = create(
+        make_pair(family, torch.bfloat16), EngineConfig(page_size=32, max_model_len=320, quantization="int8")
+    )
+    if isinstance(native, str):
+        pytest.skip(native)
+    pair = make_pair(family, torch.bfloat16)
+    for part in (*pair.layers.values(), *pair.ends.values()):
+        for tensor in part.tensors():
+            tensor.data = tensor.data.float()
+            if tensor.ndim == 2 and tensor is not getattr(part, "positions", None):
+                scale = tensor.abs().amax(dim=1, keepdim=True) / 127
+                tensor.data = (tensor / scale).round() * scale
+    portable = TorchExecutor(pair, page_size=32)
+    steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 50, 1]])
+    for executor in (native, portable):
+        executor.allocate_kv(steps[0].block_tables.size)
+    for batch in steps:
+        num_teacher = int(batch.logits_start[batch.head_cut])
+        got = native.logits(native.forward(batch), num_teacher)
+        expected = portable.logits(portable.forward(batch), num_teacher)
+        assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.03

@@ -57,16 +57,31 @@ struct Operand<bf16> {
         return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w);
     }
 };
-// int8 is exact in bfloat16.
-inline __m512i widen_int8(const char* p) {
-    const F16 even = even_int8(p), odd = odd_int8(p);
-    // The upper half of a float with at most 7 significant bits is its bfloat16.
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+// int8 is exact in bfloat16: sign and two bytes looked up by magnitude.
+struct WideLine {
+    __m512i half[2];
+};
+inline WideLine widen_int8(const char* line) {
+    alignas(64) static const struct Tables {
+        uint8_t high[128], low[128];
+        Tables() {
+            for (int i = 0; i < 128; i++) {
+                const float value = float(i);
+                uint32_t bits;
+                std::memcpy(&bits, &value, 4);
+                high[i] = uint8_t(bits >> 24), low[i] = uint8_t(bits >> 16);
+            }
+        }
+    } tables;
+    const __m512i w = _mm512_loadu_si512(line), magnitude = _mm512_abs_epi8(w);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), magnitude, _mm512_load_si512(tables.low + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), magnitude, _mm512_load_si512(tables.high + 64));
+    const __m512i top = _mm512_ternarylogic_epi32(high, w, _mm512_set1_epi8(char(0x80)), 0xf8);  // high | (w & 0x80)
+    return {{_mm512_unpacklo_epi8(low, top), _mm512_unpackhi_epi8(low, top)}};
 }
 template <>
 struct Operand<int8> {
     __m512i w;
-    static Operand load(const char* p) { return {widen_int8(p)}; }
     F16 fma(F16 sum, const bf16* x) const { return Operand<bf16>{w}.fma(sum, x); }
 };
 #else
@@ -81,12 +96,25 @@ struct Operand<bf16> {
 template <>
 struct Operand<int8> {
     F16 even, odd;
-    static Operand load(const char* p) {
-        return {even_int8(p), odd_int8(p)};
-    }
     F16 fma(F16 sum, const float* x) const { return fma16(set16(x[1]), odd, fma16(set16(x[0]), even, sum)); }
 };
 #endif
+
+// Halves [first, first + H) of a line as operands.
+template <class W, int H>
+inline void load_line(const char* line, int first, Operand<W>* w) {
+    for (int h = 0; h < H; h++) w[h] = Operand<W>::load(line + (first + h) * (kLine<W> / 2));
+}
+template <int H>
+inline void load_line(const char* line, int first, Operand<int8>* w) {
+#ifdef __AVX512BF16__
+    const WideLine wide = widen_int8(line);
+    for (int h = 0; h < H; h++) w[h] = {wide.half[first + h]};
+#else
+    for (int h = 0; h < H; h++) w[h] = {even_int8(line, first + h), odd_int8(line, first + h)};
+#endif
+}
+
 
 // Weights to fetch into the second-level cache along the way: `bytes` per step of kUnitStep units.
 struct Ahead {
@@ -102,8 +130,7 @@ constexpr int kHalves = 1, kRegisterRows = 4;  // with sixteen registers half a 
 
 // R rows; S sums per output, so that enough of them are on their way at once; H halves of the panel at a time.
 template <class W, int R, int S, int H>
-void block_rows(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
-    constexpr int kHalfLine = kLine<W> / 2;
+void block_rows(const Term<W>* terms, int num_terms, int first_half, const Ahead& ahead, float* out, long ld) {
     F16 acc[S][R][H];
     for (int s = 0; s < S; s++)
         for (int r = 0; r < R; r++)
@@ -120,7 +147,10 @@ void block_rows(const Term<W>* terms, int num_terms, const Ahead& ahead, float* 
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
                 Operand<W> w[H];
-                for (int h = 0; h < H; h++) w[h] = Operand<W>::load(line + s * kLine<W> + h * kHalfLine);
+                if constexpr (sizeof(W) == 1)
+                    load_line<H>(line + s * kLine<W>, first_half, w);
+                else
+                    load_line<W, H>(line + s * kLine<W>, first_half, w);
 #pragma GCC unroll 12
                 for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
@@ -132,21 +162,14 @@ void block_rows(const Term<W>* terms, int num_terms, const Ahead& ahead, float* 
         for (int h = 0; h < H; h++) {
             F16 sum = acc[0][r][h];
             for (int s = 1; s < S; s++) sum = sum + acc[s][r][h];
-            store16(out + r * ld + 16 * h, sum);
+            store16(out + r * ld + 16 * (first_half + h), sum);
         }
 }
 
 template <class W, int R, int S>
 void block_of(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
-    block_rows<W, R, S, kHalves>(terms, num_terms, ahead, out, ld);
-    if constexpr (kHalves == 1) {
-        Term<W> second[kMostTerms];
-        for (int i = 0; i < num_terms; i++) {
-            second[i] = terms[i];
-            second[i].panel += kLine<W> / 2;
-        }
-        block_rows<W, R, S, kHalves>(second, num_terms, Ahead{}, out + 16, ld);
-    }
+    block_rows<W, R, S, kHalves>(terms, num_terms, 0, ahead, out, ld);
+    if constexpr (kHalves == 1) block_rows<W, R, S, kHalves>(terms, num_terms, 1, Ahead{}, out, ld);
 }
 
 // Up to kRegisterRows rows without tiles.

@@ -18,6 +18,7 @@ from typing import NamedTuple
 SOURCES = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]  # -w: gcc 12 warns about its own intrinsics
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+_BF16 = ["-mavx512bf16", "-mavx512vbmi"]  # the latter widens int8 weights
 
 
 class Variant(NamedTuple):
@@ -31,9 +32,9 @@ _512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 # Best first.
 VARIANTS = {
     "amx": Variant(
-        [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], (*_512, "avx512_bf16", "amx_tile", "amx_bf16")
+        [*_AVX512, *_BF16, "-mamx-tile", "-mamx-bf16"], (*_512, "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")
     ),
-    "avx512_bf16": Variant([*_AVX512, "-mavx512bf16"], (*_512, "avx512_bf16")),
+    "avx512_bf16": Variant([*_AVX512, *_BF16], (*_512, "avx512_bf16", "avx512vbmi")),
     "avx512": Variant(_AVX512, _512),
     "avx2": Variant(["-mavx2", "-mfma", "-mf16c"], ("avx2", "fma")),
 }

@@ -42,7 +42,7 @@ void pack_panel(const BsPack& m, int panel) {
                     else
                         value = rows[i][k];
                 }
-                target[(long(u) * kPanel + i) * kPerUnit<W> + j] = value;
+                target[panel_offset<W>(i, k, units)] = value;
             }
 }
 

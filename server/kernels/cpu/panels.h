@@ -40,6 +40,12 @@ inline int panels_of(int N) { return (N + kPanel - 1) / kPanel; }
 // Elements from the start of a panelled matrix to input k of channel n.
 template <class W>
 inline long panel_offset(int n, int k, int units) {
+    if (sizeof(W) == 1) {
+        // Each 16 bytes of a line hold four channels of the first half and four of the second: as bytes are interleaved to
+        // words within 16 bytes, a line widens to its halves without a permutation.
+        const int half = n % kPanel / 16, four = n % 16 / 4;
+        return (long(n / kPanel) * units + k / 2) * kLine<W> + 16 * four + 8 * half + n % 4 * 2 + k % 2;
+    }
     return (long(n / kPanel) * units + k / kPerUnit<W>) * kPanel * kPerUnit<W> + long(n % kPanel) * kPerUnit<W> + k % kPerUnit<W>;
 }
 

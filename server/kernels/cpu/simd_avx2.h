@@ -107,7 +107,7 @@ inline void store_every_second16(bf16* p, int first, F16 x) {
     for (int i = 0; i < 16; i++) p[2 * i + first] = row[i];
 }
 
-// Every second of 32 bfloat16 or int8 values from p on.
+// Every second of 32 bfloat16 values from p on.
 inline __m256i at8(const char* p, int eight) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + eight); }
 inline F16 even_bf16(const char* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(at8(p, 0), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(at8(p, 1), 16))};
@@ -116,12 +116,15 @@ inline F16 odd_bf16(const char* p) {
     const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
     return {_mm256_castsi256_ps(_mm256_and_si256(at8(p, 0), upper)), _mm256_castsi256_ps(_mm256_and_si256(at8(p, 1), upper))};
 }
-inline __m256i words_of_int8(const char* p, int eight) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + eight));
+// The same of a half of a line of int8 (panel_offset says how it lies); `eight` channels of it.
+inline __m256i words_of_int8(const char* line, int half, int eight) {
+    const __m128i* from = reinterpret_cast<const __m128i*>(line) + 2 * eight;
+    const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
+    return _mm256_cvtepi8_epi16(half ? _mm_unpackhi_epi64(a, b) : _mm_unpacklo_epi64(a, b));
 }
 inline __m256 even_word8(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16)); }
 inline __m256 odd_word8(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)); }
-inline F16 even_int8(const char* p) { return {even_word8(words_of_int8(p, 0)), even_word8(words_of_int8(p, 1))}; }
-inline F16 odd_int8(const char* p) { return {odd_word8(words_of_int8(p, 0)), odd_word8(words_of_int8(p, 1))}; }
+inline F16 even_int8(const char* line, int half) { return {even_word8(words_of_int8(line, half, 0)), even_word8(words_of_int8(line, half, 1))}; }
+inline F16 odd_int8(const char* line, int half) { return {odd_word8(words_of_int8(line, half, 0)), odd_word8(words_of_int8(line, half, 1))}; }
 
 }  // namespace boomerang

@@ -30,14 +30,18 @@ inline F16 load16(const bf16* p, Mask mask = 0xffff) {
 }
 inline void store16(float* p, F16 x, Mask mask = 0xffff) { _mm512_mask_storeu_ps(p, mask, x); }
 
-// Every second of 32 bfloat16 or int8 values from p on.
+// Every second of 32 bfloat16 values from p on.
 inline F16 even_bf16(const char* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 inline F16 odd_bf16(const char* p) {
     return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
 }
-inline __m512i words_of_int8(const char* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline F16 even_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words_of_int8(p), 16), 16)); }
-inline F16 odd_int8(const char* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(words_of_int8(p), 16)); }
+// The same of a half of a line of int8 (panel_offset says how it lies).
+inline __m512i words_of_int8(const char* line, int half) {
+    const __m512i eights = _mm512_setr_epi64(half, half + 2, half + 4, half + 6, 0, 0, 0, 0);
+    return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(_mm512_permutexvar_epi64(eights, _mm512_loadu_si512(line))));
+}
+inline F16 even_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words_of_int8(line, half), 16), 16)); }
+inline F16 odd_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(words_of_int8(line, half), 16)); }
 
 // The 16 values as bfloat16, rounded to nearest even.
 inline __m256i narrow16(F16 x) {

@@ -86,10 +86,10 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
         wide[i] = {t.x, t.ldx, to, t.units};
         if (tiles.panels[i] == t.panel) continue;
         tiles.panels[i] = t.panel;
-        for (int u = 0; u < t.units; u++)
-            for (int half = 0; half < 2; half++) {
-                _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, widen_int8(t.panel + long(u) * kLine<int8> + 32 * half));
-            }
+        for (int u = 0; u < t.units; u++) {
+            const WideLine wide = widen_int8(t.panel + long(u) * kLine<int8>);
+            for (int half = 0; half < 2; half++) _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, wide.half[half]);
+        }
     }
     block_in_tiles(wide, num_terms, rows, ahead, out, ld, tiles);
 }
