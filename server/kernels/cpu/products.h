@@ -44,6 +44,7 @@ void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink)
         const int m1 = std::min(part.row1, m0 + group);
         for (int p = part.panel0; p < part.panel1; p++) {
             const char* panel = w.data + p * panel_bytes;
+            tiles.panel_stays = m1 - m0 > kBlockRows<W>;
             const int blocks = (m1 - m0 + kBlockRows<W> - 1) / kBlockRows<W>;
             for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
                 rows = block_size<W>(m1 - m);

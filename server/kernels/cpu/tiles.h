@@ -15,6 +15,7 @@ constexpr int kTileRows = 2;  // fewer rows are left to registers
 // library may configure tiles in between.
 struct TileState {
     int rows = -1;
+    bool panel_stays = false;    // several blocks of rows use a panel: it is what the first-level cache should hold
     const char* panels[2] = {};  // that `widened` holds, one per term
 
     // Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights. Tiles have no more rows than there are.
@@ -35,7 +36,23 @@ struct TileState {
     }
 };
 
-template <bool two>
+// Operands that are not used again soon are loaded past the first-level cache, which has room for one of the two.
+template <bool past>
+inline void load_tile_4(const void* p, long stride) {
+    if (past)
+        _tile_stream_loadd(4, p, stride);
+    else
+        _tile_loadd(4, p, stride);
+}
+template <bool past>
+inline void load_tile_5(const void* p, long stride) {
+    if (past)
+        _tile_stream_loadd(5, p, stride);
+    else
+        _tile_loadd(5, p, stride);
+}
+
+template <bool two, bool panel_stays>
 inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
     const char* next = ahead.from;
     _tile_zero(0);
@@ -51,13 +68,13 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahea
         for (int u = 0; u < t->units; u += kUnitStep, line += kUnitStep * kLine<bf16>, x += 2 * kUnitStep) {
             for (int i = 0; i < ahead.bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
             next += ahead.bytes;
-            _tile_loadd(4, x, stride);
+            load_tile_4<panel_stays>(x, stride);
             _tile_loadd(6, line, kLine<bf16>);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, line + 64, kLine<bf16>);
             _tile_dpbf16ps(1, 4, 7);
             if (two) {
-                _tile_loadd(5, x + 16 * t->ldx, stride);
+                load_tile_5<panel_stays>(x + 16 * t->ldx, stride);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
@@ -73,7 +90,10 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahea
 
 inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
     tiles.configure(rows);
-    rows > 16 ? tile_block<true>(terms, num_terms, ahead, out, ld) : tile_block<false>(terms, num_terms, ahead, out, ld);
+    if (rows > 16)
+        tiles.panel_stays ? tile_block<true, true>(terms, num_terms, ahead, out, ld) : tile_block<true, false>(terms, num_terms, ahead, out, ld);
+    else
+        tile_block<false, false>(terms, num_terms, ahead, out, ld);
 }
 
 // A panel is widened once for all blocks of rows that follow each other.
@@ -99,7 +119,9 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
 template <class W>
 constexpr bool kHasTiles = false;
 constexpr int kTileRows = 0;
-struct TileState {};
+struct TileState {
+    bool panel_stays = false;
+};
 
 #endif
 
