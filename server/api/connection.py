@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.api.errors import invalid
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,13 @@ class _GuardedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._stop_timer()
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP at all is refused in the same shape as everything else."""
+        content = orjson.dumps(invalid(msg).body())
+        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+        self.transport.write(head + b"%d\r\n\r\n" % len(content) + content)
+        self.transport.close()
 
     def _count(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
