@@ -94,7 +94,7 @@ class Clients:
     """Sends cases. `leave_share` of the requests are given up at a random moment."""
 
     def __init__(
-        self, url: str, cases: list[Case], outcome: Outcome, *, leave_share: float, seed: int, timeout: float = 180
+        self, url: str, cases: list[Case], outcome: Outcome, *, leave_share: float, seed: int, timeout: float = 600
     ) -> None:
         self.cases, self.outcome, self.leave_share = cases, outcome, leave_share
         self.random = random.Random(seed)
