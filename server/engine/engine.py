@@ -14,7 +14,7 @@ from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.drafts import DraftPool
-from server.engine.isolation import EngineBroken, Quarantine, Scheduled, bisect, is_out_of_memory
+from server.engine.isolation import EngineBroken, NoTokenLeft, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
 from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
@@ -67,7 +67,7 @@ class Engine:
         self._clock = StepClock()
         self.before_model: Callable[[], None] | None = None  # called when a step is about to leave Python
         self._quarantine = Quarantine()
-        self._faults: dict[str, str] = {}  # requests of this step whose own numbers went wrong, and how
+        self._faults: dict[str, Exception] = {}  # requests of this step whose own numbers went wrong, and how
         self.num_step_failures = 0
 
     def _speculator(self, config: EngineConfig) -> Speculator:
@@ -167,7 +167,7 @@ class Engine:
             logger.exception("a step could not be observed")
         self._clock.lap("book")
         for request in faulty:
-            outputs += self._condemn(request, ArithmeticError(self._faults[request.request_id]))
+            outputs += self._condemn(request, self._faults[request.request_id])
         if not self.has_work:
             self._rest()
         return outputs
@@ -189,6 +189,10 @@ class Engine:
         """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""
         if request.is_finished:  # aborted, or preempted and refused, in between
             return []
+        if isinstance(error, NoTokenLeft):
+            outputs = self.scheduler.fail([request], str(error), 400)
+            self._forget([request])
+            return outputs
         size = request.path.size
         pages = self.kv_cache.discard(request)
         if is_out_of_memory(error):
@@ -218,7 +222,8 @@ class Engine:
             self.run_batch(self.build_batch([(request, 1)]))
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        return self._faults.get(request.request_id)
+        fault = self._faults.get(request.request_id)
+        return None if fault is None else str(fault)
 
     def _wipe(self, pages: np.ndarray) -> None:
         """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
@@ -278,7 +283,7 @@ class Engine:
         owners = [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
         ids = self.greedy_tokens(hidden, head_rows, requests)
         if ids is not None:
-            is_finite = [token >= 0 for token in ids]
+            values = [0.0 if token >= 0 else math.nan for token in ids]
             tokens = [SampledToken(max(token, 0)) for token in ids]
             if self.speculator is not None:
                 tokens = self.speculator.settle(tokens, requests)
@@ -295,10 +300,12 @@ class Engine:
                 rows += range(first, first + len(own))
                 first += 1 + len(request.draft_token_ids)
             owners = [owners[row] for row in rows]
-            is_finite = logits[rows, [token for own in chosen for token in own]].isfinite().tolist()
-        for request, is_good in zip(owners, is_finite, strict=True):
-            if not is_good:
-                self._faults[request.request_id] = "the logits hold no finite number to choose"
+            values = logits[rows, [token for own in chosen for token in own]].tolist()
+        for request, value in zip(owners, values, strict=True):
+            if value == -math.inf:
+                self._faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
+            elif not math.isfinite(value):
+                self._faults[request.request_id] = ArithmeticError("the logits hold no finite number to choose")
         return tokens
 
     def _score_prompts(self, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> None:
@@ -319,7 +326,7 @@ class Engine:
                     token = request.prompt_token_ids[begin + start + i + 1]
                     scores.append(token_logprobs(logprobs[i], token, wanted))
                     if math.isnan(scores[-1].logprob):
-                        self._faults[request.request_id] = "the logits of the prompt hold no finite number"
+                        self._faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
 
     def _attach_prompt_logprobs(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

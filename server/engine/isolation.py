@@ -30,6 +30,10 @@ class EngineBroken(RuntimeError):
     """The engine cannot compute anything any more: only a restart helps."""
 
 
+class NoTokenLeft(ValueError):
+    """A request's constraints (grammar, allowed tokens, banned ones) contradict each other at this position."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether less work at once might succeed. torch has a class for CUDA only; on CPU the text has to do."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

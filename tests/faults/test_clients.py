@@ -183,6 +183,14 @@ def test_exploding_grammars_cost_their_senders_only(pair):
         ledger.record("six exploding grammars beside a plain stream", "healthy, the plain answer unchanged")
 
 
+def test_constraints_that_contradict_each_other_are_the_callers_mistake(two_keys):
+    body = BODY | {"max_tokens": 4, "allowed_token_ids": [7], "structured_outputs": {"regex": "[0-9]+"}}
+    for _ in range(2):  # not put into quarantine either
+        answer = httpx.post(two_keys.url + "/v1/completions", json=body, headers=bearer("calm"))
+        assert answer.status_code == 400 and "leave no token" in answer.json()["error"]["message"]
+    assert not any("ERROR" in line for line in two_keys.log)
+
+
 @pytest.mark.parametrize(("timeout", "row"), [("30", "all finish"), ("0.5", "time runs out")])
 def test_sigterm_under_load_loses_nothing_silently(pair, timeout, row):
     server = RunningServer(pair, "--shutdown-timeout", timeout, "--max-num-seqs", "4")
