@@ -1,0 +1,121 @@
+// The part of a layer between its first two products: queries, keys and values placed, and attention in work items.
+#pragma once
+#include "engine.h"
+
+namespace boomerang {
+
+// Head norms, rotary embedding, and K and V into their pages.
+template <class T, class W>
+void Engine<T, W>::place(int id, const BsLayer& w, int r0, int r1) {
+    const int first = step_->query_start[r0], last = step_->query_start[r1];
+    tokens_.resize(last - first);
+    for (int r = r0; r < r1; r++)
+        for (int t = step_->query_start[r]; t < step_->query_start[r + 1]; t++) tokens_[t - first] = r;
+    auto rows = [&](int from, int to) {
+        for (int t = from; t < to; t++) {
+            const int r = tokens_[t - first];
+            place_token(w, t, step_->block_tables + id * step_->layer_stride + step_->slots[r] * step_->slot_stride);
+        }
+    };
+    if (last - first <= 4) {
+        rows(first, last);
+    } else {
+        const int chunk = last - first > 64 ? 16 : 4;
+        // A page belongs to one thread: its first token clears it, and tokens share units of V.
+        auto start = [&](int c) {
+            int t = std::min(last, first + c * chunk);
+            while (t > first && t < last && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size) t--;
+            return t;
+        };
+        pool_.run(chunks_for(last - first, chunk), [&](int c, int) { rows(start(c), start(c + 1)); });
+    }
+    count(kPlace);
+}
+
+template <class T, class W>
+void Engine<T, W>::place_token(const BsLayer& w, int t, const int32_t* table) {
+    const int D = s_.head_dim, Dp = pages_.padded_dim, position = step_->positions[t], half = s_.rotary_dim / 2, G = group();
+    const float *cos = s_.cos + long(position) * half, *sin = s_.sin + long(position) * half;
+    float* row = qkv_.data() + long(t) * qkv_width();
+    for (int h = 0; h < s_.num_heads; h++) {
+        float* q = row + h * D;
+        if (w.q_norm_w) norm_row(q, q, static_cast<const T*>(w.q_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
+        rotate_row(q, cos, sin, half);
+        convert_row(q, q_row(h / G, t) + h % G * Dp, D);
+    }
+    const long page = table[position / s_.page_size] * pages_.page_elements();
+    for (int h = 0; h < s_.num_kv_heads; h++) {
+        float* k = row + q_width() + h * D;
+        if (w.k_norm_w) norm_row(k, k, static_cast<const T*>(w.k_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
+        rotate_row(k, cos, sin, half);
+        const long at = page + h * pages_.head_elements();
+        write_page(pages_, static_cast<T*>(step_->k_pages) + at, static_cast<T*>(step_->v_pages) + at, position % s_.page_size, k, k + kv_width());
+    }
+}
+
+template <class T, class W>
+void Engine<T, W>::attention(int id, int r0, int r1) {
+    const int G = group(), P = s_.page_size, D = s_.head_dim, part_size = G * (D + 2);
+    const int query_tokens = std::max(1, kQueryRows / G);
+    items_.clear();
+    merges_.clear();
+    int num_parts = 0;
+    const int part_pages = pages_in_part(r0, r1);
+    for (int r = r0; r < r1; r++) {
+        const int from = step_->query_start[r], to = step_->query_start[r + 1], pages = chunks_for(step_->positions[to - 1] + 1, P);
+        if (to - from == 1 && pages > part_pages) {
+            const int parts = chunks_for(pages, part_pages);
+            for (int h = 0; h < s_.num_kv_heads; h++) {
+                merges_.push_back({from, h, num_parts, parts});
+                for (int i = 0; i < parts; i++) items_.push_back({r, h, from, to, pages * i / parts, pages * (i + 1) / parts, num_parts++});
+            }
+            continue;
+        }
+        // Late query blocks see the most positions; starting with them keeps the last chunks short.
+        for (int t = from + (to - from - 1) / query_tokens * query_tokens; t >= from; t -= query_tokens) {
+            const int end = std::min(t + query_tokens, to);
+            for (int h = 0; h < s_.num_kv_heads; h++) items_.push_back({r, h, t, end, 0, chunks_for(step_->positions[end - 1] + 1, P), -1});
+        }
+    }
+    float* parts = parts_.at_least(size_t(num_parts) * part_size);
+    pool_.run(int(items_.size()), [&](int chunk, int thread) {
+        const Item& it = items_[chunk];
+        AttentionItem<T> item;
+        item.q = q_row(it.head, it.from);
+        item.out = attended_.data() + long(it.from) * attended_ld() + long(it.head) * G * D;
+        item.part = it.part < 0 ? nullptr : parts + long(it.part) * part_size;
+        item.out_stride = attended_ld();
+        item.k_pages = static_cast<const T*>(step_->k_pages);
+        item.v_pages = static_cast<const T*>(step_->v_pages);
+        item.table = step_->block_tables + id * step_->layer_stride + step_->slots[it.request] * step_->slot_stride;
+        item.head = it.head;
+        item.group = G;
+        item.num_tokens = it.to - it.from;
+        item.first_position = step_->positions[it.from];
+        item.first_page = it.first_page;
+        item.end_page = it.end_page;
+        item.scale = s_.scale;
+        if (chunk + 1 < int(items_.size()) && it.to - it.from == 1) {
+            const Item& next = items_[chunk + 1];
+            item.next_table = step_->block_tables + id * step_->layer_stride + step_->slots[next.request] * step_->slot_stride + next.first_page;
+            item.num_next = next.end_page - next.first_page;
+            item.next_head = next.head;
+        }
+        attend<T>(item, pages_, attention_[thread]);
+    });
+    for (const Merge& m : merges_)
+        for (int g = 0; g < G; g++)
+            merge_parts(parts + long(m.part) * part_size + g * (D + 2), m.num_parts, part_size, D, attended_.data() + long(m.token) * attended_ld() + (long(m.head) * G + g) * D);
+    count(kAttention);
+}
+
+// Pages of one part of a one-token row: whole contexts while they are work enough for every thread.
+template <class T, class W>
+int Engine<T, W>::pages_in_part(int r0, int r1) const {
+    if (pool_.num_threads() == 1) return 1 << 30;
+    long pages = 0;
+    for (int r = r0; r < r1; r++) pages += chunks_for(step_->positions[step_->query_start[r + 1] - 1] + 1, s_.page_size);
+    return std::max<long>(kPagesInBlock, pages * s_.num_kv_heads / (4 * pool_.num_threads()));
+}
+
+}  // namespace boomerang
