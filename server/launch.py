@@ -98,6 +98,7 @@ def speculative_size(settings: Settings, pair: Pair) -> int | None:
 def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> EngineConfig:
     """Fill in what the settings leave to the machine. Called after the weights are loaded: free memory is measured."""
     from server.engine.config import EngineConfig
+    from server.kernels.cuda.memory import workspace_bytes
 
     is_cuda = device.type == "cuda"
     max_model_len = settings.max_model_len or min(_DEFAULT_CONTEXT, pair.spec.max_context)
@@ -106,7 +107,23 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
     max_num_seqs = settings.max_num_seqs or (256 if is_cuda else 64)
     token_bytes = pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(dtype.itemsize)
     most = max_num_seqs * max_model_len * token_bytes
-    kv_bytes = settings.kv_cache_memory or min(_free_bytes(settings, device), most)
+    max_num_batched_tokens = settings.max_num_batched_tokens or (8192 if is_cuda else 1024)
+    free = _free_bytes(settings, device)
+    if is_cuda:
+        sizes, num_blocks = pair.elasticity.sizes, -(-max_model_len // settings.page_size)
+        free -= workspace_bytes(
+            pair.spec,
+            max_tokens=max_num_batched_tokens * sizes[-1] // sizes[0],
+            max_num_seqs=max_num_seqs,
+            table_entries=2 * pair.elasticity.num_global_layers * max_num_seqs * num_blocks,
+            bytes_per_value=dtype.itemsize,
+        )
+    kv_bytes = settings.kv_cache_memory or min(free, most)
+    if kv_bytes <= 0:
+        raise ValueError(
+            f"no memory is left for the KV cache on {device}: raise --gpu-memory-utilization, lower "
+            "--max-num-batched-tokens or --max-num-seqs, or bound the weights with --memory-budget"
+        )
     if kv_bytes < max_model_len * token_bytes:
         logger.warning(
             "the KV cache of %.2f GiB holds fewer than max_model_len (%d) tokens at full size; long requests will be "
@@ -117,7 +134,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
     return EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens or (8192 if is_cuda else 1024),
+        max_num_batched_tokens=max_num_batched_tokens,
         page_size=settings.page_size,
         kv_cache_bytes=kv_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,

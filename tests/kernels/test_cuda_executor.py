@@ -12,10 +12,12 @@ import torch
 
 from model_store.assembly import Elasticity
 from model_store.loaded import LoadedPair
+from server.config import Settings
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
 from server.kernels.cuda.executor import CudaExecutor, create
+from server.launch import engine_config
 from server.model.executor import create_executor
 from server.model.torch_executor import TorchExecutor
 from tests.kernels.test_cpu_executor import FAMILIES, make_pair, make_steps
@@ -149,3 +151,18 @@ def test_kv_cache_that_does_not_fit_names_the_settings(monkeypatch):
     monkeypatch.setattr(executor._layers, "allocate", refuse)
     with pytest.raises(ValueError, match=r"--kv-cache-memory.*--gpu-memory-utilization"):
         executor.allocate_kv(10)
+
+
+def test_kv_cache_is_what_utilization_leaves_beside_weights_and_workspace(monkeypatch):
+    pair, device = make_small(), torch.device("cuda")
+    pair.spec = replace(pair.spec, max_position_embeddings=10**6)
+    GiB = 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * GiB, 80 * GiB))
+    settings = Settings(max_model_len=10**6, max_num_seqs=256)  # more KV than there is memory
+    some = engine_config(settings, pair, torch.bfloat16, device).kv_cache_bytes
+    # 20 GiB are in use and 8 stay free; the estimate of the workspace is what is missing.
+    assert 50 * GiB < some < 52 * GiB - (512 << 20)
+    less = engine_config(replace(settings, gpu_memory_utilization=0.5), pair, torch.bfloat16, device).kv_cache_bytes
+    assert some - less == 32 * GiB
+    with pytest.raises(ValueError, match="--gpu-memory-utilization"):
+        engine_config(replace(settings, gpu_memory_utilization=0.25), pair, torch.bfloat16, device)

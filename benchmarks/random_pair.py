@@ -1,0 +1,66 @@
+"""Pairs of known shapes with random weights, made on the device: for timing only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model_store.assembly import Elasticity
+from model_store.loaded import LoadedPair
+from model_store.spec import ModelSpec
+from model_store.weights import EndWeights, LayerWeights
+
+# Hugging Face configs; the student keeps every other layer.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-4b": {
+        "num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6,
+    },
+    "tiny": {
+        "num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 97, "rope_theta": 1e4,
+    },
+}  # fmt: skip
+
+
+def _spec(shape: str) -> ModelSpec:
+    config = {"model_type": "qwen3", "tie_word_embeddings": True, "max_position_embeddings": 40960}
+    return ModelSpec.from_hf_config(config | SHAPES[shape])
+
+
+def transformers_config(spec: ModelSpec) -> Any:
+    """The same shape for transformers."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        num_hidden_layers=spec.num_layers, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
+        num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size, tie_word_embeddings=True, max_position_embeddings=spec.max_position_embeddings,
+    )  # fmt: skip
+
+
+def random_pair(shape: str, dtype: torch.dtype, device: torch.device) -> LoadedPair:
+    spec = _spec(shape)
+
+    def draw(*dims: int) -> torch.Tensor:
+        return torch.empty(dims, dtype=dtype, device=device).normal_(0, 0.02)
+
+    def ones(width: int) -> torch.Tensor:
+        return torch.ones(width, dtype=dtype, device=device)
+
+    def layer() -> LayerWeights:
+        e, i = spec.hidden_size, spec.intermediate_size
+        return LayerWeights(
+            attn_norm_weight=ones(e), qkv_weight=draw(spec.q_size + 2 * spec.kv_size, e), o_weight=draw(e, spec.q_size),
+            mlp_norm_weight=ones(e), up_weight=draw(2 * i, e), down_weight=draw(e, i),
+            q_norm_weight=ones(spec.head_dim), k_norm_weight=ones(spec.head_dim),
+        )  # fmt: skip
+
+    elasticity = Elasticity.last_to_first(spec.num_layers, range(0, spec.num_layers, 2))
+    embed = draw(spec.vocab_size, spec.hidden_size)
+    ends = EndWeights(embed=embed, head=embed, final_norm_weight=ones(spec.hidden_size))
+    return LoadedPair(
+        name=shape, spec=spec, elasticity=elasticity, sizes=elasticity.sizes,
+        layers={i: layer() for i in range(elasticity.num_global_layers)}, ends={"teacher": ends, "student": ends},
+    )  # fmt: skip
