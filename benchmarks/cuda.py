@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.random_pair import SHAPES, random_pair, transformers_config
@@ -125,10 +126,12 @@ def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespac
             requests.append(request)
         batch = engine.build_batch([(request, 1) for request in requests])
         draws = [(0.0, 1.0, 0.0, 0, 0.0)] * len(sizes)
-        executor.launch(batch, draws).wait()
+        rows = np.arange(len(sizes), dtype=np.int32)
+        last = executor.launch(batch, draws)
+        last.wait()
         start = time.perf_counter()
         for _ in range(arguments.steps):
-            last = executor.launch(batch, draws, follows=True)
+            last = executor.launch(batch, draws, follows=(last, rows))
         last.wait()
         return (time.perf_counter() - start) / arguments.steps
     finally:

@@ -16,6 +16,7 @@ from server.engine.config import EngineConfig
 from server.engine.drafts import DraftPool
 from server.engine.isolation import EngineBroken, NoTokenLeft, Quarantine, Scheduled, bisect, is_out_of_memory
 from server.engine.kv_cache import KVCacheManager
+from server.engine.lookahead import Lookahead
 from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
 from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logprobs that go through the head at once: bounds the [rows, vocabulary] float32 scratch.
 _PROMPT_ROWS = 128
+_NO_NUMBER = "the logits hold no finite number to choose"
 
 
 class Engine:
@@ -62,6 +64,9 @@ class Engine:
         self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
         self.sampler = Sampler(config.seed, getattr(self.executor, "draw", None))
         self.speculator = None if config.speculative_size is None else self._speculator(config)
+        self.lookahead: Lookahead | None = None
+        if self.speculator is None and hasattr(self.executor, "launch"):
+            self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
         self.metrics_sink: MetricsSink | None = None
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._clock = StepClock()
@@ -109,7 +114,9 @@ class Engine:
         """
         started = time.monotonic()
         self._clock.lap("publish")
-        planned = self.scheduler.schedule()
+        planned = self.lookahead and self.lookahead.planned()
+        if planned is None:
+            planned = self.scheduler.schedule()
         self._clock.lap("schedule")
         self._count_decisions(planned.outputs)
         if not planned.scheduled:
@@ -137,13 +144,17 @@ class Engine:
         self._faults = {}
         try:
             drafting = 0.0 if self.speculator is None else self._draft(planned)
-            batch = self.build_batch(planned.scheduled)
+            is_ahead = self.lookahead is not None and self.lookahead.takes(planned)
+            batch = None if is_ahead else self.build_batch(planned.scheduled)
             self._clock.lap("build")
             if self.before_model is not None:
                 self.before_model()
             model_start = time.monotonic()
             gap = self._clock.model_starts(model_start, drafting)
-            sampled = self.run_batch(batch)
+            if is_ahead:
+                batch, sampled = self._run_ahead(planned)
+            else:
+                sampled = self.run_batch(batch)
             model_end = time.monotonic()
             self._clock.model_ended(model_end)
         except Exception as error:
@@ -181,6 +192,15 @@ class Engine:
         drafting = time.monotonic() - started
         self._clock.lap("draft")
         return drafting
+
+    def _run_ahead(self, planned: SchedulerOutput) -> tuple[ForwardBatch, dict[str, SampledToken]]:
+        batch, tokens = self.lookahead.run(planned)
+        sampled = {}
+        for request, token in zip(batch.requests, tokens, strict=True):
+            if token < 0:
+                self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
+            sampled[request.request_id] = SampledToken(max(token, 0))
+        return batch, sampled
 
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
         return build_batch(scheduled, self.elasticity, self.kv_cache.block_tables, self.executor.shared_stations)
@@ -305,7 +325,7 @@ class Engine:
             if value == -math.inf:
                 self._faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
             elif not math.isfinite(value):
-                self._faults[request.request_id] = ArithmeticError("the logits hold no finite number to choose")
+                self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
         return tokens
 
     def _score_prompts(self, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> None:

@@ -23,8 +23,10 @@ from server.engine.scheduler import SampledToken
 _NUCLEUS_WIDTH = 256
 
 
-# draw(logits [S, V], per row (temperature, top_p, min_p, top_k, uniform number of [0, 1))) -> token ids
-Draw = Callable[[torch.Tensor, list[tuple[float, float, float, int, float]]], list[int]]
+# Of one row: temperature (0: the likeliest), top_p, min_p, top_k, uniform number of [0, 1)
+DrawArguments = tuple[float, float, float, int, float]
+# draw(logits [S, V], one set of arguments per row) -> token ids
+Draw = Callable[[torch.Tensor, list[DrawArguments]], list[int]]
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class SamplerState:
     """Per request: its random numbers and what it has generated so far (for penalties)."""
 
     random: random.Random
+    returned: list[float] = field(default_factory=list)  # numbers that were drawn but not used; the next is the last
     prompt_ids: torch.Tensor | None = None  # unique prompt tokens, for the repetition penalty
     counts: dict[int, int] = field(default_factory=dict)  # generated token -> how often
     num_counted: int = 0
@@ -123,7 +126,7 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
         if self._native_draw is not None:
-            return self._native_draw(logits, [self._draw_arguments(request) for request in requests])
+            return self._native_draw(logits, [self.draw_arguments(request) for request in requests])
         tokens = [0] * len(requests)
         plain, cut, greedy = [], [], []
         for row, request in enumerate(requests):
@@ -142,11 +145,21 @@ class Sampler:
             _scatter(tokens, cut, self._draw_cut(logits[cut], [requests[row] for row in cut]))
         return tokens
 
-    def _draw_arguments(self, request: Request) -> tuple[float, float, float, int, float]:
+    def uniform(self, request: Request) -> float:
+        """The request's next random number."""
+        state = self.state(request)
+        return state.returned.pop() if state.returned else state.random.random()
+
+    def draw_arguments(self, request: Request) -> DrawArguments:
         sampling = request.sampling
-        uniform = 0.0 if sampling.is_greedy else self.state(request).random.random()
+        uniform = 0.0 if sampling.is_greedy else self.uniform(request)
         temperature = 0.0 if sampling.is_greedy else sampling.temperature
         return temperature, sampling.top_p, sampling.min_p, sampling.top_k, uniform
+
+    def give_back(self, request: Request, arguments: DrawArguments) -> None:
+        """A draw that did not take place; the latest first, if there are several."""
+        if not request.sampling.is_greedy:
+            self.state(request).returned.append(arguments[-1])
 
     def _draw_plain(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
         """No top_k, no top_p: the whole (min_p-masked) distribution, no sort. logits [S, V]."""
@@ -194,7 +207,7 @@ class Sampler:
     def invert(self, probs: torch.Tensor, requests: list[Request]) -> torch.Tensor:
         """Index of the first entry whose cumulative weight exceeds u x total. probs [S, n], need not sum to 1."""
         mass = probs.cumsum(dim=-1, dtype=torch.float64)
-        uniform = _column([self.state(r).random.random() for r in requests], mass)
+        uniform = _column([self.uniform(r) for r in requests], mass)
         index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1)
         # u x total may round up to total itself: fall back to the last entry that has any weight.
         last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)

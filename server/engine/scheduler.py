@@ -138,6 +138,11 @@ class Scheduler:
         """Seconds until what waits now will have been admitted. Any thread: totals may be a step old."""
         return self.policy.estimated_wait(self, self.clock())
 
+    @property
+    def can_admit(self) -> bool:
+        """Whether somebody waits and a slot is free (there may still be no pages)."""
+        return bool(self.waiting) and bool(self._free_slots)
+
     # --- one step
 
     def schedule(self) -> SchedulerOutput:

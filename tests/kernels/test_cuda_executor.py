@@ -7,6 +7,7 @@ staging, drawing, steps that follow on the device.
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,15 +91,18 @@ def test_launched_steps_follow_each_other_without_the_host():
     prompt, *steps = make_steps(pair.elasticity, [[4, 2, 3]] + num_steps * [[1, 1, 1]], sizes, VOCAB)
     draws = [(0.0, 1.0, 0.0, 0, 0.0), (0.9, 0.9, 0.0, 0, 0.3), (1.2, 1.0, 0.1, 0, 0.6)]
     chains = []
-    for follows in (False, True):
+    for on_device in (False, True):
         executor = create(pair, make_config())
         executor.allocate_kv(prompt.block_tables.size)
         hidden = executor.forward(prompt)
-        tokens = executor.draw(executor.logits(hidden, int(prompt.logits_start[prompt.head_cut])), draws)
-        chain = [tokens]
+        drawn = executor.draw(executor.logits(hidden, int(prompt.logits_start[prompt.head_cut])), draws)
+        chain = [drawn]
+        last = None
         for step in steps:
-            ids = torch.zeros(3).int().numpy() if follows else torch.tensor(chain[-1]).int().numpy()
-            chain.append(executor.launch(replace(step, input_ids=ids), draws, follows=follows).wait())
+            follows = (last, np.arange(3, dtype=np.int32)) if on_device and last else None
+            ids = np.array(chain[-1] if follows is None else [0, 0, 0], np.int32)
+            last = executor.launch(replace(step, input_ids=ids), draws, follows=follows)
+            chain.append(last.wait())
         chains.append(chain)
     assert chains[0] == chains[1]
     assert len({tuple(tokens) for tokens in chains[0]}) > 1
@@ -128,7 +132,7 @@ def run_engine(executor: str, pair: LoadedPair) -> tuple[Engine, list[list[int]]
 def test_same_text_through_the_engine():
     pair = make_small("llama")
     engine, texts = run_engine("cuda", pair)
-    assert engine.executor.name == "cuda" and engine.scheduler.num_preemptions > 0
+    assert engine.executor.name == "cuda" and engine.scheduler.num_preemptions > 0 and engine.lookahead.num_ahead > 0
     assert texts == run_engine("torch", pair)[1]
 
 

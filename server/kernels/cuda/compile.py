@@ -48,7 +48,7 @@ def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page
         width = two(hidden)
         constants = {"IS_LAYER": kind == "layer", "HAS_BIAS": kind == "layer", "ROWS": 1, "WIDTH": width}
         found.append(
-            Case(f"{kind} norm", norm.norm_kernel, types, constants, num_warps=min(max(width // 512, 1), 8))
+            Case(f"{kind} norm", norm.norm_kernel, types, constants, num_warps=norm.num_warps(width))
         )
     for kind, number in activation.KINDS.items():
         types = {"up_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "width": "i32"}

@@ -9,9 +9,11 @@ T = tokens of the step, R = requests, S = rows whose logits are wanted, E = hidd
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from model_store.pair import LoadedPair
 from model_store.weights import EndWeights
 from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
+from server.engine.sampler import DrawArguments
 from server.kernels.cuda.attention import PagedAttention
 from server.kernels.cuda.draw import draw
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
@@ -34,9 +37,8 @@ from server.kernels.cuda.tables import DeviceTables
 logger = logging.getLogger(__name__)
 
 SIDES = ("teacher", "student")
-# (temperature, top_p, min_p, top_k, uniform number) of one row
-DrawSettings = tuple[float, float, float, int, float]
-GREEDY: DrawSettings = (0.0, 1.0, 0.0, 0, 0.0)
+Follows = tuple[Download, np.ndarray]
+GREEDY: DrawArguments = (0.0, 1.0, 0.0, 0, 0.0)
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
@@ -89,7 +91,6 @@ class CudaExecutor:
         self._x = torch.zeros(2, max_rows, spec.hidden_size, dtype=self.dtype, device=device)
         self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=self.dtype, device=device)
         self._logits = torch.zeros(max_rows, spec.vocab_size, dtype=self.dtype, device=device)
-        self._tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._ready: torch.Tensor | None = None  # rows whose logits `_logits` holds
 
     # --- Executor
@@ -119,6 +120,10 @@ class CudaExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        with self._undone_if_it_fails():
+            return self._forward(batch)
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         if self._is_decode(batch):
             self._run_decode(batch)
             if len(batch.logits_rows) == batch.num_tokens:
@@ -146,22 +151,37 @@ class CudaExecutor:
         return self._draw(logits, [GREEDY] * len(logits)).wait()
 
     @torch.inference_mode()
-    def draw(self, logits: torch.Tensor, draws: list[DrawSettings]) -> list[int]:
+    def draw(self, logits: torch.Tensor, draws: list[DrawArguments]) -> list[int]:
         """One token per row of logits [S, V]."""
         return self._draw(logits, draws).wait()
 
     # --- without waiting
 
     @torch.inference_mode()
-    def launch(self, batch: ForwardBatch, draws: list[DrawSettings], *, follows: bool = False) -> Download:
+    def launch(
+        self, batch: ForwardBatch, draws: list[DrawArguments], *, follows: Follows | None = None
+    ) -> Download:
         """Run a step whose requests all take one token and draw the next one of each; nothing waits for the device.
 
-        With `follows` the input ids are the tokens that the launch before drew, in the same order: the host need not
-        know them yet.
+        `follows`: the input ids are what a launch before drew in these rows, int32 [R]; the host need not know them
+        yet. Waiting for the result gives a list of token ids, -1 where no logit is a finite number.
         """
         assert self._is_decode(batch) and len(batch.logits_rows) == batch.num_requests == len(draws)
-        self._run_decode(batch, follows=follows)
-        return self._draw(self._logits[: batch.num_requests], draws)
+        with self._undone_if_it_fails():
+            self._run_decode(batch, follows=follows)
+            return self._draw(self._logits[: batch.num_requests], draws)
+
+    @contextlib.contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """After an error nobody knows what reached the block tables; and memory that ran out is given back."""
+        try:
+            yield
+        except Exception as error:
+            self._tables.forget()
+            self._ready = None
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            raise
 
     # --- steps of any kind
 
@@ -190,17 +210,19 @@ class CudaExecutor:
     def _is_decode(self, batch: ForwardBatch) -> bool:
         return batch.num_tokens == batch.num_requests
 
-    def _run_decode(self, batch: ForwardBatch, *, follows: bool = False) -> None:
+    def _run_decode(self, batch: ForwardBatch, *, follows: Follows | None = None) -> None:
         """Leaves final-normed rows in `_hidden` and their logits in `_logits`, in batch order."""
         self._ready = None
         updates = self._tables.changes(batch, self.page_size)
-        if len(updates):
-            self._tables.apply(*self._upload.send([updates]))
+        before, rows = follows or (None, np.zeros(0, np.int32))
+        if len(updates) or len(rows):
+            updates, rows = self._upload.send([updates, rows])
+            self._tables.apply(updates)
         num, sizes = batch.num_requests, batch.sizes
         splits = np.searchsorted(-sizes, -np.asarray(self.elasticity.thresholds), side="right").astype(np.int32)
         self._inputs.send(batch, splits)
-        if follows:
-            self._inputs.take_ids(self._tokens[:num])
+        if before is not None:
+            self._inputs.take_ids(before.values.index_select(0, rows))
         if sizes[0] == sizes[-1]:
             self._run_path(int(sizes[0]), bucket_of(num, self._buckets))
         else:
@@ -296,13 +318,12 @@ class CudaExecutor:
             if end.head_bias is not None:
                 out[rows] += end.head_bias
 
-    def _draw(self, logits: torch.Tensor, draws: list[DrawSettings]) -> Download:
+    def _draw(self, logits: torch.Tensor, draws: list[DrawArguments]) -> Download:
         # Rows of `settings`: temperature, top_p, min_p, top_k, uniform number.
         (settings,) = self._draw_upload.send([np.asarray(draws, np.float64).reshape(-1, 5).T])
-        # Guesses to verify are more rows than there are requests.
-        tokens = self._tokens if len(draws) <= len(self._tokens) else self._tokens.new_empty(len(draws))
+        tokens = torch.empty(len(draws), dtype=torch.int32, device=self.device)
         draw(logits, settings, tokens)
-        return Download(tokens[: len(draws)])
+        return Download(tokens)
 
 
 def _embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:

@@ -37,6 +37,11 @@ def norm_kernel(
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def num_warps(width: int) -> int:
+    """For one row of `width` channels; with fewer, narrow models spill registers."""
+    return min(max(width // 256, 1), 8)
+
+
 def norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, kind: str, eps: float,
     out: torch.Tensor | None = None,
@@ -50,6 +55,6 @@ def norm(
     norm_kernel[(triton.cdiv(num_rows, rows),)](
         x, weight, weight if bias is None else bias, out, num_rows, width, eps,
         IS_LAYER=kind == "layer", HAS_BIAS=bias is not None, ROWS=rows, WIDTH=padded,
-        num_warps=min(max(padded // 512, 1), 8),
+        num_warps=num_warps(padded),
     )  # fmt: skip
     return out

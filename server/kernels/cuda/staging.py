@@ -57,9 +57,10 @@ class Upload:
 
 
 class Download:
-    """A copy of device values that is on its way to the host."""
+    """A copy of device values that is on its way to the host. `values` are those on the device."""
 
     def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
         if values.device.type == "cuda":
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)

@@ -60,6 +60,10 @@ class DeviceTables:
             return np.zeros((0, 2), np.int32)
         return np.concatenate(found).astype(np.int32)
 
+    def forget(self) -> None:
+        """Send everything again: it is not known what the device has."""
+        self._written.clear()
+
     def apply(self, updates: torch.Tensor) -> None:
         """updates int32 [n, 2] on the device."""
         if len(updates):
