@@ -49,6 +49,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
     if config.quantization:
         return f"does not do --quantization {config.quantization}"
     if embed.device.type == "cuda":
+        if embed.device.index:
+            return "runs on the first visible device only: set CUDA_VISIBLE_DEVICES instead of --device"
         major, minor = torch.cuda.get_device_capability(embed.device)
         if major < 8:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
@@ -287,6 +289,7 @@ class CudaExecutor:
         Counts are 0 meanwhile, so nothing is written to the pages. Largest first, so that all share its memory.
         """
         started = time.monotonic()
+        self.draw(self.logits(self._hidden[:1], 1), [GREEDY])  # compiles the kernel for logits in float32
         for rows in reversed(self._buckets):
             for size in {self.sizes[0], self.sizes[-1]}:
                 self._run_path(size, rows)

@@ -61,8 +61,9 @@ class Graphs:
                     function()
                 finally:
                     graph.capture_end()
-        except torch.OutOfMemoryError:
-            logger.warning("no memory left to record CUDA graphs: %s and later ones run without", key)
+        except RuntimeError as error:
+            # What was to be recorded has just run, so it is only recording that fails: most likely for lack of memory.
+            logger.warning("CUDA graphs cannot be recorded, %s and later ones run without: %s", key, error)
             self.enabled = False
             return
         finally:
