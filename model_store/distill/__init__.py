@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
     add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
     add("--order", default="klpatch", choices=("last", "first", "klpatch"), help="order in which sizes grow")
-    add("--tokens", type=float, default=2e6, help="training tokens (default %(default).0f)")
+    add("--tokens", type=float, default=2e6, help="to train on; 0: only prune, order, store (default %(default).0f)")
     add("--row-tokens", type=int, default=256, help="tokens of a packed row (default %(default)s)")
     add("--batch-rows", type=int, default=8, help="rows of a step and device (default %(default)s)")
     add("--accumulate", type=int, default=1, help="batches per optimizer step (default %(default)s)")
-    add("--lr", type=float, default=None, help="peak learning rate (default 4e-4 with muon, 3e-4 with adamw)")
+    add("--lr", type=float, default=None, help="peak learning rate (default 1e-3 with muon, else 3e-4)")
     add("--schedule", default="cosine", help="transformers' lr_scheduler_type (default %(default)s)")
     add("--decay-share", type=float, default=0.25, help="of warmup_stable_decay (default %(default)s)")
     add("--weight-decay", type=float, default=0.0)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     documents = [document for document in documents if not document.needs_answer]
     calibration = args.calibration_rows * args.row_tokens
     rows = pack(documents, tokenizer, int(args.tokens) + calibration, args.row_tokens, args.loss_on, args.seed)
-    if len(rows) <= args.calibration_rows:
+    if len(rows) < args.calibration_rows + bool(args.tokens):
         raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
     print(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens", file=sys.stderr)
 
@@ -146,11 +146,13 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
     elif last and (checkpoints / "order.json").is_file():
         _set_thresholds(model, json.loads((checkpoints / "order.json").read_text()))
     factors = make_low_rank(model, args.rank, _moments(model, held)) if args.rank else None
+    if not args.tokens:
+        return
     matrices = preset.optimizer == "muon"
     arguments = TrainingArguments(
         output_dir=str(checkpoints), max_steps=_steps(args), per_device_train_batch_size=args.batch_rows,
         gradient_accumulation_steps=args.accumulate, max_grad_norm=1.0 if preset.optimizer == "adamw" else 0.0,
-        learning_rate=args.lr or (4e-4 if matrices and not factors else 3e-4), weight_decay=args.weight_decay,
+        learning_rate=args.lr or (1e-3 if matrices and not factors else 3e-4), weight_decay=args.weight_decay,
         adam_beta2=0.95, lr_scheduler_type=args.schedule,
         lr_scheduler_kwargs=_schedule_options(args), warmup_steps=max(1, _steps(args) // 50),
         bf16=_has_bf16(device), use_cpu=device == "cpu", logging_steps=max(1, min(10, _steps(args) // 20)),
@@ -182,10 +184,10 @@ def _moments(model: ElasticModel, held: list) -> dict:
 
     from model_store.distill.write import input_moments
 
-    paths = [model.elasticity.path(size).teacher_stations for size in model.elasticity.sizes[:-1:4]]
+    paths = [model.elasticity.path(size).teacher_stations for size in model.elasticity.sizes[:-1:8]]
     device = held[0].device.type
     with torch.autocast(device, torch.bfloat16, enabled=_has_bf16(device)):
-        return input_moments(model, held[:4], paths)
+        return input_moments(model, held[:2], paths)
 
 
 def _steps(args: argparse.Namespace) -> int:

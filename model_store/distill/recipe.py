@@ -26,7 +26,7 @@ class Preset:
 
 PRESETS = {
     # Ours, for small budgets: a closed-form start, then random cuts of the served order.
-    "stochastic": Preset(0.0, 1.0, 4.0, 0.5, 0.375, 1.5, 8.0, True, False, False, "muon"),
+    "stochastic": Preset(0.0, 1.0, 4.0, 0.4, 0.45, 1.7, 6.0, True, False, False, "muon"),
     # arXiv 2510.05064: CE + 0.1 KL + 2/(M + 1) times the sum of cosine distances, every parameter trained.
     "published": Preset(1.0, 0.1, 2.0, 1.0, 1.0, 1.0, 0.0, False, True, True, "adamw"),
     # arXiv 2608.22854 (ADAPT): five times the cosine weight.

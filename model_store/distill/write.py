@@ -98,21 +98,24 @@ def low_rank_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, in] and B [out, r] with B A closest to `difference` [out, in], in the norm weighted by `moment` [in, in].
 
-    With C = L L^T the weighted problem is an ordinary one for `difference @ L` (Eckart-Young); A = V^T L^-1.
+    With C = L L^T the weighted problem is an ordinary one for D = `difference @ L` (Eckart-Young). Its singular vectors
+    come from the eigenvectors of D's smaller Gram matrix, in double precision: several times faster than an SVD.
     """
     difference = difference.double()
     rank = min(rank, *difference.shape)
-    if moment is None:
-        u, s, vt = torch.linalg.svd(difference, full_matrices=False)
-        a = vt[:rank]
-    else:
-        moment = moment.double()
+    root = None
+    if moment is not None:
         ridge = 1e-2 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
-        root = torch.linalg.cholesky(moment + ridge)
-        u, s, vt = torch.linalg.svd(difference @ root, full_matrices=False)
-        a = torch.linalg.solve_triangular(root, vt[:rank], upper=False, left=False)
+        root = torch.linalg.cholesky(moment.double() + ridge)
+    weighted = difference if root is None else difference @ root
+    if len(difference) <= difference.shape[1]:
+        b = torch.linalg.eigh(weighted @ weighted.T).eigenvectors[:, -rank:].flip(1)
+        a = b.T @ difference
+    else:
+        right = torch.linalg.eigh(weighted.T @ weighted).eigenvectors[:, -rank:].flip(1)
+        b = weighted @ right
+        a = right.T if root is None else torch.linalg.solve_triangular(root, right.T, upper=False, left=False)
     # Equal norms on both sides, so that neither loses bits when it is rounded.
-    b = u[:, :rank] * s[:rank]
     balance = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
     return (a * balance[:, None]).float(), (b / balance).float()
 

@@ -25,7 +25,7 @@ def text(tmp_path_factory):
 
 FORMS = [
     [], ["--store-rank", "8", "--int8"], ["--rank", "6", "--schedule", "warmup_stable_decay"],
-    ["--recipe", "published", "--order", "last"],
+    ["--recipe", "published", "--order", "last"], ["--tokens", "0", "--no-warm-start"],
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
 from model_store.distill.recipe import PRESETS
 from model_store.distill.start import start_from
 from model_store.distill.trainer import SizeSampler
-from model_store.distill.write import write_config
+from model_store.distill.write import low_rank_factors, write_config
 from model_store.evaluate.chat import Answers, compare, wilson_interval
 from tests.api.tiny import make_pair
 
@@ -135,3 +135,17 @@ def test_a_run_that_was_cut_short_is_a_place_to_start_from(tmp_path):
     other = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
     assert start_from(other, [checkpoint]) == {0: 1, 1: 1, 2: 1}
     assert other.student["1"].mlp.down_proj.weight.abs().sum() == 0
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_low_rank_factors_are_the_best_in_the_weighted_norm(shape):
+    torch.manual_seed(0)
+    difference = torch.randn(*shape)
+    a, b = low_rank_factors(difference, 5)
+    u, s, vt = torch.linalg.svd(difference)
+    torch.testing.assert_close(b @ a, u[:, :5] @ torch.diag(s[:5]) @ vt[:5], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+    inputs = torch.randn(200, shape[1]) * torch.linspace(0.1, 3, shape[1])
+    moment = inputs.T @ inputs
+    error = lambda a, b: float(((difference - b @ a) @ inputs.T).norm())  # noqa: E731
+    assert error(*low_rank_factors(difference, 5, moment)) < error(a, b)
