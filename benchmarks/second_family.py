@@ -2,7 +2,7 @@
 
     python -m benchmarks.second_family --text speeches_public_domain.jsonl.gz [--students pruned published ...]
 
-Trains a teacher of ten layers from scratch on the given text, then makes students that keep every second layer, each of
+Trains a teacher of sixteen layers from scratch on the given text, then makes students that keep every second layer, each of
 the same number of tokens through `boomerang distill`, and one that is merely pruned (the teacher's layers, untrained).
 Prints perplexity and KL to the teacher of every size of all of them on text that was held out. Minutes on a CPU.
 """
@@ -24,13 +24,14 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from model_store.assembly import Elasticity
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import load_elastic
+from model_store.distill.recipe import kept_layers
 from model_store.distill.write import write_full, write_manifest
 from model_store.evaluate import measure_text
 from model_store.pair import open_pair
 from server.cli import main as boomerang
 
 VOCAB, ROW, BATCH = 1024, 128, 32
-KEEP = "0,2,4,6,8,9"  # the published rule: every second layer and the last
+KEEP = "every-2nd"  # the published rule: layers 0, 2, 4, ... and the last
 _PATCHING = ["--pure-share", "0.4", "--small-bias", "1.5"]
 STUDENTS = {  # name: options of `boomerang distill`
     "published": ["--recipe", "published", "--order", "last", "--lr", "1e-3"],
@@ -59,7 +60,7 @@ def save_tokenizer(folder: Path, texts: list[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
 
 
-def train_teacher(folder: Path, texts: list[str], steps: int, layers: int = 10, hidden: int = 128) -> float:
+def train_teacher(folder: Path, texts: list[str], steps: int, layers: int, hidden: int) -> float:
     """Train from scratch with a plain loop; returns the mean loss of the last steps, in nats per token."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
@@ -91,9 +92,9 @@ def train_teacher(folder: Path, texts: list[str], steps: int, layers: int = 10, 
 
 def write_pruned(teacher: Path, folder: Path) -> None:
     """The student before any training, as a pair that the commands take."""
-    kept = [int(part) for part in KEEP.split(",")]
     model = GPTNeoXForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    elastic = ElasticModel(model, Elasticity.last_to_first(model.config.num_hidden_layers, kept))
+    layers = model.config.num_hidden_layers
+    elastic = ElasticModel(model, Elasticity.last_to_first(layers, kept_layers(KEEP, layers)))
     folder.mkdir(parents=True)
     write_full(folder, elastic)
     write_manifest(folder, elastic, {"name": "pruned", "teacher": str(teacher)})
@@ -103,8 +104,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="training text, .jsonl.gz with `text` or .txt")
     parser.add_argument("--out", type=Path, default=Path("second_family"), help="working folder, emptied first")
-    parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--tokens", type=float, default=6e5, help="of the distillation")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=96)
+    parser.add_argument("--teacher-steps", type=int, default=900)
+    parser.add_argument("--tokens", type=float, default=4e5, help="of each distillation")
     known = ["pruned", *STUDENTS]
     parser.add_argument("--students", nargs="+", choices=known, default=["pruned", "published"], metavar="NAME",
                         help=f"of {', '.join(known)} (default pruned published)")  # fmt: skip
@@ -119,7 +122,7 @@ def main() -> None:
     held_out, texts = texts[::20], [text for i, text in enumerate(texts) if i % 20]
     started = time.time()
     save_tokenizer(teacher, texts)
-    train_teacher(teacher, texts, args.teacher_steps)
+    train_teacher(teacher, texts, args.teacher_steps, args.layers, args.hidden)
     print(f"teacher trained in {time.time() - started:.0f} s", file=sys.stderr)
     data = args.out / "train.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

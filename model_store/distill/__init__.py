@@ -137,14 +137,15 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_config(checkpoints, model)  # so that a run can start from the checkpoints of one that was cut short
     last = get_last_checkpoint(str(checkpoints)) if args.resume and checkpoints.is_dir() else None
-    if last is None and (preset.warm_start or args.start_from):
+    order_file = checkpoints / "order.json"
+    if args.resume and order_file.is_file():
+        _set_thresholds(model, json.loads(order_file.read_text()))
+    elif last is None and (preset.warm_start or args.start_from):
         if preset.warm_start:
             fit_by_least_squares(model, held, progress=_say)
         # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
         _choose_order(model, held, args.order, rows=6)
-        (checkpoints / "order.json").write_text(json.dumps(list(model.elasticity.thresholds)))
-    elif last and (checkpoints / "order.json").is_file():
-        _set_thresholds(model, json.loads((checkpoints / "order.json").read_text()))
+        order_file.write_text(json.dumps(list(model.elasticity.thresholds)))
     factors = make_low_rank(model, args.rank, _moments(model, held)) if args.rank else None
     if not args.tokens:
         return

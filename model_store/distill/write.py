@@ -87,7 +87,8 @@ def _accumulator(store: dict[str, torch.Tensor], name: str) -> Callable[..., Non
         x = args[0].detach().flatten(0, -2).float()
         # Tokens with massive activations would own the moment; a square root of the norm keeps them from it.
         x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6).sqrt()
-        gram = x.T @ x
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the sum would not stay positive definite
+            gram = x.T @ x
         store[name] = store[name] + gram if name in store else gram
 
     return hook
