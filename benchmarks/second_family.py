@@ -2,9 +2,9 @@
 
     python -m benchmarks.second_family --text speeches_public_domain.jsonl.gz [--students pruned published ...]
 
-Trains a teacher of sixteen layers from scratch on the given text, then makes students that keep every second layer, each of
-the same number of tokens through `boomerang distill`, and one that is merely pruned (the teacher's layers, untrained).
-Prints perplexity and KL to the teacher of every size of all of them on text that was held out. Minutes on a CPU.
+Trains a teacher of sixteen layers from scratch on the given text, then makes students that keep every second layer, of
+the same number of tokens each through `boomerang distill`, and one that is merely pruned (the teacher's layers,
+untrained). Prints perplexity and KL to the teacher of every size of all of them on held-out text. Minutes on a CPU.
 """
 
 from __future__ import annotations

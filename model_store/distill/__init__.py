@@ -254,11 +254,13 @@ def _write(
 
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
-    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in ("store", "out", "teacher", "data")}
+    places = ("store", "out", "teacher", "data", "start_from", "resume")
+    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in places}
     manifest = {
         "name": args.out.name, "teacher": args.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
         "patch_order": ORDERS.get(args.order, args.order), "command": "boomerang distill", "options": options,
         "recipe": dataclasses.asdict(preset), "data": [path.name for path in args.data],
+        "start_from": [path.name for path in args.start_from],
         "tokens": int(args.tokens), "seconds": round(seconds),
     }  # fmt: skip
     if rank := args.rank or args.store_rank:

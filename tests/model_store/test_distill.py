@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model_store.pair import open_pair
 from server.cli import main
@@ -48,6 +49,19 @@ def test_distil_load_evaluate(teacher, text, tmp_path, form):
     assert set(sizes) == {str(size) for size in pair.elasticity.sizes}
     assert sizes["6"]["kl"] == pytest.approx(0.0, abs=1e-6) and sizes[str(pair.elasticity.sizes[0])]["kl"] > 0
     assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".md", ".svg", ".html"}
+
+
+def test_a_student_may_start_from_another(teacher, text, tmp_path):
+    common = ["--teacher", str(teacher), "--data", str(text), "--row-tokens", "64", "--batch-rows", "4"]
+    common += ["--device", "cpu", "--calibration-rows", "4", "--order", "last", "--store-rank", "8", "--no-warm-start"]
+    assert main(["distill", *common, "--tokens", "500", "--out", str(tmp_path / "a")]) == 0
+    common += ["--start-from", str(tmp_path / "a")]
+    assert main(["distill", *common, "--tokens", "0", "--out", str(tmp_path / "b")]) == 0
+    first, second = (load_file(tmp_path / name / "student_lowrank.safetensors") for name in "ab")
+    name = "model.layers.0.mlp.down_proj.lora_"
+    a, b = (file[f"{name}B"].float() @ file[f"{name}A"].float() for file in (first, second))
+    assert a.norm() > 0 and (a - b).norm() < 0.02 * a.norm()
+    assert json.loads((tmp_path / "b" / "pair.json").read_text())["start_from"] == ["a"]
 
 
 def test_evaluate_refuses_text_that_was_trained_on(teacher, text, capsys):
