@@ -54,7 +54,7 @@ def test_distil_load_evaluate(teacher, text, tmp_path, form):
 def test_a_student_may_start_from_another(teacher, text, tmp_path):
     common = ["--teacher", str(teacher), "--data", str(text), "--row-tokens", "64", "--batch-rows", "4"]
     common += ["--device", "cpu", "--calibration-rows", "4", "--order", "last", "--store-rank", "8", "--no-warm-start"]
-    assert main(["distill", *common, "--tokens", "500", "--out", str(tmp_path / "a")]) == 0
+    assert main(["distill", *common, "--tokens", "1500", "--out", str(tmp_path / "a")]) == 0
     common += ["--start-from", str(tmp_path / "a")]
     assert main(["distill", *common, "--tokens", "0", "--out", str(tmp_path / "b")]) == 0
     first, second = (load_file(tmp_path / name / "student_lowrank.safetensors") for name in "ab")
