@@ -6,8 +6,8 @@
     python -m benchmarks.trace report --plot docs/scheduling.svg
 
 Arrivals are a slice of the Azure LLM inference trace of 2023 (benchmarks/traces), scaled in time, lengths clipped. All
-loads play the same requests, faster. `plan` measures an idle server: limits are multiples of what it does, and load 1
-is the highest rate at which the simulator expects the pinned teacher to meet them for 99 % of the requests.
+loads play the same requests, faster. Load 1 is the highest rate at which the simulator, with the cost model that `plan`
+has a server calibrate, expects the pinned teacher to meet the limits for 99 % of the requests.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("trace_results.jsonl"))
     parser.add_argument("--server-args", default="", help="further flags of the server, in one string")
     steps = parser.add_subparsers(dest="step", required=True)
-    plan = steps.add_parser("plan", help="measure the idle server, choose limits and loads")
-    plan.add_argument("--requests", type=int, default=150)
+    plan = steps.add_parser("plan", help="calibrate, choose load 1")
+    plan.add_argument("--requests", type=int, default=400)
     plan.add_argument("--max-prompt", type=int, default=256)
     plan.add_argument("--max-output", type=int, default=64)
-    plan.add_argument("--ttft-scale", type=float, default=8.0, help="limit over the idle figure of the longest prompt")
-    plan.add_argument("--tpot-scale", type=float, default=10.0, help="limit over the idle figure at full size")
+    plan.add_argument("--ttft-ms", type=float, default=3000.0, help="limit on the first token")
+    plan.add_argument("--tpot-ms", type=float, default=100.0, help="limit per token: a little faster than one reads")
     plan.add_argument("--rate", type=float, help="load 1 in requests per second, instead of asking the simulator")
     run = steps.add_parser("run", help="play loads against policies")
     run.add_argument("--load", type=float, nargs="*", default=[1.0, 2.0, 4.0])
@@ -81,8 +81,8 @@ def make_plan(args: argparse.Namespace) -> None:
         "max_prompt": args.max_prompt,
         "max_output": args.max_output,
         "idle": idle,
-        "ttft": round(args.ttft_scale * idle["ttft"], 3),
-        "tpot": round(args.tpot_scale * idle["tpot"], 4),
+        "ttft": args.ttft_ms / 1000,
+        "tpot": args.tpot_ms / 1000,
         "sizes": sorted(sizes),
         "quality": {size: {key: row.get(key) for key in ("kl", "top1_agreement")} for size, row in sizes.items()},
         "calibration": calibration(server),
@@ -210,6 +210,8 @@ async def ask(
                 continue
             now = time.perf_counter()
             event = json.loads(line[6:])
+            if event.get("model"):
+                layers = int(event["model"].rpartition(":")[2].rstrip("L"))  # the last one, if it changed on the way
             if event.get("usage"):
                 count = event["usage"]["completion_tokens"]
             elif event.get("choices"):

@@ -65,7 +65,7 @@ class Scheduler:
         self.elasticity = elasticity
         self.kv_cache = kv_cache
         self.policy: SizePolicy = policy or LargestSize()
-        self.waiting = queue or WaitingQueue()
+        self.waiting = WaitingQueue() if queue is None else queue  # an empty queue is false
         self.running: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.load = Load(elasticity.num_teacher_layers)

@@ -106,7 +106,11 @@ class Outlook:
         behind = max(own_waiting_tokens - num_tokens, 0)
         queue = work + rate * behind * sizes + ((prompt + behind) * sizes + backlog) / per_step * beside
         queue += first + 0.5 * waited
-        overflow = waiting - max(free_slots, 0)
+        # The queue is fair: of others' requests no more go first than their weights entitle them to.
+        names = {request.tenant, *scheduler.waiting.tenants()}
+        total_weight = sum(self.tenants.weight(name) for name in names)
+        ahead = min(waiting, own_waiting * total_weight / self.tenants.weight(request.tenant))
+        overflow = ahead - max(free_slots, 0)
         if overflow > 0 and load.num_rows:
             queue = queue + overflow * num_output * step / load.num_rows
 
@@ -217,19 +221,17 @@ class Outlook:
         return num_tokens * size * (rate + self.cost.prefill_context * 0.5 * num_tokens)
 
     def drain_seconds(self, scheduler: Scheduler) -> float:
-        """Until everything that waits now is admitted, at the smallest size."""
-        load, waiting = scheduler.load, scheduler.waiting
-        if not len(waiting):
+        """Until everything that waits now is admitted, at the smallest size: its prompts, and slots that fall free."""
+        load, waiting, slots = scheduler.load, scheduler.waiting, scheduler.config.max_num_seqs
+        count, size = len(waiting), self.table.sizes[0]
+        if not count:
             return 0.0
-        size = self.table.sizes[0]
-        rate = self._token_rate(load.num_rows, min(waiting.num_tokens, scheduler.config.max_num_batched_tokens))
-        step = self.mix_seconds(np.asarray(load.rows, np.float64), load.context)
-        prefill = waiting.num_tokens * size * rate * 2.0  # prompts and decode rows share the machine
-        slots = 0.0
-        overflow = len(waiting) - (scheduler.config.max_num_seqs - load.num_rows)
-        if overflow > 0 and load.num_rows:
-            slots = overflow * self.demand.mean_output * step / load.num_rows
-        return max(prefill, slots)
+        full = min(load.num_rows + count, slots)
+        rows = np.asarray(load.rows, np.float64)
+        rows[size] += full - load.num_rows
+        rate = self._token_rate(full, min(waiting.num_tokens, scheduler.config.max_num_batched_tokens))
+        overflow = max(count - (slots - load.num_rows), 0)
+        return waiting.num_tokens * size * rate + overflow * self.demand.mean_output * self.mix_seconds(rows) / full
 
     def capacity_rows(self, limit: float | None, max_num_seqs: int) -> float:
         """Rows of full size whose decode step stays within `limit` seconds."""

@@ -71,7 +71,7 @@ class BudgetPolicy(SizePolicy):
         self.num_decisions = 0
         self._levels: OrderedDict[tuple, tuple[int, float]] = OrderedDict()  # (tenant, limits) -> (size, last shrink)
         self._last_end: float | None = None
-        self._pressed = -math.inf  # when no size held the last time
+        self._pressed: dict[str, float] = {}  # tenant -> when no size held for it the last time
         self.save: Callable[[], None] | None = None  # keeps what the cost model learned
 
     # --- before the queue
@@ -135,7 +135,7 @@ class BudgetPolicy(SizePolicy):
         is_floor = pressure[index] > self.config.margin
         must_wait = self._must_wait(view, index, request, scheduler)
         if is_floor or must_wait:
-            self._pressed = now
+            self._pressed[request.tenant] = now
         if must_wait:
             limit = request.budget.ttft
             is_late = limit is not None and now - request.arrival_time > limit * self.config.margin
@@ -240,12 +240,14 @@ class BudgetPolicy(SizePolicy):
         Those that were given much while there was room keep their layers in every step until they end. Computing
         their text again at their floor costs once; two at a time, so that the prompts of others are not pushed aside.
         """
-        if now - self._pressed > self.config.squeeze or len(scheduler.running) < 2:
+        if not self._pressed or len(scheduler.running) < 2:
             return []
+        self._pressed = {name: at for name, at in self._pressed.items() if now - at <= self.config.squeeze}
         found = [
             request
             for request in scheduler.running
-            if request.path.size > request.sizes[0]
+            if request.tenant in self._pressed  # nobody shrinks for the sake of another tenant
+            and request.path.size > request.sizes[0]
             and request.output_token_ids
             and not request.size_schedule
             and request.sampling.max_tokens - len(request.output_token_ids) >= 8

@@ -1,0 +1,156 @@
+"""The size policy and its ladder, on the simulator's clock: the same code that serves, no model."""
+
+import math
+
+import pytest
+
+from server.engine.request import Request
+from server.engine.size_policy import LargestSize
+from server.sizing.report import summarise
+from server.sizing.tenants import Tenant, Tenants
+from tests.sizing.machines import make_policy, make_replica, make_request, make_spec, play, steady
+
+
+def admit(request: Request, **changes):
+    replica = make_replica(**changes)
+    refusal = replica.scheduler.prepare(request)
+    if refusal is None:
+        replica.scheduler.add(request)
+        replica.run_step(0.0)
+    return refusal
+
+
+def test_an_idle_server_gives_the_largest_size():
+    request = make_request(budget={"ttft": 0.5, "tpot": 0.05})
+    assert admit(request) is None and (request.decision.size, request.decision.reason) == (12, "auto")
+
+
+def test_a_tight_limit_shrinks_and_says_why():
+    request = make_request(budget={"tpot": 0.0115})  # a full step takes about 13 ms
+    assert admit(request) is None
+    assert 6 <= request.decision.size < 12 and request.decision.reason in ("slo_tpot", "load")
+
+
+@pytest.mark.parametrize("name, budget", [("ttft", {"ttft": 1e-4}), ("tpot", {"tpot": 1e-4}), ("e2e", {"e2e": 0.01})])
+def test_the_impossible_is_refused_with_the_best_achievable_figure(name, budget):
+    refusal = admit(make_request(output=32, budget=budget))
+    assert refusal.status == 400 and refusal.param == f"slo.{name}_ms"
+    assert "the best that an idle server is expected to reach" in refusal.message and "(at 6L)" in refusal.message
+
+
+def test_limits_that_came_by_default_refuse_nothing_unless_strict():
+    request = make_request(budget={"tpot": 1e-4, "inherited": frozenset({"tpot"})})
+    assert admit(request) is None and (request.decision.size, request.decision.reason) == (6, "floor")
+    strict = make_request(budget={"tpot": 1e-4, "inherited": frozenset({"tpot"}), "strict": True})
+    assert admit(strict).status == 400
+
+
+def test_quality_not_depth_is_maximised():
+    """A larger size that was measured to be worse is not chosen freely, but served to who asks for it."""
+    quality = {6: 0.0, 7: 0.3, 8: 0.2, 9: 0.5, 10: 0.6, 11: 0.9, 12: 0.8}
+    replica = make_replica(make=lambda: make_policy(quality=quality))
+    free, pinned = make_request(), make_request(sizes=(8,))
+    for request in (free, pinned):
+        replica.scheduler.add(request)
+    replica.run_step(0.0)
+    assert (free.decision.size, pinned.decision.size) == (11, 8)
+
+
+def test_the_same_state_gives_the_same_sizes():
+    jobs = steady(20.0, 6.0, ttft=1.0, tpot=0.04)
+    first, second = play(jobs), play(jobs)
+    assert [(r.size, r.reason, r.ttft) for r in first.records] == [(r.size, r.reason, r.ttft) for r in second.records]
+
+
+def test_more_load_means_smaller_sizes_and_limits_are_kept():
+    means, limits = [], {"ttft": 1.0, "tpot": 0.04}
+    for rate in (4.0, 35.0, 55.0):
+        result = play(steady(rate, 8.0, **limits))
+        summary = summarise(result.records, 12)
+        means.append(summary["mean_size"])
+        assert summary["attainment"] > 0.98, rate
+    assert means[0] == 12 and means[0] > means[1] > means[2]
+
+
+def test_auto_keeps_limits_where_the_pinned_teacher_breaks_them():
+    jobs = steady(50.0, 8.0, ttft=1.0, tpot=0.04)
+    teacher = summarise(play(jobs, make_spec(make=LargestSize)).records, 12)
+    auto = summarise(play(jobs).records, 12)
+    assert teacher["attainment"] < 0.5 and auto["attainment"] > 0.98 and auto["mean_size"] > 6
+
+
+def test_sizes_come_back_after_a_rush_without_flapping():
+    limits = {"ttft": 1.0, "tpot": 0.04}
+    jobs = steady(4.0, 10.0, **limits) + steady(50.0, 6.0, start=10.0, **limits) + steady(4.0, 30.0, start=16.0, **limits)
+    records = sorted(play(jobs).records, key=lambda record: record.job.arrival)
+    sizes = [record.size for record in records]
+    rush = [record.size for record in records if 11 < record.job.arrival < 16]
+    calm = [record.size for record in records if record.job.arrival > 40]
+    assert min(rush) < 10 and set(calm) == {12} and sizes[0] == 12
+    after = [record.size for record in records if record.job.arrival > 17]
+    assert sum(b < a for a, b in zip(after, after[1:], strict=False)) <= len(after) // 10  # it grows, with few relapses
+
+
+def test_strict_is_refused_when_its_limits_cannot_be_met_now():
+    jobs = steady(80.0, 3.0, ttft=0.3, tpot=0.03, strict=True)
+    records = play(jobs).records
+    refused = [record for record in records if record.error_status == 503]
+    served = [record for record in records if not record.error_status]
+    assert refused and served
+    assert sum(record.met for record in served) > 0.7 * len(served)
+
+
+def test_retry_after_is_the_time_the_queue_takes():
+    replica = make_replica()
+    for _ in range(200):
+        replica.scheduler.add(make_request(256))
+    replica.run_step(0.0)
+    waiting = list(replica.scheduler.waiting)
+    told, now = replica.scheduler.estimated_wait(), replica.now
+    while any(request.decision is None for request in waiting):
+        now, _ = replica.run_step(now)
+    assert math.isfinite(told) and told / 3 < now < told * 3
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0)])
+def test_a_flood_neither_shrinks_nor_starves_another_tenant(weights):
+    limits = {"ttft": 1.0, "tpot": 0.04}
+    tenants = Tenants([Tenant(name="calm", weight=weights[0]), Tenant(name="flood", weight=weights[1])])
+    calm = steady(4.0, 10.0, "calm", **limits)
+    alone = summarise([r for r in play(calm, make_spec(tenants)).records], 12)
+    records = play(calm + steady(120.0, 10.0, "flood", **limits), make_spec(tenants, max_queued_requests=2000)).records
+    beside = summarise([record for record in records if record.job.tenant == "calm"], 12)
+    assert alone["attainment"] == 1.0 and alone["mean_size"] == 12
+    assert beside["attainment"] >= 0.95 and beside["refused"] == 0 and beside["mean_size"] > 11.5
+    flooded = summarise([record for record in records if record.job.tenant == "flood"], 12)
+    assert flooded["mean_size"] < 7 and beside["ttft"]["p50"] < 0.1 * flooded["ttft"]["p50"]
+
+
+def test_a_lower_rank_goes_first():
+    tenants = Tenants([Tenant(name="paid", rank=0), Tenant(name="free", rank=1)])
+    replica = make_replica(tenants)
+    free, paid = make_request(tenant="free"), make_request(tenant="paid")
+    for request in (free, paid):
+        replica.scheduler.add(request)
+    assert replica.scheduler.waiting.peek(0.0) is paid
+
+
+def test_large_requests_shrink_in_mid_answer_when_that_pays():
+    replica = make_replica()
+    old = [make_request(16, 1000, budget={"tpot": 0.05}) for _ in range(16)]
+    for request in old:
+        replica.scheduler.add(request)
+    now = 0.0
+    for _ in range(20):
+        now, _ = replica.run_step(now)
+    assert {request.path.size for request in old} == {12}
+    policy = replica.policy
+    policy._pressed[""] = now  # what a decision without a feasible size leaves behind
+    changed = policy.resize(replica.scheduler, now)
+    assert len(changed) == 2 and all(decision.size == 6 for _, decision in changed)
+    replica.run_step(now)
+    replica.scheduler.check_integrity()
+    assert replica.scheduler.num_resizes == 2
+    for request in old:  # too little is left to pay for computing the text again
+        object.__setattr__(request.sampling, "max_tokens", len(request.output_token_ids) + 8)
+    assert policy.resize(replica.scheduler, now) == []
