@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.local_server import LocalServer
 from server.engine.request import Budget
@@ -134,7 +136,7 @@ def run_all(args: argparse.Namespace, plan: dict[str, Any]) -> None:
             met = sum(record["met"] for record in result["records"])
             print(
                 f"load {load:g}, {policy}: {met} of {len(result['records'])} met their limits in "
-                f"{result['seconds']:.0f} s",
+                f"{result['seconds']:.0f} s (other processes took {result['others']:.2f} cores)",
                 flush=True,
             )
 
@@ -145,14 +147,16 @@ def run_one(args: argparse.Namespace, plan: dict[str, Any], load: float, policy:
     with LocalServer(args.server_args.split()) as server:
         asyncio.run(measure_idle(server.url, 32))  # touches all code once
         before = scrape(server.url)
-        begun = time.perf_counter()
+        begun, own, busy = time.perf_counter(), cpu_seconds(server), machine_seconds()
         records = asyncio.run(play(server.url, jobs, POLICIES[policy]))
         seconds = time.perf_counter() - begun
+        others = machine_seconds() - busy - (cpu_seconds(server) - own)
         after = scrape(server.url)
     return {
         "load": load,
         "policy": policy,
         "seconds": seconds,
+        "others": others / seconds,  # cores that other processes took meanwhile
         "records": [as_row(record) for record in records],
         "steps": step_figures(before, after),
         "calibration": calibration(server),
@@ -236,6 +240,17 @@ def as_row(record: Record) -> dict[str, Any]:
 def record_of(row: dict[str, Any], plan: dict[str, Any]) -> Record:
     job = Job(row["arrival"], row["prompt"], row["output"], budget=Budget(ttft=plan["ttft"], tpot=plan["tpot"]))
     return Record(job, row["size"], row["reason"], row["ttft"], row["tpot"], row["e2e"], 0, 0, row["status"])
+
+
+def machine_seconds() -> float:
+    """Core-seconds that all processes of the machine have used."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+
+def cpu_seconds(server: LocalServer) -> float:
+    """Core-seconds that the server and this process have used."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in (server.process.pid, os.getpid()))
 
 
 def scrape(url: str) -> dict[str, float]:

@@ -102,8 +102,8 @@ def print_report(plan: dict[str, Any], results: list[dict[str, Any]], plot_to: P
             flush=True,
         )
     print("\n| load | policy | steps | predicted against measured step time: median / p95 error, by kind "
-          "| schedule, share of step | between model calls |")  # fmt: skip
-    print("|---|---|---|---|---|---|")
+          "| schedule, share of step | between model calls | cores taken by others |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
     for result in results:
         steps = result["steps"]
         errors = ", ".join(
@@ -114,7 +114,8 @@ def print_report(plan: dict[str, Any], results: list[dict[str, Any]], plot_to: P
         busy = steps["model_seconds"] + steps["gap_seconds"]
         print(
             f"| {result['load']:g} | {result['policy']} | {steps['steps']:.0f} | {errors} "
-            f"| {100 * steps['schedule_seconds'] / busy:.2f} % | {100 * steps['gap_seconds'] / busy:.2f} % |"
+            f"| {100 * steps['schedule_seconds'] / busy:.2f} % | {100 * steps['gap_seconds'] / busy:.2f} % "
+            f"| {result.get('others', 0.0):.2f} |"
         )
     if plot_to is not None:
         records = rows[plot_load, "auto"]

@@ -54,7 +54,7 @@ def test_the_request_has_the_last_word_within_its_bounds(chooser):
     assert (choice.budget.ttft, choice.budget.tpot, choice.budget.strict, choice.priority) == (0.05, 0.03, False, 7)
     assert choice.budget.inherited == frozenset()
     for wrong in ({"size": "20L"}, {"min_size": "16L"}, {"size_schedule": [{"size": "16L"}]}):
-        with pytest.raises(APIError, match="24L .. 30L are"):
+        with pytest.raises(APIError, match=r"24L \.\. 30L are"):
             choose(chooser, "gold", **wrong)
     with pytest.raises(APIError, match="disagree"):
         choose(chooser, headers={"x-slo-ttft-ms": "9"}, slo={"ttft_ms": 10})
