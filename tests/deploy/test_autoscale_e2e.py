@@ -25,7 +25,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.autoscale import Record, send, server_command
+from benchmarks.autoscale import server_command
+from benchmarks.autoscale_load import Record, send
 from deploy.autoscaler.decision import ScalingPolicy
 from deploy.autoscaler.drivers import Replica
 from deploy.grafana.panels import draw
@@ -39,7 +40,7 @@ pytestmark = [
 ]
 TEACHER_LAYERS, KEPT = 12, (0, 2, 4, 6, 8, 10)
 SLOTS, CROWD = 8, 12
-TOKENS = 96  # of an answer: long enough that a wait for a place is longer than any hiccup of a busy machine
+TOKENS = 64  # of an answer: long enough that a wait for a place is longer than any hiccup of a busy machine
 PATIENCE = 120.0  # seconds for what takes ten on an idle machine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,10 +51,11 @@ def test_every_alert_has_a_unit_test():
     assert not {name for name in alerts if name not in tested}
 
 
-GPU, KEYS = "docker-compose.gpu.yml", "docker-compose.keys.yml"
+GPU, KEYS, HUB = (f"docker-compose.{name}.yml" for name in ("gpu", "keys", "hub"))
+OVERRIDES = [(), (GPU,), (KEYS,), (HUB,), (GPU, KEYS, HUB)]
 
 
-@pytest.mark.parametrize("overrides", [(), (GPU,), (KEYS,), (GPU, KEYS)], ids=lambda names: "+".join(names) or "plain")
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=lambda names: "+".join(names) or "plain")
 def test_compose(overrides):
     files = [part for name in ("docker-compose.yml", *overrides) for part in ("-f", name)]
     merged = yaml.safe_load(check("docker-compose", *files, "config", PWD=str(ROOT)))
@@ -65,6 +67,12 @@ def test_compose(overrides):
     assert [name for name, text in mounts.items() if "docker.sock" in text] == ["docker-socket"]
     in_network = [n for n, s in services.items() if "docker" in (s.get("networks") or {})]
     assert sorted(in_network) == ["autoscaler", "docker-socket"]
+    # Secrets are files; none is in an environment that `docker inspect` shows.
+    names = [name for service in services.values() for name in service.get("environment", {})]
+    assert not [n for n in names if re.search(r"TOKEN|KEY|PASSWORD|SECRET", n) and not n.endswith(("_FILE", "_PATH"))]
+    if GPU in overrides:
+        (device,) = services["server"]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"] and device["device_ids"] == ["0"]
 
 
 def test_docker_lets_a_replica_drain_before_it_kills_it():
@@ -85,9 +93,12 @@ def test_dockerfile():
     check("hadolint", "Dockerfile")
 
 
-@pytest.mark.parametrize("name", ["base", "gpu", "monitoring", "keda", "gateway"])
+@pytest.mark.parametrize("name", ["base", "gpu", "keys", "monitoring", "keda", "gateway"])
 def test_kubernetes(name):
     documents = list(yaml.safe_load_all(check("kubectl", "kustomize", f"deploy/kubernetes/{name}")))
+    for document in documents:
+        if document["kind"] in ("Service", "PodDisruptionBudget", "Deployment"):  # an empty selector means everybody's
+            assert document["spec"]["selector"], document
     assert documents and all({"apiVersion", "kind", "metadata"} <= set(document) for document in documents)
     for document in documents:
         if document["kind"] == "Deployment":
