@@ -3,10 +3,10 @@
     python -m benchmarks.autoscale             # about four minutes; prints tables, draws the plot and the dashboard
     python -m benchmarks.autoscale --kill      # besides, ends one replica with SIGKILL at the peak
 
-Limits and load are relative to what one replica does on this machine: the limit per token is what it keeps with
-`--batch` requests of full size at once, and rates are multiples of the requests per second it answers then. Needs
-haproxy and prometheus on PATH. Every replica gets one thread, so that a second one adds what a second machine would: on
-two cores this is the smallest deployment in which scaling is real.
+Limits and load are relative to what one replica does on this machine: it has places for `--batch` requests, limits are
+multiples of the latencies with all places taken at full size, and rates are multiples of the requests per second that
+are answered then. Needs haproxy and prometheus on PATH. Every replica gets one thread and its own places, which is what
+a second machine would add; on two cores this is the smallest deployment in which scaling is real.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def server_command(*flags: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phases", default="35:0.25,80:1.3,90:0.25", help="seconds:load (1 = one replica), ...")
-    parser.add_argument("--batch", type=int, default=8, help="requests at once of full size that the limits just allow")
+    parser.add_argument("--phases", default="20:0.25,60:1.2,80:0.25", help="seconds:load (1 = one replica), ...")
+    parser.add_argument("--batch", type=int, default=8, help="requests that one replica runs at once")
     parser.add_argument("--tokens", default="32:96", help="output tokens, lowest:highest")
     parser.add_argument("--max-replicas", type=int, default=2)
     parser.add_argument("--kill", action="store_true", help="SIGKILL one replica in the middle of the busiest phase")
@@ -150,9 +150,13 @@ def main() -> None:
     parser.add_argument("server", nargs="*", help="further flags of the server, after --")
     args = parser.parse_args()
     low, high = map(int, args.tokens.split(":"))
-    policy = ScalingPolicy(max_replicas=args.max_replicas, down_stabilisation=30, down_interval=10)
+    # The defaults are for days; this is for minutes.
+    policy = ScalingPolicy(
+        max_replicas=args.max_replicas, down_stabilisation=20, down_interval=5, capacity_doubling=60
+    )
     name = "autoscale-kill" if args.kill else "autoscale"
-    command = server_command("--num-threads", "1", "--shutdown-timeout", "60", *args.server)
+    places = ("--max-num-seqs", str(args.batch))
+    command = server_command("--num-threads", "1", *places, "--shutdown-timeout", "60", *args.server)
     with (
         tempfile.TemporaryDirectory(prefix="boomerang-autoscale-") as folder,
         LocalStack(command, Path(folder), policy) as stack,
@@ -162,7 +166,7 @@ def main() -> None:
         cards = httpx.get(stack.api_url + "/v1/models", trust_env=False).json()["data"]
         model, ceiling = cards[0]["id"], max(card.get("layers") or 0 for card in cards)
         rate, tpot, ttft = asyncio.run(capacity(stack.api_url, model, args.batch, (low + high) // 2))
-        slo = {"tpot_ms": round(1100 * tpot, 1), "ttft_ms": round(4000 * ttft)}
+        slo = {"tpot_ms": round(1500 * tpot, 1), "ttft_ms": round(5000 * ttft)}
         shares = [tuple(map(float, part.split(":"))) for part in args.phases.split(",")]
         phases = [Phase(seconds, round(share * rate, 2)) for seconds, share in shares]
         kill_at = None
