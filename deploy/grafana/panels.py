@@ -82,6 +82,8 @@ def _lines(row: Row) -> list[list[Panel]]:
 
 
 def _draw_panel(axes, url: str, panel: Panel, start: float, end: float, interval: str, found: dict[str, int]) -> None:
+    import matplotlib
+
     scale, unit = _SCALES[panel.unit]
     named: list[tuple[str, list[float], list[float]]] = []
     for legend, expression in panel.queries.items():
@@ -97,12 +99,18 @@ def _draw_panel(axes, url: str, panel: Panel, start: float, end: float, interval
         text = f"{known[-1]:.3g}" if known else "–"
         axes.text(0.5, 0.4, text, ha="center", va="center", fontsize=18, color="#2b3fa8", transform=axes.transAxes)
         return
+    if panel.stacked:  # what never happened is no layer of a stack
+        named = [item for item in named if any(value > 0 for value in item[2])] or named[:1]
     named.sort(key=lambda item: (len(item[0]), item[0]))
+    if "{{size}}" in panel.queries:
+        # Sizes are ordered, so their colours are: yellow is the student, violet the teacher, as in the playground.
+        ramp = matplotlib.colormaps["viridis_r"]
+        axes.set_prop_cycle(color=[ramp(i / max(1, len(named) - 1)) for i in range(len(named))])
     if panel.stacked and named:
         times = sorted({at for _, ats, _ in named for at in ats})
         rows = [[dict(zip(ats, values, strict=True)).get(at, 0.0) for at in times] for _, ats, values in named]
         rows = [[value if math.isfinite(value) else 0.0 for value in row] for row in rows]
-        axes.stackplot(times, rows, labels=[name for name, _, _ in named], alpha=0.8)
+        axes.stackplot(times, rows, labels=[name for name, _, _ in named], alpha=0.85)
     else:
         for name, ats, values in named:
             axes.plot(ats, values, linewidth=1.2, label=name)

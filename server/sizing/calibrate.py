@@ -85,7 +85,7 @@ def plan(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
         [(1, min(256, chunk), 0, "t")],
         [(min(64, max_num_seqs), 1, 64, "t")],
         [(1, min(256, chunk), 0, "s")],
-        [(4, min(32, chunk // 4), 0, "t")],
+        [(min(4, max_num_seqs), min(32, chunk // 4), 0, "t")],
         [(min(16, max_num_seqs), 1, long, "s")],
         [(1, min(max_tokens, max_len - 1), 0, "t")],
     ]

@@ -1,6 +1,11 @@
 // Talks to the server this page came from. URLs are relative, so that a path prefix of a proxy is kept.
 
-export class ApiError extends Error {}
+export class ApiError extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
 
 let apiKey = sessionStorage.getItem("boomerang-key") || "";
 
@@ -21,7 +26,7 @@ async function refuse(response) {
     message = (await response.json()).error.message || message;
   } catch { /* not our JSON: the status says it */ }
   if (response.status === 401) message += " (set the API key above)";
-  throw new ApiError(message);
+  throw new ApiError(message, response.status);
 }
 
 export async function getModels() {

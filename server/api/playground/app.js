@@ -25,8 +25,10 @@ async function connect() {
     cards = models.filter((card) => card.layers).sort((a, b) => a.layers - b.layers);
     state.name = models.find((card) => !card.layers)?.id ?? models[0].id;
   } catch (error) {
-    say(`Cannot list the models: ${error.message}`, true);
-    if (!hasKey()) $("key-box").open = true;
+    const isLoading = error.status === 503;
+    say(isLoading ? "The model is loading…" : `Cannot list the models: ${error.message}`, !isLoading);
+    if (isLoading) setTimeout(connect, 1000);
+    if (error.status === 401 && !hasKey()) $("key-box").open = true;
     return;
   }
   const [first, last] = [cards[0], cards.at(-1)];

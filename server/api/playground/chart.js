@@ -127,7 +127,7 @@ class Frame {
     for (let value = 0; value <= this.highest + step / 2; value += step) {
       const y = this.y(value);
       this.add("line", { x1: this.left, x2: this.left + this.width, y1: y, y2: y, class: "grid" });
-      this.add("text", { x: this.left - 6, y: y + 4, "text-anchor": "end" }).textContent = String(+value.toFixed(2));
+      this.add("text", { x: this.left - 6, y: y + 4, "text-anchor": "end" }).textContent = value >= 10000 ? `${value / 1000}k` : String(+value.toFixed(2));
     }
     for (const ago of [120, 60, 0]) {
       const label = this.add("text", {
