@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import signal
@@ -162,6 +163,13 @@ VLLM_FAMILIES = (
     "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total", "iteration_tokens_total_bucket",
 )  # fmt: skip
 
+VLLM_HISTOGRAMS = (
+    "e2e_request_latency_seconds", "time_to_first_token_seconds", "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds", "request_prompt_tokens", "request_generation_tokens",
+    "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
+    "request_max_num_generation_tokens", "iteration_tokens_total",
+)  # fmt: skip
+
 
 def check_dashboards(stack: LocalStack, begin: float, picture: Path) -> None:
     """Every panel's query, every rule and every family of vLLM's dashboard, against the Prometheus of this run."""
@@ -177,6 +185,17 @@ def check_dashboards(stack: LocalStack, begin: float, picture: Path) -> None:
         if family == "cache_config_info":
             query = {"query": "vllm:cache_config_info{block_size!='',num_gpu_blocks!=''}"}
         assert get("/api/v1/query", params=query).json()["data"]["result"], family
+    # The shapes in which that dashboard asks: quantiles over buckets, means as sum over count, counts by reason.
+    chosen = f'{{model_name="pair"}}[{PATIENCE:.0f}s]'
+    for family in VLLM_HISTOGRAMS:
+        rates = {part: f"rate(vllm:{family}_{part}{chosen})" for part in ("bucket", "sum", "count")}
+        for query in (
+            f"histogram_quantile(0.95, sum by(le) ({rates['bucket']}))", f"sum({rates['sum']}) / sum({rates['count']})"
+        ):  # fmt: skip
+            (result,) = get("/api/v1/query", params={"query": query}).json()["data"]["result"]
+            assert math.isfinite(float(result["value"][1])), query
+    query = {"query": f"sum by (finished_reason) (increase(vllm:request_success_total{chosen}))"}
+    assert {r["metric"]["finished_reason"] for r in get("/api/v1/query", params=query).json()["data"]["result"]}
 
 
 def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command, tmp_path):
@@ -221,7 +240,7 @@ def test_sizes_give_way_a_replica_joins_sizes_recover_the_replica_leaves(command
 
     failed = [record for record in visitors.records if not record.is_complete]
     assert not failed, failed[:3]
-    # Sizes gave way at once, in the first request of a visitor who came with the crowd, and for that a replica was added.
+    # Sizes gave way at once, in the first request of one who came with the crowd, and for that a replica was added.
     first_wave = [record for record in visitors.records if record.at >= at["busy"]][: CROWD - 1]
     assert min(record.size for record in first_wave) < TEACHER_LAYERS, [record.size for record in first_wave]
     decisions = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]

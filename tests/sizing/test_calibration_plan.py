@@ -12,4 +12,4 @@ def test_no_step_needs_more_places_or_tokens_than_the_engine_has():
         for step in plan(places, tokens, length):
             assert sum(count for count, *_ in step) <= places, (places, step)
             for _, chunk, context, _ in step:
-                assert 1 <= chunk and chunk + context <= length, (length, step)
+                assert chunk >= 1 and chunk + context <= length, (length, step)
