@@ -77,7 +77,7 @@ def plan(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
         [(min(32, max_num_seqs), 1, 64, "t")],
         [(min(8, max_num_seqs), 1, long, "t")],
         [(1, min(16, chunk), 0, "t")],
-        [(1, min(128, chunk), long, "t")],
+        [(1, min(128, chunk, max_len - long), long, "t")],
         [(min(8, max_num_seqs // 2), 1, 64, "t"), (min(8, max_num_seqs // 2), 1, 64, "s")],
         [(min(2, max_num_seqs), 1, 64, "t")],
         [(min(8, max_num_seqs), 1, 64, "t")],
