@@ -11,8 +11,18 @@ def main() -> None:
     os.dup2(2, 1)  # llama.cpp writes to the real standard output
     started = time.perf_counter()
     import numpy as np
-    from llama_cpp import Llama, llama_get_logits_ith
+    from llama_cpp import Llama, llama_cpp, llama_get_logits_ith
 
+    if "q8_0" in sys.argv[1]:
+        # Its repacked int8 buffers for AMX end in a segmentation fault (0.3.36): the ordinary AVX-512 VNNI path runs.
+        defaults = llama_cpp.llama_model_default_params
+
+        def without_repacking():
+            params = defaults()
+            params.use_extra_bufts = False
+            return params
+
+        llama_cpp.llama_model_default_params = without_repacking
     threads = len(os.sched_getaffinity(0))
     llm = Llama(
         model_path=sys.argv[1], n_ctx=2048, n_threads=threads, n_threads_batch=threads, n_batch=2048, n_ubatch=512,
