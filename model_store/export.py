@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     export_size(pair, size, args.out, args.dtype)
     print(f"wrote {args.out}: {size} layers, {pair.parameters(size):,} parameters")
     if not args.no_verify:
-        print(f"logits equal the pair's at {size} layers (largest difference {verify(pair, size, args.out, dtype=args.dtype):.2e})")
+        difference = verify(pair, size, args.out, dtype=args.dtype)
+        print(f"logits equal the pair's at {size} layers (largest difference {difference:.2e})")
     if args.gguf:
         from model_store.export_gguf import verify_gguf, write_gguf
 

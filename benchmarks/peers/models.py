@@ -38,5 +38,6 @@ def gguf(size: int, quantised: bool = False) -> Path:
         return plain
     small = plain.with_name(f"{size}L-q8_0.gguf")
     if not small.is_file():
-        subprocess.run([python_of("llamacpp"), "-c", _QUANTISE, str(plain), str(small)], check=True, stderr=subprocess.DEVNULL)
+        command = [python_of("llamacpp"), "-c", _QUANTISE, str(plain), str(small)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return small
