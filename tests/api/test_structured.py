@@ -123,7 +123,7 @@ def test_calls_are_read_from_free_text_and_none_means_none(client):
     """`auto` does not force anything: here a regex stands in for a model that decides to call."""
     call = '<tool_call>\n{"name": "a", "arguments": {"on": true}}\n</tool_call>'
     form = {"structured_outputs": {"choice": [f"Sure. {call}{call}"]}}
-    arguments = {"model": NAME, "messages": HELLO, "tools": [tool("a")], "max_tokens": 120}
+    arguments = {"model": NAME, "messages": HELLO, "tools": [tool("a")], "max_tokens": 135}
     both = client.chat.completions.create(**arguments, extra_body=form).choices[0]
     assert both.message.content == "Sure." and len(both.message.tool_calls) == 2
     one = client.chat.completions.create(**arguments, extra_body=form, parallel_tool_calls=False).choices[0]
