@@ -67,7 +67,7 @@ def test_langchain_tools_and_structured_output(server):
         on: bool
 
     model = langchain.ChatOpenAI(
-        base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=60, max_retries=0
+        base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=110, max_retries=0
     )
     assert isinstance(model.with_structured_output(Light, method="json_schema").invoke("hi").on, bool)
     assert isinstance(model.with_structured_output(Light, method="function_calling").invoke("hi").on, bool)

@@ -37,7 +37,7 @@ def test_stream_helper_and_parsed_answers(client):
         on: bool
 
     parsed = client.chat.completions.parse(
-        model=NAME, messages=HELLO, max_tokens=60, temperature=0, response_format=Light
+        model=NAME, messages=HELLO, max_tokens=150, temperature=0, response_format=Light
     )
     assert isinstance(parsed.choices[0].message.parsed.on, bool)
 
