@@ -1,5 +1,6 @@
 """LiteLLM and LangChain as people configure them. Needs the extra `clients`; skipped without it."""
 
+import httpx
 import pytest
 
 from tests.api.tiny import NAME, RunningServer, make_pair
@@ -66,9 +67,12 @@ def test_langchain_tools_and_structured_output(server):
     class Light(BaseModel):
         on: bool
 
+    headers = {"authorization": "Bearer secret"}
+    newline = httpx.post(server.url + "/tokenize", json={"prompt": "\n"}, headers=headers).json()["tokens"][0]
     model = langchain.ChatOpenAI(
-        base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=110, max_retries=0
-    )
+        base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=90, max_retries=0,
+        extra_body={"logit_bias": {str(newline): -100}},  # a random model would fill its short context with blanks
+    )  # fmt: skip
     assert isinstance(model.with_structured_output(Light, method="json_schema").invoke("hi").on, bool)
     assert isinstance(model.with_structured_output(Light, method="function_calling").invoke("hi").on, bool)
 
