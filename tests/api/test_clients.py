@@ -62,15 +62,16 @@ def test_langchain_chat(server):
 
 def test_langchain_tools_and_structured_output(server):
     langchain = pytest.importorskip("langchain_openai", reason="pip install boomerang-serve[clients]")
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ConfigDict
 
     class Light(BaseModel):
+        model_config = ConfigDict(extra="forbid")
         on: bool
 
     headers = {"authorization": "Bearer secret"}
     newline = httpx.post(server.url + "/tokenize", json={"prompt": "\n"}, headers=headers).json()["tokens"][0]
     model = langchain.ChatOpenAI(
-        base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=90, max_retries=0,
+        base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=70, max_retries=0,
         extra_body={"logit_bias": {str(newline): -100}},  # a random model would fill its short context with blanks
     )  # fmt: skip
     assert isinstance(model.with_structured_output(Light, method="json_schema").invoke("hi").on, bool)
