@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--server-args", default="", help="further flags of the server, in one string")
     steps = parser.add_subparsers(dest="step", required=True)
     plan = steps.add_parser("plan", help="calibrate, choose load 1")
-    plan.add_argument("--requests", type=int, default=400)
+    plan.add_argument("--requests", type=int, default=300)
     plan.add_argument("--max-prompt", type=int, default=256)
     plan.add_argument("--max-output", type=int, default=64)
-    plan.add_argument("--ttft-ms", type=float, default=3000.0, help="limit on the first token")
-    plan.add_argument("--tpot-ms", type=float, default=100.0, help="limit per token: a little faster than one reads")
+    plan.add_argument("--ttft-ms", type=float, default=1500.0, help="limit on the first token")
+    plan.add_argument("--tpot-ms", type=float, default=50.0, help="limit per token after it")
     plan.add_argument("--rate", type=float, help="load 1 in requests per second, instead of asking the simulator")
     run = steps.add_parser("run", help="play loads against policies")
     run.add_argument("--load", type=float, nargs="*", default=[1.0, 2.0, 4.0])
@@ -76,6 +76,7 @@ def make_plan(args: argparse.Namespace) -> None:
 
     with LocalServer(args.server_args.split()) as server:
         idle = asyncio.run(measure_idle(server.url, args.max_prompt))
+        asyncio.run(keep_busy(server.url, args.max_prompt, args.max_output))
         models = httpx.get(server.url + "/v1/models").json()["data"]
     sizes = {card["layers"]: (card["quality"] or {}) for card in models if "layers" in card}
     plan: dict[str, Any] = {
@@ -112,6 +113,21 @@ async def measure_idle(url: str, prompt_tokens: int) -> dict[str, float]:
         "ttft": statistics.median(row.ttft for row in rows),
         "tpot": statistics.median(row.tpot for row in rows),
     }
+
+
+async def keep_busy(url: str, max_prompt: int, max_output: int) -> None:
+    """Let the cost model learn from steps as they are while serving: beside this client, sampling, other threads."""
+    rng = random.Random(2)
+    async with httpx.AsyncClient(timeout=120) as client:
+        for concurrency in (1, 4, 16, 40):
+            gate = asyncio.Semaphore(concurrency)
+
+            async def one(size: str, gate: asyncio.Semaphore = gate) -> None:
+                async with gate:
+                    job = Job(0.0, rng.randint(16, max_prompt), rng.randint(8, max_output))
+                    await ask(client, url, job, size, rng, time.perf_counter())
+
+            await asyncio.gather(*(one(rng.choice(("teacher", "student", "23L"))) for _ in range(3 * concurrency)))
 
 
 def jobs_of(plan: dict[str, Any], load: float) -> list[Job]:

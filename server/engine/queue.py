@@ -4,16 +4,23 @@ Fairness is the virtual token counter of Sheng et al., "Fairness in Serving Larg
 tenant has a counter of service received, divided by its weight; the waiting tenant with the lowest one is next. A
 tenant that comes back from idling is lifted to the others' level, so that it cannot save up. `priority` is the
 caller's word and therefore orders only its own tenant's requests; between tenants the operator's `rank` comes first.
+
+A request that has waited past its TTFT limit is late: it goes behind those of its tenant that can still be on time
+(first come, first served would make everyone late once the queue is as long as the limit), but not for ever.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from server.engine.request import Request
+
+# A late request that has waited so many times its TTFT limit goes first.
+PATIENCE = 8.0
 
 # Service of one generated token in prompt tokens: a decode row moves far fewer tokens per weight read.
 OUTPUT_TOKEN_COST = 2.0
@@ -24,6 +31,7 @@ class _Line:
     """One tenant's requests. Heap entries are (priority, 0 = preempted / 1 = new, sequence, request)."""
 
     heap: list[tuple[int, int, int, Request]] = field(default_factory=list)
+    late: deque[tuple[int, int, int, Request]] = field(default_factory=deque)
     num_requests: int = 0
     num_tokens: int = 0
     served: float = 0.0  # the virtual counter: layer-tokens of service over weight
@@ -58,7 +66,7 @@ class WaitingQueue:
         for tenant, line in self._lines.items():
             if not line.num_requests or tenant in skip:
                 continue
-            entry = self._head(line)
+            entry = self._head(line, now)
             # A preempted request has been paid for: it goes before anything new of its class.
             key = (self.rank(tenant), entry[1], line.served)
             if best_key is None or key < best_key:
@@ -74,6 +82,7 @@ class WaitingQueue:
         self.num_tokens -= request.num_tokens
         if not line.num_requests:
             line.heap.clear()
+            line.late.clear()
             self._last_served = line.served
 
     def charge(self, tenant: str, layer_tokens: float) -> None:
@@ -95,11 +104,27 @@ class WaitingQueue:
         """Tenants with something waiting."""
         return [tenant for tenant, line in self._lines.items() if line.num_requests]
 
-    def _head(self, line: _Line) -> tuple[int, int, int, Request]:
-        heap = line.heap
-        while self._members.get(heap[0][3].request_id) is not heap[0][3]:
-            heapq.heappop(heap)
-        return heap[0]
+    def _head(self, line: _Line, now: float) -> tuple[int, int, int, Request]:
+        """The entry to admit next of a line that is not empty."""
+        heap, late = line.heap, line.late
+        while late and not self._is_member(late[0][3]):
+            late.popleft()
+        if late and now - late[0][3].arrival_time > PATIENCE * late[0][3].budget.ttft:
+            return late[0]
+        while heap:
+            _, rank, _, request = heap[0]
+            if not self._is_member(request):
+                heapq.heappop(heap)
+            elif rank and request.budget.ttft is not None and now - request.arrival_time > request.budget.ttft:
+                late.append(heapq.heappop(heap))
+            else:
+                return heap[0]
+        while not self._is_member(late[0][3]):
+            late.popleft()
+        return late[0]
+
+    def _is_member(self, request: Request) -> bool:
+        return self._members.get(request.request_id) is request
 
     def _insert(self, request: Request, rank: int) -> None:
         assert request.request_id not in self._members

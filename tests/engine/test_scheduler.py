@@ -2,7 +2,8 @@ import random
 
 import pytest
 
-from server.engine.request import RequestStatus
+from server.engine.queue import WaitingQueue
+from server.engine.request import Budget, RequestStatus
 from server.engine.scheduler import Refusal, SizePolicy
 from tests.engine.harness import make_request, make_scheduler, run_step, run_until_idle
 
@@ -168,3 +169,18 @@ def test_random_life_leaves_nothing_behind(seed):
     assert all(request.is_finished for request in alive)
     scheduler.kv_cache.reset_prefix_cache()
     scheduler.check_integrity()
+
+
+def test_a_request_past_its_ttft_limit_goes_behind_those_that_can_still_be_on_time_but_not_for_ever():
+    queue = WaitingQueue()
+    late, fresh, free = (make_request(budget=Budget(ttft=ttft)) for ttft in (1.0, 1.0, None))
+    for request, arrival in ((late, 0.0), (fresh, 1.0), (free, 1.1)):
+        request.arrival_time = arrival
+        queue.push(request)
+    assert queue.peek(0.5) is late and queue.peek(1.5) is fresh
+    queue.remove(fresh)
+    assert queue.peek(1.6) is free and queue.peek(8.5) is late
+    queue.remove(free)
+    assert queue.peek(1.7) is late
+    queue.remove(late)
+    assert queue.peek(1.8) is None and not len(queue)
