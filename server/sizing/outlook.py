@@ -19,6 +19,7 @@ from server.sizing.tenants import Tenants
 if TYPE_CHECKING:
     from server.engine.scheduler import Scheduler
 
+_CATCH_UP = 8  # steps within which a request makes up for being behind
 NEVER = 1e6  # seconds; stands for "not at all" where infinity would breed NaN
 
 
@@ -152,7 +153,8 @@ class Outlook:
     def prefill_budget(self, scheduler: Scheduler, now: float, margin: float) -> int | None:
         """Layer-tokens of prompt that fit beside this step's decode rows without breaking their TPOT.
 
-        A request that is ahead of its limit may spend half of its lead at once. One that can no longer meet it binds
+        A request that is ahead of its limit may spend half of its lead at once; one that is behind makes it up within
+        a few steps, which also corrects predictions that are a little low. One that can no longer meet its limit binds
         nobody. None: nothing binds.
         """
         load = scheduler.load
@@ -170,7 +172,8 @@ class Outlook:
                 remaining = request.sampling.max_tokens - num_output
                 if -lead > remaining * max(limit - decode, 0.0):
                     continue  # lost
-            span = margin * limit + (0.5 * lead if lead > 0.0 else 0.0)
+                lead = 2.0 * lead / max(min(remaining, _CATCH_UP), 1)
+            span = margin * limit + 0.5 * lead
             if allowed is None or span < allowed:
                 allowed = span
         if allowed is None:
