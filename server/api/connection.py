@@ -27,22 +27,24 @@ def guarded_protocol(stall_seconds: float) -> type[HttpToolsProtocol]:
 
 class _GuardedProtocol(HttpToolsProtocol):
     stall_seconds = 60.0
-    _timer: asyncio.TimerHandle | None = None  # runs while a head is incomplete or the client does not read
+    _head_timer: asyncio.TimerHandle | None = None  # runs while a head is incomplete
+    _stall_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._start_timer(HEAD_SECONDS)
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._drop)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._stop("_head_timer")
+        self._stop("_stall_timer")
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
-        if self._timer is None:
-            self._start_timer(HEAD_SECONDS)
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._drop)
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -53,15 +55,16 @@ class _GuardedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
+        self._stop("_head_timer")
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_timer(self.stall_seconds)
+        self._stop("_stall_timer")
+        self._stall_timer = self.loop.call_later(self.stall_seconds, self._drop)
 
     def resume_writing(self) -> None:
-        self._stop_timer()
+        self._stop("_stall_timer")
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -76,16 +79,11 @@ class _GuardedProtocol(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("the request's head is too large")  # the parser turns this into a 400
 
-    def _start_timer(self, seconds: float) -> None:
-        self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self._drop)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _stop(self, name: str) -> None:
+        if (timer := getattr(self, name)) is not None:
+            timer.cancel()
+            setattr(self, name, None)
 
     def _drop(self) -> None:
         logger.info("dropping a client that neither sends nor reads: %s", self.client)
-        self._timer = None
-        self.transport.abort()
+        self.transport.abort()  # which ends in connection_lost
