@@ -137,7 +137,7 @@ class SamplingFields(SizeFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
         default=None, description="the same, times how often"
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         default=None, description="divides the logits of tokens seen in prompt or answer; 1: none"
     )
     logit_bias: dict[str, float] | None = Field(default=None, description="token id: -100 .. 100, added to its logit")
