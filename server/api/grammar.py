@@ -11,6 +11,7 @@ import orjson
 from pydantic import ValidationError
 
 from server.api.errors import invalid
+from server.api.grammar_trial import Trial
 from server.api.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
 from server.config import Settings
 
@@ -34,6 +35,7 @@ class Compiler:
         self._tokenizer = tokenizer
         self._max_bytes = settings.max_grammar_bytes
         self._compiler: Any = None  # made on first use: it takes a third of a second
+        self._trial = Trial(tokenizer)
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = asyncio.Lock()  # one compilation at a time: abuse costs one core at most
 
@@ -48,6 +50,7 @@ class Compiler:
             async with self._lock:
                 try:
                     async with asyncio.timeout(_COMPILE_SECONDS):
+                        await self._trial.check(grammar)
                         matcher = await asyncio.to_thread(self._compile, grammar)
                 except GrammarError as error:
                     raise invalid(f"{param} cannot be used: {error}", param) from None

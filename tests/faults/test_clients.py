@@ -219,3 +219,28 @@ def test_sigterm_under_load_loses_nothing_silently(pair, timeout, row):
         assert ledger.answered + sum(ledger.told.values()) == 24 and ledger.told
         assert "connection broken" not in ledger.told
     ledger.record(f"SIGTERM with 24 requests under way, {row}", "exits with status 0, all pages free")
+
+
+CRASHES = {
+    "smallest integer": {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [-(2**63)]}}}},
+    "chain of rules": {
+        "structured_outputs": {
+            "grammar": "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(3000)) + '\na3000: "x"\n'
+        }
+    },
+}
+
+
+def test_grammars_that_crash_the_native_parser_are_refused(pair):
+    with RunningServer(pair) as server:
+        ledger = Ledger()
+
+        async def together(client):
+            plain = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}))
+            statuses = [await ledger.ask(client, BODY | crash) for crash in CRASHES.values()]
+            statuses.append(await ledger.ask(client, BODY | {"structured_outputs": {"choice": ["yes"]}}))
+            await plain
+            return statuses
+
+        assert gather(server.url, together) == [400, 400, 200]
+        ledger.record("two grammars that overflow the native parser's stack", "healthy")
