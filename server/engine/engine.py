@@ -14,13 +14,22 @@ from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.drafts import DraftPool
-from server.engine.isolation import EngineBroken, NoTokenLeft, Quarantine, Scheduled, bisect, is_out_of_memory
+from server.engine.isolation import (
+    ComputeError,
+    EngineBroken,
+    NoTokenLeft,
+    Quarantine,
+    Scheduled,
+    bisect,
+    is_out_of_memory,
+)
 from server.engine.kv_cache import KVCacheManager
 from server.engine.lookahead import Lookahead
-from server.engine.request import Request, RequestOutput, SamplingParams, TokenLogprobs
-from server.engine.sampler import Sampler, is_plain_greedy, token_logprobs
-from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
-from server.engine.size_policy import RequestRefused
+from server.engine.prompt_scores import PromptScores
+from server.engine.request import Request, RequestOutput, SampledToken, SamplingParams
+from server.engine.sampler import Sampler, is_plain_greedy
+from server.engine.scheduler import Scheduler, SchedulerOutput
+from server.engine.size_policy import RequestRefused, SizePolicy
 from server.engine.speculation import Speculator
 from server.engine.stats import EngineStats, MetricsSink, StepStats, timings_of
 from server.engine.step_clock import Gap, StepClock
@@ -28,8 +37,6 @@ from server.model.executor import Executor, create_executor
 
 logger = logging.getLogger(__name__)
 
-# Rows of prompt logprobs that go through the head at once: bounds the [rows, vocabulary] float32 scratch.
-_PROMPT_ROWS = 128
 _NO_NUMBER = "the logits hold no finite number to choose"
 
 
@@ -68,7 +75,7 @@ class Engine:
         if self.speculator is None and hasattr(self.executor, "launch"):
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
         self.metrics_sink: MetricsSink | None = None
-        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+        self._prompt_scores = PromptScores()
         self._clock = StepClock()
         self.before_model: Callable[[], None] | None = None  # called when a step is about to leave Python
         self._quarantine = Quarantine()
@@ -124,7 +131,7 @@ class Engine:
             return planned.outputs
         try:
             return planned.outputs + self._advance(planned, started)
-        except _ComputeError as failure:
+        except ComputeError as failure:
             error = failure.error
         self.num_step_failures += 1
         logger.error("a step of %d requests failed", len(planned.scheduled), exc_info=error)
@@ -133,14 +140,14 @@ class Engine:
         def run(part: Scheduled) -> list[RequestOutput]:
             try:
                 return self._advance(SchedulerOutput(scheduled=part), started)
-            except _ComputeError as failure:
+            except ComputeError as failure:
                 raise failure.error from None
 
         outputs = bisect(planned.scheduled, error, run, self._condemn)
         return planned.outputs + [output for part in outputs for output in part]
 
     def _advance(self, planned: SchedulerOutput, started: float) -> list[RequestOutput]:
-        """Compute a plan and book it. _ComputeError, with nothing booked, if it cannot be computed."""
+        """Compute a plan and book it. ComputeError, with nothing booked, if it cannot be computed."""
         self._faults = {}
         try:
             drafting = 0.0 if self.speculator is None else self._draft(planned)
@@ -160,7 +167,7 @@ class Engine:
         except Exception as error:
             if self.speculator is not None:
                 self.speculator.retract(planned)
-            raise _ComputeError(error) from error
+            raise ComputeError(error) from error
         faulty = []
         if self._faults:
             faulty = [request for request, _ in planned.scheduled if request.request_id in self._faults]
@@ -168,7 +175,7 @@ class Engine:
         before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
         num_generated = sum(1 + len(token.following) for token in sampled.values())
         outputs = self.scheduler.update(planned, sampled)
-        self._attach_prompt_logprobs(outputs)
+        self._prompt_scores.attach(outputs)
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
         self._count_decisions(outputs)
         try:
@@ -284,7 +291,8 @@ class Engine:
         rows = batch.sample_rows()
         head_rows = int(batch.logits_start[batch.head_cut])
         if len(rows) < len(batch.logits_rows):
-            self._score_prompts(batch, hidden, head_rows)
+            for request in self._prompt_scores.score(self.executor, batch, hidden, head_rows):
+                self._faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
             if not len(rows):
                 return None
             hidden = hidden[torch.from_numpy(rows)]
@@ -328,35 +336,10 @@ class Engine:
                 self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
         return tokens
 
-    def _score_prompts(self, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> None:
-        """Logprobs of prompt tokens for requests that asked; kept until their first output."""
-        for row, request in enumerate(batch.requests):
-            wanted = request.sampling.prompt_logprobs
-            first, begin = int(batch.logits_start[row]), request.num_computed_tokens
-            count = min(int(batch.context_lens[row]), request.num_prompt_tokens - 1) - begin
-            if wanted is None or count <= 0:
-                continue
-            scores = self._prompt_logprobs.setdefault(request.request_id, [None])
-            del scores[begin + 1 :]  # a preempted request computes its prompt again
-            for start in range(0, count, _PROMPT_ROWS):
-                rows = hidden[first + start : first + min(start + _PROMPT_ROWS, count)]
-                logits = self.executor.logits(rows, len(rows) if first < head_rows else 0)
-                logprobs = torch.log_softmax(logits, dim=-1)
-                for i in range(len(rows)):
-                    token = request.prompt_token_ids[begin + start + i + 1]
-                    scores.append(token_logprobs(logprobs[i], token, wanted))
-                    if math.isnan(scores[-1].logprob):
-                        self._faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
-
-    def _attach_prompt_logprobs(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            if output.request_id in self._prompt_logprobs and (output.new_token_ids or output.is_finished):
-                output.prompt_logprobs = self._prompt_logprobs.pop(output.request_id)
-
     def _forget(self, requests: list[Request], outputs: list[RequestOutput] = ()) -> None:
         by_id = {output.request_id: output for output in outputs if output.is_finished}
         for request in requests:
-            self._prompt_logprobs.pop(request.request_id, None)
+            self._prompt_scores.forget(request.request_id)
             if output := by_id.get(request.request_id):
                 output.timings = timings_of(request)
             if self.metrics_sink is not None:
@@ -417,11 +400,3 @@ class Engine:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
-
-
-class _ComputeError(Exception):
-    """A plan could not be computed; nothing of it has been booked."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error

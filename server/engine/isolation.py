@@ -30,6 +30,14 @@ class EngineBroken(RuntimeError):
     """The engine cannot compute anything any more: only a restart helps."""
 
 
+class ComputeError(Exception):
+    """A plan could not be computed; nothing of it has been booked."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class NoTokenLeft(ValueError):
     """A request's constraints (grammar, allowed tokens, banned ones) contradict each other at this position."""
 

@@ -97,6 +97,15 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(slots=True)
+class SampledToken:
+    """What a step drew for a request."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    following: tuple[SampledToken, ...] = ()  # more tokens of the same step: guesses that were right
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence. `num_computed_tokens` chases `num_tokens`; nothing else decides its phase."""

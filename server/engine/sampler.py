@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from server.engine.request import Request, TokenLogprobs
-from server.engine.scheduler import SampledToken
+from server.engine.request import Request, SampledToken, TokenLogprobs
 
 # Wide enough that a nucleus rarely needs a full sort of the vocabulary, which costs as much as a small model's step.
 _NUCLEUS_WIDTH = 256

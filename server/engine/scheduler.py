@@ -18,17 +18,8 @@ from server.engine.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
 from server.engine.load import Load
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
-from server.engine.request import Request, RequestOutput, RequestStatus, SizeDecision, TokenLogprobs
+from server.engine.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.engine.size_policy import LargestSize, Refusal, SizePolicy
-
-__all__ = [
-    "LargestSize",
-    "Refusal",
-    "SampledToken",
-    "Scheduler",
-    "SchedulerOutput",
-    "SizePolicy",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +31,6 @@ class SchedulerOutput:
     scheduled: list[tuple[Request, int]] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
     num_preempted: int = 0
-
-
-@dataclass(slots=True)
-class SampledToken:
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    following: tuple[SampledToken, ...] = ()  # more tokens of the same step: guesses that were right
 
 
 class Scheduler:

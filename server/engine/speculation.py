@@ -23,9 +23,9 @@ import torch
 from server.engine.batch import ForwardBatch
 from server.engine.drafts import DraftPool
 from server.engine.payoff import Payoff
-from server.engine.request import Request
+from server.engine.request import Request, SampledToken
 from server.engine.sampler import Sampler, SamplerState, needs_processing
-from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput
+from server.engine.scheduler import Scheduler, SchedulerOutput
 from server.model.executor import Executor
 
 logger = logging.getLogger(__name__)

@@ -138,7 +138,7 @@ class Outlook:
     def idle(self, candidates: Candidates, num_prompt: int, max_batched: int = 1024) -> tuple[np.ndarray, np.ndarray]:
         """(TTFT, TPOT) [C] of one request alone, in seconds."""
         cost = self.cost
-        weights = self._path_weights(candidates)
+        weights = self.table.path_weights(candidates.on_teacher)
         sizes = candidates.sizes_array
         per_step = cost.fixed + cost.overhead
         whole, rest = divmod(num_prompt, max_batched)
@@ -249,9 +249,6 @@ class Outlook:
         """Seconds per token and layer of `tokens` more tokens in a step that has `rows` already."""
         g = np.interp((rows + tokens, rows), KNOTS, self.cost._g)
         return float(g[0] - (g[1] if rows > 0.5 else 0.0)) / max(tokens, 1.0)
-
-    def _path_weights(self, candidates: Candidates) -> np.ndarray:
-        return self.table.path_weights(candidates.on_teacher)
 
     def _fair(self, request: Request, scheduler: Scheduler) -> tuple[np.ndarray, float | None, float, float]:
         """Rows by size as this tenant may see them, the limit admission must keep, how much of it, rows kept / rows.

@@ -15,8 +15,9 @@ import numpy as np
 from server.engine.config import EngineConfig
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import WaitingQueue
-from server.engine.request import Request
-from server.engine.scheduler import SampledToken, Scheduler, SchedulerOutput, SizePolicy
+from server.engine.request import Request, SampledToken
+from server.engine.scheduler import Scheduler, SchedulerOutput
+from server.engine.size_policy import SizePolicy
 from server.sizing.cost_model import CostModel, StepShape
 
 _RETRY = 0.002  # seconds until a replica whose policy held everything back looks again, as AsyncEngine does

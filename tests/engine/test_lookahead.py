@@ -8,9 +8,9 @@ import pytest
 
 from server.engine.batch import build_batch
 from server.engine.lookahead import Lookahead
-from server.engine.request import Request, SamplingParams
+from server.engine.request import Request, SampledToken, SamplingParams
 from server.engine.sampler import Sampler
-from server.engine.scheduler import SampledToken, Scheduler
+from server.engine.scheduler import Scheduler
 from tests.engine.harness import ELASTICITY, make_scheduler
 
 EOS = 3

@@ -4,7 +4,7 @@ import pytest
 
 from server.engine.queue import WaitingQueue
 from server.engine.request import Budget, RequestStatus
-from server.engine.scheduler import Refusal, SizePolicy
+from server.engine.size_policy import Refusal, SizePolicy
 from tests.engine.harness import make_request, make_scheduler, run_step, run_until_idle
 
 

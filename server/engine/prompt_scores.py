@@ -1,0 +1,57 @@
+"""Log-probabilities of prompt tokens, for requests that asked: gathered by chunks, given to the first output."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from server.engine.batch import ForwardBatch
+from server.engine.request import Request, RequestOutput, TokenLogprobs
+from server.engine.sampler import token_logprobs
+from server.model.executor import Executor
+
+# Rows that go through the head at once: bounds the [rows, vocabulary] float32 scratch.
+_ROWS = 128
+
+
+class PromptScores:
+    """What has been scored of prompts that are still being computed, by request id."""
+
+    def __init__(self) -> None:
+        self._scores: dict[str, list[TokenLogprobs | None]] = {}
+
+    def score(self, executor: Executor, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> list[Request]:
+        """Score what this step computed of prompts. `hidden` [S, E]; its first `head_rows` take the teacher's head.
+
+        Returns the requests whose logits hold no number.
+        """
+        faulty: list[Request] = []
+        for row, request in enumerate(batch.requests):
+            wanted = request.sampling.prompt_logprobs
+            first, begin = int(batch.logits_start[row]), request.num_computed_tokens
+            count = min(int(batch.context_lens[row]), request.num_prompt_tokens - 1) - begin
+            if wanted is None or count <= 0:
+                continue
+            scores = self._scores.setdefault(request.request_id, [None])
+            del scores[begin + 1 :]  # a preempted request computes its prompt again
+            known = len(scores)
+            for start in range(0, count, _ROWS):
+                rows = hidden[first + start : first + min(start + _ROWS, count)]
+                logits = executor.logits(rows, len(rows) if first < head_rows else 0)
+                logprobs = torch.log_softmax(logits, dim=-1)
+                for i in range(len(rows)):
+                    token = request.prompt_token_ids[begin + start + i + 1]
+                    scores.append(token_logprobs(logprobs[i], token, wanted))
+            if any(math.isnan(score.logprob) for score in scores[known:]):
+                faulty.append(request)
+        return faulty
+
+    def attach(self, outputs: list[RequestOutput]) -> None:
+        """Give each request's scores to its first output."""
+        for output in outputs:
+            if output.request_id in self._scores and (output.new_token_ids or output.is_finished):
+                output.prompt_logprobs = self._scores.pop(output.request_id)
+
+    def forget(self, request_id: str) -> None:
+        self._scores.pop(request_id, None)
