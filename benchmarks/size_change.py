@@ -23,6 +23,7 @@ def main() -> None:
     from server.engine.config import EngineConfig
     from server.engine.engine import Engine
     from server.engine.request import Request, SamplingParams
+    from server.engine.stats import MetricsSink
 
     pair = open_pair()
     own = pair.elasticity
@@ -37,14 +38,11 @@ def main() -> None:
     engine = Engine(pair.load(torch.bfloat16, "cpu"), EngineConfig(max_num_seqs=4, max_model_len=512, seed=0))
     count = 0
 
-    class Sink:
+    class Sink(MetricsSink):
         """Remembers the last step's seconds (whole, in the model)."""
 
         def on_step(self, stats) -> None:
             self.last = (stats.step_time, stats.model_time)
-
-        def on_request_finished(self, request) -> None:
-            pass
 
     sink = engine.metrics_sink = Sink()
 

@@ -14,14 +14,12 @@ import asyncio
 import json
 import multiprocessing
 import re
-import signal
-import subprocess
-import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from benchmarks.startup import free_port, is_ready
+from benchmarks.local_server import LocalServer
 
 _SAMPLE = re.compile(r"^(boomerang:[a-z_]+)(?:\{([^}]*)\})? ([0-9.e+-]+)$", re.MULTILINE)
 
@@ -64,8 +62,8 @@ def load(port: int, streams: int, size: str, seconds: float, cpu) -> None:
     cpu.value = (time.process_time() - started) / seconds
 
 
-def measure(port: int, streams: int, size: str, seconds: float) -> dict[str, float]:
-    url = f"http://127.0.0.1:{port}"
+def measure(url: str, streams: int, size: str, seconds: float) -> dict[str, float]:
+    port = urllib.parse.urlsplit(url).port
     cpu = multiprocessing.Value("d", 0.0)
     client = multiprocessing.Process(target=load, args=(port, streams, size, seconds + 4, cpu))
     client.start()
@@ -91,19 +89,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("flags", nargs="*", help="flags of `serve`, after --")
     args = parser.parse_args()
-    port = free_port()
-    command = [sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", str(port),
-               "--served-model-name", "x", "--uvicorn-log-level", "warning"]  # fmt: skip
-    server = subprocess.Popen([*command, *args.flags])
-    try:
-        while not is_ready(f"http://127.0.0.1:{port}/health"):
-            if server.poll() is not None:
-                raise SystemExit("the server did not start")
-            time.sleep(0.05)
-        rows = [measure(port, streams, args.size, args.seconds) for streams in args.streams]
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
+    with LocalServer(["--served-model-name", "x", "--uvicorn-log-level", "warning", *args.flags]) as server:
+        rows = [measure(server.url, streams, args.size, args.seconds) for streams in args.streams]
     names = list(rows[0])
     print("  ".join(f"{name:>9}" for name in names))
     for row in rows:
