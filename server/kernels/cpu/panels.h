@@ -25,6 +25,7 @@ template <class W>
 constexpr int kLine = kPanel * kPerUnit<W> * int(sizeof(W));  // bytes of a line
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+inline int chunks_for(int n, int size) { return (n + size - 1) / size; }
 
 template <class W>
 inline int units_of(int K) {
@@ -34,6 +35,12 @@ inline int units_of(int K) {
 template <class W>
 inline int padded(int K) {
     return units_of<W>(K) * kPerUnit<W>;
+}
+// Elements between rows of activations: an odd number of cache lines, so that rows do not meet in few sets of a cache.
+template <class W, class X>
+inline int row_stride(int K) {
+    const int line = 64 / int(sizeof(X)), lines = chunks_for(padded<W>(K), line);
+    return (lines | 1) * line;
 }
 inline int panels_of(int N) { return (N + kPanel - 1) / kPanel; }
 

@@ -9,13 +9,14 @@ namespace boomerang {
 // order in which a step reads them, so what is fetched beyond the end of one is the beginning of the next.
 constexpr long kAhead = 8192;
 
+// Blocks of rows times panels, or pieces of them: what is fetched while block `index` of `blocks` runs. `steps`: of
+// kUnitStep units each, of the block. `next`: what the blocks after these read, `bytes` of it.
 template <class W>
-inline Ahead ahead_of(const char* panel, long panel_bytes, int blocks, int index) {
-    constexpr int step = kUnitStep * kLine<W>;
-    if (blocks == 1) return {panel + kAhead, step};
-    if (index >= step / 64) return {};
-    const int share = round_up(step / std::min(blocks, step / 64), 64);
-    return {panel + panel_bytes + index * (panel_bytes / step * share), share};
+inline Ahead ahead_of(const char* next, long bytes, int steps, int blocks, int index) {
+    if (blocks == 1) return {next - bytes + kAhead, kUnitStep * kLine<W>};
+    const int share = round_up(chunks_for(bytes, blocks * steps), 64);
+    const long from = long(index) * steps * share;
+    return from < bytes ? Ahead{next + from, share} : Ahead{};
 }
 
 // Rows [M, ldx] of activations.
@@ -31,46 +32,111 @@ struct Part {
     int row0, row1, panel0, panel1;
 };
 
-// sink(row, rows, panel, sums): sums [rows][32] of one panel for rows [row, row + rows).
-template <class W, class Sink>
-void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink) {
-    const int units = units_of<W>(w.K);
-    const long panel_bytes = long(units) * kLine<W>;
-    // Rows that the second-level cache keeps while the panels of this chunk pass by.
-    const int group = std::max(kBlockRows<W>, int((1 << 20) / (x.ldx * long(sizeof(Act<W>)))) / kBlockRows<W> * kBlockRows<W>);
-    TileState tiles;
-    alignas(64) float sums[kBlockRows<W> * kPanel];
-    for (int m0 = part.row0; m0 < part.row1; m0 += group) {
-        const int m1 = std::min(part.row1, m0 + group);
-        for (int p = part.panel0; p < part.panel1; p++) {
-            const char* panel = w.data + p * panel_bytes;
-            tiles.panel_stays = m1 - m0 > kBlockRows<W>;
-            const int blocks = (m1 - m0 + kBlockRows<W> - 1) / kBlockRows<W>;
-            for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
-                rows = block_size<W>(m1 - m);
-                const Term<W> term = {x.x + m * x.ldx, x.ldx, panel, units};
-                const Ahead ahead = m0 == part.row0 ? ahead_of<W>(panel, panel_bytes, blocks, index) : Ahead{};
-                block<W>(&term, 1, rows, ahead, sums, kPanel, tiles);
-                sink(m, rows, p, sums);
+// The most units of a panel that stay in the first-level cache while blocks of rows pass by.
+constexpr int kMostUnits = 288;
+// Bytes of activations that the second-level cache keeps while the panels of a chunk pass by.
+constexpr long kGroupBytes = 1 << 20;
+
+// How a part is walked through: groups of rows, pieces of the panels' depth, panels, blocks of rows. With several blocks
+// deep panels are cut, and each piece is gone through for all panels, so that both operands stay in the caches.
+template <class W>
+struct Walk {
+    const Rows<W>& x;
+    const Weights& w;
+    const Part& part;
+    int units, depth, group;
+
+    Walk(const Rows<W>& x, const Weights& w, const Part& part, bool in_pieces) : x(x), w(w), part(part), units(units_of<W>(w.K)) {
+        const bool cut = in_pieces && kHasTiles<W> && part.row1 - part.row0 > kBlockRows<W>;
+        depth = cut ? round_up(chunks_for(units, chunks_for(units, kMostUnits)), kUnitStep) : units;
+        const long row_bytes = cut ? depth * kPerUnit<W> * sizeof(Act<W>) : x.ldx * sizeof(Act<W>);
+        group = std::max<int>(1, kGroupBytes / row_bytes / kBlockRows<W>) * kBlockRows<W>;
+    }
+
+    // body(term, rows, first row, panel, first unit, what to fetch)
+    template <class Body>
+    void run(TileState& tiles, Body&& body) const {
+        const long panel_bytes = long(units) * kLine<W>;
+        for (int m0 = part.row0; m0 < part.row1; m0 += group) {
+            const int m1 = std::min(part.row1, m0 + group), blocks = chunks_for(m1 - m0, kBlockRows<W>);
+            tiles.panel_stays = blocks > 1;
+            for (int from = 0; from < units; from += depth) {
+                const int length = std::min(depth, units - from);
+                for (int p = part.panel0; p < part.panel1; p++) {
+                    const char *panel = w.data + p * panel_bytes + from * long(kLine<W>), *next = panel + panel_bytes;
+                    if (p + 1 == part.panel1 && from + length < units) next = w.data + part.panel0 * panel_bytes + (from + length) * long(kLine<W>);
+                    for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
+                        rows = block_size<W>(m1 - m);
+                        const Term<W> term = {x.x + m * x.ldx + from * kPerUnit<W>, x.ldx, panel, length};
+                        const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index) : Ahead{};
+                        body(term, rows, m, p, from, ahead);
+                    }
+                }
             }
         }
     }
+};
+
+// y [rows, ldy] (+)= x w, for whole panels of weights without scale.
+template <bool add, class W>
+void multiply_into(const Rows<W>& x, const Weights& w, const Part& part, float* y, long ldy) {
+    TileState tiles;
+    Walk<W>(x, w, part, true).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int from, const Ahead& ahead) {
+        float* to = y + m * ldy + p * kPanel;
+        if (add || from)
+            block<W, true>(&term, 1, rows, ahead, to, ldy, tiles);
+        else
+            block<W, false>(&term, 1, rows, ahead, to, ldy, tiles);
+    });
+}
+
+// sink(row, rows, panel, sums): sums [rows][32] of one panel for rows [row, row + rows), a block or a part of it.
+template <class W, class Sink>
+void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink) {
+    constexpr int kSums = kBlockRows<W> * kPanel;
+    alignas(64) float sums[2 * kSums];
+    TileState tiles;
+    // The block whose sums are complete: the sink gets them, row by row, while the tiles work on the next block.
+    struct Done {
+        int row = 0, rows = 0, panel = 0;
+        float* sums = nullptr;
+    } done;
+    auto hand_over = [&](int rows) {
+        rows = std::min(rows, done.rows);
+        if (rows <= 0) return;
+        sink(done.row, rows, done.panel, done.sums);
+        done.row += rows, done.rows -= rows, done.sums += rows * kPanel;
+    };
+    float* to = sums;
+    Walk<W>(x, w, part, false).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int, const Ahead& ahead) {
+        const int share = chunks_for(done.rows, term.units / kUnitStep);
+        block<W>(&term, 1, rows, ahead, to, kPanel, tiles, [&] { hand_over(share); });
+        hand_over(kBlockRows<W>);
+        done = {m, rows, p, to};
+        if (kHasTiles<W> && rows >= kTileRows)
+            to = to == sums ? sums + kSums : sums;
+        else
+            hand_over(rows);
+    });
+    hand_over(kBlockRows<W>);
 }
 
 // What sinks do with a block: `columns` of `from` [rows][32] scaled, biased, and stored (or added) at y [rows, ldy].
 template <bool add>
 inline void put_block(float* y, long ldy, const float* sums, int rows, int columns, const float* scale, const float* bias) {
-    for (int half = 0; half < 2 && columns > 16 * half; half++) {
-        const Mask mask = tail16(columns - 16 * half);
-        const F16 factor = scale ? load16(scale + 16 * half) : set16(1.0f);
-        const F16 offset = bias ? load16(bias + 16 * half, mask) : zero16();
-        for (int r = 0; r < rows; r++) {
-            float* to = y + r * ldy + 16 * half;
-            F16 sum = fma16(load16(sums + r * kPanel + 16 * half), factor, offset);
-            if (add) sum = sum + load16(to, mask);
-            store16(to, sum, mask);
-        }
+    const Mask masks[2] = {tail16(columns), tail16(columns - 16)};
+    F16 factor[2], offset[2];
+    for (int half = 0; half < 2; half++) {
+        factor[half] = scale ? load16(scale + 16 * half) : set16(1.0f);
+        offset[half] = bias ? load16(bias + 16 * half, masks[half]) : zero16();
     }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++) {
+            float* to = y + r * ldy + 16 * half;
+            F16 sum = fma16(load16(sums + r * kPanel + 16 * half), factor[half], offset[half]);
+            if (add) sum = sum + load16(to, masks[half]);
+            store16(to, sum, masks[half]);
+        }
 }
 
 }  // namespace boomerang

@@ -32,6 +32,7 @@ struct TileState {
         for (int i : {0, 1, 4}) config.rows[i] = low;
         for (int i : {2, 3, 5}) config.rows[i] = high;
         for (int i : {6, 7}) config.rows[i] = 16;
+        asm volatile("" : : "r"(&config) : "memory");  // the intrinsic tells the compiler of the first bytes only
         _tile_loadconfig(&config);
     }
 };
@@ -52,14 +53,23 @@ inline void load_tile_5(const void* p, long stride) {
         _tile_loadd(5, p, stride);
 }
 
-template <bool two, bool panel_stays>
-inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahead, float* out, long ld) {
+template <bool two, bool panel_stays, bool add, class Between>
+inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahead, float* out, long ld, Between&& between) {
     const char* next = ahead.from;
-    _tile_zero(0);
-    _tile_zero(1);
-    if (two) {
-        _tile_zero(2);
-        _tile_zero(3);
+    if (add) {
+        _tile_loadd(0, out, 4 * ld);
+        _tile_loadd(1, out + 16, 4 * ld);
+        if (two) {
+            _tile_loadd(2, out + 16 * ld, 4 * ld);
+            _tile_loadd(3, out + 16 * ld + 16, 4 * ld);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (two) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
     }
     for (const Term<bf16>* t = terms; t < terms + num_terms; t++) {
         const char* line = t->panel;
@@ -69,15 +79,14 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahea
             for (int i = 0; i < ahead.bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
             next += ahead.bytes;
             load_tile_4<panel_stays>(x, stride);
+            if (two) load_tile_5<panel_stays>(x + 16 * t->ldx, stride);
             _tile_loadd(6, line, kLine<bf16>);
             _tile_dpbf16ps(0, 4, 6);
+            if (two) _tile_dpbf16ps(2, 5, 6);
             _tile_loadd(7, line + 64, kLine<bf16>);
             _tile_dpbf16ps(1, 4, 7);
-            if (two) {
-                load_tile_5<panel_stays>(x + 16 * t->ldx, stride);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            if (two) _tile_dpbf16ps(3, 5, 7);
+            between();
         }
     }
     _tile_stored(0, out, 4 * ld);
@@ -88,16 +97,20 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahea
     }
 }
 
-inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
+template <bool add, class Between>
+inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles, Between&& between) {
     tiles.configure(rows);
-    if (rows > 16)
-        tiles.panel_stays ? tile_block<true, true>(terms, num_terms, ahead, out, ld) : tile_block<true, false>(terms, num_terms, ahead, out, ld);
+    if (rows <= 16)
+        tile_block<false, false, add>(terms, num_terms, ahead, out, ld, between);
+    else if (tiles.panel_stays)
+        tile_block<true, true, add>(terms, num_terms, ahead, out, ld, between);
     else
-        tile_block<false, false>(terms, num_terms, ahead, out, ld);
+        tile_block<true, false, add>(terms, num_terms, ahead, out, ld, between);
 }
 
 // A panel is widened once for all blocks of rows that follow each other.
-inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles) {
+template <bool add, class Between>
+inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles, Between&& between) {
     static thread_local Buffer<char> widened[2];
     Term<bf16> wide[2];
     for (int i = 0; i < num_terms; i++) {
@@ -111,7 +124,7 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
             for (int half = 0; half < 2; half++) _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, wide.half[half]);
         }
     }
-    block_in_tiles(wide, num_terms, rows, ahead, out, ld, tiles);
+    block_in_tiles<add>(wide, num_terms, rows, ahead, out, ld, tiles, between);
 }
 
 #else
@@ -119,6 +132,8 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
 template <class W>
 constexpr bool kHasTiles = false;
 constexpr int kTileRows = 0;
+template <bool add, class... Anything>
+void block_in_tiles(Anything&&...);  // never called
 struct TileState {
     bool panel_stays = false;
 };
