@@ -15,6 +15,8 @@ class Load:
         self.context = [0] * n  # tokens that hold KV
         self.pending = [0] * n  # tokens not computed yet; 1 for each decoding request
         self.num_rows = 0
+        # The same times layers, over all sizes
+        self.layer_rows = self.layer_context = self.layer_pending = 0
         self.tenant_rows: dict[str, list[int]] = {}  # tenant -> rows by size
         self._limits: dict[str, dict[float, int]] = {}  # tenant -> TPOT limit -> how many running requests have it
 
@@ -23,8 +25,7 @@ class Load:
         size = request.path.size
         self.rows[size] += 1
         self.num_rows += 1
-        self.context[size] += request.num_computed_tokens
-        self.pending[size] += request.num_tokens - request.num_computed_tokens
+        self._count(size, request.num_computed_tokens, request.num_tokens - request.num_computed_tokens, 1)
         rows = self.tenant_rows.get(request.tenant)
         if rows is None:
             rows = self.tenant_rows[request.tenant] = [0] * len(self.rows)
@@ -39,8 +40,7 @@ class Load:
         size = request.path.size
         self.rows[size] -= 1
         self.num_rows -= 1
-        self.context[size] -= request.num_computed_tokens
-        self.pending[size] -= request.num_tokens - request.num_computed_tokens
+        self._count(size, -request.num_computed_tokens, request.num_computed_tokens - request.num_tokens, -1)
         rows = self.tenant_rows[request.tenant]
         rows[size] -= 1
         if not any(rows):
@@ -55,13 +55,18 @@ class Load:
                     del self._limits[request.tenant]
 
     def advance(self, request: Request, count: int) -> None:
-        size = request.path.size
-        self.context[size] += count
-        self.pending[size] -= count
+        self._count(request.path.size, count, -count)
 
     def append(self, request: Request) -> None:
         """It got a token, which is now to be computed."""
-        self.pending[request.path.size] += 1
+        self._count(request.path.size, 0, 1)
+
+    def _count(self, size: int, context: int, pending: int, rows: int = 0) -> None:
+        self.context[size] += context
+        self.pending[size] += pending
+        self.layer_rows += size * rows
+        self.layer_context += size * context
+        self.layer_pending += size * pending
 
     def tightest_tpot(self, skip: set[str] | frozenset[str] = frozenset()) -> float | None:
         """The smallest TPOT limit among running requests of tenants not in `skip`, in seconds."""
@@ -77,5 +82,6 @@ class Load:
         fresh = Load(len(self.rows) - 1)
         for request in running:
             fresh.enter(request)
-        for name in ("rows", "context", "pending", "num_rows", "tenant_rows", "_limits"):
+        totals = ("num_rows", "layer_rows", "layer_context", "layer_pending")
+        for name in ("rows", "context", "pending", *totals, "tenant_rows", "_limits"):
             assert getattr(self, name) == getattr(fresh, name), f"load totals disagree on {name}"

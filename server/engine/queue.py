@@ -5,8 +5,9 @@ tenant has a counter of service received, divided by its weight; the waiting ten
 tenant that comes back from idling is lifted to the others' level, so that it cannot save up. `priority` is the
 caller's word and therefore orders only its own tenant's requests; between tenants the operator's `rank` comes first.
 
-A request that has waited past its TTFT limit is late: it goes behind those of its tenant that can still be on time
-(first come, first served would make everyone late once the queue is as long as the limit), but not for ever.
+A request whose first token can no longer come within its TTFT limit is late: it goes behind those of its tenant that
+can still be on time (first come, first served would make everyone late once the queue is as long as the limit), but
+not for ever.
 """
 
 from __future__ import annotations
@@ -59,14 +60,19 @@ class WaitingQueue:
         """Put a preempted request ahead of all others of its priority in its tenant's line."""
         self._insert(request, 0)
 
-    def peek(self, now: float, skip: Collection[str] = ()) -> Request | None:
-        """The request to admit next, leaving out the tenants in `skip`; or None."""
+    def peek(
+        self, now: float, skip: Collection[str] = (), first_token_after: Callable[[Request], float] | None = None
+    ) -> Request | None:
+        """The request to admit next, leaving out the tenants in `skip`; or None.
+
+        `first_token_after(request)`: seconds from admission to its first token, without which it counts as none.
+        """
         best: Request | None = None
         best_key: tuple[int, int, float] | None = None
         for tenant, line in self._lines.items():
             if not line.num_requests or tenant in skip:
                 continue
-            entry = self._head(line, now)
+            entry = self._head(line, now, first_token_after)
             # A preempted request has been paid for: it goes before anything new of its class.
             key = (self.rank(tenant), entry[1], line.served)
             if best_key is None or key < best_key:
@@ -104,7 +110,9 @@ class WaitingQueue:
         """Tenants with something waiting."""
         return [tenant for tenant, line in self._lines.items() if line.num_requests]
 
-    def _head(self, line: _Line, now: float) -> tuple[int, int, int, Request]:
+    def _head(
+        self, line: _Line, now: float, first_token_after: Callable[[Request], float] | None
+    ) -> tuple[int, int, int, Request]:
         """The entry to admit next of a line that is not empty."""
         heap, late = line.heap, line.late
         while late and not self._is_member(late[0][3]):
@@ -115,13 +123,18 @@ class WaitingQueue:
             _, rank, _, request = heap[0]
             if not self._is_member(request):
                 heapq.heappop(heap)
-            elif rank and request.budget.ttft is not None and now - request.arrival_time > request.budget.ttft:
+            elif rank and request.budget.ttft is not None and self._is_late(request, now, first_token_after):
                 late.append(heapq.heappop(heap))
             else:
                 return heap[0]
         while not self._is_member(late[0][3]):
             late.popleft()
         return late[0]
+
+    @staticmethod
+    def _is_late(request: Request, now: float, first_token_after: Callable[[Request], float] | None) -> bool:
+        left = request.budget.ttft - (now - request.arrival_time)
+        return left < 0.0 or (first_token_after is not None and left < first_token_after(request))
 
     def _is_member(self, request: Request) -> bool:
         return self._members.get(request.request_id) is request

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from model_store.assembly import Elasticity
 from server.engine.config import EngineConfig
@@ -196,8 +197,9 @@ class Scheduler:
 
     def _admit(self, output: SchedulerOutput, budget: int, now: float) -> None:
         held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
+        first_token_after = partial(self.policy.first_token_after, scheduler=self)
         while self.waiting and self._free_slots and budget > 0:
-            request = self.waiting.peek(now, held)
+            request = self.waiting.peek(now, held, first_token_after)
             if request is None:
                 break
             try:

@@ -51,6 +51,10 @@ class SizePolicy:
     def on_finish(self, request: Request, now: float) -> None:
         """The request is finished; `status` says how."""
 
+    def first_token_after(self, request: Request, scheduler: Scheduler) -> float:
+        """Seconds from its admission in this step to its first token at the smallest size it allows."""
+        return 0.0
+
     def token_budget(self, scheduler: Scheduler, now: float) -> int | None:
         """Layer-tokens of prompt this step may carry beside its decode rows; None for the configured limit only."""
 

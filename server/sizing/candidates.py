@@ -28,6 +28,7 @@ class CandidateTable:
         self.sizes = elasticity.sizes
         self.thresholds = np.asarray(elasticity.thresholds)
         self.joint_weights, self.teacher_weights, self.student_weights = profile.station_weights()
+        self.side_weights = np.stack((self.teacher_weights, self.student_weights))[:, None]  # [2, 1, stations]
         self.joint_weight = float(self.joint_weights.sum())  # of what every row runs, whatever its size
         self.quality = quality if quality and all(size in quality for size in self.sizes) else None
         self._position = {size: i for i, size in enumerate(self.sizes)}

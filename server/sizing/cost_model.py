@@ -18,8 +18,9 @@ recent steps corrects them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ NUM_FEATURES = _H.stop + 3
 
 _REFIT_EVERY = 64  # observed steps between fits while young; grows to _REFIT_AT_MOST
 _REFIT_AT_MOST = 512
+_TABLE = 4097  # entries of `CostModel.layer_table`
 _HUBER = 0.15  # relative residual beyond which a step counts as an outlier
 
 
@@ -127,7 +129,7 @@ class StepShape:
 
 @dataclass(slots=True)
 class ErrorStats:
-    """Relative errors |predicted - measured| / measured of recent steps of one kind."""
+    """How long recent steps of one kind took, as multiples of what had been predicted."""
 
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=2048))
     count: int = 0
@@ -135,13 +137,23 @@ class ErrorStats:
     measured: float = 0.0
 
     def add(self, predicted: float, measured: float) -> None:
-        self.recent.append(abs(predicted - measured) / measured)
+        self.recent.append(measured / predicted)
         self.count += 1
         self.predicted += predicted
         self.measured += measured
 
     def quantile(self, q: float) -> float:
-        return float(np.quantile(list(self.recent), q)) if self.recent else float("nan")
+        """Quantile of the relative error |predicted - measured| / measured; NaN without steps."""
+        return relative_error(self.recent, q)
+
+    def spread(self) -> list[float]:
+        """The middles of 32 equal shares of measured / predicted, ascending: what a simulator draws from."""
+        return np.quantile(list(self.recent), (np.arange(32) + 0.5) / 32).tolist() if self.recent else [1.0]
+
+
+def relative_error(ratios: Collection[float], q: float) -> float:
+    """Quantile of |predicted - measured| / measured, from measured / predicted; NaN without any."""
+    return float(np.quantile(np.abs(1.0 / np.asarray(ratios) - 1.0), q)) if ratios else float("nan")
 
 
 class CostModel:
@@ -152,6 +164,7 @@ class CostModel:
         self.profile = profile
         self.prior = coefficients.copy()  # what fits are drawn to where no step tells
         self.correction = dict.fromkeys(KINDS, 1.0)  # follows drift between fits
+        self.spread: dict[str, list[float]] = {}  # by kind, `ErrorStats.spread` of the run that saved this model
         self.overhead = 0.0  # seconds between the end of one model call and the start of the next, while busy
         self.errors = {kind: ErrorStats() for kind in ("all", *KINDS)}
         self.num_observed = 0
@@ -168,6 +181,10 @@ class CostModel:
         # Values of g and h at their knots, for interpolation.
         self._g = np.cumsum(coefficients[_G])
         self._h = np.cumsum(coefficients[_H])
+        self._curves = tuple(
+            (knots.tolist(), values.tolist()) for knots, values in ((KNOTS, self._g), (HEAD_KNOTS, self._h))
+        )
+        self.layer_table = self.layer_seconds(np.arange(_TABLE))  # g of 0, 1, 2, ... tokens
 
     # --- parts of the formula, for whoever reasons about steps that do not exist yet
 
@@ -179,6 +196,13 @@ class CostModel:
             slope = (self._g[-1] - self._g[-2]) / (KNOTS[-1] - KNOTS[-2])
             value = value + np.maximum(tokens - KNOTS[-1], 0.0) * slope
         return np.where(tokens > 0, value, 0.0)
+
+    def layer_seconds_of(self, tokens: float) -> float:
+        """`layer_seconds` of one number: a decision asks for too many single ones to build arrays of them."""
+        return _at(tokens, *self._curves[0])
+
+    def head_seconds_of(self, rows: float) -> float:
+        return _at(rows, *self._curves[1])
 
     def tokens_within(self, seconds: float) -> float:
         """The inverse of g: tokens that one layer of weight 1 passes in `seconds`."""
@@ -299,6 +323,14 @@ class CostModel:
     def observe_overhead(self, seconds: float) -> None:
         """Time between model calls: scheduling, building the batch, handing out tokens."""
         self.overhead += 0.02 * (min(seconds, 4 * self.overhead + 1e-3) - self.overhead)
+
+
+def _at(x: float, knots: list[float], values: list[float]) -> float:
+    """A monotone piecewise-linear function that goes on with its last slope; 0 for x <= 0."""
+    if x <= knots[0]:
+        return values[0] if x > 0 else 0.0
+    i = min(bisect_left(knots, x), len(knots) - 1)
+    return values[i - 1] + (values[i] - values[i - 1]) * (x - knots[i - 1]) / (knots[i] - knots[i - 1])
 
 
 def fit(

@@ -5,6 +5,7 @@ C candidates, S stations. Times in seconds. Layer-tokens are tokens times layers
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,9 @@ class Outlook:
         self.demand = demand
         self.tenants = tenants
         self.min_chunk = min_chunk
+        # Prompt layer-tokens of a step as last planned, and what such a step takes.
+        self._pace, self._pace_seconds = 1.0, 0.0
+        self._capacity = (-1.0, -1, 0.0)  # limit, version of the cost model, `capacity_rows` for them
         self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
         self._full_weight = float(self.table.teacher_weights.sum()) + self.table.joint_weight
 
@@ -63,60 +67,52 @@ class Outlook:
         joining = min(max(own_waiting - 1, 0), max(free_slots - 1, 0))
 
         rows, guarded, guard_share, crowd = self._fair(request, scheduler)
-        total = rows.sum()
+        total = math.ceil(rows.sum())
         num_tokens = request.num_tokens
-        # Rows on the teacher's side of each station, without and with this request (and those behind it).
-        teacher_rows = rows[::-1].cumsum()[::-1][self.table.thresholds]
-        extra = np.array([1.0, 1.0 + joining])[:, None, None]
-        on_teacher = teacher_rows + extra * candidates.on_teacher
-        split = np.stack((on_teacher, total + extra - on_teacher))  # [2 sides, 2, C, S]
-        seconds = np.interp(split, KNOTS, cost._g) * (split > 0.5)
-        layers = seconds[0] @ self.table.teacher_weights + seconds[1] @ self.table.student_weights  # [2, C]
-        if self.table.joint_weight:
-            layers += self.table.joint_weight * cost.layer_seconds(total + extra[:, :, 0])
-        weighted_rows = float(rows @ self._all_sizes)
-        context = float(np.asarray(load.context, np.float64) @ self._all_sizes)
-        if crowd < 1.0:
-            context *= crowd
-        own_context = sizes * (num_tokens + 0.5 * num_output)
-        base = cost.fixed + cost.overhead + cost.decode_context * context + cost.request_layers * weighted_rows
+        layers = self._layer_seconds(candidates, rows, total, joining)
+        weighted_rows = load.layer_rows * crowd
+        base = cost.fixed + cost.overhead + cost.decode_context * load.layer_context * crowd
+        base += cost.request_layers * weighted_rows
         scale = cost.correction["decode"]
-        step = base + layers[0] + cost.decode_context * own_context + cost.request_layers * sizes
-        step = (step + cost.head_seconds(total + 1.0)) * scale
+        own = cost.decode_context * (num_tokens + 0.5 * num_output) + cost.request_layers  # per layer
+        step = (layers[0] + own * sizes + (base + cost.head_seconds_of(total + 1))) * scale
+        many = step
         if joining:
-            many = base + layers[1] + (cost.decode_context * own_context + cost.request_layers * sizes) * (1 + joining)
-            many = (many + cost.head_seconds(total + 1.0 + joining)) * scale
-        else:
-            many = step
+            more = 1 + joining
+            many = (layers[1] + (own * more) * sizes + (base + cost.head_seconds_of(total + more))) * scale
 
         # Prompts: seconds per layer-token beside the rows that decode, and how many of them a step takes.
         prompt = max(num_tokens - 1, 1)
-        backlog = max(float((np.asarray(load.pending, np.float64) - load.rows) @ self._all_sizes), 0.0)
+        backlog = max(load.layer_pending - load.layer_rows, 0)
         limit_tokens = config.max_num_batched_tokens
         rate = self._token_rate(total, min(max(prompt + backlog / self._full_weight, 1.0), limit_tokens))
-        work = rate * (prompt * sizes + backlog) + cost.prefill_context * sizes * (0.5 * prompt * prompt)
-        per_step = np.full_like(step, limit_tokens * self._full_weight)
+        own_work = prompt * sizes + backlog
+        work = rate * own_work + (cost.prefill_context * 0.5 * prompt * prompt) * sizes
+        per_step = limit_tokens * self._full_weight
         guard = load.tightest_tpot()
-        beside = step if total > 0.5 else np.full_like(step, cost.fixed + cost.overhead)
-        if guard is not None and total > 0.5:
+        beside = step if total else cost.fixed + cost.overhead
+        if guard is not None and total:
             room = (0.9 * guard - step) / max(rate, 1e-12)
-            per_step = np.clip(room, self.min_chunk * sizes, per_step)
+            per_step = np.minimum(np.maximum(room, self.min_chunk * sizes), per_step)
         waited = now - request.arrival_time
-        first = float(cost.head_seconds(1.0))
-        ttft = waited + work + np.ceil((prompt * sizes + backlog) / per_step) * beside + first
+        first = cost.head_seconds_of(1)
+        steps = own_work / per_step
+        ttft = work + np.ceil(steps) * beside + (waited + first)
         behind = max(own_waiting_tokens - num_tokens, 0)
-        queue = work + rate * behind * sizes + ((prompt + behind) * sizes + backlog) / per_step * beside
-        queue += first + 0.5 * waited
-        # The queue is fair: of others' requests no more go first than their weights entitle them to.
-        names = {request.tenant, *scheduler.waiting.tenants()}
-        total_weight = sum(self.tenants.weight(name) for name in names)
-        ahead = min(waiting, own_waiting * total_weight / self.tenants.weight(request.tenant))
-        overflow = ahead - max(free_slots, 0)
+        queue = work + steps * beside + (first + 0.5 * waited)
+        if behind:
+            queue += behind * sizes * (rate + beside / per_step)
+        overflow = waiting - max(free_slots, 0)
         if overflow > 0 and load.num_rows:
+            # The queue is fair: of others' requests no more go first than their weights entitle them to.
+            names = {request.tenant, *scheduler.waiting.tenants()}
+            total_weight = sum(self.tenants.weight(name) for name in names)
+            ahead = min(waiting, own_waiting * total_weight / self.tenants.weight(request.tenant))
+            overflow = max(ahead - max(free_slots, 0), 0)
             queue = queue + overflow * num_output * step / load.num_rows
 
         arrivals, mean_prompt = self.demand.rate(request.tenant, now)
-        busy = np.minimum(arrivals * mean_prompt * rate * sizes, 0.9)
+        busy = np.minimum((arrivals * mean_prompt * rate) * sizes, 0.9)
         kv_cache = scheduler.kv_cache
         page = kv_cache.page_size
         own_pages = (num_tokens + num_output) / page + 1.0
@@ -128,12 +124,36 @@ class Outlook:
             tpot=many / (1.0 - busy),
             ttft=ttft,
             queue_ttft=queue,
-            kv=sizes * (own_pages + others) / free,
+            kv=sizes * ((own_pages + others) / free),
             num_output=num_output,
             tightest_tpot=guarded,
             guarded_tpot=guarded,
             guard_share=guard_share,
         )
+
+    def _layer_seconds(self, candidates: Candidates, rows: np.ndarray, total: int, joining: int) -> np.ndarray:
+        """[2, C] seconds of all layers of a decode step of `rows` with this request in it, and `joining` more like it.
+
+        Because the order is nested, a station has either one row more on the teacher's side or on the student's: two
+        prices per station, whichever the size.
+        """
+        table = self.table
+        sides = np.empty((2, 1, len(table.thresholds)), np.intp)
+        on_teacher = np.ceil(rows[::-1].cumsum()[::-1][table.thresholds])
+        sides[0, 0] = on_teacher
+        sides[1, 0] = total - on_teacher
+        more = np.array(((0,), (1,), (1 + joining,)))
+        if total + 1 + joining < len(self.cost.layer_table):
+            prices = self.cost.layer_table[sides + more] * table.side_weights
+        else:
+            prices = self.cost.layer_seconds(sides + more) * table.side_weights
+        teacher, student = prices
+        with_teacher, with_student = teacher[1:] + student[0], teacher[0] + student[1:]
+        layers = (with_teacher - with_student) @ candidates.on_teacher.T + with_student.sum(axis=1)[:, None]
+        if table.joint_weight:
+            joint = [self.cost.layer_seconds_of(total + n) for n in (1, 1 + joining)]
+            layers += table.joint_weight * np.array(joint)[:, None]
+        return layers
 
     def idle(self, candidates: Candidates, num_prompt: int, max_batched: int = 1024) -> tuple[np.ndarray, np.ndarray]:
         """(TTFT, TPOT) [C] of one request alone, in seconds."""
@@ -158,6 +178,7 @@ class Outlook:
         nobody. None: nothing binds.
         """
         load = scheduler.load
+        self._pace, self._pace_seconds = 1.0, 0.0
         if load.tightest_tpot() is None:
             return None
         decode = self.mix_seconds(np.asarray(load.rows, np.float64), load.context)
@@ -167,10 +188,11 @@ class Outlook:
             num_output = len(request.output_token_ids)
             if limit is None or not num_output:
                 continue
-            lead = request.first_token_time + limit * num_output - now - limit
+            # Measured against the paced limit: who lives off a lead should end with a little of it left.
+            lead = request.first_token_time + margin * limit * (num_output - 1) - now
             if lead < 0.0:
                 remaining = request.sampling.max_tokens - num_output
-                if -lead > remaining * max(limit - decode, 0.0):
+                if now - request.first_token_time - limit * (num_output - 1) > remaining * max(limit - decode, 0.0):
                     continue  # lost
                 lead = 2.0 * lead / max(min(remaining, _CATCH_UP), 1)
             span = margin * limit + 0.5 * lead
@@ -182,7 +204,18 @@ class Outlook:
         per_layer = max(allowed - decode, 0.0) / full
         rows = load.num_rows
         tokens = self.cost.tokens_within(float(self.cost.layer_seconds(rows)) + per_layer) - rows
-        return int(max(tokens, self.min_chunk) * self.cost.profile.elasticity.num_teacher_layers)
+        budget = int(max(tokens, self.min_chunk) * self.cost.profile.elasticity.num_teacher_layers)
+        self._pace, self._pace_seconds = budget, max(allowed, decode)
+        return budget
+
+    def first_token_seconds(self, request: Request, scheduler: Scheduler) -> float:
+        """From admission now to the first token at the request's smallest size, at the pace of this step's prompts.
+
+        One step more than the arithmetic says: a request admitted in vain costs another one its limit.
+        """
+        load = scheduler.load
+        work = max(load.layer_pending - load.layer_rows, 0) + max(request.num_tokens - 1, 1) * request.sizes[0]
+        return (math.ceil(work / self._pace) + 1) * self._pace_seconds
 
     def mix_seconds(self, rows: np.ndarray, context: list[int] | None = None) -> float:
         """A decode step of `rows[size]` requests, in seconds, overhead included."""
@@ -240,15 +273,17 @@ class Outlook:
         """Rows of full size whose decode step stays within `limit` seconds."""
         if limit is None:
             return float(max_num_seqs)
-        per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._full_weight
-        return min(max(self.cost.tokens_within(per_layer), 1.0), float(max_num_seqs))
+        if self._capacity[:2] != (limit, self.cost.version):
+            per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._full_weight
+            self._capacity = limit, self.cost.version, max(self.cost.tokens_within(per_layer), 1.0)
+        return min(self._capacity[2], float(max_num_seqs))
 
     # --- parts
 
     def _token_rate(self, rows: float, tokens: float) -> float:
         """Seconds per token and layer of `tokens` more tokens in a step that has `rows` already."""
-        g = np.interp((rows + tokens, rows), KNOTS, self.cost._g)
-        return float(g[0] - (g[1] if rows > 0.5 else 0.0)) / max(tokens, 1.0)
+        g = self.cost.layer_seconds_of
+        return (g(rows + tokens) - g(rows)) / max(tokens, 1.0)
 
     def _fair(self, request: Request, scheduler: Scheduler) -> tuple[np.ndarray, float | None, float, float]:
         """Rows by size as this tenant may see them, the limit admission must keep, how much of it, rows kept / rows.
@@ -266,14 +301,15 @@ class Outlook:
         total_weight = sum(self.tenants.weight(name) for name in names)
         capacity = self.capacity_rows(load.tightest_tpot(), scheduler.config.max_num_seqs)
         over = set()
-        seen = np.zeros_like(rows)
+        seen = rows
         for name, counts in running.items():
             share = self.tenants.weight(name) / total_weight * capacity
             held = sum(counts)
             if held > share:
                 over.add(name)
             keep = 1.0 if name == tenant else min(1.0, share / held)
-            seen += np.asarray(counts, np.float64) * keep
+            if keep < 1.0:
+                seen = seen - np.asarray(counts, np.float64) * (1.0 - keep)
         crowd = seen.sum() / max(load.num_rows, 1)
         is_over = tenant in over
         guarded = load.tightest_tpot(skip=over - {tenant} if not is_over else frozenset())

@@ -36,7 +36,8 @@ class PolicyConfig:
     """Seconds unless the name says otherwise."""
 
     queue_delay: float = 2.0  # `auto` shrinks when requests without a TTFT limit would wait longer than this
-    margin: float = 0.9  # predictions may use this share of a limit
+    margin: float = 0.85  # predictions for a size may use this share of a limit: it is kept for a whole answer
+    pace: float = 0.97  # and those for one step's prompts this one: the next step can make up for it
     regrow: float = 0.85  # sizes above the last one given out may use this share of that
     hold: float = 1.0  # and not sooner than this after the last shrink
     window: float = 20.0  # arrival rates are averaged over about this long
@@ -272,7 +273,10 @@ class BudgetPolicy(SizePolicy):
 
     def token_budget(self, scheduler: Scheduler, now: float) -> int | None:
         """Prompt tokens x layers that this step may carry beside its decode rows, or None for no limit."""
-        return self.outlook.prefill_budget(scheduler, now, self.config.margin)
+        return self.outlook.prefill_budget(scheduler, now, self.config.pace)
+
+    def first_token_after(self, request: Request, scheduler: Scheduler) -> float:
+        return self.outlook.first_token_seconds(request, scheduler)
 
     def decode_seconds(self, rows: np.ndarray) -> float:
         return self.outlook.mix_seconds(rows)

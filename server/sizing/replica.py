@@ -32,7 +32,7 @@ class ReplicaSpec:
     num_pages: int
     make_policy: Callable[[], SizePolicy]
     make_queue: Callable[[], WaitingQueue] = WaitingQueue
-    noise: float = 0.0  # standard deviation of the logarithm of a step's time
+    noise: float = 0.0  # standard deviation of the logarithm of a step's time, where the machine has no measured spread
     delivery: float = 0.0  # seconds between a step's end and the client's reading it, and from client to queue
     max_queued_requests: int = 1024
 
@@ -94,7 +94,9 @@ class Replica:
             return now + (_RETRY if self.scheduler.has_work else 0.0), outputs
         shape = self._shape(planned.scheduled)
         seconds = self.spec.machine.seconds(shape)
-        if self.spec.noise:
+        if ratios := self.spec.machine.spread.get(shape.kind):
+            seconds *= self._rng.choice(ratios)
+        elif self.spec.noise:
             seconds *= self._rng.lognormvariate(0.0, self.spec.noise)
         self.now = now + seconds
         self.scheduler.update(planned, self.sample(planned))

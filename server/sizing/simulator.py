@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from server.engine.request import Request, RequestStatus, SamplingParams
+from server.sizing.cost_model import relative_error
 from server.sizing.jobs import Job, Record
 from server.sizing.replica import Replica, ReplicaSpec
 
@@ -267,7 +268,7 @@ class Simulator:
             for kind, stats in cost.errors.items() if cost is not None else ():
                 merged.setdefault(kind, []).extend(stats.recent)
         return {
-            kind: {"median": float(np.median(e)), "p95": float(np.quantile(e, 0.95)), "count": len(e)}
+            kind: {"median": relative_error(e, 0.5), "p95": relative_error(e, 0.95), "count": len(e)}
             for kind, e in merged.items()
             if e
         }
