@@ -57,8 +57,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from model_store.evaluate.report import markdown, table, write_report
     from model_store.pair import open_pair
 
-    if args.text is None and args.chat is None:
-        raise ValueError("nothing to measure on: give --text, --chat or both")
+    if args.text is None and args.chat is None and not args.speed:
+        raise ValueError("nothing to measure: give --text, --chat, --speed or several of them")
     pair = open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)
     sizes = _sizes(args.sizes, pair.elasticity.sizes)
     provenance: dict[str, Any] = {"dtype": args.dtype, "patch_order": pair.patch_order}
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         notes = [f"{key}: {value}" for key, value in provenance.items()]
         write_report(args.report, f"{pair.name}, quality by size", notes, rows, orders)
     if not args.no_store:
-        store_quality(pair, rows, provenance)
+        store_quality(pair, rows, provenance, orders)
     return 0
 
 
@@ -207,16 +207,28 @@ def measure_speed(
     return speeds
 
 
-def store_quality(pair: Pair, rows: dict[int, dict[str, Any]], provenance: dict[str, Any]) -> Path:
-    """Write quality.json beside the student: what `open_pair` reads back as `Pair.quality`."""
+def store_quality(
+    pair: Pair, rows: dict[int, dict[str, Any]], provenance: dict[str, Any],
+    orders: dict[str, dict[int, dict[str, Any]]] | None = None,
+) -> Path:  # fmt: skip
+    """Write quality.json beside the student: what `open_pair` reads back as `Pair.quality`.
+
+    Figures of an earlier call that this one did not take stay; `orders` are the same sizes in other patch orders.
+    """
     file = pair.student_path / QUALITY_FILE
     known = json.loads(file.read_text()) if file.is_file() else {}
-    merged = {int(size): row for size, row in known.get("sizes", {}).items()}
-    for size, row in rows.items():
-        merged[size] = merged.get(size, {}) | {key: _rounded(value) for key, value in row.items()}
-    content = {"measured": known.get("measured", {}) | provenance, "sizes": {str(s): merged[s] for s in sorted(merged)}}
+    content = {"measured": known.get("measured", {}) | provenance, "sizes": _merged(known.get("sizes", {}), rows)}
+    if other := known.get("orders", {}) | {name: _merged({}, found) for name, found in (orders or {}).items()}:
+        content["orders"] = other
     file.write_text(json.dumps(content, indent=1) + "\n")
     return file
+
+
+def _merged(known: dict[str, dict[str, Any]], rows: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    merged = {int(size): row for size, row in known.items()}
+    for size, row in rows.items():
+        merged[size] = merged.get(size, {}) | {key: _rounded(value) for key, value in row.items()}
+    return {str(size): merged[size] for size in sorted(merged)}
 
 
 def _rounded(value: Any) -> Any:

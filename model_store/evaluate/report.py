@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,20 @@ def plot_svg(series: dict[str, dict[int, dict[str, Any]]], keys: Sequence[str] =
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "boomerang"  # the same figures give the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     titles = {key: title for key, title, _ in _COLUMNS} | {
         "kl": "KL to the teacher, nats per token", "perplexity_ratio": "perplexity, multiple of the teacher's",
+        "chat_kl": "KL on the teacher's answers", "repetition": "share of answers that repeat",
         "weight_bytes": "bytes of weights", "tokens_per_second": "tokens per second, one request",
     }  # fmt: skip
     keys = [key for key in keys if any(key in row for rows in series.values() for row in rows.values())]
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(5.2 * len(keys), 3.6), squeeze=False)
-    for axis, key in zip(axes[0], keys, strict=True):
+    columns = min(len(keys), 3)
+    rows_of_panels = math.ceil(len(keys) / columns)
+    size = (5.2 * columns, 3.6 * rows_of_panels)
+    figure, axes = pyplot.subplots(rows_of_panels, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(keys) :]:
+        axis.set_axis_off()
+    for axis, key in zip(axes.flat, keys, strict=False):
         for name, rows in series.items():
             points = [(size, row[key], row.get(f"{key}_ci") or 0) for size, row in sorted(rows.items()) if key in row]
             if points:

@@ -1,6 +1,7 @@
 """`boomerang distill` and `evaluate` from end to end on a tiny teacher: what comes out is a pair that loads."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -44,8 +45,11 @@ def test_distil_load_evaluate(teacher, text, tmp_path, form):
     held_out.write_text((ROOT / "LICENSE").read_text())
     windows = ["--windows", "2", "--window-tokens", "64", "--dtype", "float32"]
     arguments = ["evaluate", "--teacher", str(teacher), "--student", str(out), "--text", str(held_out), *windows]
-    assert main([*arguments, "--report", str(tmp_path / "report")]) == 0
-    sizes = json.loads((out / "quality.json").read_text())["sizes"]
+    assert main([*arguments, "--report", str(tmp_path / "report"), "--compare-orders"]) == 0
+    stored = json.loads((out / "quality.json").read_text())
+    sizes = stored["sizes"]
+    assert stored["orders"].keys() == {"last_to_first", "first_to_last"}
+    assert all(rows.keys() == sizes.keys() for rows in stored["orders"].values())
     assert set(sizes) == {str(size) for size in pair.elasticity.sizes}
     assert sizes["6"]["kl"] == pytest.approx(0.0, abs=1e-6) and sizes[str(pair.elasticity.sizes[0])]["kl"] > 0
     assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".md", ".svg", ".html"}
@@ -86,6 +90,15 @@ def test_the_teacher_answers_bare_prompts_through_our_engine(teacher, text, tmp_
     ((size, asked, most, temperature), answers) = calls[0]
     assert (size, len(asked), most, temperature) == (6, 3, 8, 1.0)
     assert all(0 < len(answer) <= 8 for answer in answers)
+
+
+def test_what_is_measured_later_is_added_to_what_is_known(teacher, text, tmp_path):
+    shutil.copytree(teacher.parent / "student", tmp_path / "student")
+    arguments = ["evaluate", "--teacher", str(teacher), "--student", str(tmp_path / "student"), "--sizes", "4,6"]
+    assert main([*arguments, "--text", str(text), "--windows", "1", "--window-tokens", "64"]) == 0
+    assert main([*arguments, "--speed"]) == 0
+    sizes = json.loads((tmp_path / "student" / "quality.json").read_text())["sizes"]
+    assert all(row["kl"] >= 0 and row["tokens_per_second"] > 0 for row in sizes.values())
 
 
 def test_evaluate_lets_our_engine_answer_chat_prompts(teacher, tmp_path, capsys):
