@@ -3,9 +3,10 @@
     python -m benchmarks.recipes --data base.jsonl --text wikitext2_valid.txt --out recipes [--only plain stochastic]
 
 Every student is made by `boomerang distill` in a process of its own and measured along three patch orders on the same
-windows. What is done is kept in OUT/results.json and not done again, and a training run that was cut short goes on from
-its last checkpoint, so the command may be stopped and repeated. `python -m benchmarks.recipes_report` turns the results
-into tables and plots. About ten minutes a student on a free core of a server CPU.
+windows. The common start is the closed-form fit of the pruned layers, so that a small budget reaches a quality at which
+recipes matter. What is done is kept in OUT/results.json and not done again, and a training run that was cut short goes
+on from its last checkpoint, so the command may be stopped and repeated. `benchmarks.quality_page` turns the results
+into tables and plots. About five minutes a student on a free core of a server CPU.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 KEEP = "0,2,4,6,8,10,11,12,14,16,18,20,22,24,26,28"  # of the default pair
 # Muon at 1e-3 moves a matrix entry by 2e-4 a step, AdamW by its learning rate: the rates below are of one size.
 _OURS = ["--optimizer", "muon", "--no-train-ends", "--no-train-single", "--lr", "1e-3"]
-STUDENTS: dict[str, list[str]] = {
-    "pruned": ["--tokens", "0", "--store-rank", "1"],
-    "stochastic": ["--recipe", "stochastic"],
-    "plain": ["--recipe", "stochastic", "--pure-share", "1"],
-    "published": ["--recipe", "published"],
-    "cosine": ["--recipe", "cosine", *_OURS],
-    "stochastic-rank-160": ["--recipe", "stochastic", "--rank", "160", "--lr", "1e-3"],
-    "published-objective": ["--recipe", "published", *_OURS],
-    "stochastic-warm-start": ["--recipe", "stochastic", "--warm-start", "--calibration-rows", "32"],
+CALIBRATION_ROWS = 8
+PRUNED, START = "pruned", "warm-start"
+STUDENTS: dict[str, tuple[str, list[str]]] = {  # name: what it starts from, options of `boomerang distill`
+    PRUNED: (PRUNED, ["--tokens", "0", "--store-rank", "1"]),
+    START: (PRUNED, ["--tokens", "0", "--warm-start", "--calibration-rows", "32"]),
+    "plain": (START, ["--pure-share", "1"]),
+    "stochastic": (START, []),
+    "published": (START, ["--recipe", "published"]),
+    "cosine": (START, ["--recipe", "cosine", *_OURS]),
+    "stochastic-rank-160": (START, ["--rank", "160", "--lr", "1e-3"]),
+    "published-objective": (START, ["--recipe", "published", *_OURS]),
+    "plain-from-pruned": (PRUNED, ["--pure-share", "1"]),
 }
-ORDERS = ("klpatch", "last_to_first", "first_to_last")
 
 
 def main() -> None:
@@ -45,7 +47,8 @@ def main() -> None:
     add("--out", type=Path, required=True, help="working folder")
     add("--only", nargs="+", choices=list(STUDENTS), default=list(STUDENTS), metavar="NAME",
         help=f"of {', '.join(STUDENTS)} (default all)")  # fmt: skip
-    add("--tokens", type=float, default=102_400)
+    add("--train-only", action="store_true", help="train the students, measure them in a later call")
+    add("--tokens", type=float, default=61_440)
     add("--batch-rows", type=int, default=8)
     add("--row-tokens", type=int, default=256)
     add("--windows", type=int, default=4, help="of 512 tokens (default %(default)s)")
@@ -63,58 +66,76 @@ def main() -> None:
     for name in args.only:
         if name in students:
             continue
+        train(args, name)
+        if args.train_only:
+            continue
         students[name] = student(args, name)
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name}: done", file=sys.stderr, flush=True)
 
 
-def student(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Train and measure one student: its options, quality by order and size, and training curve."""
+def train(args: argparse.Namespace, name: str) -> None:
+    """Have `boomerang distill` make one student, unless it is there already."""
     folder = args.out / name
-    started = time.time()
-    if not (folder / "pair.json").is_file():
-        shared = [
-            "--keep", args.keep, "--data", *map(str, args.data), "--loss-on", "all", "--out", str(folder),
-            "--row-tokens", str(args.row_tokens), "--batch-rows", str(args.batch_rows), "--tokens", str(args.tokens),
-            "--schedule", "linear", "--no-warm-start", "--order", "klpatch", "--calibration-rows", "8",
-            "--seed", str(args.seed), "--save-steps", "20", "--compile", "--resume",
-        ]  # fmt: skip
-        shared += ["--teacher", args.teacher] if args.teacher else []
-        command = [sys.executable, "-m", "server", "distill", *shared, *STUDENTS[name]]
-        subprocess.run(command, check=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    curve = folder / "training_curve.jsonl"
+    if (folder / "pair.json").is_file():
+        return
+    start, options = STUDENTS[name]
+    if start != PRUNED:
+        train(args, start)
+        options = ["--start-from", str(args.out / start), *options]
+    shared = [
+        "--keep", args.keep, "--data", *map(str, args.data), "--loss-on", "all", "--out", str(folder),
+        "--row-tokens", str(args.row_tokens), "--batch-rows", str(args.batch_rows), "--tokens", str(args.tokens),
+        "--schedule", "linear", "--no-warm-start", "--order", "last", "--calibration-rows", str(CALIBRATION_ROWS),
+        "--seed", str(args.seed), "--save-steps", "10", "--compile", "--resume",
+    ]  # fmt: skip
+    shared += ["--teacher", args.teacher] if args.teacher else []
+    subprocess.run([sys.executable, "-m", "server", "distill", *shared, *options], check=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def student(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One trained student: its options, quality by order and size, and training curve."""
+    folder, kept = args.out / name, ("tokens", "loss", "kl", "align", "pure")
+    file = folder / "training_curve.jsonl"
+    curve = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     return {
-        "options": STUDENTS[name],
-        "seconds": round(time.time() - started),
-        "orders": measure(args, folder),
-        "curve": [json.loads(line) for line in curve.read_text().splitlines()] if curve.is_file() else [],
-    }
+        "start": STUDENTS[name][0], "options": STUDENTS[name][1], "orders": measure(args, folder),
+        "curve": [{key: float(row[key]) for key in kept} for row in curve],
+    }  # fmt: skip
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Quality by patch order and size."""
+    """Quality by patch order and size; KLPatch is measured here, on the training text's calibration rows."""
     import torch
     from transformers import AutoTokenizer
 
     from model_store.assembly import Elasticity
+    from model_store.distill.data import pack, read_documents
     from model_store.distill.from_pair import load_elastic
+    from model_store.distill.order import greedy_order, kl_of_paths
     from model_store.evaluate import measure_text
     from model_store.pair import open_pair
 
     pair = open_pair(args.teacher, folder)
     model = load_elastic(pair, torch.bfloat16)
-    own = model.elasticity
-    elasticities = {"klpatch": own} | {
-        name: getattr(Elasticity, name)(own.num_teacher_layers, own.kept) for name in ORDERS[1:]
+    layers, kept = model.elasticity.num_teacher_layers, model.elasticity.kept
+    tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path)
+    documents = [document for path in args.data for document in read_documents(path)]
+    rows = pack(documents, tokenizer, CALIBRATION_ROWS * args.row_tokens, args.row_tokens, "all", args.seed)
+    found = greedy_order(model.elasticity, kl_of_paths(model, [rows.ids]))
+    elasticities = {
+        "klpatch": Elasticity.from_order(layers, kept, found),
+        "last_to_first": Elasticity.last_to_first(layers, kept),
+        "first_to_last": Elasticity.first_to_last(layers, kept),
     }
-    ids = AutoTokenizer.from_pretrained(pair.tokenizer_path)(args.text.read_text(), add_special_tokens=False).input_ids
+    ids = tokenizer(args.text.read_text(), add_special_tokens=False).input_ids
     sizes = [int(size) for size in args.sizes.split(",")]
-    found = {}
+    quality = {}
     for order, elasticity in elasticities.items():
         model.elasticity = elasticity
-        found[order] = measure_text(model, sizes, ids, 512, args.windows)
-    return found
+        quality[order] = measure_text(model, sizes, ids, 512, args.windows)
+    return quality
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from model_store.evaluate.report import markdown, plot_svg
 
 TITLES = {  # name in benchmarks.recipes -> in tables and plots, in this order
     "pruned": "pruned, not trained",
+    "warm-start": "warm start, not trained",
+    "plain-from-pruned": "KL + cosine, from pruned layers",
     "published": "published recipe",
-    "published-objective": "published objective, our optimizer and ends",
+    "published-objective": "published objective, our optimizer",
     "cosine": "cosine alone",
     "plain": "KL + cosine, no patching",
     "stochastic": "stochastic patching",
     "stochastic-rank-160": "stochastic patching, rank 160",
-    "stochastic-warm-start": "stochastic patching, warm start (our default)",
 }
 Rows = dict[str, dict[str, float]]
 
