@@ -44,7 +44,7 @@ def simulate(plan: dict[str, Any], load: float, policy: str, calibration: dict[s
         if policy != "auto":
             return LargestSize()
         own = CostModel(machine.profile, machine.coefficients.copy())
-        own.overhead = machine.overhead
+        own.overhead, own.overhead_per_request = machine.overhead, machine.overhead_per_request
         return BudgetPolicy(own, quality=quality)
 
     jobs = jobs_of(plan, load)

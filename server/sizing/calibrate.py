@@ -217,6 +217,7 @@ def save(model: CostModel, path: Path) -> None:
         "coefficients": model.coefficients.tolist(),
         "prior": model.prior.tolist(),
         "overhead": model.overhead,
+        "overhead_per_request": model.overhead_per_request,
         "spread": {kind: stats.spread() for kind, stats in model.errors.items() if stats.recent} or model.spread,
         "num_observed": model.num_observed,
     }
@@ -238,6 +239,7 @@ def from_json(content: Mapping[str, Any], profile: CostProfile | None = None) ->
         model = CostModel(profile or CostProfile.from_json(content["profile"]), coefficients)
         model.prior = prior
         model.overhead = float(content["overhead"])
+        model.overhead_per_request = float(content.get("overhead_per_request", 0.0))
         model.spread = {kind: [float(ratio) for ratio in ratios] for kind, ratios in content.get("spread", {}).items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"no calibration: {type(error).__name__}: {error}") from None

@@ -165,10 +165,11 @@ class CostModel:
         self.prior = coefficients.copy()  # what fits are drawn to where no step tells
         self.correction = dict.fromkeys(KINDS, 1.0)  # follows drift between fits
         self.spread: dict[str, list[float]] = {}  # by kind, `ErrorStats.spread` of the run that saved this model
-        self.overhead = 0.0  # seconds between the end of one model call and the start of the next, while busy
+        # Seconds between the end of one model call and the start of the next, while busy: always, and per request.
+        self.overhead = self.overhead_per_request = 0.0
         self.errors = {kind: ErrorStats() for kind in ("all", *KINDS)}
         self.num_observed = 0
-        self._ring: deque[tuple[np.ndarray, float]] = deque(maxlen=768)
+        self._ring: deque[tuple[np.ndarray, float]] = deque(maxlen=2048)
         self.path: Path | None = None  # where it is kept
         self._since_fit = 0
         self._refit_every = _REFIT_EVERY
@@ -292,7 +293,7 @@ class CostModel:
         return StepShape(x, kind)
 
     def seconds(self, shape: StepShape) -> float:
-        """Predicted seconds of one step in the model (without `overhead`)."""
+        """Predicted seconds of one step in the model (without what is between steps)."""
         return float(shape.features @ self.coefficients) * self.correction[shape.kind]
 
     def observe(self, shape: StepShape, measured: float) -> float:
@@ -311,18 +312,24 @@ class CostModel:
             self._refit_every = min(self._refit_every * 2, _REFIT_AT_MOST)
         return predicted
 
-    def refit(self) -> None:
-        """Fit the coefficients to the ring, newer steps counting more, drawn to the prior."""
+    def refit(self, half_life: float = 256.0) -> None:
+        """Fit the coefficients to recent steps, drawn to the prior; a step counts half `half_life` steps later."""
         self._since_fit = 0
         features = np.stack([x for x, _ in self._ring])
         seconds = np.fromiter((t for _, t in self._ring), np.float64, len(self._ring))
-        age = np.arange(len(seconds))[::-1]
-        self.set_coefficients(fit(features, seconds, self.prior, weights=0.5 ** (age / 256.0), start=self.coefficients))
+        weights = 0.5 ** (np.arange(len(seconds))[::-1] / half_life)
+        self.set_coefficients(fit(features, seconds, self.prior, weights=weights, start=self.coefficients))
         self.correction = dict.fromkeys(KINDS, 1.0)
 
-    def observe_overhead(self, seconds: float) -> None:
-        """Time between model calls: scheduling, building the batch, handing out tokens."""
-        self.overhead += 0.02 * (min(seconds, 4 * self.overhead + 1e-3) - self.overhead)
+    def observe_overhead(self, seconds: float, num_requests: int) -> None:
+        """Time around a step of `num_requests`: scheduling, building the batch, handing out tokens."""
+        expected = self.overhead + self.overhead_per_request * num_requests
+        error = min(seconds, 4 * expected + 1e-3) - expected
+        # Normalised least mean squares; 32 requests weigh as much as the constant.
+        x = num_requests / 32
+        step = 0.03 * error / (1.0 + x * x)
+        self.overhead = max(self.overhead + step, 0.0)
+        self.overhead_per_request = max(self.overhead_per_request + step * x / 32, 0.0)
 
 
 def _at(x: float, knots: list[float], values: list[float]) -> float:

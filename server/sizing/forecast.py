@@ -89,6 +89,7 @@ class Forecaster:
         cost, sizes = self.cost, self._sizes
         scale = cost.correction["decode"]
         context = cost.decode_context * sizes * (prompt + 0.5 * output) + cost.request_layers * sizes
+        context += cost.overhead_per_request
         head_first = float(cost.head_seconds(1.0))
         piece = min(prompt, max_tokens)
         rows = np.ones(len(sizes))

@@ -72,7 +72,7 @@ class Outlook:
         layers = self._layer_seconds(candidates, rows, total, joining)
         weighted_rows = load.layer_rows * crowd
         base = cost.fixed + cost.overhead + cost.decode_context * load.layer_context * crowd
-        base += cost.request_layers * weighted_rows
+        base += cost.request_layers * weighted_rows + cost.overhead_per_request * (total + 1)
         scale = cost.correction["decode"]
         own = cost.decode_context * (num_tokens + 0.5 * num_output) + cost.request_layers  # per layer
         step = (layers[0] + own * sizes + (base + cost.head_seconds_of(total + 1))) * scale
@@ -229,7 +229,7 @@ class Outlook:
         value = cost.fixed + cost.overhead + float(seconds[0] @ self.table.teacher_weights)
         value += float(seconds[1] @ self.table.student_weights) + float(cost.head_seconds(total))
         value += self.table.joint_weight * float(cost.layer_seconds(total))
-        value += cost.request_layers * float(rows @ self._all_sizes)
+        value += cost.request_layers * float(rows @ self._all_sizes) + cost.overhead_per_request * total
         if context is not None:
             value += cost.decode_context * float(np.asarray(context, np.float64) @ self._all_sizes)
         return value * cost.correction["decode"]

@@ -288,7 +288,7 @@ class BudgetPolicy(SizePolicy):
             if self._last_end is not None:
                 gap = end - seconds - self._last_end
                 if 0.0 <= gap < 0.25:
-                    self.cost.observe_overhead(gap)
+                    self.cost.observe_overhead(gap, len(batch.sizes))
             self._last_end = end
 
     def on_idle(self) -> None:
@@ -296,5 +296,7 @@ class BudgetPolicy(SizePolicy):
 
     def on_stop(self) -> None:
         if self.save is not None:
+            if self.cost.num_observed >= 64:
+                self.cost.refit(half_life=math.inf)  # what the last minute was like is of no use to the next start
             self.save()
 

@@ -100,15 +100,17 @@ class Replica:
             seconds *= self._rng.lognormvariate(0.0, self.spec.noise)
         self.now = now + seconds
         self.scheduler.update(planned, self.sample(planned))
+        machine = self.spec.machine
+        overhead = machine.overhead + machine.overhead_per_request * len(planned.scheduled)
         cost = getattr(self.policy, "cost", None)
         if cost is not None:
             cost.observe(shape, seconds)
-            cost.observe_overhead(self.spec.machine.overhead)
+            cost.observe_overhead(overhead, len(planned.scheduled))
         self.num_steps += 1
-        self.busy += seconds + self.spec.machine.overhead
+        self.busy += seconds + overhead
         finished = [request for request, _ in planned.scheduled if request.is_finished]
         outputs.extend((request, 0, None) for request in finished)
-        self.now += self.spec.machine.overhead
+        self.now += overhead
         return self.now, outputs
 
     def sample(self, planned: SchedulerOutput) -> dict[str, SampledToken]:
