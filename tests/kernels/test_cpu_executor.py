@@ -113,6 +113,27 @@ def make_steps(
     return batches
 
 
+def portable_of(pair: LoadedPair) -> TorchExecutor:
+    """In float32: what bfloat16 costs is the native executor's own error, not the difference of two errors."""
+    for part in (*pair.layers.values(), *pair.ends.values()):
+        for tensor in part.tensors():
+            tensor.data = tensor.data.float()
+    return TorchExecutor(pair, page_size=PAGE)
+
+
+def check_steps(native, portable: TorchExecutor, steps: list[ForwardBatch], tolerance: float) -> None:
+    for executor in (native, portable):
+        executor.allocate_kv(steps[0].block_tables.size)
+    for batch in steps:
+        num_teacher = int(batch.logits_start[batch.head_cut])
+        hidden = native.forward(batch)
+        got = native.logits(hidden, num_teacher)
+        assert native.greedy(hidden, num_teacher) == got.argmax(dim=1).tolist()
+        expected = portable.logits(portable.forward(batch), num_teacher)
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < tolerance
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -123,24 +144,29 @@ def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatc
     native = create(make_pair(family, dtype), config)
     if isinstance(native, str):
         pytest.skip(native)
-    # In float32: what bfloat16 costs is the native executor's own error, not the difference of two errors.
     pair = make_pair(family, dtype)
-    for part in (*pair.layers.values(), *pair.ends.values()):
-        for tensor in part.tensors():
-            tensor.data = tensor.data.float()
-    portable = TorchExecutor(pair, page_size=PAGE)
+    portable = portable_of(pair)
     # Whole prompts and chunks, short and beyond one block of the softmax; decode rows beside chunks; decode alone.
     steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 150, 1], [1, 2, 1, 1, 1]])
-    for executor in (native, portable):
-        executor.allocate_kv(steps[0].block_tables.size)
-    for batch in steps:
-        num_teacher = int(batch.logits_start[batch.head_cut])
-        hidden = native.forward(batch)
-        got = native.logits(hidden, num_teacher)
-        assert native.greedy(hidden, num_teacher) == got.argmax(dim=1).tolist()
-        expected = portable.logits(portable.forward(batch), num_teacher)
-        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
-        assert error.max() < (1e-4 if dtype == torch.float32 else 0.03)
+    check_steps(native, portable, steps, 1e-4 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_many_rows_go_layer_by_layer_in_chunks(family, dtype, variant, monkeypatch):
+    """Enough tokens that each thread takes rows, of requests whose chunks meet within pages, and beside them too few;
+    whole panels and a depth that is cut in pieces."""
+    monkeypatch.setenv(VARIANT_VARIABLE, variant)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    changes = {"hidden_size": 96, "intermediate_size": 1300, "head_dim": 32}
+    native = create(make_pair(family, dtype, **changes), EngineConfig(page_size=PAGE, max_model_len=320))
+    if isinstance(native, str):
+        pytest.skip(native)
+    pair = make_pair(family, dtype, **changes)
+    portable = portable_of(pair)
+    steps = make_steps(pair.elasticity, [[213, 150, 141, 90, 60], [1, 2, 150, 229, 1], [1, 1, 1, 1, 1]])
+    check_steps(native, portable, steps, 1e-4 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -3,14 +3,13 @@
 // A page holds K and V of `page_size` tokens per KV head, as panels: K [tokens, channels], V [channels, tokens], tokens
 // and channels padded to 32. The query heads of a KV head are rows of the same blocks, so they share what is read.
 #pragma once
-#include <vector>
-
 #include "block.h"
+#include "buffer.h"
 
 namespace boomerang {
 
 constexpr int kPagesInBlock = kMostTerms;  // between two updates of the running softmax: 256 positions of pages of 32
-constexpr int kQueryRows = 32;     // rows of one work item, about
+constexpr int kQueryRows = 96;     // rows of one work item, about
 
 // T: type of K and V. Products with them take activations of Act<T>.
 template <class T>
@@ -65,49 +64,56 @@ struct AttentionItem {
 
 template <class T>
 struct AttentionScratch {
-    std::vector<float> scores, sums, stats;
-    std::vector<Act<T>> weights;
+    Buffer<float> scores, sums, stats;
 };
 
-// Softmax update of one row: writes exp(score - new maximum) for `seen` of `width` columns, zeros for the rest; returns
-// the factor for what was accumulated before.
+// The largest of the first `seen` scores of a row.
+inline float top_of_row(const float* scores, int seen) {
+    F16 top = set16(-INFINITY);
+    int n = 0;
+    for (; n + 16 <= seen; n += 16) top = max16(top, load16(scores + n));
+    if (n < seen) top = max16(top, choose16(tail16(seen - n), load16(scores + n), top));
+    return top16(top);
+}
+
+// Scores of a row become weights 2^(slope x + shift), in place: of X, from the row's start. Zeros from `seen` to `width`.
+// Returns their sum.
 template <class X>
-inline float update_row(const float* scores, X* weights, int seen, int width, float scale, float& maximum, float& total) {
-    const F16 lowest = set16(-INFINITY);
-    F16 top = lowest;
-    for (int n = 0; n < seen; n += 16) top = max16(top, choose16(tail16(seen - n), load16(scores + n), lowest));
-    // Scores become powers of two: e^(scale x - peak) = 2^(factor x - shift).
-    const float peak = std::max(maximum, top16(top) * scale), slope = scale * kLog2E;
-    const F16 shift = set16(-peak * kLog2E);
+inline float weights_of_row(float* scores, int seen, int width, float slope, float shift) {
+    constexpr bool fast = sizeof(X) == 2;
+    X* weights = reinterpret_cast<X*>(scores);
+    const F16 factor = set16(slope), offset = set16(shift);
     F16 sum = zero16();
     int n = 0;
-    for (; n < seen; n += 16) {
-        const F16 e = keep16(tail16(seen - n), power_of_two16<sizeof(X) == 2>(fma16(load16(scores + n), set16(slope), shift)));
+    for (; n + 16 <= seen; n += 16) {
+        const F16 e = power_of_two16<fast>(fma16(load16(scores + n), factor, offset));
         sum = sum + e;
         store16(weights + n, e);
     }
+    if (n < seen) {
+        const F16 e = keep16(tail16(seen - n), power_of_two16<fast>(fma16(load16(scores + n), factor, offset)));
+        sum = sum + e;
+        store16(weights + n, e);
+        n += 16;
+    }
     for (; n < width; n += 16) store16(weights + n, zero16());
-    const float factor = maximum == -INFINITY ? 0.0f : std::exp(maximum - peak);
-    total = total * factor + sum16(sum);
-    maximum = peak;
-    return factor;
+    return sum16(sum);
 }
 
 template <class T>
 void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionScratch<T>& scratch) {
     const int G = item.group, rows = item.num_tokens * G, Dp = shape.padded_dim, Pp = shape.padded_size, P = shape.page_size;
-    const int columns = kPagesInBlock * Pp, head_dim = shape.head_dim;
+    const int columns = kPagesInBlock * Pp + 16, head_dim = shape.head_dim;  // an odd number of lines
+    const int weights_ld = columns * int(sizeof(float) / sizeof(Act<T>)), padded_rows = round_up(rows, 16);
     const long page_stride = shape.page_elements(), head_offset = item.head * shape.head_elements();
-    scratch.scores.resize(size_t(rows) * columns);
-    scratch.weights.resize(size_t(rows) * columns);
-    scratch.sums.assign(size_t(rows) * Dp, 0.0f);
-    scratch.stats.assign(size_t(rows) * 3, 0.0f);
-    float *scores = scratch.scores.data(), *acc = scratch.sums.data();
-    float *maximum = scratch.stats.data(), *total = maximum + rows, *factor = total + rows;
-    Act<T>* weights = scratch.weights.data();
-    std::fill(maximum, maximum + rows, -INFINITY);
+    float *scores = scratch.scores.at_least(size_t(rows) * columns), *acc = scratch.sums.at_least(size_t(rows) * Dp);
+    float* stats = scratch.stats.at_least(size_t(padded_rows) * 5);
+    float *maximum = stats, *total = maximum + padded_rows, *factor = total + padded_rows, *top = factor + padded_rows, *sum = top + padded_rows;
+    const Act<T>* weights = reinterpret_cast<const Act<T>*>(scores);
+    std::fill(maximum, maximum + padded_rows, -INFINITY);
+    std::fill(total, total + padded_rows, 0.0f);
+    const F16 scale = set16(item.scale), in_powers = set16(kLog2E);
     TileState tiles;
-    alignas(64) float sums[kBlockRows<T> * kPanel];
 
     for (int page = item.first_page; page < item.end_page; page += kPagesInBlock) {
         const int pages = std::min(kPagesInBlock, item.end_page - page);
@@ -118,26 +124,34 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
                 for (int r = 0, size; r < rows; r += size) {
                     size = block_size<T>(rows - r);
                     const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units()};
-                    // V of these tokens is wanted soon.
-                    const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 ? kUnitStep * kLine<T> : 0};
+                    // V of these tokens is wanted soon; with many queries other items have fetched it.
+                    const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 && item.num_tokens == 1 ? kUnitStep * kLine<T> : 0};
                     block<T>(&term, 1, size, ahead, scores + long(r) * columns + i * Pp + n, columns, tiles);
                 }
         }
-        const int first = page * P;  // position of the block's first token
-        for (int r = 0; r < rows; r++) {
+        // Columns that row r sees of this block: positions first to first_position + r / G.
+        const int first = page * P;
+        auto seen_columns = [&](int r) {
             const int seen = std::min(pages * P, item.first_position + r / G + 1 - first);
+            return seen <= 0 ? 0 : (seen - 1) / P * Pp + (seen - 1) % P + 1;
+        };
+        for (int r = 0; r < rows; r++) {
             float* row = scores + long(r) * columns;
             if (P < Pp)  // padding between the pages' tokens
                 for (int i = 0; i < pages; i++) std::fill(row + i * Pp + P, row + (i + 1) * Pp, -INFINITY);
-            factor[r] = seen <= 0 ? 1.0f : 0.0f;
-            const int seen_columns = seen <= 0 ? 0 : (seen - 1) / P * Pp + (seen - 1) % P + 1;
-            if (seen > 0)
-                factor[r] = update_row(row, weights + long(r) * columns, seen_columns, pages * Pp, item.scale, maximum[r], total[r]);
-            else
-                for (int n = 0; n < pages * Pp; n += 16) store16(weights + long(r) * columns + n, zero16());
+            top[r] = top_of_row(row, seen_columns(r));
         }
+        // Scores become powers of two: e^(scale x - peak) = 2^(slope x + shift).
+        for (int r = 0; r < rows; r += 16) {
+            const F16 old = load16(maximum + r), peak = max16(old, load16(top + r) * scale);
+            store16(factor + r, power_of_two16<sizeof(T) == 2>(max16((old - peak) * in_powers, set16(-200.0f))));
+            store16(maximum + r, peak);
+        }
+        for (int r = 0; r < rows; r++)
+            sum[r] = weights_of_row<Act<T>>(scores + long(r) * columns, seen_columns(r), pages * Pp, item.scale * kLog2E, -maximum[r] * kLog2E);
+        for (int r = 0; r < rows; r += 16) store16(total + r, fma16(load16(total + r), load16(factor + r), load16(sum + r)));
         // What comes next is fetched while the block is finished: its own next pages, or the next item's first.
-        for (int i = 0; i < kPagesInBlock; i++) {
+        for (int i = 0; i < kPagesInBlock && item.num_tokens == 1; i++) {
             const T* k = nullptr;
             if (page + kPagesInBlock + i < item.end_page)
                 k = item.k_pages + item.table[page + kPagesInBlock + i] * page_stride + head_offset;
@@ -145,21 +159,23 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
                 k = item.k_pages + item.next_table[i] * page_stride + item.next_head * shape.head_elements();
             for (long byte = 0; k && byte < shape.head_elements() * long(sizeof(T)); byte += 64) _mm_prefetch(reinterpret_cast<const char*>(k) + byte, _MM_HINT_T1);
         }
+        const bool is_first = page == item.first_page;
+        if (!is_first)
+            for (int r = 0; r < rows; r++)
+                for (int d = 0; d < Dp; d += 16) store16(acc + long(r) * Dp + d, load16(acc + long(r) * Dp + d) * set16(factor[r]));
         for (int d = 0; d < Dp; d += kPanel) {
             Term<T> terms[kPagesInBlock];
             for (int i = 0; i < pages; i++) {
                 const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
-                terms[i] = {weights + i * Pp, columns, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
+                terms[i] = {weights + i * Pp, weights_ld, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
             }
             for (int r = 0, size; r < rows; r += size) {
                 size = block_size<T>(rows - r);
-                block<T>(terms, pages, size, Ahead{}, sums, kPanel, tiles);
-                for (int i = 0; i < pages; i++) terms[i].x += size * long(columns);
-                for (int m = 0; m < size; m++)
-                    for (int half = 0; half < kPanel; half += 16) {
-                        float* to = acc + long(r + m) * Dp + d + half;
-                        store16(to, fma16(load16(to), set16(factor[r + m]), load16(sums + m * kPanel + half)));
-                    }
+                if (is_first)
+                    block<T, false>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
+                else
+                    block<T, true>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
+                for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld);
             }
         }
     }
@@ -172,9 +188,9 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
             part[head_dim + 1] = total[r];
             continue;
         }
-        const F16 scale = set16(1.0f / total[r]);
+        const F16 share = set16(1.0f / total[r]);
         Act<T>* to = item.out + (r / G) * item.out_stride + long(r % G) * head_dim;
-        for (int d = 0; d < head_dim; d += 16) store16(to + d, load16(from + d, tail16(head_dim - d)) * scale, tail16(head_dim - d));
+        for (int d = 0; d < head_dim; d += 16) store16(to + d, load16(from + d, tail16(head_dim - d)) * share, tail16(head_dim - d));
     }
 }
 

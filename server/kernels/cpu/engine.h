@@ -22,24 +22,18 @@ class Engine {
   public:
     Engine(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
         : s_(spec), layers_(layers, layers + num_layers), differences_(differences, differences + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
-          pool_(num_threads), attention_(num_threads) {}
+          pool_(num_threads), attention_(num_threads), row_scratch_(num_threads) {}
 
     void step(const BsStep& step) {
         step_ = &step;
         const size_t tokens = step.num_tokens;
         hidden_.at_least(tokens * s_.hidden);
-        normed_.at_least(tokens * hidden_ld());
-        qkv_.at_least(tokens * qkv_width());
         q_.at_least(tokens * s_.num_heads * pages_.padded_dim);
         attended_.at_least(tokens * attended_ld());
-        act_.at_least(tokens * act_ld());
         pool_.begin();
         mark_ = Clock::now();
         embed();
-        for (int i = 0; i < step.num_segments; i++) {
-            const int32_t* segment = step.program + 5 * i;
-            layer(segment[0], segment[1], segment[2], segment[3], differences_[segment[4]], segment[4]);
-        }
+        run_program();
         for (int i = 0; i < step.num_rows; i++) {
             const BsEnd& end = ends_[i < step.norm_cut ? 0 : 1];
             norm(hidden_.data() + long(step.rows[i]) * s_.hidden, step.out + long(i) * s_.hidden, end.norm_w, end.norm_b, s_.hidden);
@@ -93,6 +87,15 @@ class Engine {
         float value;
         int32_t token;
     };
+    struct Segment {
+        int layer, first, end, split, student;
+    };
+    // What a thread needs for a chunk of rows (engine_rows.h).
+    struct RowScratch {
+        Buffer<X> normed, act;
+        Buffer<float> qkv;
+        double seconds[kPhases] = {};
+    };
     struct Item {
         int request, head, from, to, first_page, end_page, part;
     };
@@ -118,11 +121,11 @@ class Engine {
     static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale}; }
     static const float* scale_of(const BsWeights& w, int n) { return w.scale ? w.scale + n : nullptr; }
 
-    // A bias as float; `gated`: in the order of the panels.
-    const float* widen(const void* values, int n, bool gated) {
+    // A bias as float, in buffer `place`; `gated`: in the order of the panels.
+    const float* widen(const void* values, int n, bool gated, int place = 0) {
         if (!values) return nullptr;
         const int channels = (gated ? num_panels(n, true) : panels_of(n)) * kPanel;
-        float* to = bias_.at_least(channels);
+        float* to = bias_[place].at_least(channels);
         for (int i = 0; i < channels; i++) {
             const int row = source_row(i, n, gated);
             to[i] = row < 0 ? 0.0f : to_float(static_cast<const T*>(values)[row]);
@@ -166,14 +169,20 @@ class Engine {
         in_parts(x.M, panels, [&](const Part& part) { multiply<V>(x, w, part, sink); });
     }
 
+    // A part of y (+)= x w + bias.
+    template <bool add>
+    static void product_part(const Rows<W>& x, const BsWeights& w, int N, int K, const float* bias, float* y, long ldy, const Part& part) {
+        if (!bias && !w.scale && N % kPanel == 0) return multiply_into<add>(x, weights(w, N, K), part, y, ldy);
+        multiply<W>(x, weights(w, N, K), part, [&](int m, int rows, int panel, const float* sums) {
+            const int n = panel * kPanel;
+            put_block<add>(y + m * ldy + n, ldy, sums, rows, N - n, scale_of(w, n), bias ? bias + n : nullptr);
+        });
+    }
+
     template <bool add>
     void product_to(const Rows<W>& x, const BsWeights& w, int N, int K, const void* bias, float* y, long ldy) {
-        if (!bias && !w.scale && N % kPanel == 0) return in_parts(x.M, panels_of(N), [&](const Part& part) { multiply_into<add>(x, weights(w, N, K), part, y, ldy); });
         const float* b = widen(bias, N, false);
-        product(x, weights(w, N, K), panels_of(N), [&](int m, int rows, int panel, const float* sums) {
-            const int n = panel * kPanel;
-            put_block<add>(y + m * ldy + n, ldy, sums, rows, N - n, scale_of(w, n), b ? b + n : nullptr);
-        });
+        in_parts(x.M, panels_of(N), [&](const Part& part) { product_part<add>(x, w, N, K, b, y, ldy, part); });
     }
 
     // y [rows of x, ldy] (+)= b (a x).
@@ -222,8 +231,10 @@ class Engine {
     }
 
     // Requests [r0, split) run layer `id`; [split, r1) run the difference `d` to it, as layer `student`.
-    void layer(int id, int r0, int r1, int split, const BsDifference& d, int student) {
+    void layer(const Segment& segment) {
+        const auto [id, r0, r1, split, student] = segment;
         const BsLayer& w = layers_[id];
+        const BsDifference& d = differences_[student];
         const int t0 = step_->query_start[r0], ts = step_->query_start[split], t1 = step_->query_start[r1], M = t1 - t0, E = s_.hidden;
         const int first = ts - t0, others = t1 - ts;  // the difference's rows
         auto norms = [&](const void* weight, const void* bias, const void* own) {
@@ -231,6 +242,10 @@ class Engine {
             norm_tokens(ts, t1, own ? own : weight, bias);
         };
         auto rest = [&](const X* x, long ldx) { return Rows<W>{x + first * ldx, ldx, others}; };
+        const size_t tokens = step_->num_tokens;
+        normed_.at_least(tokens * hidden_ld());
+        qkv_.at_least(tokens * qkv_width());
+        act_.at_least(tokens * act_ld());
         float* hidden = hidden_.data() + long(t0) * E;
         const Rows<W> normed = {normed_.data() + long(t0) * hidden_ld(), hidden_ld(), M};
         X* act = act_.data() + long(t0) * act_ld();
@@ -255,10 +270,15 @@ class Engine {
 
     // `extra`: [rows from `first` on, up_width()] to add before the activation, or null.
     void mlp_up(const BsLayer& w, const Rows<W>& x, X* act, const float* extra, int first_extra) {
+        const int N = up_width();
+        const float* b = widen(w.up_b, N, s_.gated);
+        in_parts(x.M, num_panels(N, s_.gated), [&](const Part& part) { mlp_up_part(w, x, b, act, extra, first_extra, part); });
+    }
+
+    void mlp_up_part(const BsLayer& w, const Rows<W>& x, const float* b, X* act, const float* extra, int first_extra, const Part& part) const {
         const bool gated = s_.gated;
         const int N = up_width();
-        const float* b = widen(w.up_b, N, gated);
-        product(x, weights(w.up, N, s_.hidden), num_panels(N, gated), [&](int m, int rows, int panel, const float* sums) {
+        multiply<W>(x, weights(w.up, N, s_.hidden), part, [&](int m, int rows, int panel, const float* sums) {
             F16 factor[2], offset[2];
             for (int half = 0; half < 2; half++) {
                 const int n = panel * kPanel + 16 * half;
@@ -301,9 +321,18 @@ class Engine {
         count(kEmbed);
     }
 
+    // Defined in engine_rows.h.
+    void run_program();
+    bool by_rows(const Segment& segment) const;
+    template <class Body>
+    void in_chunks(const Segment& segment, Body&& body);
+    void widen_biases(const BsLayer& w, const float** biases);
+
     // Defined in engine_attention.h.
+    void find_requests(int r0, int r1);
+    int page_start(int t, int first) const;
     void place(int id, const BsLayer& w, int r0, int r1);
-    void place_token(const BsLayer& w, int t, const int32_t* table);
+    void place_token(int id, const BsLayer& w, int t, int first, float* row);
     void attention(int id, int r0, int r1);
     int pages_in_part(int r0, int r1) const;
 
@@ -339,12 +368,13 @@ class Engine {
     PageShape<T> pages_;
     Pool pool_;
     std::vector<AttentionScratch<T>> attention_;
+    std::vector<RowScratch> row_scratch_;
     const BsStep* step_ = nullptr;
-    Buffer<float> hidden_, qkv_, bias_, parts_, extra_;
+    Buffer<float> hidden_, qkv_, bias_[4], parts_, extra_;
     Buffer<X> normed_, q_, attended_, act_, low_;
     std::vector<Item> items_;
     std::vector<Merge> merges_;
-    std::vector<int> tokens_;
+    std::vector<int> tokens_, cuts_;
     std::vector<Best> best_;
     double times_[kPhases] = {};
     Clock::time_point mark_;
@@ -353,3 +383,4 @@ class Engine {
 }  // namespace boomerang
 
 #include "engine_attention.h"
+#include "engine_rows.h"

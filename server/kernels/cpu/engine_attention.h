@@ -4,39 +4,47 @@
 
 namespace boomerang {
 
+// The request of each token of requests [r0, r1), in tokens_.
+template <class T, class W>
+void Engine<T, W>::find_requests(int r0, int r1) {
+    const int first = step_->query_start[r0];
+    tokens_.resize(step_->query_start[r1] - first);
+    for (int r = r0; r < r1; r++)
+        for (int t = step_->query_start[r]; t < step_->query_start[r + 1]; t++) tokens_[t - first] = r;
+}
+
+// Back from token t to the first one of this step on the same page. `first`: of tokens_. A page belongs to one thread: its
+// first token clears it, and tokens share units of V.
+template <class T, class W>
+int Engine<T, W>::page_start(int t, int first) const {
+    while (t > first && t - first < int(tokens_.size()) && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size) t--;
+    return t;
+}
+
 // Head norms, rotary embedding, and K and V into their pages.
 template <class T, class W>
 void Engine<T, W>::place(int id, const BsLayer& w, int r0, int r1) {
     const int first = step_->query_start[r0], last = step_->query_start[r1];
-    tokens_.resize(last - first);
-    for (int r = r0; r < r1; r++)
-        for (int t = step_->query_start[r]; t < step_->query_start[r + 1]; t++) tokens_[t - first] = r;
+    find_requests(r0, r1);
     auto rows = [&](int from, int to) {
-        for (int t = from; t < to; t++) {
-            const int r = tokens_[t - first];
-            place_token(w, t, step_->block_tables + id * step_->layer_stride + step_->slots[r] * step_->slot_stride);
-        }
+        for (int t = from; t < to; t++) place_token(id, w, t, first, qkv_.data() + long(t) * qkv_width());
     };
     if (last - first <= 4) {
         rows(first, last);
     } else {
         const int chunk = last - first > 64 ? 16 : 4;
-        // A page belongs to one thread: its first token clears it, and tokens share units of V.
-        auto start = [&](int c) {
-            int t = std::min(last, first + c * chunk);
-            while (t > first && t < last && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size) t--;
-            return t;
-        };
+        auto start = [&](int c) { return page_start(std::min(last, first + c * chunk), first); };
         pool_.run(chunks_for(last - first, chunk), [&](int c, int) { rows(start(c), start(c + 1)); });
     }
     count(kPlace);
 }
 
+// `row`: the token's queries, keys and values. `first`: of tokens_.
 template <class T, class W>
-void Engine<T, W>::place_token(const BsLayer& w, int t, const int32_t* table) {
+void Engine<T, W>::place_token(int id, const BsLayer& w, int t, int first, float* row) {
     const int D = s_.head_dim, Dp = pages_.padded_dim, position = step_->positions[t], half = s_.rotary_dim / 2, G = group();
+    const int32_t* table = step_->block_tables + id * step_->layer_stride + step_->slots[tokens_[t - first]] * step_->slot_stride;
     const float *cos = s_.cos + long(position) * half, *sin = s_.sin + long(position) * half;
-    float* row = qkv_.data() + long(t) * qkv_width();
     for (int h = 0; h < s_.num_heads; h++) {
         float* q = row + h * D;
         if (w.q_norm_w) norm_row(q, q, static_cast<const T*>(w.q_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);

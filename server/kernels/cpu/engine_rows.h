@@ -1,0 +1,118 @@
+// Layers of many rows. What lies between two attentions needs no other rows, so that it runs chunk by chunk: the end of
+// one layer and the beginning of the next, with scratch of the thread. Only the hidden state, queries, keys and values
+// leave its caches, and threads meet twice per layer.
+#pragma once
+#include "engine.h"
+
+namespace boomerang {
+
+constexpr int kRowsInChunk = 256;  // scratch of that many rows fits into the second-level cache, and weights are read once per chunk
+
+template <class T, class W>
+void Engine<T, W>::run_program() {
+    auto segment = [&](int i) {
+        const int32_t* s = step_->program + 5 * i;
+        return Segment{s[0], s[1], s[2], s[3], s[4]};
+    };
+    const int E = s_.hidden, F = s_.intermediate;
+    bool has_begun = false;  // the segment: its queries, keys and values are placed
+    for (int i = 0; i < step_->num_segments; i++) {
+        const Segment now = segment(i);
+        if (!by_rows(now)) {
+            layer(now);
+            continue;
+        }
+        const int first = step_->query_start[now.first];
+        // Norm, first product, and placing, of rows [from, to).
+        auto begin = [&](const Segment& of, const float* const* biases, int from, int to, RowScratch& scratch, auto&& lap) {
+            const BsLayer& w = layers_[of.layer];
+            X* normed = scratch.normed.at_least(size_t(to - from) * hidden_ld());
+            float* qkv = scratch.qkv.at_least(size_t(to - from) * qkv_width());
+            for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * E, normed + long(t - from) * hidden_ld(), w.attn_norm_w, w.attn_norm_b, E);
+            lap(kNorm);
+            product_part<false>({normed, hidden_ld(), to - from}, w.qkv, qkv_width(), E, biases[0], qkv, qkv_width(), {0, to - from, 0, panels_of(qkv_width())});
+            lap(kProduct);
+            for (int t = from; t < to; t++) place_token(of.layer, w, t, first, qkv + long(t - from) * qkv_width());
+            lap(kPlace);
+        };
+        // Output product, norm and MLP.
+        auto end = [&](const Segment& of, const float* const* biases, int from, int to, RowScratch& scratch, auto&& lap) {
+            const BsLayer& w = layers_[of.layer];
+            const int M = to - from;
+            X *normed = scratch.normed.at_least(size_t(M) * hidden_ld()), *act = scratch.act.at_least(size_t(M) * act_ld());
+            float* hidden = hidden_.data() + long(from) * E;
+            const Rows<W> x = {normed, hidden_ld(), M};
+            auto norm_rows = [&](const void* weight, const void* bias) {
+                for (int m = 0; m < M; m++) norm(hidden + long(m) * E, normed + long(m) * hidden_ld(), weight, bias, E);
+                lap(kNorm);
+            };
+            if (s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
+            product_part<true>({attended_.data() + long(from) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), biases[1], hidden, E, {0, M, 0, panels_of(E)});
+            lap(kProduct);
+            if (!s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
+            mlp_up_part(w, x, biases[2], act, nullptr, 0, {0, M, 0, num_panels(up_width(), s_.gated)});
+            product_part<true>({act, act_ld(), M}, w.down, E, F, biases[3], hidden, E, {0, M, 0, panels_of(E)});
+            lap(kProduct);
+        };
+        const float* biases[4];
+        if (!has_begun) {
+            find_requests(now.first, now.end);
+            widen_biases(layers_[now.layer], biases);
+            in_chunks(now, [&](int from, int to, RowScratch& scratch, auto&& lap) { begin(now, biases, from, to, scratch, lap); });
+        }
+        attention(now.layer, now.first, now.end);
+        widen_biases(layers_[now.layer], biases);
+        const Segment next = i + 1 < step_->num_segments ? segment(i + 1) : Segment{};
+        has_begun = next.first == now.first && next.end == now.end && by_rows(next);
+        if (has_begun) biases[0] = widen(layers_[next.layer].qkv_b, qkv_width(), false, 0);
+        in_chunks(now, [&](int from, int to, RowScratch& scratch, auto&& lap) {
+            end(now, biases, from, to, scratch, lap);
+            if (has_begun) begin(next, biases, from, to, scratch, lap);
+        });
+    }
+}
+
+// Differences take the other way: their products are split by panels.
+template <class T, class W>
+bool Engine<T, W>::by_rows(const Segment& segment) const {
+    return segment.split == segment.end && step_->query_start[segment.end] - step_->query_start[segment.first] >= kRowsPerThread * pool_.num_threads();
+}
+
+template <class T, class W>
+void Engine<T, W>::widen_biases(const BsLayer& w, const float** biases) {
+    biases[0] = widen(w.qkv_b, qkv_width(), false, 0);
+    biases[1] = widen(w.o_b, s_.hidden, false, 1);
+    biases[2] = widen(w.up_b, up_width(), s_.gated, 2);
+    biases[3] = widen(w.down_b, s_.hidden, false, 3);
+}
+
+// body(first row, end row, scratch, lap) for chunks that start where pages do; lap(phase) says what the time went to.
+template <class T, class W>
+template <class Body>
+void Engine<T, W>::in_chunks(const Segment& segment, Body&& body) {
+    const int first = step_->query_start[segment.first], last = step_->query_start[segment.end], threads = pool_.num_threads();
+    const int chunks = round_up(chunks_for(last - first, kRowsInChunk), threads), rows = round_up(chunks_for(last - first, chunks), 32);
+    cuts_.clear();
+    for (int c = 0; c <= chunks; c++) cuts_.push_back(page_start(std::min(last, first + c * rows), first));
+    pool_.run(chunks, [&](int c, int thread) {
+        if (cuts_[c] >= cuts_[c + 1]) return;
+        RowScratch& scratch = row_scratch_[thread];
+        auto mark = Clock::now();
+        body(cuts_[c], cuts_[c + 1], scratch, [&](Phase phase) {
+            const auto now = Clock::now();
+            scratch.seconds[phase] += std::chrono::duration<double>(now - mark).count();
+            mark = now;
+        });
+    });
+    // The time of the loop, by what its threads did.
+    double sum = 0.0;
+    for (const RowScratch& scratch : row_scratch_)
+        for (double seconds : scratch.seconds) sum += seconds;
+    const auto now = Clock::now();
+    const double share = std::chrono::duration<double>(now - mark_).count() / std::max(sum, 1e-9);
+    mark_ = now;
+    for (RowScratch& scratch : row_scratch_)
+        for (int i = 0; i < kPhases; i++) times_[i] += share * scratch.seconds[i], scratch.seconds[i] = 0.0;
+}
+
+}  // namespace boomerang
