@@ -21,7 +21,7 @@ import numpy as np
 
 from server.engine.batch import ForwardBatch
 from server.engine.request import Request, SamplingParams
-from server.sizing.cost_model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel, CostProfile, fit
+from server.sizing.cost_model import HEAD_KNOTS, KINDS, KNOTS, NUM_FEATURES, CostModel, CostProfile, fit
 
 if TYPE_CHECKING:
     from model_store.pair import LoadedPair
@@ -216,6 +216,7 @@ def save(model: CostModel, path: Path) -> None:
         "profile": model.profile.to_json(),
         "coefficients": model.coefficients.tolist(),
         "prior": model.prior.tolist(),
+        "correction": model.correction,
         "overhead": model.overhead,
         "overhead_per_request": model.overhead_per_request,
         "spread": {kind: stats.spread() for kind, stats in model.errors.items() if stats.recent} or model.spread,
@@ -238,6 +239,7 @@ def from_json(content: Mapping[str, Any], profile: CostProfile | None = None) ->
             raise ValueError("coefficients that are not finite or below 0")
         model = CostModel(profile or CostProfile.from_json(content["profile"]), coefficients)
         model.prior = prior
+        model.correction.update({kind: float(content.get("correction", {}).get(kind, 1.0)) for kind in KINDS})
         model.overhead = float(content["overhead"])
         model.overhead_per_request = float(content.get("overhead_per_request", 0.0))
         model.spread = {kind: [float(ratio) for ratio in ratios] for kind, ratios in content.get("spread", {}).items()}

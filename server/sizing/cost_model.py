@@ -169,7 +169,7 @@ class CostModel:
         self.overhead = self.overhead_per_request = 0.0
         self.errors = {kind: ErrorStats() for kind in ("all", *KINDS)}
         self.num_observed = 0
-        self._ring: deque[tuple[np.ndarray, float]] = deque(maxlen=2048)
+        self._ring: deque[tuple[StepShape, float]] = deque(maxlen=2048)
         self.path: Path | None = None  # where it is kept
         self._since_fit = 0
         self._refit_every = _REFIT_EVERY
@@ -304,7 +304,7 @@ class CostModel:
         # Between fits a clipped multiplicative correction per kind follows the machine (a neighbour on the other core).
         ratio = min(max(measured / max(predicted, 1e-9), 0.7), 1.4)
         self.correction[shape.kind] = min(max(self.correction[shape.kind] * ratio**0.08, 0.25), 4.0)
-        self._ring.append((shape.features, measured))
+        self._ring.append((shape, measured))
         self.num_observed += 1
         self._since_fit += 1
         if self._since_fit >= self._refit_every:
@@ -313,13 +313,23 @@ class CostModel:
         return predicted
 
     def refit(self, half_life: float = 256.0) -> None:
-        """Fit the coefficients to recent steps, drawn to the prior; a step counts half `half_life` steps later."""
+        """Fit the coefficients to recent steps, drawn to the prior; a step counts half `half_life` steps later.
+
+        The fit is robust and so finds the typical step; slow ones are longer than fast ones are short. `correction`
+        then brings sums of steps to what they were, kind by kind.
+        """
         self._since_fit = 0
-        features = np.stack([x for x, _ in self._ring])
+        features = np.stack([shape.features for shape, _ in self._ring])
         seconds = np.fromiter((t for _, t in self._ring), np.float64, len(self._ring))
+        kinds = np.array([shape.kind for shape, _ in self._ring])
         weights = 0.5 ** (np.arange(len(seconds))[::-1] / half_life)
         self.set_coefficients(fit(features, seconds, self.prior, weights=weights, start=self.coefficients))
-        self.correction = dict.fromkeys(KINDS, 1.0)
+        predicted = features @ self.coefficients
+        for kind in KINDS:
+            own = weights * (kinds == kind)
+            # Eight steps' worth of doubt keeps a kind that was hardly seen at 1.
+            doubt = 8.0 * float(predicted.mean())
+            self.correction[kind] = (own @ np.minimum(seconds, 1.5 * predicted) + doubt) / (own @ predicted + doubt)
 
     def observe_overhead(self, seconds: float, num_requests: int) -> None:
         """Time around a step of `num_requests`: scheduling, building the batch, handing out tokens."""
