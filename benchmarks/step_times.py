@@ -66,11 +66,10 @@ def main() -> None:
         os.environ["BOOMERANG_CPU_VARIANT"] = arguments.variant
     settings = Settings(executor="native", dtype=arguments.dtype)
     pair, dtype = open_settings_pair(settings), getattr(torch, arguments.dtype)
-    loaded = pair.load(dtype, "cpu")
+    loaded = pair.load(dtype, "cpu", quantization=arguments.quantization)
     config = dataclasses.replace(
         engine_config(settings, pair, dtype, torch.device("cpu")),
         max_num_seqs=64, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,
-        quantization=arguments.quantization,
     )  # fmt: skip
     start = time.perf_counter()
     engine = Engine(loaded, config)
@@ -82,7 +81,7 @@ def main() -> None:
     spec, path = loaded.spec, pair.elasticity.path(size)
     weight_bytes = sum(sum(t.nbytes for t in loaded.layers[layer].tensors()) for layer in path.layers)
     head_bytes = loaded.ends["teacher"].head.nbytes
-    weight_item = loaded.ends["teacher"].head.element_size()
+    weight_item = loaded.ends["teacher"].head.dtype.itemsize
     parameters = weight_bytes / weight_item
     table = Table(title=f"{size} layers, milliseconds, median of {arguments.repeats}")
     for column in ("step", "all", "tok/s", "limit", "of limit", *executor.times()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.int8 import int8_bytes
 from model_store.spec import ModelSpec
 from model_store.weights import END_PARTS
 
@@ -39,24 +40,41 @@ class Footprint:
         """Parameters that serving exactly `sizes` needs. For one size: of that size as assembled (a tied pair whose
         embeddings differ is untied in between)."""
         spec = self.specs["teacher"]
-        layers = {
-            self.shared_layers.get(layer, layer) for size in sizes for layer in self.elasticity.path(size).layers
-        }
         matrix, norm = spec.vocab_size * spec.hidden_size, spec.hidden_size * (2 if spec.norm == "layer" else 1)
         positions = spec.max_position_embeddings * spec.hidden_size if spec.learned_positions else 0
         counts = {"embed": matrix, "head": matrix, "norm": norm, "positions": positions}
-        ends = set()
-        for side, parts in self.end_parts(sizes).items():
-            ends |= {self._owner(part, side) for part in parts}
-            if "embed" in parts:
-                ends.add(("positions", self._owner("embed", side)[1]))
-        return len(layers) * spec.layer_parameters + sum(counts[part] for part, _ in ends)
+        ends = self._ends(sizes)
+        embedding = [side for side, parts in self.end_parts(sizes).items() if "embed" in parts]
+        ends |= {("positions", self._owner("embed", side)[1]) for side in embedding}
+        return len(self._layers(sizes)) * spec.layer_parameters + sum(counts[part] for part, _ in ends)
 
-    def num_bytes(self, sizes: Collection[int], dtype: torch.dtype) -> int:
-        """Bytes of weights in memory that serving exactly `sizes` needs."""
-        layers = {layer for size in sizes for layer in self.elasticity.path(size).layers}
-        extra = sum(num_bytes for layer, num_bytes in self.differences.items() if layer in layers)
-        return self.parameters(sizes) * dtype.itemsize + extra
+    def num_bytes(self, sizes: Collection[int], dtype: torch.dtype, quantization: str | None = None) -> int:
+        """Bytes of weights in memory that serving exactly `sizes` needs.
+
+        Quantised are the matrices of layers, heads, and embeddings that are tied to a head; differences lie as stored.
+        """
+        used = {layer for size in sizes for layer in self.elasticity.path(size).layers}
+        extra = sum(num_bytes for layer, num_bytes in self.differences.items() if layer in used)
+        plain = self.parameters(sizes) * dtype.itemsize + extra
+        if quantization is None:
+            return plain
+        spec = self.specs["teacher"]
+        num_ends = sum(
+            part == "head" or (part == "embed" and self.specs[side].tie_word_embeddings)
+            for part, side in self._ends(sizes)
+        )
+        shapes = [*spec.matrix_shapes.values()] * len(self._layers(sizes))
+        shapes += [(spec.vocab_size, spec.hidden_size)] * num_ends
+        return plain - sum(n * k * dtype.itemsize - int8_bytes(n, k) for n, k in shapes)
+
+    def _layers(self, sizes: Collection[int]) -> set[int]:
+        """Global ids of the distinct layers."""
+        paths = [self.elasticity.path(size) for size in sizes]
+        return {self.shared_layers.get(layer, layer) for path in paths for layer in path.layers}
+
+    def _ends(self, sizes: Collection[int]) -> set[tuple[str, str]]:
+        """(part, side) of the distinct tensors around the layers."""
+        return {self._owner(part, side) for side, parts in self.end_parts(sizes).items() for part in parts}
 
     def end_parts(self, sizes: Collection[int]) -> dict[str, set[str]]:
         """Side -> which of embedding, norm and head some of the sizes take from it."""
@@ -75,7 +93,7 @@ class Footprint:
             return self._owner("embed", side)
         return part, side
 
-    def size_table(self, dtype: torch.dtype) -> list[dict[str, Any]]:
+    def size_table(self, dtype: torch.dtype, quantization: str | None = None) -> list[dict[str, Any]]:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token."""
         sizes = self.elasticity.sizes
         teacher = self.parameters(sizes[-1:])
@@ -85,16 +103,18 @@ class Footprint:
                 "size": size,
                 "parameters": (parameters := self.parameters([size])),
                 "fraction": parameters / teacher,
-                "weight_bytes": parameters * dtype.itemsize,
+                "weight_bytes": self.num_bytes([size], dtype, quantization),
                 "kv_bytes_per_token": size * kv_bytes,
             }
             for size in sizes
         ]
 
-    def servable(self, dtype: torch.dtype, budget: int | None) -> tuple[tuple[int, ...], dict[int, str]]:
+    def servable(
+        self, dtype: torch.dtype, budget: int | None, quantization: str | None = None
+    ) -> tuple[tuple[int, ...], dict[int, str]]:
         """The sizes, smallest first, whose weights fit `budget` bytes together, and why the others do not."""
         sizes = self.elasticity.sizes
-        needs = [self.num_bytes(sizes[: i + 1], dtype) for i in range(len(sizes))]
+        needs = [self.num_bytes(sizes[: i + 1], dtype, quantization) for i in range(len(sizes))]
         if budget is None:
             return sizes, {}
         fitting = sum(need <= budget for need in needs)  # needs grow with the size

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.int8 import Int8Matrix, Matrix
 from model_store.lowrank import LowRankDelta
 from model_store.spec import ModelSpec
 from model_store.weights import EndWeights, LayerWeights
@@ -28,6 +29,11 @@ class LoadedPair:
     missing_sizes: dict[int, str] = field(default_factory=dict)  # size -> why it cannot be served
     # Global id -> factors of a student layer. Those not in `layers` run as a difference to their teacher layer.
     low_rank: dict[int, LowRankDelta] = field(default_factory=dict)
+
+    @property
+    def quantization(self) -> str | None:
+        """What the matrices of layers and heads were rounded to, None if to nothing."""
+        return "int8" if isinstance(self.ends["teacher"].head, Int8Matrix) else None
 
     @property
     def shared_stations(self) -> frozenset[int]:
@@ -80,13 +86,13 @@ def is_same_layer(one: LayerWeights, other: LayerWeights) -> bool:
 
 
 def join_ends(
-    teacher: dict[str, torch.Tensor | None], student: dict[str, torch.Tensor | None]
+    teacher: dict[str, Matrix | None], student: dict[str, Matrix | None]
 ) -> dict[str, EndWeights]:
     """EndWeights of both sides from the parts that were read; equal tensors become one object.
 
     A part that no size needs was not read: it stands for the other side's, so that both sides are always whole.
     """
-    shared: dict[int, torch.Tensor] = {}
+    shared: dict[int, Matrix] = {}
     for name, mine in student.items():
         theirs = teacher.get(name)
         if mine is not None and theirs is not None and mine is not theirs and _is_equal(mine, theirs):
@@ -98,7 +104,11 @@ def join_ends(
     return {"teacher": EndWeights(**teacher), "student": EndWeights(**student)}
 
 
-def _is_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _is_equal(one: Matrix | None, other: Matrix | None) -> bool:
     if one is None or other is None:
         return one is other
+    if isinstance(one, Int8Matrix) or isinstance(other, Int8Matrix):
+        if not (isinstance(one, Int8Matrix) and isinstance(other, Int8Matrix)):
+            return False
+        return _is_equal(one.scale, other.scale) and _is_equal(one.values, other.values)
     return one is other or (one.shape == other.shape and torch.equal(one, other))

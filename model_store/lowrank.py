@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model_store.weights import LayerWeights, WeightError
+from model_store.int8 import Int8Matrix, Matrix, dense, tensors_of
+from model_store.weights import LayerWeights, WeightError, quantise_layer
 
 LOW_RANK_FILE = "student_lowrank.safetensors"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose linears have the names below
@@ -29,24 +30,12 @@ _NORMS = {"attn_norm_weight": "input_layernorm.weight", "mlp_norm_weight": "post
 
 @dataclass(slots=True, eq=False)
 class LowRankTerm:
-    """What one projection adds: rows [start, stop) of the merged output get `b @ (a @ x)`. a [r, in], b [out, r].
-
-    Where the scales are given, a and b are int8 and their rows are to be multiplied by them.
-    """
+    """What one projection adds: rows [start, stop) of the merged output get `b @ (a @ x)`. a [r, in], b [out, r]."""
 
     start: int
     stop: int
-    a: torch.Tensor
-    b: torch.Tensor
-    a_scale: torch.Tensor | None = None  # float32 [r]
-    b_scale: torch.Tensor | None = None  # float32 [out]
-
-    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """a and b as plain matrices of `dtype`."""
-        return tuple(
-            (value.float() * scale[:, None] if scale is not None else value).to(dtype)
-            for value, scale in ((self.a, self.a_scale), (self.b, self.b_scale))
-        )
+    a: Matrix
+    b: Matrix
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +54,8 @@ class LowRankDelta:
             yield self.packed
         for terms in self.terms.values():
             for term in terms:
-                yield from (t for t in (term.a, term.b, term.a_scale, term.b_scale) if t is not None)
+                for factor in (term.a, term.b):
+                    yield from tensors_of(factor)
 
 
 class LowRankStudent:
@@ -102,12 +92,10 @@ class LowRankStudent:
             merged, start = getattr(teacher, f"{group}_weight"), 0
             for part in parts:
                 name = f"model.layers.{index}.{part}"
-                (a, a_scale), (b, b_scale) = (
-                    self._factor(f"{name}.{side}", dtype, device) for side in ("lora_A", "lora_B")
-                )
+                a, b = (self._factor(f"{name}.{side}", dtype, device) for side in ("lora_A", "lora_B"))
                 if a.shape[1] != merged.shape[1] or start + b.shape[0] > merged.shape[0] or a.shape[0] != b.shape[1]:
                     raise WeightError(f"{self.path.name}: layer {index} {part} does not fit the teacher's layer")
-                terms.setdefault(group, []).append(LowRankTerm(start, start + b.shape[0], a, b, a_scale, b_scale))
+                terms.setdefault(group, []).append(LowRankTerm(start, start + b.shape[0], a, b))
                 start += b.shape[0]
             if start != merged.shape[0]:
                 raise WeightError(f"{self.path.name}: layer {index} {group} does not fit the teacher's layer")
@@ -117,8 +105,15 @@ class LowRankStudent:
         }
         return LowRankDelta(self.kept[index], terms, **norms)
 
-    def layer(self, index: int, teacher: LayerWeights, dtype: torch.dtype, device: torch.device | str) -> LayerWeights:
-        """Student layer `index` expanded: the sum is taken in float32 and rounded once.
+    def layer(
+        self,
+        index: int,
+        teacher: LayerWeights,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        quantization: str | None = None,
+    ) -> LayerWeights:
+        """Student layer `index` expanded: the sum is taken in float32 and rounded to `dtype`, then quantised if asked.
 
         Biases and query/key norms, which have no difference, are the teacher's (in `dtype`).
         """
@@ -127,8 +122,7 @@ class LowRankStudent:
         for group, terms in delta.terms.items():
             weight = getattr(teacher, f"{group}_weight").to(torch.float32, copy=True)
             for term in terms:
-                a, b = term.factors(torch.float32)
-                weight[term.start : term.stop].addmm_(b, a)
+                weight[term.start : term.stop].addmm_(dense(term.b, torch.float32), dense(term.a, torch.float32))
             changed[f"{group}_weight"] = weight.to(device, dtype)
         for name in _NORMS:
             changed[name] = getattr(delta, name).to(device, dtype)
@@ -136,24 +130,24 @@ class LowRankStudent:
             value = getattr(teacher, field.name)
             if field.name not in changed and value is not None:
                 changed[field.name] = value.to(device, dtype)
-        return LayerWeights(**changed)
+        layer = LayerWeights(**changed)
+        if quantization:
+            quantise_layer(layer)
+        return layer
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
         return self._file.get_tensor(name)
 
-    def _factor(
-        self, name: str, dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A factor and, if it is stored as int8, the scale of its rows."""
+    def _factor(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Matrix:
         value = self._tensor(name)
         if f"{name}_scale" not in self._names:
-            return value.to(device, dtype, copy=True), None
+            return value.to(device, dtype, copy=True)
         scale = self._tensor(f"{name}_scale").float().reshape(-1)
         if value.dtype == torch.int8:
-            return value.to(device, copy=True), scale.to(device, copy=True)
-        return (value.float() * scale[:, None]).to(device, dtype), None
+            return Int8Matrix(value.to(device, copy=True), scale.to(device, copy=True))
+        return (value.float() * scale[:, None]).to(device, dtype)
 
     def num_bytes(self, dtype: torch.dtype) -> dict[int, int]:
         """Student layer -> bytes of its factors and norms in memory: int8 as stored, the rest in `dtype`."""

@@ -18,6 +18,7 @@ import torch
 from model_store import lowrank, published
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.footprint import Footprint
+from model_store.int8 import QUANTIZATIONS
 from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
@@ -70,19 +71,25 @@ class Pair:
         """Parameters of one size as assembled: a tied pair whose ends differ is untied in between."""
         return self._footprint.parameters([size])
 
-    def union_bytes(self, sizes: Collection[int], dtype: torch.dtype, low_rank: bool = False) -> int:
-        """Bytes of all weights that serving exactly `sizes` needs in memory; `low_rank` as for `load`."""
+    def union_bytes(
+        self, sizes: Collection[int], dtype: torch.dtype, low_rank: bool = False, quantization: str | None = None
+    ) -> int:
+        """Bytes of all weights that serving exactly `sizes` needs in memory; the other arguments as for `load`."""
         footprint = self._shared_footprint(dtype) if low_rank else self._footprint
-        return footprint.num_bytes(sizes, dtype)
+        return footprint.num_bytes(sizes, dtype, quantization)
 
-    def size_table(self, dtype: torch.dtype = torch.bfloat16, low_rank: bool = False) -> list[dict[str, Any]]:
+    def size_table(
+        self, dtype: torch.dtype = torch.bfloat16, low_rank: bool = False, quantization: str | None = None
+    ) -> list[dict[str, Any]]:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality.
 
-        The bytes are those of the form that runs: `low_rank` as for `load`.
+        The bytes are those of the form that runs: `low_rank` and `quantization` as for `load`.
         """
-        rows = self._footprint.size_table(dtype)
+        rows = self._footprint.size_table(dtype, quantization)
         if low_rank:
-            rows = [row | {"weight_bytes": self.union_bytes([row["size"]], dtype, low_rank)} for row in rows]
+            rows = [
+                row | {"weight_bytes": self.union_bytes([row["size"]], dtype, low_rank, quantization)} for row in rows
+            ]
         return [row | {"quality": self.quality.get(row["size"], {})} for row in rows]
 
     @cached_property
@@ -126,16 +133,21 @@ class Pair:
         device: torch.device | str = "cpu",
         memory_budget: int | None = None,
         low_rank: bool = False,
+        quantization: str | None = None,
     ) -> LoadedPair:
-        """Read the tensors, in `dtype`, onto the device; peak memory is the result plus two layers.
+        """Read the tensors, in `dtype`, onto the device; peak memory is the result plus two layers (plain ones, and one
+        plain head, with `quantization`).
 
         With a `memory_budget` (bytes of weights) too small for both models, the student and as many teacher blocks as
         fit, in patch order, are read; the sizes beyond are reported missing. `low_rank` keeps the layers of a
         low-rank student as differences to the teacher's instead of expanding them (no effect on ordinary students).
+        `quantization` "int8" rounds the matrices of layers, heads and tied embeddings to 255 steps per output channel.
         Raises PairError or WeightError.
         """
         footprint = self._shared_footprint(dtype) if low_rank else self._footprint
-        sizes, missing = footprint.servable(dtype, memory_budget)
+        if quantization not in (None, *QUANTIZATIONS):
+            raise PairError(f"unknown quantization {quantization!r} (known: {', '.join(QUANTIZATIONS)})")
+        sizes, missing = footprint.servable(dtype, memory_budget, quantization)
         if not sizes:
             smallest = self.elasticity.sizes[0]
             raise PairError(f"not even the smallest size can be served: {smallest} layers {missing[smallest]}")
@@ -146,22 +158,24 @@ class Pair:
         teacher = Checkpoint(self.teacher_path)
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:  # copies and conversions run outside the interpreter's lock
             ids = [i for i in wanted if i < num_teacher]
-            layers = dict(zip(ids, threads.map(lambda i: teacher.layer(i, dtype, device), ids), strict=True))
+            read = threads.map(lambda i: teacher.layer(i, dtype, device, quantization), ids)
+            layers = dict(zip(ids, read, strict=True))
         student_ids = [i for i in wanted if i >= num_teacher]
         factors: dict[int, LowRankDelta] = {}
         parts = self._footprint.end_parts(sizes)
         if self.student_spec is None:
-            factors = self._load_low_rank(teacher, student_ids, layers, dtype, device, low_rank)
-            ends = join_ends(teacher.end_tensors(dtype, device), {})
+            factors = self._load_low_rank(teacher, student_ids, layers, dtype, device, low_rank, quantization)
+            ends = join_ends(teacher.end_tensors(dtype, device, quantization=quantization), {})
         else:
             student = Checkpoint(self.student_path)
             for i in student_ids:
-                own, origin = student.layer(i - num_teacher, dtype, device), self.elasticity.kept[i - num_teacher]
+                own = student.layer(i - num_teacher, dtype, device, quantization)
+                origin = self.elasticity.kept[i - num_teacher]
                 is_teachers = origin in layers and is_same_layer(own, layers[origin])
                 layers[i] = layers[origin] if is_teachers else own
             ends = join_ends(
-                teacher.end_tensors(dtype, device, parts["teacher"]),
-                student.end_tensors(dtype, device, parts["student"]),
+                teacher.end_tensors(dtype, device, parts["teacher"], quantization),
+                student.end_tensors(dtype, device, parts["student"], quantization),
             )
             _check_all_used(student)
         if not missing:
@@ -176,6 +190,7 @@ class Pair:
         dtype: torch.dtype,
         device: torch.device | str,
         keep: bool,
+        quantization: str | None,
     ) -> dict[int, LowRankDelta]:
         """Adds the student's layers to `layers`, expanded; or returns their factors, if they are to be kept.
 
@@ -187,9 +202,9 @@ class Pair:
             index = i - num_teacher
             origin = student.kept[index]
             if not student.has_own_layer(index):
-                return layers[origin] if origin in layers else teacher.layer(origin, dtype, device)
+                return layers[origin] if origin in layers else teacher.layer(origin, dtype, device, quantization)
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-            return student.layer(index, teacher.layer(origin, torch.float32), dtype, device)
+            return student.layer(index, teacher.layer(origin, torch.float32), dtype, device, quantization)
 
         kept = [i for i in student_ids if keep and student.has_own_layer(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:

@@ -60,12 +60,22 @@ class ModelSpec:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of a layer's matrices by name."""
+        up = self.intermediate_size * (2 if self.gated_mlp else 1)
+        return {
+            "qkv_weight": (self.q_size + 2 * self.kv_size, self.hidden_size),
+            "o_weight": (self.hidden_size, self.q_size),
+            "up_weight": (up, self.hidden_size),
+            "down_weight": (self.hidden_size, self.intermediate_size),
+        }
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer, biases and norms included."""
-        e, i, norm_width = self.hidden_size, self.intermediate_size, 2 if self.norm == "layer" else 1
-        qkv = self.q_size + 2 * self.kv_size
-        up = 2 * i if self.gated_mlp else i
-        count = e * qkv + self.q_size * e + e * up + i * e + 2 * norm_width * e
+        e, norm_width, shapes = self.hidden_size, 2 if self.norm == "layer" else 1, self.matrix_shapes
+        qkv, up = shapes["qkv_weight"][0], shapes["up_weight"][0]
+        count = sum(outputs * inputs for outputs, inputs in shapes.values()) + 2 * norm_width * e
         count += qkv * self.qkv_bias + e * self.o_bias + (up + e) * self.mlp_bias
         return count + (2 * self.head_dim if self.qk_norm else 0)
 

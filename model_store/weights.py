@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
 from model_store.spec import ModelSpec
 
 # Buffers that old checkpoints carry; computed, not learned.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 _PREFIXES = ("model.", "gpt_neox.", "transformer.")
 END_PARTS = ("embed", "norm", "head")
+MATRICES = ("qkv_weight", "o_weight", "up_weight", "down_weight")  # of a layer
 
 
 class WeightError(ValueError):
@@ -28,14 +30,17 @@ class WeightError(ValueError):
 
 @dataclass(slots=True, eq=False)
 class LayerWeights:
-    """One decoder layer. `qkv` rows are all q heads, then k, then v; gated `up` rows are all of gate, then up."""
+    """One decoder layer. `qkv` rows are all q heads, then k, then v; gated `up` rows are all of gate, then up.
+
+    A Matrix is a tensor, or int8 with scales.
+    """
 
     attn_norm_weight: torch.Tensor  # [E]
-    qkv_weight: torch.Tensor  # [(H + 2K) D, E]
-    o_weight: torch.Tensor  # [E, H D]
+    qkv_weight: Matrix  # [(H + 2K) D, E]
+    o_weight: Matrix  # [E, H D]
     mlp_norm_weight: torch.Tensor  # [E]
-    up_weight: torch.Tensor  # [2I, E] gated, else [I, E]
-    down_weight: torch.Tensor  # [E, I]
+    up_weight: Matrix  # [2I, E] gated, else [I, E]
+    down_weight: Matrix  # [E, I]
     attn_norm_bias: torch.Tensor | None = None
     qkv_bias: torch.Tensor | None = None
     q_norm_weight: torch.Tensor | None = None  # [D]
@@ -46,25 +51,25 @@ class LayerWeights:
     down_bias: torch.Tensor | None = None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        return (value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+        return (tensor for f in fields(self) for tensor in tensors_of(getattr(self, f.name)))
 
 
 @dataclass(slots=True, eq=False)
 class EndWeights:
     """What surrounds the layers, in three parts: embed (with positions), norm, head.
 
-    `head` is the same tensor object as `embed` when they are tied.
+    `head` is the same object as `embed` when they are tied; only then can the embedding be int8.
     """
 
-    embed: torch.Tensor  # [V, E]
+    embed: Matrix  # [V, E]
     final_norm_weight: torch.Tensor  # [E]
-    head: torch.Tensor  # [V, E]
+    head: Matrix  # [V, E]
     positions: torch.Tensor | None = None  # [P, E]
     final_norm_bias: torch.Tensor | None = None
     head_bias: torch.Tensor | None = None
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        return (value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+        return (tensor for f in fields(self) for tensor in tensors_of(getattr(self, f.name)))
 
 
 class Checkpoint:
@@ -92,31 +97,36 @@ class Checkpoint:
         file, key = self._where[name]
         return self._files[file].get_tensor(key)
 
-    def layer(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> LayerWeights:
+    def layer(
+        self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu", quantization: str | None = None
+    ) -> LayerWeights:
         """One layer in the common layout; each merged tensor is built and moved before the next is read."""
         layer = _LAYERS[self.spec.family](self, index, _placer(dtype, device))
-        spec = self.spec
-        expected = {
-            "qkv_weight": (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
-            "o_weight": (spec.hidden_size, spec.q_size),
-            "up_weight": (spec.intermediate_size * (2 if spec.gated_mlp else 1), spec.hidden_size),
-            "down_weight": (spec.hidden_size, spec.intermediate_size),
-        }
-        for name, shape in expected.items():
+        for name, shape in self.spec.matrix_shapes.items():
             if tuple(getattr(layer, name).shape) != shape:
                 found = list(getattr(layer, name).shape)
                 raise WeightError(f"{self.path}: layer {index} {name} is {found}, its config says {list(shape)}")
+        if quantization:
+            quantise_layer(layer)
         return layer
 
     def end_tensors(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu", parts: Collection[str] = END_PARTS
-    ) -> dict[str, torch.Tensor | None]:
-        """The EndWeights fields of some `parts`; a tied head is the very tensor of the embedding if both are asked."""
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        parts: Collection[str] = END_PARTS,
+        quantization: str | None = None,
+    ) -> dict[str, Matrix | None]:
+        """The EndWeights fields of some `parts`; a tied head is the very object of the embedding if both are asked.
+
+        What is quantised is the head, and an embedding that is tied to it.
+        """
         place, names = _placer(dtype, device), _ENDS[self.spec.family]
-        tensors: dict[str, torch.Tensor | None] = {}
+        placed_head = (lambda tensor: quantise(place(tensor))) if quantization else place
+        tensors: dict[str, Matrix | None] = {}
         embed_name, head_name = names["embed"], self.head_name
         if "embed" in parts:
-            tensors["embed"] = place(self.tensor(embed_name))
+            tensors["embed"] = (placed_head if head_name == embed_name else place)(self.tensor(embed_name))
             tensors["positions"] = place(self.tensor("wpe.weight")) if self.spec.learned_positions else None
         if "norm" in parts:
             tensors["final_norm_weight"] = place(self.tensor(names["norm"] + ".weight"))
@@ -124,7 +134,7 @@ class Checkpoint:
             tensors["final_norm_bias"] = place(self.tensor(names["norm"] + ".bias")) if has_bias else None
         if "head" in parts:
             is_loaded = head_name == embed_name and "embed" in tensors
-            tensors["head"] = tensors["embed"] if is_loaded else place(self.tensor(head_name))
+            tensors["head"] = tensors["embed"] if is_loaded else placed_head(self.tensor(head_name))
             tensors["head_bias"] = place(self.tensor("lm_head.bias")) if "lm_head.bias" in self else None
         return tensors
 
@@ -154,6 +164,14 @@ class Checkpoint:
     def unused(self) -> list[str]:
         """Tensors nobody asked for, known buffers aside: after a full load this must be empty."""
         return sorted(n for n in self._where if n not in self._used and not n.endswith(_BUFFERS))
+
+
+def quantise_layer(layer: LayerWeights) -> None:
+    """The layer's matrices become int8, one after the other."""
+    for name in MATRICES:
+        matrix = getattr(layer, name)
+        if not isinstance(matrix, Int8Matrix):
+            setattr(layer, name, quantise(matrix))
 
 
 def _open(file: Path) -> Any:

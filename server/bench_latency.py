@@ -47,7 +47,7 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     length = arguments.input_len + arguments.output_len
     if min(batches) < 1 or arguments.input_len < 1 or arguments.output_len < 2 or length > pair.spec.max_context:
         raise ValueError("batch sizes and lengths must be positive (output at least 2) and fit the model's context")
-    loaded = pair.load(dtype, device, memory_budget=settings.memory_budget)
+    loaded = pair.load(dtype, device, settings.memory_budget, quantization=settings.quantization)
     config = dataclasses.replace(
         engine_config(settings, pair, dtype, device),
         max_num_seqs=max(batches),

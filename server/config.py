@@ -84,7 +84,10 @@ class Settings:
         "auto", "weights and KV", group="model", choices=("auto", "bfloat16", "float16", "float32")
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="model")
-    quantization: str | None = option(None, "weight quantization, e.g. int8", group="model")
+    quantization: str | None = option(
+        None, "int8: weights of 8 bits, rounded when loaded, one scale per output channel", group="model",
+        choices=("int8",),
+    )  # fmt: skip
     memory_budget: int | None = option(
         None, "bytes of memory for weights; sizes that do not fit are not served", kind="bytes", group="model"
     )

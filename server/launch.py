@@ -75,7 +75,7 @@ def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
         return False
     if settings.low_rank != "auto":
         return settings.low_rank == "on"
-    expanded = pair.union_bytes(pair.elasticity.sizes, dtype)
+    expanded = pair.union_bytes(pair.elasticity.sizes, dtype, quantization=settings.quantization)
     return settings.memory_budget is not None and expanded > settings.memory_budget
 
 
@@ -141,7 +141,6 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         executor=settings.executor,
         enforce_eager=settings.enforce_eager,
         attention_backend=settings.attention_backend,
-        quantization=settings.quantization,
         speculative_size=speculative_size(settings, pair),
         num_speculative_tokens=settings.num_speculative_tokens,
         seed=settings.seed,
@@ -187,7 +186,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     pair = open_settings_pair(settings)
     dtype, device = pick_dtype(settings), pick_device(settings)
     low_rank = keeps_low_rank(settings, pair, dtype)
-    loaded = pair.load(dtype, device, memory_budget=settings.memory_budget, low_rank=low_rank)
+    loaded = pair.load(dtype, device, settings.memory_budget, low_rank, settings.quantization)
     clock.mark("weights")
     config = engine_config(settings, pair, dtype, device)
     engine = Engine(loaded, config)
@@ -195,7 +194,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
-    infos = size_infos(pair.size_table(dtype, low_rank))
+    infos = size_infos(pair.size_table(dtype, low_rank, settings.quantization))
     names = settings.served_model_name or (pair.name,)
     catalog = Catalog(
         names=tuple(dict.fromkeys(names)),

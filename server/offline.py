@@ -29,7 +29,7 @@ class OfflineEngine:
         from server.launch import engine_config, pick_device, pick_dtype
 
         dtype, device = pick_dtype(settings), pick_device(settings)
-        loaded = pair.load(dtype, device)
+        loaded = pair.load(dtype, device, quantization=settings.quantization)
         config = engine_config(settings, pair, dtype, device)
         length = min(max_model_len, pair.spec.max_context)
         self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))

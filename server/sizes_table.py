@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import Settings
-from server.launch import open_settings_pair, pick_dtype
+from server.launch import keeps_low_rank, open_settings_pair, pick_dtype
 
 if TYPE_CHECKING:
     from model_store.pair import Pair
@@ -29,7 +29,8 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     """Print the table (or JSON) without loading a tensor. Speeds are those of the last `bench latency` here."""
     pair = open_settings_pair(settings)
     dtype = pick_dtype(settings)
-    rows = pair.size_table(dtype)
+    low_rank, quantization = keeps_low_rank(settings, pair, dtype), settings.quantization
+    rows = pair.size_table(dtype, low_rank, quantization)
     file = speed_file(settings, pair)
     speeds: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for row in rows:
@@ -37,7 +38,9 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows}, indent=1))
         return 0
-    table = Table(title=f"{pair.name}, {str(dtype).removeprefix('torch.')}, patch order {pair.patch_order}")
+    kind = str(dtype).removeprefix("torch.") + (f" with {quantization} weights" if quantization else "")
+    form = ", low-rank student as a difference" if low_rank else ""
+    table = Table(title=f"{pair.name}, {kind}{form}, patch order {pair.patch_order}")
     names = ("size", "parameters", "of teacher", "weights", "KV per token", "KL to teacher", "decode tok/s")
     for name in names:
         table.add_column(name, justify="right")
@@ -54,7 +57,7 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
         )
     console = Console()
     console.print(table)
-    together = pair.union_bytes(pair.elasticity.sizes, dtype)
+    together = pair.union_bytes(pair.elasticity.sizes, dtype, low_rank, quantization)
     apart = sum(row["weight_bytes"] for row in rows)
     console.print(f"all {len(rows)} sizes together: {together / 1e6:.0f} MB of weights; apart {apart / 1e6:.0f} MB")
     if not speeds:

@@ -31,7 +31,7 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,
         enable_prefix_caching=False,
     )  # fmt: skip
-    engine = Engine(pair.load(dtype, device), config)
+    engine = Engine(pair.load(dtype, device, quantization=settings.quantization), config)
     print(json.dumps({"ready": time.perf_counter() - started, "executor": engine.executor.describe()}), flush=True)
     for count, line in enumerate(sys.stdin):
         job = json.loads(line)

@@ -18,7 +18,6 @@ class EngineConfig:
     executor: str = "auto"  # auto | cuda | native | torch: see server.model.executor
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
-    quantization: str | None = None
     speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation
     num_speculative_tokens: int = 3  # guesses ahead, at most
     seed: int = 0

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from model_store.int8 import Matrix
 from model_store.lowrank import LowRankTerm
 from model_store.spec import ModelSpec
 from model_store.weights import LayerWeights
 from server.model.attention import AttentionBackend, Lane
+from server.model.linear import linear
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spec: ModelSpec) -> torch.Tensor:
@@ -51,13 +53,13 @@ class Rows:
 
 
 def project(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str, rows: list[Rows]
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, name: str, rows: list[Rows]
 ) -> torch.Tensor:
     """x W^T + b for all rows in one product, plus `b (a x)` where rows have such terms."""
-    out = F.linear(x, weight, bias)
+    out = linear(x, weight, bias)
     for part in rows:
         for term in part.terms[name] if part.terms else ():
-            part.of(out)[:, term.start : term.stop] += F.linear(F.linear(part.of(x), term.a), term.b)
+            part.of(out)[:, term.start : term.stop] += linear(linear(part.of(x), term.a), term.b)
     return out
 
 

@@ -51,7 +51,7 @@ Candidate = tuple[str, Callable[["LoadedPair", "EngineConfig"], "Executor | str"
 
 
 def _cuda(pair: LoadedPair, config: EngineConfig) -> Executor | str:
-    if pair.ends["teacher"].embed.device.type != "cuda" and config.executor != "cuda":
+    if pair.ends["teacher"].head.device.type != "cuda" and config.executor != "cuda":
         return "runs on cuda only"  # said without importing Triton, which takes a second
     try:
         from server.kernels.cuda.executor import create
@@ -71,8 +71,6 @@ def _native(pair: LoadedPair, config: EngineConfig) -> Executor | str:
 def _torch(pair: LoadedPair, config: EngineConfig) -> Executor | str:
     from server.model.torch_executor import TorchExecutor
 
-    if config.quantization:
-        return f"does not do --quantization {config.quantization}"
     return TorchExecutor(pair, page_size=config.page_size)
 
 

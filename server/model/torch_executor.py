@@ -5,18 +5,17 @@ T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabu
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model_store.lowrank import LowRankDelta, LowRankTerm
+from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
 from model_store.weights import EndWeights
 from server.engine.batch import ForwardBatch, Segment
 from server.model.attention import Lane, TorchAttention
 from server.model.decoder_layer import Rows, decoder_layer, norm
+from server.model.linear import embed, linear
 
 
 class TorchExecutor:
@@ -27,12 +26,13 @@ class TorchExecutor:
     def __init__(self, pair: LoadedPair, *, page_size: int) -> None:
         self.spec = pair.spec
         self.layers = pair.layers
-        self.low_rank = {layer: _dense(delta, pair) for layer, delta in pair.low_rank.items()}
+        self.low_rank: dict[int, LowRankDelta] = pair.low_rank
+        self.quantization = pair.quantization
         self.num_teacher_layers = pair.elasticity.num_teacher_layers
         self.shared_stations = pair.shared_stations
         self.ends: dict[str, EndWeights] = pair.ends
-        self.dtype = self.ends["teacher"].embed.dtype
-        self.device = self.ends["teacher"].embed.device
+        self.dtype = self.ends["teacher"].final_norm_weight.dtype
+        self.device = self.ends["teacher"].final_norm_weight.device
         self.page_size = page_size
         self.attention = TorchAttention(
             page_size=page_size,
@@ -47,7 +47,8 @@ class TorchExecutor:
             self._inv_freq = inv_freq.to(self.device, torch.float32)
 
     def describe(self) -> str:
-        return f"torch on {self.device}, {str(self.dtype).removeprefix('torch.')}, pages of {self.page_size} tokens"
+        kind = str(self.dtype).removeprefix("torch.") + (f", {self.quantization} weights" if self.quantization else "")
+        return f"torch on {self.device}, {kind}, pages of {self.page_size} tokens"
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
@@ -75,7 +76,7 @@ class TorchExecutor:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
         def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
-            return F.linear(rows, end.head, end.head_bias)
+            return linear(rows, end.head, end.head_bias)
 
         return self._by_side(hidden, num_teacher, head).float()
 
@@ -84,7 +85,7 @@ class TorchExecutor:
     def _embed(self, batch: ForwardBatch) -> torch.Tensor:
         ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(self.device)
         split = int(batch.query_start[batch.embed_cut])
-        hidden = self._by_side(ids, split, lambda rows, end: F.embedding(rows, end.embed))
+        hidden = self._by_side(ids, split, lambda rows, end: embed(rows, end.embed, self.dtype))
         if self.spec.learned_positions:
             positions = torch.from_numpy(batch.positions.astype(np.int64)).to(self.device)
             hidden = hidden + self._by_side(positions, split, lambda rows, end: F.embedding(rows, end.positions))
@@ -127,14 +128,3 @@ class TorchExecutor:
         if split == 0:
             return apply(rows, student)
         return torch.cat((apply(rows[:split], teacher), apply(rows[split:], student)))
-
-
-def _dense(delta: LowRankDelta, pair: LoadedPair) -> LowRankDelta:
-    """int8 factors as plain matrices, so that a step converts nothing."""
-    dtype = pair.ends["teacher"].embed.dtype
-
-    def dense(term: LowRankTerm) -> LowRankTerm:
-        return LowRankTerm(term.start, term.stop, *term.factors(dtype))
-
-    terms = {name: [dense(term) for term in terms] for name, terms in delta.terms.items()}
-    return dataclasses.replace(delta, terms=terms)

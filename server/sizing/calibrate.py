@@ -190,7 +190,7 @@ def calibration_key(engine: Engine, profile: CostProfile) -> str:
     facts = [
         FORMAT, repr(engine.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
         sorted(profile.shared_stations),
-        profile.kv_bytes, engine.executor.describe(), config.page_size, config.quantization,
+        profile.kv_bytes, engine.executor.describe(), config.page_size,
         processor_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

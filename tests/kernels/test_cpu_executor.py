@@ -1,13 +1,16 @@
 """The native executor against the portable one: random layers of odd shapes, mixed sizes, chunks and shuffled pages."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.int8 import dense, quantise
 from model_store.loaded import LoadedPair
 from model_store.spec import ModelSpec
-from model_store.weights import EndWeights, LayerWeights
+from model_store.weights import EndWeights, LayerWeights, quantise_layer
 from server.engine.batch import ForwardBatch, Segment
 from server.engine.config import EngineConfig
 from server.kernels.cpu.build import VARIANTS
@@ -73,6 +76,15 @@ def make_pair(family: str, dtype: torch.dtype, elasticity: Elasticity | None = N
         name="tiny", spec=spec, elasticity=elasticity, sizes=elasticity.sizes,
         layers={i: layer() for i in range(elasticity.num_global_layers)}, ends={"teacher": end(), "student": end()},
     )  # fmt: skip
+
+
+def quantised(pair: LoadedPair) -> LoadedPair:
+    """The pair with int8 matrices, as `Pair.load` makes them."""
+    for layer in pair.layers.values():
+        quantise_layer(layer)
+    for end in pair.ends.values():
+        end.embed = end.head = quantise(end.head)
+    return pair
 
 
 def make_steps(
@@ -174,18 +186,15 @@ def test_many_rows_go_layer_by_layer_in_chunks(family, dtype, variant, monkeypat
 def test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch):
     """Logits are those of a model whose matrices were rounded to 255 steps per output channel beforehand."""
     monkeypatch.setenv(VARIANT_VARIABLE, variant)
-    native = create(
-        make_pair(family, torch.bfloat16), EngineConfig(page_size=32, max_model_len=320, quantization="int8")
-    )
+    native = create(quantised(make_pair(family, torch.bfloat16)), EngineConfig(page_size=32, max_model_len=320))
     if isinstance(native, str):
         pytest.skip(native)
-    pair = make_pair(family, torch.bfloat16)
+    pair = quantised(make_pair(family, torch.bfloat16))
     for part in (*pair.layers.values(), *pair.ends.values()):
-        for tensor in part.tensors():
-            tensor.data = tensor.data.float()
-            if tensor.ndim == 2 and tensor is not getattr(part, "positions", None):
-                scale = tensor.abs().amax(dim=1, keepdim=True) / 127
-                tensor.data = (tensor / scale).round() * scale
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if value is not None:
+                setattr(part, field.name, dense(value, torch.float32))
     portable = TorchExecutor(pair, page_size=32)
     steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 50, 1]])
     for executor in (native, portable):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_store.int8 import dense
 from model_store.lowrank import LOW_RANK_FILE
 from model_store.pair import PairError, open_pair
 from model_store.weights import WeightError
@@ -75,7 +76,7 @@ def test_expanded_layers_are_the_sum(teacher, tmp_path, quantise):
         assert delta.base == KEPT[index]
         out = x @ origin.qkv_weight.T
         for term in delta.terms["qkv"]:
-            a, b = term.factors(torch.float32)
+            a, b = dense(term.a, torch.float32), dense(term.b, torch.float32)
             out[:, term.start : term.stop] += x @ a.T @ b.T
         torch.testing.assert_close(out, x @ layer.qkv_weight.T, rtol=1e-4, atol=1e-4)
 

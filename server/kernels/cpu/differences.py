@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import ctypes
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.int8 import Int8Matrix, Matrix, dense
 from model_store.loaded import LoadedPair
 from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.kernels.cpu import library
-from server.kernels.cpu.packing import MATRICES, huge_pages
+from server.kernels.cpu.packing import fill, huge_pages, packed_weights
 
 _TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+_GROUPS = ("qkv", "o", "up", "down")
 _PANEL = 32  # output channels of a panel: ranks are padded to it
 
 
@@ -27,9 +28,10 @@ class PackedDifferences:
         """`dtype` is the pair's. In float32 the factors are float32, else what they are stored in."""
         self._lib, self._num_threads = lib, num_threads
         terms = [term for delta in pair.low_rank.values() for group in delta.terms.values() for term in group]
-        is_int8 = dtype != torch.float32 and bool(terms) and all(t.a_scale is not None for t in terms)
+        are_int8 = bool(terms) and all(isinstance(factor, Int8Matrix) for t in terms for factor in (t.a, t.b))
+        is_int8 = dtype != torch.float32 and are_int8
         self.dtype = torch.int8 if is_int8 else dtype
-        self._scales: list[np.ndarray] = []
+        self._scales: list[torch.Tensor] = []
         self._by_layer = {layer: self._pack(delta) for layer, delta in sorted(pair.low_rank.items())}
         self._deltas = pair.low_rank  # norms are used where they lie
 
@@ -45,27 +47,25 @@ class PackedDifferences:
 
     def _pack(self, delta: LowRankDelta) -> dict[str, library.Factors]:
         """One layer's factors; the plain ones are freed."""
-        sources: list[torch.Tensor] = []
-        for name in MATRICES:
-            plain = [self._padded(term) for term in delta.terms[name]]
-            sources += [torch.cat([a for a, _ in plain]), *(b for _, b in plain)]
+        sources: list[Matrix] = []
+        for name in _GROUPS:
+            padded = [self._padded(term) for term in delta.terms[name]]
+            sources += [_stacked([a for a, _ in padded]), *(b for _, b in padded)]
         sizes = [self._lib.bs_packed_bytes(*s.shape, False, _TYPES[self.dtype]) for s in sources]
         delta.packed = huge_pages(sum(sizes))
         items = (library.Pack * len(sources))()
         packed, offset = [], 0
         for item, source, size in zip(items, sources, sizes, strict=True):
-            scale = np.zeros(self._lib.bs_packed_channels(source.shape[0], False), np.float32)
-            target = delta.packed[offset : offset + size]
-            item.source, item.target, item.scale = source.data_ptr(), target.data_ptr(), scale.ctypes.data
-            item.N, item.K = source.shape
-            item.source_type, item.type = _TYPES[source.dtype], _TYPES[self.dtype]
             is_int8 = self.dtype == torch.int8
-            packed.append(library.Weights(target.data_ptr(), scale.ctypes.data if is_int8 else None))
+            scale = torch.zeros(self._lib.bs_packed_channels(source.shape[0], False) if is_int8 else 0)
+            target = delta.packed[offset : offset + size]
+            fill(item, source, target, scale)
+            packed.append(packed_weights(target, scale))
             self._scales.append(scale)
             offset += size
         self._lib.bs_pack(items, len(sources), self._num_threads)
         weights, factors = iter(packed), {}
-        for name in MATRICES:
+        for name in _GROUPS:
             terms = delta.terms[name]
             factors[name] = library.Factors(a=next(weights), num_terms=len(terms))
             for i, term in enumerate(terms):
@@ -73,11 +73,20 @@ class PackedDifferences:
         delta.terms = {}
         return factors
 
-    def _padded(self, term: LowRankTerm) -> tuple[torch.Tensor, torch.Tensor]:
-        """a and b with the rank filled up with zeros, in the type that packing starts from."""
-        a, b = term.factors(torch.float32 if self.dtype == torch.int8 else self.dtype)
-        more = _padded_rank(term) - a.shape[0]
-        return F.pad(a, (0, 0, 0, more)).contiguous(), F.pad(b, (0, more)).contiguous()
+    def _padded(self, term: LowRankTerm) -> tuple[Matrix, Matrix]:
+        """a and b with the rank filled up with zeros, in the type that is packed."""
+        more = _padded_rank(term) - term.a.shape[0]
+        if self.dtype != torch.int8:
+            a, b = dense(term.a, self.dtype), dense(term.b, self.dtype)
+            return F.pad(a, (0, 0, 0, more)).contiguous(), F.pad(b, (0, more)).contiguous()
+        a = Int8Matrix(F.pad(term.a.values, (0, 0, 0, more)), F.pad(term.a.scale, (0, more)))
+        return a, Int8Matrix(F.pad(term.b.values, (0, more)).contiguous(), term.b.scale)
+
+
+def _stacked(matrices: list[Matrix]) -> Matrix:
+    if isinstance(matrices[0], Int8Matrix):
+        return Int8Matrix(torch.cat([m.values for m in matrices]), torch.cat([m.scale for m in matrices]))
+    return torch.cat(matrices)
 
 
 def _padded_rank(term: LowRankTerm) -> int:

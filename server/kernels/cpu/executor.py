@@ -30,13 +30,13 @@ _MAX_HEAD_DIM = 1024  # of write_page's scratch
 
 def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
     """The executor, or the reason why this pair or this machine cannot have it."""
-    embed = pair.ends["teacher"].embed
-    if embed.device.type != "cpu":
-        return f"runs on cpu, not on {embed.device.type}"
-    if embed.dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 or float32, not {embed.dtype}"
-    if config.quantization not in (None, "int8"):
-        return f"does not do --quantization {config.quantization}"
+    sample = pair.ends["teacher"].final_norm_weight
+    if sample.device.type != "cpu":
+        return f"runs on cpu, not on {sample.device.type}"
+    if sample.dtype not in (torch.bfloat16, torch.float32):
+        return f"takes bfloat16 or float32, not {sample.dtype}"
+    if pair.quantization and sample.dtype != torch.bfloat16:
+        return f"does {pair.quantization} weights in bfloat16, not in {sample.dtype}"
     if pair.spec.head_dim > _MAX_HEAD_DIM:
         return f"takes heads of up to {_MAX_HEAD_DIM} channels, not {pair.spec.head_dim}"
     chosen = library.choose()
@@ -63,8 +63,8 @@ class NativeExecutor:
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
-        weight_type = torch.int8 if config.quantization == "int8" else self.dtype
-        self._weights = PackedWeights(pair, lib, weight_type, self.num_threads)
+        self._weights = PackedWeights(pair, lib, self.num_threads)
+        weight_type = self._weights.dtype
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers

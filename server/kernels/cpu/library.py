@@ -76,8 +76,8 @@ class Step(ctypes.Structure):
 
 class Pack(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("source", "target", "scale")),
-        *((name, c_int32) for name in ("N", "K", "gated", "source_type", "type")),
+        *((name, c_void_p) for name in ("source", "target", "source_scale", "scale")),
+        *((name, c_int32) for name in ("N", "K", "gated", "type")),
     ]  # fmt: skip
 
 

@@ -14,35 +14,20 @@ inline int64_t packed_bytes(int N, int K, bool gated) {
     return int64_t(num_panels(N, gated)) * units_of<W>(K) * kLine<W>;
 }
 
-template <class T, class W>
+template <class W>
 void pack_panel(const BsPack& m, int panel) {
     const int units = units_of<W>(m.K);
     W* target = static_cast<W*>(m.target) + long(panel) * units * kPanel * kPerUnit<W>;
-    const T* rows[kPanel];
-    float inverse[kPanel];
+    const W* rows[kPanel];
     for (int i = 0; i < kPanel; i++) {
         const int row = source_row(panel * kPanel + i, m.N, m.gated);
-        rows[i] = row < 0 ? nullptr : static_cast<const T*>(m.source) + long(row) * m.K;
-        if constexpr (sizeof(W) == 1) {  // symmetric, one scale per channel
-            float most = 0.0f;
-            if (rows[i])
-                for (int k = 0; k < m.K; k++) most = std::max(most, std::fabs(to_float(rows[i][k])));
-            m.scale[panel * kPanel + i] = most / 127.0f;
-            inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
-        }
+        rows[i] = row < 0 ? nullptr : static_cast<const W*>(m.source) + long(row) * m.K;
     }
     for (int u = 0; u < units; u++)
         for (int i = 0; i < kPanel; i++)
             for (int j = 0; j < kPerUnit<W>; j++) {
                 const int k = u * kPerUnit<W> + j;
-                W value{};
-                if (rows[i] && k < m.K) {
-                    if constexpr (sizeof(W) == 1)
-                        value.value = int8_t(std::lrint(to_float(rows[i][k]) * inverse[i]));
-                    else
-                        value = rows[i][k];
-                }
-                target[panel_offset<W>(i, k, units)] = value;
+                target[panel_offset<W>(i, k, units)] = rows[i] && k < m.K ? rows[i][k] : W{};
             }
 }
 
@@ -74,12 +59,11 @@ inline void transpose16(__m512i* r) {
     }
 }
 
-// The same type on both sides: whole units of four bytes change places, 16 x 16 at a time. The server is not ready
-// before its weights are packed.
+// Whole units of four bytes change places, 16 x 16 at a time. The server is not ready before its weights are packed.
 template <class T>
-void pack_panel_same(const BsPack& m, int panel) {
+void pack_panel_fast(const BsPack& m, int panel) {
     const int units = units_of<T>(m.K), whole = m.K / kPerUnit<T>;
-    if (m.K % kPerUnit<T>) return pack_panel<T, T>(m, panel);
+    if (m.K % kPerUnit<T>) return pack_panel<T>(m, panel);
     char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<T>;
     for (int half = 0; half < kPanel; half += 16) {
         const T* rows[16];
@@ -96,18 +80,50 @@ void pack_panel_same(const BsPack& m, int panel) {
         }
     }
 }
+
+// Two units of int8 are four bytes: 16 x 16 of those change places for each half of the panel, then their words are sorted
+// into two lines (panel_offset says how a line lies).
+template <>
+inline void pack_panel_fast<int8>(const BsPack& m, int panel) {
+    const int units = units_of<int8>(m.K);
+    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<int8>;
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    auto put = [&](int unit, __m512i low, __m512i high) {
+        const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target + long(unit) * kLine<int8>), _mm512_permutexvar_epi64(order, line));
+    };
+    for (int u = 0; u < units; u += 32) {
+        const int left = m.K - 2 * u;
+        const __mmask64 mask = left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1;
+        __m512i block[2][16];
+        for (int half = 0; half < 2; half++) {
+            for (int i = 0; i < 16; i++) {
+                const int row = source_row(panel * kPanel + 16 * half + i, m.N, m.gated);
+                block[half][i] = row < 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(mask, static_cast<const char*>(m.source) + long(row) * m.K + 2 * u);
+            }
+            transpose16(block[half]);
+        }
+        for (int i = 0; i < std::min(16, (units - u) / 2); i++) {
+            put(u + 2 * i, block[0][i], block[1][i]);
+            put(u + 2 * i + 1, _mm512_srli_epi32(block[0][i], 16), _mm512_srli_epi32(block[1][i], 16));
+        }
+    }
+}
 #else
 template <class T>
-void pack_panel_same(const BsPack& m, int panel) {
-    pack_panel<T, T>(m, panel);
+void pack_panel_fast(const BsPack& m, int panel) {
+    pack_panel<T>(m, panel);
 }
 #endif
 
 inline void pack_one(const BsPack& m, int panel) {
-    if (m.type == BS_FLOAT) return pack_panel_same<float>(m, panel);
-    if (m.type == BS_BF16) return pack_panel_same<bf16>(m, panel);
-    if (m.source_type == BS_FLOAT) return pack_panel<float, int8>(m, panel);
-    pack_panel<bf16, int8>(m, panel);
+    if (m.type == BS_FLOAT) return pack_panel_fast<float>(m, panel);
+    if (m.type == BS_BF16) return pack_panel_fast<bf16>(m, panel);
+    for (int i = panel * kPanel; i < (panel + 1) * kPanel; i++) {
+        const int row = source_row(i, m.N, m.gated);
+        m.scale[i] = row < 0 ? 0.0f : m.source_scale[row];
+    }
+    pack_panel_fast<int8>(m, panel);
 }
 
 inline void pack_all(const BsPack* matrices, int count, int num_threads) {

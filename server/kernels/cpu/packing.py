@@ -11,24 +11,23 @@ import ctypes
 import logging
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from model_store.int8 import Int8Matrix, Matrix
 from model_store.loaded import LoadedPair
-from model_store.weights import EndWeights, LayerWeights
+from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.kernels.cpu import library
 
 logger = logging.getLogger(__name__)
 
-MATRICES = ("qkv", "o", "up", "down")
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
 _TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
 
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
-    tensor: torch.Tensor
+class _Source:
+    matrix: Matrix
     is_gated: bool
     num_bytes: int  # packed
     num_channels: int  # with padding
@@ -37,61 +36,83 @@ class _Matrix:
 class PackedWeights:
     """Packs all matrices of a pair: layers, heads, and embeddings that are also heads."""
 
-    def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, dtype: torch.dtype, num_threads: int) -> None:
-        """`dtype` of the packed weights: the pair's, or int8 (symmetric, one scale per output channel)."""
-        self._lib, self.dtype, self._num_threads = lib, dtype, num_threads
+    def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int) -> None:
+        self._lib, self._num_threads = lib, num_threads
+        self.dtype = pair.ends["teacher"].head.dtype  # of all packed weights: the pair's, or int8
         self._where: dict[int, library.Weights] = {}  # by address of the tensor's (packed) storage
-        groups = [[getattr(layer, f"{name}_weight") for name in MATRICES] for _, layer in sorted(pair.layers.items())]
+        groups = [[getattr(layer, name) for name in MATRICES] for _, layer in sorted(pair.layers.items())]
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
         groups.append([pair.ends["teacher"].head, pair.ends["student"].head])
+        # Embeddings tied to a head that no size needs.
+        groups.append([end.embed for end in pair.ends.values() if isinstance(end.embed, Int8Matrix)])
         seen: set[int] = set()
-        matrices: list[list[_Matrix]] = []
+        matrices: list[list[_Source]] = []
         for group in groups:
-            distinct = [t for t in group if not (t.data_ptr() in seen or seen.add(t.data_ptr()))]
-            matrices.append([self._measure(tensor, id(tensor) in gated) for tensor in distinct])
+            distinct = [m for m in group if not (_start(m) in seen or seen.add(_start(m)))]
+            matrices.append([self._measure(matrix, id(matrix) in gated) for matrix in distinct])
         everyone = list(pair.tensors())
         self._arena = huge_pages(sum(m.num_bytes for group in matrices for m in group))
-        self._scales = np.zeros(sum(m.num_channels for group in matrices for m in group), np.float32)
+        num_channels = sum(m.num_channels for group in matrices for m in group) if self.dtype == torch.int8 else 0
+        self._scales = torch.zeros(num_channels)
         offset = channel = 0
         for group in matrices:  # originals of one layer are freed before the next is packed
             offset, channel = self._pack(group, offset, channel, everyone)
 
-    def of(self, tensor: torch.Tensor) -> library.Weights | None:
-        """The packed form of a tensor, None if it was not packed."""
-        return self._where.get(tensor.data_ptr())
+    def of(self, matrix: Matrix) -> library.Weights | None:
+        """The packed form of a matrix, None if it was not packed."""
+        return self._where.get(_start(matrix))
 
     def num_bytes(self) -> int:
-        return self._arena.nbytes + (self._scales.nbytes if self.dtype == torch.int8 else 0)
+        return self._arena.nbytes + self._scales.nbytes
 
-    def _measure(self, tensor: torch.Tensor, is_gated: bool) -> _Matrix:
-        n, k = tensor.shape
+    def _measure(self, matrix: Matrix, is_gated: bool) -> _Source:
+        assert matrix.dtype == self.dtype
+        n, k = matrix.shape
         num_bytes = self._lib.bs_packed_bytes(n, k, is_gated, _TYPES[self.dtype])
-        return _Matrix(tensor, is_gated, num_bytes, self._lib.bs_packed_channels(n, is_gated))
+        return _Source(matrix, is_gated, num_bytes, self._lib.bs_packed_channels(n, is_gated))
 
     def _pack(
-        self, group: list[_Matrix], offset: int, channel: int, everyone: list[torch.Tensor]
+        self, group: list[_Source], offset: int, channel: int, everyone: list[torch.Tensor]
     ) -> tuple[int, int]:
         items = (library.Pack * len(group))()
         targets = []
         for item, m in zip(items, group, strict=True):
-            assert m.tensor.is_contiguous()
-            n, k = m.tensor.shape
             target = self._arena[offset : offset + m.num_bytes]
             scale = self._scales[channel : channel + m.num_channels]
-            item.source, item.target, item.scale = m.tensor.data_ptr(), target.data_ptr(), scale.ctypes.data
-            item.N, item.K, item.gated = n, k, m.is_gated
-            item.source_type, item.type = _TYPES[m.tensor.dtype], _TYPES[self.dtype]
+            fill(item, m.matrix, target, scale, m.is_gated)
             targets.append((m, target, scale))
             offset, channel = offset + m.num_bytes, channel + m.num_channels
         self._lib.bs_pack(items, len(group), self._num_threads)
         for m, target, scale in targets:
-            address = m.tensor.data_ptr()
+            address = _start(m.matrix)
             packed = target.view(self.dtype).view(m.num_channels // 32, -1, 32)
             for tensor in [t for t in everyone if t.data_ptr() == address]:
                 tensor.data = packed
-            is_int8 = self.dtype == torch.int8
-            self._where[packed.data_ptr()] = library.Weights(target.data_ptr(), scale.ctypes.data if is_int8 else None)
+            if isinstance(m.matrix, Int8Matrix):
+                m.matrix.scale.data = scale
+            self._where[packed.data_ptr()] = packed_weights(target, scale)
         return offset, channel
+
+
+def fill(item: library.Pack, matrix: Matrix, target: torch.Tensor, scale: torch.Tensor, is_gated: bool = False) -> None:
+    """Have `matrix` packed to the bytes `target`, and its scales, if it has any, to `scale`."""
+    is_int8 = isinstance(matrix, Int8Matrix)
+    values = matrix.values if is_int8 else matrix
+    assert values.is_contiguous() and (not is_int8 or matrix.scale.is_contiguous())
+    item.source, item.target, item.type = values.data_ptr(), target.data_ptr(), _TYPES[values.dtype]
+    if is_int8:
+        item.source_scale, item.scale = matrix.scale.data_ptr(), scale.data_ptr()
+    item.N, item.K = matrix.shape
+    item.gated = is_gated
+
+
+def packed_weights(target: torch.Tensor, scale: torch.Tensor) -> library.Weights:
+    """What `fill` had packed, as the kernels take it."""
+    return library.Weights(target.data_ptr(), scale.data_ptr() if len(scale) else None)
+
+
+def _start(matrix: Matrix) -> int:
+    return (matrix.values if isinstance(matrix, Int8Matrix) else matrix).data_ptr()
 
 
 def layer_table(pair: LoadedPair, packed: PackedWeights, num_layers: int) -> ctypes.Array:
@@ -99,7 +120,7 @@ def layer_table(pair: LoadedPair, packed: PackedWeights, num_layers: int) -> cty
     table = (library.Layer * num_layers)()
     for index, weights in pair.layers.items():
         table[index] = library.Layer(
-            **{name: packed.of(getattr(weights, f"{name}_weight")) for name in MATRICES},
+            **{name.removesuffix("_weight"): packed.of(getattr(weights, name)) for name in MATRICES},
             **{short: _address(weights, long) for short, long in _SMALL.items()},
         )
     return table

@@ -69,12 +69,13 @@ struct BsStep {
     float* out;                   // [num_rows, hidden]
 };
 
-// One matrix to pack: `source` [N, K] of `source_type` to `target` of `type` with scales (int8).
+// One matrix to pack: `source` [N, K] to `target`, both of `type`; for int8 also its scales [N], to one per channel.
 struct BsPack {
     const void* source;
     void* target;
+    const float* source_scale;
     float* scale;
-    int32_t N, K, gated, source_type, type;
+    int32_t N, K, gated, type;
 };
 
 // How one row is drawn, given a number of [0, 1); temperature 0 takes the likeliest, top_k 0 and top_p 1 keep all.

@@ -43,15 +43,15 @@ GREEDY: DrawArguments = (0.0, 1.0, 0.0, 0, 0.0)
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
     """The executor, or the reason why this pair or this machine cannot have it."""
-    embed = pair.ends["teacher"].embed
-    if embed.device.type != "cuda" and not (INTERPRETED and config.executor == "cuda"):
-        return f"runs on cuda, not on {embed.device.type}"
-    if config.quantization:
-        return f"does not do --quantization {config.quantization}"
-    if embed.device.type == "cuda":
-        if embed.device.index:
+    device = pair.ends["teacher"].final_norm_weight.device
+    if device.type != "cuda" and not (INTERPRETED and config.executor == "cuda"):
+        return f"runs on cuda, not on {device.type}"
+    if pair.quantization:
+        return f"does not do {pair.quantization} weights"
+    if device.type == "cuda":
+        if device.index:
             return "runs on the first visible device only: set CUDA_VISIBLE_DEVICES instead of --device"
-        major, minor = torch.cuda.get_device_capability(embed.device)
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
         if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
@@ -70,7 +70,8 @@ class CudaExecutor:
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
         self.spec, self.elasticity, self.ends = pair.spec, pair.elasticity, pair.ends
         self.sizes = pair.sizes
-        self.dtype, self.device = pair.ends["teacher"].embed.dtype, pair.ends["teacher"].embed.device
+        sample = pair.ends["teacher"].final_norm_weight
+        self.dtype, self.device = sample.dtype, sample.device
         self.page_size = config.page_size
         spec, device, max_rows = self.spec, self.device, config.max_num_seqs
         num_stations = len(self.elasticity.stations)

@@ -1,0 +1,40 @@
+"""Products with weights that may be int8, in torch operations that every device has.
+
+T = rows, N = outputs, K = inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model_store.int8 import Int8Matrix, Matrix
+
+# Up to so many rows torch's own int8 operation on CPU (bfloat16) is faster than converting the weights; measured. It
+# reads whole vectors of a row, and crashes where its width is not a multiple of them.
+_FEW_ROWS, _VECTOR = 8, 32
+
+
+def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K] -> x W^T + b [T, N].
+
+    Of int8 weights a plain copy lives while it is multiplied with, at most: their values are exact in every type, and
+    the sums are scaled in float32.
+    """
+    if not isinstance(weight, Int8Matrix):
+        return F.linear(x, weight, bias)
+    is_small = len(x) <= _FEW_ROWS and x.shape[1] % _VECTOR == 0
+    if is_small and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # Its scales are of the type of x, too coarse: they are all 1 here.
+        sums = torch._weight_int8pack_mm(x.contiguous(), weight.values, x.new_ones(len(weight.values)))
+    else:
+        sums = F.linear(x, weight.values.to(x.dtype))
+    out = sums * weight.scale
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def embed(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `ids` of [V, E] -> [T, E]."""
+    if not isinstance(weight, Int8Matrix):
+        return F.embedding(ids, weight)
+    return (weight.values[ids] * weight.scale[ids, None]).to(dtype)

@@ -1,0 +1,155 @@
+"""`--quantization int8`: the model is the one whose matrices were rounded, in every executor, size, order and form."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from model_store.int8 import Int8Matrix, dense, quantise
+from model_store.pair import PairError, open_pair
+from server.kernels.cpu import library
+from server.model.linear import embed, linear
+from server.sizing.calibrate import profile_of
+from tests.model.test_oracle import all_logprobs, make_engine, make_request, open_order, run
+from tests.model_store.test_lowrank import write_student
+from tests.tiny_pairs import FAMILIES, KEPT, NUM_TEACHER_LAYERS, VOCAB, Oracle, make_model, make_pair
+
+ORDERS = ("last_to_first", "first_to_last", "mixed")
+
+
+def rounded(model):
+    """The model with every matrix of a layer, the head, and an embedding tied to it rounded, in float32."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):  # Conv1D keeps [in, out]
+                rows = module.weight if isinstance(module, nn.Linear) else module.weight.T
+                rows.copy_(quantise(rows).dense(torch.float32))
+    return model
+
+
+@pytest.fixture(scope="module", params=[(family, None) for family in FAMILIES] + [("qwen3", True), ("llama", False)])
+def family(request, tmp_path_factory):
+    """Folders and the float32 oracle of the rounded models; tied as usual, and the other way round."""
+    name, tied = request.param
+    teacher, student = make_pair(tmp_path_factory.mktemp(name), name, tied)
+    tied = name in ("llama", "gpt2") if tied is None else tied
+    models = [make_model(name, n, seed, tied) for n, seed in ((NUM_TEACHER_LAYERS, 1), (len(KEPT), 2))]
+    return teacher, student, Oracle(*map(rounded, models))
+
+
+def scored(engine, sizes):
+    """Requests of different sizes in one batch, chunked and decoding, and the outputs of each."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (1, 9, 40, 7, 2)]
+    requests = [
+        make_request(f"r{i}", prompt, sizes[i % len(sizes)], logprobs=-1, prompt_logprobs=-1)
+        for i, prompt in enumerate(prompts)
+    ]
+    return requests, run(engine, requests)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_portable_executor_against_the_oracle(family, order):
+    teacher, student, oracle = family
+    pair = open_order(teacher, student, order)
+    engine = make_engine(pair, "torch", loaded=pair.load(torch.float32, quantization="int8"))
+    requests, outputs = scored(engine, pair.elasticity.sizes)
+    for request in requests:
+        text = request.prompt_token_ids + request.output_token_ids
+        reference = torch.log_softmax(oracle.logits(pair.elasticity, request.sizes[0], text)[:-1], -1)
+        assert request.output_token_ids == reference[-6:].argmax(-1).tolist()
+        error = (all_logprobs(outputs[request.request_id]) - reference).abs() / reference.abs().clamp(min=1.0)
+        assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_both_executors_in_bfloat16(family, executor):
+    if executor == "native" and isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
+    teacher, student, oracle = family
+    pair = open_order(teacher, student, "last_to_first")
+    engine = make_engine(pair, executor, loaded=pair.load(torch.bfloat16, quantization="int8"))
+    assert "int8 weights" in engine.executor.describe()
+    requests, outputs = scored(engine, pair.elasticity.sizes)
+    for request in requests:
+        text = request.prompt_token_ids + request.output_token_ids
+        reference = torch.log_softmax(oracle.logits(pair.elasticity, request.sizes[0], text)[:-1], -1)
+        measured = all_logprobs(outputs[request.request_id])
+        centred = [rows - rows.mean(-1, keepdim=True) for rows in (measured, reference)]
+        assert torch.cosine_similarity(*centred).min() > 0.995
+
+
+def test_bytes_are_what_the_tables_say(family):
+    teacher, student, _ = family
+    for order in ORDERS:
+        pair = open_order(teacher, student, order)
+        for count in (1, 2, 3):
+            need = pair.union_bytes(pair.elasticity.sizes[:count], torch.bfloat16, quantization="int8")
+            loaded = pair.load(torch.bfloat16, memory_budget=need, quantization="int8")
+            assert loaded.sizes == pair.elasticity.sizes[:count] and loaded.num_bytes() == need
+        assert need < 0.7 * pair.union_bytes(pair.elasticity.sizes, torch.bfloat16)
+    assert pair.size_table(torch.bfloat16, quantization="int8")[-1]["weight_bytes"] < need
+    profile = profile_of(loaded)
+    assert profile.weight_bytes_per_parameter == 1.0
+    assert profile.layer_bytes[0] == sum(t.nbytes for t in loaded.layers[0].tensors())
+    with pytest.raises(PairError, match="unknown quantization 'int4'"):
+        pair.load(torch.bfloat16, quantization="int4")
+
+
+@pytest.mark.parametrize("executor", ["torch", "native"])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_low_rank_students(tmp_path, executor, low_rank):
+    """Expanded, the sum is rounded; as a difference the teacher's part is, and factors lie as they were stored."""
+    if executor == "native" and isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
+    make_model("llama", 6, seed=1, tied=True).save_pretrained(tmp_path / "teacher")
+    write_student(tmp_path / "student", tmp_path / "teacher", quantise=True)
+    pair = open_pair(tmp_path / "teacher", tmp_path / "student")
+    exact = make_engine(pair, "torch", loaded=pair.load(torch.float32, low_rank=low_rank))
+    loaded = pair.load(torch.bfloat16, low_rank=low_rank, quantization="int8")
+    sizes = pair.elasticity.sizes
+    assert loaded.num_bytes() == pair.union_bytes(sizes, torch.bfloat16, low_rank, "int8")
+    engine = make_engine(pair, executor, loaded=loaded)
+    prompt = random.Random(1).choices(range(VOCAB), k=30)
+    scores = []
+    for each in (exact, engine):
+        requests = [make_request(f"r{size}", prompt, size, max_tokens=1, logprobs=-1) for size in sizes]
+        outputs = run(each, requests)
+        scores.append(torch.cat([all_logprobs(outputs[request.request_id]) for request in requests]))
+    centred = [rows - rows.mean(-1, keepdim=True) for rows in scores]
+    assert torch.cosine_similarity(*centred).min() > 0.99
+
+
+def test_a_type_that_the_native_executor_has_no_int8_for(family):
+    pair = open_order(*family[:2], "last_to_first")
+    with pytest.raises(ValueError, match=r"native: (does int8 weights in bfloat16, not in torch.float32|.*not built)"):
+        make_engine(pair, "native", loaded=pair.load(torch.float32, quantization="int8"))
+
+
+def test_rounding():
+    matrix = torch.randn(5, 33, generator=torch.Generator().manual_seed(0))
+    matrix[2] = 0
+    matrix[3] *= 1e-3
+    rounded = quantise(matrix)
+    assert rounded.values.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
+    assert ((rounded.dense(torch.float32) - matrix).abs() <= 0.5001 * rounded.scale[:, None]).all()
+    assert dense(rounded, torch.bfloat16).dtype == torch.bfloat16 and rounded.nbytes == 5 * 33 + 5 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 9])
+@pytest.mark.parametrize("width", [70, 64, 96])
+def test_products(dtype, num_rows, width):
+    generator = torch.Generator().manual_seed(1)
+    weight = quantise(torch.randn(37, width, generator=generator))
+    bias = torch.randn(37, generator=generator).to(dtype)
+    x = torch.randn(num_rows, width, generator=generator).to(dtype)
+    got = linear(x, weight, bias)
+    expected = x.float() @ weight.dense(torch.float32).T + bias.float()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert got.dtype == dtype and got.shape == expected.shape
+    assert ((got.float() - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()
+    ids = torch.tensor([3, 0, 36])
+    assert torch.equal(embed(ids, weight, dtype), weight.dense(dtype)[ids]) and isinstance(weight, Int8Matrix)
