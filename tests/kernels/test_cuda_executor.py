@@ -21,7 +21,7 @@ from server.kernels.cuda.executor import CudaExecutor, create
 from server.launch import engine_config
 from server.model.executor import create_executor
 from server.model.torch_executor import TorchExecutor
-from tests.kernels.test_cpu_executor import FAMILIES, make_pair, make_steps
+from tests.kernels.test_cpu_executor import FAMILIES, make_pair, make_steps, quantised
 
 PAGE, VOCAB = 8, 61
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,8 +142,8 @@ def test_passed_over_with_reasons(caplog):
     if DEVICE.type == "cpu":
         assert create_executor(pair, make_config(executor="auto")).name != "cuda"
         assert "cuda: runs on cuda only" in caplog.text
-    with pytest.raises(ValueError, match=r"cuda: does not do --quantization int8.*native: not asked for"):
-        create_executor(pair, make_config(quantization="int8"))
+    with pytest.raises(ValueError, match=r"cuda: does not do int8 weights.*native: not asked for"):
+        create_executor(quantised(make_small()), make_config())
 
 
 def test_kv_cache_that_does_not_fit_names_the_settings(monkeypatch):
