@@ -49,6 +49,7 @@ class WaitingQueue:
         self.rank = rank or (lambda tenant: 0)
         self._lines: dict[str, _Line] = {}
         self._members: dict[str, Request] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []  # heap of strict requests with a TTFT limit
         self._sequence = itertools.count()
         self._last_served = 0.0
         self.num_tokens = 0  # tokens waiting to be computed: prompts, and outputs of preempted requests
@@ -90,6 +91,15 @@ class WaitingQueue:
             line.heap.clear()
             line.late.clear()
             self._last_served = line.served
+
+    def overdue(self, now: float) -> list[Request]:
+        """Strict requests that still wait and are past their TTFT limit, each told once."""
+        found = []
+        while self._deadlines and self._deadlines[0][0] < now:
+            request = heapq.heappop(self._deadlines)[2]
+            if self._is_member(request) and request.first_token_time is None:
+                found.append(request)
+        return found
 
     def charge(self, tenant: str, layer_tokens: float) -> None:
         """Book service a tenant received (prompt layer-tokens, generated ones times OUTPUT_TOKEN_COST)."""
@@ -152,6 +162,8 @@ class WaitingQueue:
         sequence = next(self._sequence)
         entry = (request.priority, rank, sequence if rank else -sequence, request)
         heapq.heappush(line.heap, entry)
+        if rank and request.budget.strict and request.budget.ttft is not None:
+            heapq.heappush(self._deadlines, (request.arrival_time + request.budget.ttft, sequence, request))
         self._members[request.request_id] = request
         line.num_requests += 1
         line.num_tokens += request.num_tokens

@@ -134,6 +134,8 @@ class Scheduler:
         """Decoding rows first, then running prompts, then waiting requests, until tokens, slots or pages run out."""
         output = SchedulerOutput()
         now = self.clock()
+        for request in self.waiting.overdue(now):
+            self._refuse(request, self.policy.refuse(self, now), output)
         for request, decision in self.policy.resize(self, now):
             self._change_size(request, decision, output)
         budget = self.config.max_num_batched_tokens * self.elasticity.num_teacher_layers
@@ -211,10 +213,7 @@ class Scheduler:
                 held.add(request.tenant)
                 continue
             if isinstance(choice, Refusal):
-                self.waiting.remove(request)
-                for refused in self.fail([request], choice.message, choice.status):
-                    refused.retry_after = choice.retry_after
-                    output.outputs.append(refused)
+                self._refuse(request, choice, output)
                 continue
             path = self.elasticity.path(choice.size)
             prefix = self.kv_cache.find_prefix(request, path)
@@ -249,6 +248,11 @@ class Scheduler:
                 )
             elif is_change:
                 output.outputs.append(RequestOutput(request.request_id, decision=choice))
+
+    def _refuse(self, request: Request, refusal: Refusal, output: SchedulerOutput) -> None:
+        for refused in self.fail([request], refusal.message, refusal.status):
+            refused.retry_after = refusal.retry_after
+            output.outputs.append(refused)
 
     def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
         """Allocate up to `num_tokens`, preempting others if need be; False if `request` itself had to go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,11 @@ class SizePolicy:
 
     def on_stop(self) -> None:
         """The engine ends: keep what was learned."""
+
+    def refuse(self, scheduler: Scheduler, now: float) -> Refusal:
+        """What a strict request hears whose limits cannot be met at the moment."""
+        message = "The request's latency limits cannot be met at the moment (slo_policy is strict)."
+        return Refusal(message, 503, math.ceil(self.estimated_wait(scheduler, now)))
 
     def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
         """Seconds until what waits now will have been admitted."""

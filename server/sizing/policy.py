@@ -140,9 +140,9 @@ class BudgetPolicy(SizePolicy):
         if must_wait:
             limit = request.budget.ttft
             is_late = limit is not None and now - request.arrival_time > limit * self.config.margin
-            return self._refuse(request, scheduler, now) if request.budget.strict and is_late else None
+            return self.refuse(scheduler, now) if request.budget.strict and is_late else None
         if is_floor and request.budget.strict and self._own_limits_break(view, index, request):
-            return self._refuse(request, scheduler, now)
+            return self.refuse(scheduler, now)
         size = candidates.sizes[index]
         self._remember(key, level, size, now)
         return SizeDecision(size, self._reason(candidates, index, ratios, is_floor, request))
@@ -226,12 +226,6 @@ class BudgetPolicy(SizePolicy):
         if is_floor and index == 0:
             return "floor"
         return REASONS[int(ratios[:, index + 1].argmax())]
-
-    def _refuse(self, request: Request, scheduler: Scheduler, now: float) -> Refusal:
-        wait = self.estimated_wait(scheduler, now)
-        return Refusal(
-            "The request's latency limits cannot be met at the moment (slo_policy is strict).", 503, math.ceil(wait)
-        )
 
     # --- a running request changes size
 

@@ -177,10 +177,33 @@ def test_a_request_past_its_ttft_limit_goes_behind_those_that_can_still_be_on_ti
     for request, arrival in ((late, 0.0), (fresh, 1.0), (free, 1.1)):
         request.arrival_time = arrival
         queue.push(request)
-    assert queue.peek(0.5) is late and queue.peek(1.5) is fresh
+    assert queue.peek(0.5) is late
+    assert queue.peek(0.9, first_token_after=lambda request: 0.2) is fresh  # would come too late, though it is not yet
+    assert queue.peek(1.5) is fresh
     queue.remove(fresh)
     assert queue.peek(1.6) is free and queue.peek(8.5) is late
     queue.remove(free)
     assert queue.peek(1.7) is late
     queue.remove(late)
     assert queue.peek(1.8) is None and not len(queue)
+
+
+# (TTFT limit, strict) of requests in turn; the first gets the only slot, and keeps it
+STRICT = ((9.0, True), (1.0, True), (1.0, False), (2.0, True))
+
+
+def test_a_strict_request_is_refused_as_soon_as_its_limit_has_passed_wherever_it_waits():
+    scheduler = make_scheduler(max_num_seqs=1)
+    requests = [make_request(budget=Budget(ttft=limit, strict=strict)) for limit, strict in STRICT]
+    now = 0.0
+    scheduler.clock = lambda: now
+    for request in requests:
+        request.arrival_time = 0.0
+        scheduler.add(request)
+    refused = []
+    for now in (0.0, 0.5, 1.5, 2.5):
+        output = scheduler.schedule()
+        refused.append([r.request_id for r in output.outputs if r.error])
+        assert all(r.error_status == 503 and r.retry_after >= 1 for r in output.outputs if r.error)
+    assert refused == [[], [], [requests[1].request_id], [requests[3].request_id]]
+    assert [request.is_finished for request in requests] == [False, True, False, True]
