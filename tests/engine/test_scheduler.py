@@ -195,13 +195,13 @@ STRICT = ((9.0, True), (1.0, True), (1.0, False), (2.0, True))
 def test_a_strict_request_is_refused_as_soon_as_its_limit_has_passed_wherever_it_waits():
     scheduler = make_scheduler(max_num_seqs=1)
     requests = [make_request(budget=Budget(ttft=limit, strict=strict)) for limit, strict in STRICT]
-    now = 0.0
-    scheduler.clock = lambda: now
+    clock = [0.0]
+    scheduler.clock = lambda: clock[0]
     for request in requests:
         request.arrival_time = 0.0
         scheduler.add(request)
     refused = []
-    for now in (0.0, 0.5, 1.5, 2.5):
+    for clock[0] in (0.0, 0.5, 1.5, 2.5):
         output = scheduler.schedule()
         refused.append([r.request_id for r in output.outputs if r.error])
         assert all(r.error_status == 503 and r.retry_after >= 1 for r in output.outputs if r.error)
