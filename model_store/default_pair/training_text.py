@@ -17,14 +17,14 @@ _PLAIN_SHARE = 0.8
 _LONGEST = 6000
 
 # Chat prompts for the teacher to answer (`distill --self-generate`): every request about every topic, shuffled.
-_REQUESTS = (
+REQUESTS = (
     "What is {}?", "Explain {} in simple words.", "Write a short story about {}.", "Why does {} matter?",
     "Give me three facts about {}.", "Write a short poem about {}.", "What are the pros and cons of {}?",
     "How did {} change over the last century?", "I want to learn about {}. Where should I begin?",
     "Write a polite e-mail that asks for information about {}.", "Summarise the history of {} in one paragraph.",
     "List five questions that a beginner would ask about {}.",
 )  # fmt: skip
-_TOPICS = (
+TOPICS = (
     "volcanoes", "the printing press", "honey bees", "the Silk Road", "steam engines",
     "the French Revolution", "jazz", "coral reefs", "the Moon", "vaccines", "bread", "bridges", "glaciers",
     "the Roman army", "coffee", "electric cars", "libraries", "owls", "earthquakes", "the human heart", "football",
@@ -68,7 +68,7 @@ def prepared(row: dict[str, str], rng: random.Random, short_share: float) -> dic
 
 
 def chat_prompts(rng: random.Random) -> list[str]:
-    prompts = [request.format(topic) for request in _REQUESTS for topic in _TOPICS]
+    prompts = [request.format(topic) for request in REQUESTS for topic in TOPICS]
     rng.shuffle(prompts)
     return prompts
 

@@ -1,0 +1,102 @@
+"""Training text by the teacher itself: python -m model_store.default_pair.teacher_text base.jsonl --out own.jsonl.
+
+Two kinds: prose that the teacher continues from an encyclopaedic first line found in the training text, and answers to
+questions about the subjects of those lines. What the teacher says is what the student must learn to say, and nobody
+else's rights are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+from model_store.default_pair.training_text import REQUESTS, TOPICS
+
+# "Ada Lovelace was an English ...": a capitalised subject, then what it is
+_OPENING = re.compile(
+    r"(?:^|[-.:\"]\s+)((?:The )?[A-Z][\w']+(?: (?:of|the|and|de|[A-Z\d][\w'.]*)){0,5}(?: \([^)\n]{2,40}\))?)"
+    r",? (?:is|was|are|were) (?:a|an|the|one) [a-z][^.?!\n]{20,160}",
+    re.MULTILINE,
+)
+_NOT_A_SUBJECT = re.compile(
+    r"(?:It|This|That|There|He|She|They|We|What|Which|Who|Here|These|Those|Now|If|And|But|All|One|Our|My|His|Her|Their|Yes|So|As)\b"
+)
+
+
+def openings(texts: list[str]) -> list[tuple[str, str]]:
+    """(subject, first words of a line about it), each subject once, in the order of the text."""
+    found: dict[str, str] = {}
+    for text in texts:
+        for match in _OPENING.finditer(text):
+            if not _NOT_A_SUBJECT.match(match[1]):
+                found.setdefault(match[1], match[0][match.start(1) - match.start() :])
+    return list(found.items())
+
+
+def prompts(subjects: list[str], count: int, rng: random.Random) -> list[str]:
+    """`count` different questions: every request about the fixed topics, then requests about random subjects."""
+    about = [request.format(topic) for request in REQUESTS for topic in TOPICS]
+    plain = [f"{verb} {subject}." for subject in subjects for verb in ("Tell me about", "Write a paragraph about")]
+    rng.shuffle(about)
+    rng.shuffle(plain)
+    chosen = (about + plain)[:count]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path, help=".jsonl as training_text writes it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--articles", type=int, default=900)
+    parser.add_argument("--answers", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=400, help="longest article or answer")
+    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    from model_store.pair import open_pair
+    from server.config import Settings
+    from server.offline import OfflineEngine
+
+    rng = random.Random(args.seed)
+    found = openings([row.get("text") or row["prompt"] for row in map(json.loads, args.text.open())])
+    rng.shuffle(found)
+    asked = prompts([subject for subject, _ in found], args.answers, rng)
+    pair = open_pair()
+    tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False)
+        for p in asked
+    ]
+    starts = [tokenizer(opening).input_ids for _, opening in found[: args.articles]]
+    jobs = [("text", None, ids) for ids in starts] + [("chat", p, ids) for p, ids in zip(asked, chats, strict=True)]
+    rng.shuffle(jobs)
+    engine = OfflineEngine(pair, Settings(), 1024)
+    full = pair.elasticity.sizes[-1]
+    began, made = time.monotonic(), 0
+    with args.out.open("w") as out:
+        for first in range(0, len(jobs), 128):
+            part = jobs[first : first + 128]
+            said = engine.generate(full, [ids for *_, ids in part], args.tokens, args.temperature)
+            for (kind, prompt, ids), new in zip(part, said, strict=True):
+                text = tokenizer.decode(new, skip_special_tokens=True)
+                if kind == "text":
+                    row = {"text": tokenizer.decode(ids) + text}
+                else:
+                    row = {"prompt": prompt, "response": text.strip()}
+                out.write(json.dumps(row) + "\n")
+                made += len(new)
+            out.flush()
+            speed = made / (time.monotonic() - began)
+            print(f"{first + len(part)} of {len(jobs)}, {made} tokens, {speed:.0f}/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
