@@ -23,17 +23,17 @@ struct PageShape {
     int v_units() const { return padded_size / kPerUnit<T>; }  // of a panel of 32 channels
 };
 
-// K and V [head_dim] of token `slot` of a page.
+constexpr int kMostHeadDim = 1024;
+
+// K and V [head_dim] of token `slot` of a page. `k` has room for padded_dim.
 template <class T>
-inline void write_page(const PageShape<T>& shape, T* k_page, T* v_page, int slot, const float* k, const float* v) {
+inline void write_page(const PageShape<T>& shape, T* k_page, T* v_page, int slot, T* k, const float* v) {
     // Places that hold no token yet are multiplied by zero, so they must be numbers: the first token clears its page.
     if (slot == 0) std::memset(static_cast<void*>(v_page), 0, shape.head_elements() * sizeof(T));
     const int D = shape.head_dim;
-    alignas(64) T row[1024];
-    for (int d = 0; d < D; d += 16) store16(row + d, load16(k + d, tail16(D - d)), tail16(D - d));
-    for (int d = D; d < shape.padded_dim; d++) row[d] = T{};
+    for (int d = D; d < shape.padded_dim; d++) k[d] = T{};
     char* line = reinterpret_cast<char*>(k_page + panel_offset<T>(slot, 0, shape.k_units()));
-    const char* from = reinterpret_cast<const char*>(row);
+    const char* from = reinterpret_cast<const char*>(k);
     for (int u = 0; u < shape.k_units(); u++) std::memcpy(line + long(u) * kLine<T>, from + 4 * u, 4);
     for (int d = 0; d < D; d += 16) {
         T* to = v_page + panel_offset<T>(d, slot, shape.v_units());

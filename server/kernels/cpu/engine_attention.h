@@ -48,16 +48,16 @@ void Engine<T, W>::place_token(int id, const BsLayer& w, int t, int first, float
     for (int h = 0; h < s_.num_heads; h++) {
         float* q = row + h * D;
         if (w.q_norm_w) norm_row(q, q, static_cast<const T*>(w.q_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
-        rotate_row(q, cos, sin, half);
-        convert_row(q, q_row(h / G, t) + h % G * Dp, D);
+        rotate_row(q, q_row(h / G, t) + h % G * Dp, cos, sin, half, D);
     }
     const long page = table[position / s_.page_size] * pages_.page_elements();
     for (int h = 0; h < s_.num_kv_heads; h++) {
         float* k = row + q_width() + h * D;
         if (w.k_norm_w) norm_row(k, k, static_cast<const T*>(w.k_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
-        rotate_row(k, cos, sin, half);
+        alignas(64) T keys[kMostHeadDim];
+        rotate_row(k, keys, cos, sin, half, D);
         const long at = page + h * pages_.head_elements();
-        write_page(pages_, static_cast<T*>(step_->k_pages) + at, static_cast<T*>(step_->v_pages) + at, position % s_.page_size, k, k + kv_width());
+        write_page(pages_, static_cast<T*>(step_->k_pages) + at, static_cast<T*>(step_->v_pages) + at, position % s_.page_size, keys, k + kv_width());
     }
 }
 

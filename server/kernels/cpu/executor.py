@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
-_MAX_HEAD_DIM = 1024  # of write_page's scratch
+_MAX_HEAD_DIM = 1024  # kMostHeadDim of attention.h
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:

@@ -4,35 +4,50 @@
 
 namespace boomerang {
 
+// body(first, mask) for sixteen values at a time.
+template <class Body>
+inline void by_sixteen(int n, Body&& body) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) body(i, tail16(16));
+    if (i < n) body(i, tail16(n - i));
+}
+
 // RMSNorm, or LayerNorm if `centred`, of one row of n; statistics in float32. T: type of weight and bias (or null).
 template <class T, class Out>
 inline void norm_row(const float* x, Out* y, const T* weight, const T* bias, int n, float eps, bool centred) {
-    F16 mean = zero16(), squares = zero16();
+    F16 mean = zero16();
     if (centred) {
-        for (int i = 0; i < n; i += 16) mean = mean + load16(x + i, tail16(n - i));
+        by_sixteen(n, [&](int i, Mask mask) { mean = mean + load16(x + i, mask); });
         mean = set16(sum16(mean) / n);
     }
-    for (int i = 0; i < n; i += 16) {
-        const F16 d = keep16(tail16(n - i), load16(x + i, tail16(n - i)) - mean);
-        squares = fma16(d, d, squares);
-    }
-    const F16 factor = set16(1.0f / std::sqrt(sum16(squares) / n + eps));
-    for (int i = 0; i < n; i += 16) {
-        const Mask mask = tail16(n - i);
+    F16 squares[4] = {zero16(), zero16(), zero16(), zero16()};  // sums on their way at once
+    int whole = 0;
+    for (; whole + 64 <= n; whole += 64)
+        for (int j = 0; j < 4; j++) {
+            const F16 d = load16(x + whole + 16 * j) - mean;
+            squares[j] = fma16(d, d, squares[j]);
+        }
+    by_sixteen(n - whole, [&](int i, Mask mask) {
+        const F16 d = keep16(mask, load16(x + whole + i, mask) - mean);
+        squares[0] = fma16(d, d, squares[0]);
+    });
+    const F16 factor = set16(1.0f / std::sqrt(sum16((squares[0] + squares[1]) + (squares[2] + squares[3])) / n + eps));
+    by_sixteen(n, [&](int i, Mask mask) {
         F16 v = (load16(x + i, mask) - mean) * factor * load16(weight + i, mask);
         if (bias) v = v + load16(bias + i, mask);
         store16(y + i, v, mask);
-    }
+    });
 }
 
-// Halves convention: channel i turns with channel i + half.
-inline void rotate_row(float* x, const float* cos, const float* sin, int half) {
-    for (int i = 0; i < half; i += 16) {
-        const Mask mask = tail16(half - i);
+// Rotary embedding of x [n] to y. Halves convention: of the first 2 * half channels i turns with i + half.
+template <class Out>
+inline void rotate_row(const float* x, Out* y, const float* cos, const float* sin, int half, int n) {
+    by_sixteen(half, [&](int i, Mask mask) {
         const F16 c = load16(cos + i, mask), s = load16(sin + i, mask), a = load16(x + i, mask), b = load16(x + half + i, mask);
-        store16(x + i, a * c - b * s, mask);
-        store16(x + half + i, fma16(b, c, a * s), mask);
-    }
+        store16(y + i, a * c - b * s, mask);
+        store16(y + half + i, fma16(b, c, a * s), mask);
+    });
+    by_sixteen(n - 2 * half, [&](int i, Mask mask) { store16(y + 2 * half + i, load16(x + 2 * half + i, mask), mask); });
 }
 
 template <class In, class Out>
