@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="measure quality first; needs --text")
     parser.add_argument("--speed", action="store_true", help="measure speed first")
     parser.add_argument("--text", type=Path, help="held-out text: WikiText-2 validation")
+    parser.add_argument("--training-data", type=Path, nargs="*", default=[], help="check that the text is not in these")
     args = parser.parse_args(argv)
     if args.measure and args.text is None:
         parser.error("--measure needs --text")
@@ -59,6 +60,8 @@ def measure(args: argparse.Namespace) -> int:
 
     if args.measure:
         text = ["--text", str(args.text), "--windows", "8", "--compare-orders"]
+        if args.training_data:
+            text += ["--training-data", *map(str, args.training_data), "--allow-overlap", "0.0001"]
         if status := boomerang(["evaluate", *text, "--chat", str(CHAT), "--max-new-tokens", "48"]):
             return status
     return boomerang(["evaluate", "--speed"]) if args.speed else 0
@@ -75,7 +78,8 @@ def tables() -> dict[str, str]:
     sizes = _by_size(quality["sizes"])
     earlier = json.loads((DATA / "earlier_students.json").read_text())
     found = {
-        "aims": aims(sizes), "text": text_table(sizes), "chat": chat_table(sizes),
+        "aims": aims(sizes), "overlap": overlap(quality["measured"]), "text": text_table(sizes),
+        "chat": chat_table(sizes),
         "history": history(earlier, sizes), "pair_orders": orders_table(sizes, quality.get("orders", {})),
     }  # fmt: skip
     return found | recipes_report.tables(DATA)
@@ -116,6 +120,11 @@ def aims(sizes: Sizes) -> str:
         verdict = "missed" if ratio > two_cores else "met" if ratio > gpu else "met, that of a GPU too"
         rows.append([str(size), f"{ratio:.2f}x", f"{two_cores}x", f"{gpu}x", verdict])
     return _lines("layers | measured | aim for two cores | aim for a GPU | aim for two cores is", rows)
+
+
+def overlap(measured: dict[str, Any]) -> str:
+    share = measured["overlap_13gram"]
+    return f"Of the held-out text's runs of 13 words {share:.4%} also occur in the training text (common phrases).\n"
 
 
 def text_table(sizes: Sizes) -> str:
