@@ -24,7 +24,7 @@ DATA, IMAGES = ROOT / "docs" / "data", ROOT / "docs" / "images"
 PAGES = (ROOT / "docs" / "quality.md", ROOT / "docs" / "stochastic_patching.md")
 CHAT = ROOT / "benchmarks" / "quality_chat_prompts.txt"
 AIMS = {16: (2.5, 1.6), 22: (1.8, 1.35), 28: (1.15, 1.08)}  # multiples of the teacher's perplexity: two cores, a GPU
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 
 Sizes = dict[int, dict[str, Any]]
 
@@ -68,8 +68,8 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def fill(text: str, current: dict[str, str]) -> str:
-    """The page with every table as the data has it now. KeyError for a table that does not exist."""
-    return _BLOCK.sub(lambda match: match[1] + current[match[2]] + match[3], text)
+    """The page with every table as the data has it now; a table without data stays as it is."""
+    return _BLOCK.sub(lambda match: match[1] + current.get(match[2], match["old"]) + match[4], text)
 
 
 def tables() -> dict[str, str]:

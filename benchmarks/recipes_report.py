@@ -38,7 +38,8 @@ def tables(data: Path) -> dict[str, str]:
         columns = {f"{TITLES[name]}, {order}": rows for name, s in students for order, rows in _by_order(s).items()}
         found["recipes_long"] = comparison(columns)
     if results := _read(data / "second_family.json"):
-        found["second_family"] = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
+        table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
+        found["second_family"] = f"{table}\n![Perplexity and KL by size](images/second_family.svg)\n"
     return found
 
 
