@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import random
 import statistics
@@ -40,22 +41,25 @@ class Run:
         self.logs = folder() / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
 
-    def worker(self, name: str) -> Worker:
-        if name not in self.workers:
-            kind, _, variant = name.partition(":")
-            command, env = _command(kind, variant)
-            print(f"starting {name}", file=sys.stderr)
-            worker = Worker(name, command, self.logs / f"{name.replace(':', '-')}.log", env)
-            self.workers[name] = worker
+    def start(self, *names: str) -> None:
+        """Those that do not run yet, side by side: loading takes some of them a minute."""
+        new = {}
+        for name in names:
+            if name not in self.workers:
+                kind, _, variant = name.partition(":")
+                command, env = _command(kind, variant)
+                print(f"starting {name}", file=sys.stderr)
+                log = self.logs / f"{name.replace(':', '-')}.log"
+                new[name] = self.workers[name] = Worker(name, command, log, env)
+        for worker in new.values():
             worker.wait_ready()
+        for worker in new.values():
             worker.run([[1, 2, 3]], 2)
             worker.pause()
-        return self.workers[name]
 
     def interleaved(self, jobs: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """Seconds per worker: one warm-up round, then `repeats` rounds in which every worker runs its job once."""
-        for name in jobs:
-            self.worker(name)
+        self.start(*jobs)
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
         for round_ in range(self.repeats + 1):
             for name, job in jobs.items():
@@ -83,10 +87,12 @@ def _command(kind: str, variant: str) -> tuple[list[str], dict[str, str]]:
         options = ["--quantization", "int8"] if variant == "int8" else []
         return [sys.executable, "-m", "benchmarks.peers.worker_boomerang", *options], {}
     if kind == "vllm":
-        size = int(variant or MIXED[-1])
+        size, _, core = variant.partition("@")
+        size = int(size or MIXED[-1])
+        cores = [core] if core else [str(core) for core in sorted(os.sched_getaffinity(0))]
         env = {
-            "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1",
-            "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "2",
+            "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(cores),
+            "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(len(cores)),
         }  # fmt: skip
         return [python_of("vllm"), str(HERE / "worker_vllm.py"), str(checkpoint(size))], env
     model = gguf(MIXED[-1], quantised=variant == "q8_0")
@@ -146,13 +152,16 @@ def measure_int8(run: Run, limits: dict[str, float]) -> None:
 
 
 def measure_sizes(run: Run, limits: dict[str, float]) -> None:
-    """16 requests of 4 sizes: one server of ours against four of vLLM's, one for each size, on the same cores."""
+    """16 requests of 4 sizes: one server of ours against four of vLLM's, one for each size, on the same cores.
+
+    Theirs have a thread each and share the cores evenly: with a thread on every core they wait for each other.
+    """
     run.close(*(name for name in run.workers if name != "boomerang"))
     prompts = _prompts(16, 64)
     sizes = [size for size in MIXED for _ in range(4)]
-    apart = {f"vllm:{size}": prompts[4 * i : 4 * i + 4] for i, size in enumerate(MIXED)}
-    for name in ("boomerang", *apart):
-        run.worker(name)
+    cores = sorted(os.sched_getaffinity(0))
+    apart = {f"vllm:{size}@{cores[i % len(cores)]}": prompts[4 * i : 4 * i + 4] for i, size in enumerate(MIXED)}
+    run.start("boomerang", *apart)
     ours, theirs = [], []
     for round_ in range(run.repeats + 1):
         one = run.workers["boomerang"]
