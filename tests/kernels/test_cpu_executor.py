@@ -82,15 +82,19 @@ def quantised(pair: LoadedPair) -> LoadedPair:
     """The pair with int8 matrices, as `Pair.load` makes them."""
     for layer in pair.layers.values():
         quantise_layer(layer)
-    for end in pair.ends.values():
+    for end in {id(end): end for end in pair.ends.values()}.values():
         end.embed = end.head = quantise(end.head)
     return pair
 
 
 def make_steps(
-    elasticity: Elasticity, counts: list[list[int]], sizes: tuple[int, ...] = (6, 5, 5, 4, 4), vocab: int = 331
-) -> list[ForwardBatch]:
-    """One batch per step; counts[step][request] tokens of requests of these sizes; pages in random order."""
+    elasticity: Elasticity, counts: list[list[int]], sizes: tuple[int, ...] = (6, 5, 5, 4, 4), vocab: int = 331,
+    is_shared: bool = False,
+) -> list[ForwardBatch]:  # fmt: skip
+    """One batch per step; counts[step][request] tokens of requests of these sizes; pages in random order.
+
+    `is_shared`: all stations run teacher and student rows together.
+    """
     rng = np.random.default_rng(0)
     sizes = np.array(sizes, np.int32)
     shape = (elasticity.num_global_layers, len(sizes), MAX_BLOCKS)
@@ -107,10 +111,13 @@ def make_steps(
         start = np.concatenate([[0], np.cumsum(advance)]).astype(np.int32)
         program = []
         for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
-            split = cut(threshold, sizes[rows])
+            split, first = cut(threshold, sizes[rows]), station.start
+            if is_shared and split < len(rows):
+                program.append(Segment(first, 0, len(rows), station.index, split))
+                first += 1
             if split:
-                program += [Segment(t, 0, split, station.index) for t in range(station.start, station.stop)]
-            if split < len(rows):
+                program += [Segment(t, 0, split, station.index) for t in range(first, station.stop)]
+            if split < len(rows) and not is_shared:
                 program.append(Segment(elasticity.num_teacher_layers + station.index, split, len(rows), station.index))
         batches.append(ForwardBatch(
             requests=[None] * len(rows), sizes=sizes[rows],

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.int8 import Matrix, quantise
 from model_store.loaded import LoadedPair
+from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.config import Settings
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -44,6 +46,33 @@ def make_small(family: str = "qwen3", order: str = "last_to_first", dtype: torch
     return pair
 
 
+def make_low_rank(order: str, *, is_int8: bool, dtype: torch.dtype = torch.float32) -> LoadedPair:
+    """Student layers are differences of ranks of their own, but the last, which is the teacher's; ends are shared."""
+    pair = make_small("llama", order, dtype)
+    pair.ends["student"] = pair.ends["teacher"]
+    generator, num_teacher = torch.Generator().manual_seed(3), pair.elasticity.num_teacher_layers
+    *differing, last = range(len(pair.elasticity.kept))
+    pair.layers[num_teacher + last] = pair.layers[pair.elasticity.kept[last]]
+
+    def factor(rows: int, columns: int) -> Matrix:
+        value = (0.2 * torch.randn(rows, columns, generator=generator)).to(DEVICE, dtype)
+        return quantise(value) if is_int8 else value
+
+    for index in differing:
+        del pair.layers[num_teacher + index]
+        base = pair.layers[pair.elasticity.kept[index]]
+        terms = {}
+        for name, parts in (("qkv", (32, 16, 16)), ("o", (24,)), ("up", (40, 40)), ("down", (24,))):
+            width, stops = getattr(base, f"{name}_weight").shape[1], np.cumsum(parts).tolist()
+            terms[name] = [
+                LowRankTerm(stop - rows, stop, factor(3 + i, width), factor(rows, 3 + i))
+                for i, (rows, stop) in enumerate(zip(parts, stops, strict=True))
+            ]
+        norms = [(1 + 0.3 * torch.randn(24, generator=generator)).to(DEVICE, dtype) for _ in range(2)]
+        pair.low_rank[num_teacher + index] = LowRankDelta(pair.elasticity.kept[index], terms, *norms)
+    return pair
+
+
 def make_config(**changes) -> EngineConfig:
     values = {"page_size": PAGE, "max_model_len": 320, "max_num_seqs": 5, "max_num_batched_tokens": 64}
     return EngineConfig(**(values | {"executor": "cuda", "kv_cache_bytes": 1 << 20} | changes))
@@ -52,8 +81,9 @@ def make_config(**changes) -> EngineConfig:
 def assert_same_logits(pair: LoadedPair, counts: list[list[int]], sizes: tuple[int, ...]) -> None:
     cuda, portable = create(pair, make_config()), TorchExecutor(pair, page_size=PAGE)
     assert isinstance(cuda, CudaExecutor), cuda
-    tolerance = 1e-4 if pair.ends["teacher"].embed.dtype == torch.float32 else 0.02
-    steps = make_steps(pair.elasticity, counts, sizes, VOCAB)
+    tolerance = 1e-4 if pair.ends["teacher"].final_norm_weight.dtype == torch.float32 else 0.02
+    assert cuda.shared_stations == (pair.shared_stations if pair.low_rank else frozenset())
+    steps = make_steps(pair.elasticity, counts, sizes, VOCAB, is_shared=bool(cuda.shared_stations))
     for executor in (cuda, portable):
         executor.allocate_kv(steps[0].block_tables.size)
     for batch in steps:
@@ -83,6 +113,34 @@ def test_rows_change_sides_where_the_order_says(order, sizes):
 def test_half_precision_and_chunks_of_several_items():
     pair = make_small("llama", dtype=torch.float16)  # the interpreter cannot multiply bfloat16 matrices
     assert_same_logits(pair, [[0, 3, 1, 0], [70, 1, 0, 0], [1, 1, 1, 0]], sizes=(4, 3, 2, 2))
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize(
+    ("order", "sizes"), [("last_to_first", (4, 3, 2, 2)), ("first_to_last", (4, 3, 3, 2)), ("middle", (6, 5, 4, 3))]
+)
+def test_students_kept_as_differences(order, sizes, is_int8):
+    # Prompts and decode rows of both sides together, decode of mixed sizes, of one size, of the student alone.
+    pair = make_low_rank(order, is_int8=is_int8)
+    if is_int8:
+        quantised(pair)
+    steps = [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0]]
+    assert_same_logits(pair, steps, sizes)
+    storages = {t.untyped_storage().data_ptr() for delta in pair.low_rank.values() for t in delta.tensors()}
+    # Stacked in place of the plain ones: by group one of a and one of b (and their scales), two norms of a layer.
+    assert len(storages) == len(pair.low_rank) * (4 * (4 if is_int8 else 2) + 2)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "gpt2"])
+def test_int8_weights(family):
+    pair = quantised(make_small(family))
+    assert "int8 weights" in create(pair, make_config()).describe()
+    assert_same_logits(pair, [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1]], sizes=(4, 3, 2, 2))
+
+
+def test_half_precision_int8_and_differences():
+    pair = quantised(make_low_rank("middle", is_int8=True, dtype=torch.float16))
+    assert_same_logits(pair, [[3, 0, 5, 1], [1, 1, 1, 1]], sizes=(6, 5, 4, 3))
 
 
 def test_launched_steps_follow_each_other_without_the_host():
@@ -129,8 +187,11 @@ def run_engine(executor: str, pair: LoadedPair) -> tuple[Engine, list[list[int]]
     return engine, [request.output_token_ids for request in requests]
 
 
-def test_same_text_through_the_engine():
-    pair = make_small("llama")
+@pytest.mark.parametrize("kind", ["plain", "int8", "difference"])
+def test_same_text_through_the_engine(kind):
+    pair = make_low_rank("last_to_first", is_int8=True) if kind == "difference" else make_small("llama")
+    if kind == "int8":
+        quantised(pair)
     engine, texts = run_engine("cuda", pair)
     assert engine.executor.name == "cuda" and engine.scheduler.num_preemptions > 0 and engine.lookahead.num_ahead > 0
     assert texts == run_engine("torch", pair)[1]
@@ -142,8 +203,12 @@ def test_passed_over_with_reasons(caplog):
     if DEVICE.type == "cpu":
         assert create_executor(pair, make_config(executor="auto")).name != "cuda"
         assert "cuda: runs on cuda only" in caplog.text
-    with pytest.raises(ValueError, match=r"cuda: does not do int8 weights.*native: not asked for"):
-        create_executor(quantised(make_small()), make_config())
+    pair = make_low_rank("middle", is_int8=False)
+    first = min(pair.low_rank)
+    del pair.low_rank[first]
+    pair.layers[first] = make_small("llama", "middle").layers[first]
+    with pytest.raises(ValueError, match=r"cuda: runs students kept as differences only.*native: not asked for"):
+        create_executor(pair, make_config())
 
 
 def test_kv_cache_that_does_not_fit_names_the_settings(monkeypatch):

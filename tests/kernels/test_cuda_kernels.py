@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model_store.int8 import dense, quantise
+from model_store.lowrank import LowRankTerm
 from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampler
 from server.kernels.cuda.activation import activate
 from server.kernels.cuda.attention import Items, PagedAttention
 from server.kernels.cuda.draw import draw
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
+from server.kernels.cuda.linear import Factors, add_linear, add_low_rank, linear
 from server.kernels.cuda.norm import norm
 from server.kernels.cuda.rotary import rotate_and_write
 from server.kernels.cuda.staging import Download, Upload
@@ -50,6 +53,49 @@ def test_norm(kind, dtype):
     spec = SimpleNamespace(norm=kind, norm_eps=1e-5)
     expected = decoder_layer.norm(x.float(), weight.float(), None if bias is None else bias.float(), spec)
     assert_close(norm(x, weight, bias, kind=kind, eps=1e-5), expected, dtype)
+
+
+def test_norm_with_two_weights():
+    x, weight, other = randn(19, 70), randn(70, around=1.0), randn(70, around=2.0)
+    for split in (0, 7, 19):
+        got = norm(x, weight, None, kind="rms", eps=1e-5, other=other, split=ints(split))
+        expected = norm(x, weight, None, kind="rms", eps=1e-5)
+        expected[split:] = norm(x[split:].contiguous(), other, None, kind="rms", eps=1e-5)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("num_rows", [1, 19, 130])
+def test_int8_products(num_rows, dtype):
+    x, weight, bias = randn(num_rows, 150, dtype=dtype), quantise(randn(70, 150)), randn(70, dtype=dtype)
+    expected = x.float() @ weight.dense(torch.float32).t()
+    assert_close(linear(x, weight, bias), expected + bias, dtype)
+    out = randn(num_rows, 70, dtype=dtype)
+    expected = out.float() + expected
+    add_linear(out, x, weight, None)
+    assert_close(out, expected, dtype)
+    assert linear(x[:0], weight).shape == (0, 70)
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_low_rank_terms(is_int8):
+    """Three terms of different ranks, the first wider than a program; rows before the split stay as they are."""
+    store = quantise if is_int8 else torch.Tensor.clone
+    spans = [(0, 130, 5), (130, 150, 17), (150, 160, 3)]
+    terms = [LowRankTerm(start, stop, store(randn(r, 70)), store(randn(stop - start, r))) for start, stop, r in spans]
+    plain = [(dense(term.a, torch.float32), dense(term.b, torch.float32)) for term in terms]
+    factors = Factors.of(terms, torch.float32)
+    for term, (a, b) in zip(terms, plain, strict=True):  # now views of what was stacked
+        assert torch.equal(dense(term.a, torch.float32), a) and torch.equal(dense(term.b, torch.float32), b)
+    x, out = randn(40, 70), randn(40, 160)
+    for split in (0, 1, 33, 40):
+        expected = out.clone()
+        for (start, stop, _), (a, b) in zip(spans, plain, strict=True):
+            expected[split:, start:stop] += x[split:] @ a.t() @ b.t()
+        got = out.clone()
+        add_low_rank(got, x, factors, ints(split))
+        assert_close(got, expected, torch.float32)
+        assert torch.equal(got[:split], out[:split])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

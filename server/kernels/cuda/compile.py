@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.kernels.cuda import activation, attention, draw, norm, rotary, tables
+from server.kernels.cuda import activation, attention, draw, linear, norm, rotary, tables
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -36,6 +36,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     unaligned: tuple[str, ...] = ()  # pointers that may start anywhere
+    whole: tuple[str, ...] = ()  # numbers that are multiples of 16
 
 
 def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int = 32) -> list[Case]:
@@ -43,13 +44,15 @@ def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page
     two = triton.next_power_of_2
     found = []
     for kind in ("rms", "layer"):
-        types = {"x_ptr": "*T", "weight_ptr": "*T", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32",
-                 "width": "i32", "eps": "fp32"}  # fmt: skip
+        types = {"x_ptr": "*T", "weight_ptr": "*T", "bias_ptr": "*T", "other_ptr": "*T", "split_ptr": "*i32",
+                 "out_ptr": "*T", "num_rows": "i32", "width": "i32", "eps": "fp32"}  # fmt: skip
         width = two(hidden)
-        constants = {"IS_LAYER": kind == "layer", "HAS_BIAS": kind == "layer", "ROWS": 1, "WIDTH": width}
+        is_layer = kind == "layer"
+        constants = {"IS_LAYER": is_layer, "HAS_BIAS": is_layer, "HAS_SPLIT": not is_layer, "ROWS": 1, "WIDTH": width}
         found.append(
-            Case(f"{kind} norm", norm.norm_kernel, types, constants, num_warps=norm.num_warps(width))
-        )
+            Case(f"{kind} norm", norm.norm_kernel, types, constants, num_warps=norm.num_warps(width),
+                 unaligned=("split_ptr",))
+        )  # fmt: skip
     for kind, number in activation.KINDS.items():
         types = {"up_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "width": "i32"}
         constants = {"KIND": number, "IS_GATED": kind == "silu", "ROWS": 1, "COLUMNS": 1024}
@@ -88,11 +91,36 @@ def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page
     return found
 
 
+def product_cases() -> list[Case]:
+    """Whatever the model: int8 weights; both products of low-rank terms, with int8 factors and plain ones."""
+    found = []
+    for rows in (1, 64, 512):
+        tiles = linear.Tiles.of(rows)
+        for name, has_blocks, has_split, kind in (
+            ("int8 product", False, False, "*i8"), ("low rank a, int8", False, True, "*i8"),
+            ("low rank b, int8", True, True, "*i8"), ("low rank b", True, True, "*T"),
+        ):  # fmt: skip
+            types = {"x_ptr": "*T", "weight_ptr": kind, "scale_ptr": "*fp32", "bias_ptr": "*T", "out_ptr": "*T",
+                     "blocks_ptr": "*i32", "split_ptr": "*i32", "num_rows": "i32", "num_outputs": "i32",
+                     "width": "i32", "x_stride": "i32"}  # fmt: skip
+            constants = {
+                "HAS_SCALE": kind == "*i8", "HAS_BIAS": not has_split, "ADD": not has_split or has_blocks,
+                "HAS_BLOCKS": has_blocks, "HAS_SPLIT": has_split, "EVEN": not has_blocks, "BLOCK_M": tiles.rows,
+                "BLOCK_N": linear.TERM_BLOCK if has_blocks else tiles.outputs, "BLOCK_K": tiles.inputs,
+            }  # fmt: skip
+            found.append(
+                Case(f"{name}, {rows} rows", linear.linear_kernel, types, constants, num_warps=tiles.num_warps,
+                     num_stages=tiles.num_stages, unaligned=("split_ptr",), whole=("num_outputs", "width", "x_stride"))
+            )  # fmt: skip
+    return found
+
+
 def compile_case(case: Case, dtype: str, capability: int) -> dict[str, Any]:
     """Registers, spilled bytes and shared memory of one kernel. Raises what the compiler raises."""
     names = case.kernel.arg_names
     signature = {name: case.types.get(name, "constexpr").replace("T", _TYPES[dtype]) for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") and name not in case.unaligned]
+    aligned += [names.index(name) for name in case.whole]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -132,10 +160,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
-    for shape in arguments.shapes:
+    wanted = [(shape, case) for shape in arguments.shapes for case in cases(**SHAPES[shape])]
+    for shape, case in [*wanted, *(("any", case) for case in product_cases())]:
         for dtype in arguments.dtypes:
-            for case in cases(**SHAPES[shape]):
-                rows.append({"shape": shape} | compile_case(case, dtype, arguments.capability))
+            rows.append({"shape": shape} | compile_case(case, dtype, arguments.capability))
     if arguments.json:
         json.dump(rows, sys.stdout)
         return 0

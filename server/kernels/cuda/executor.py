@@ -2,7 +2,9 @@
 
 A decode step of one size is one graph over the whole path. With mixed sizes every station has one graph for each side;
 the rows of both sides lie left-aligned in two buffers and move between them where the cut moves, so addresses never
-change. Steps with prompts in them are launched kernel by kernel.
+change. A student kept as a difference runs in the teacher's products: its stations have one graph for all rows, in
+batch order, and one for the layers that only the teacher's rows have. Steps with prompts in them are launched kernel
+by kernel.
 
 T = tokens of the step, R = requests, S = rows whose logits are wanted, E = hidden, V = vocabulary.
 """
@@ -17,26 +19,23 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from model_store.pair import LoadedPair
-from model_store.weights import EndWeights
 from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
 from server.engine.sampler import DrawArguments
 from server.kernels.cuda.attention import PagedAttention
 from server.kernels.cuda.draw import draw
+from server.kernels.cuda.ends import Ends, embed
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
 from server.kernels.cuda.inputs import DecodeInputs, StepInputs
-from server.kernels.cuda.layer import Layers
-from server.kernels.cuda.norm import norm
+from server.kernels.cuda.layer import Difference, Layers
 from server.kernels.cuda.runtime import INTERPRETED
 from server.kernels.cuda.staging import Download, Upload
 from server.kernels.cuda.tables import DeviceTables
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("teacher", "student")
 Follows = tuple[Download, np.ndarray]
 GREEDY: DrawArguments = (0.0, 1.0, 0.0, 0, 0.0)
 
@@ -46,8 +45,6 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
     device = pair.ends["teacher"].final_norm_weight.device
     if device.type != "cuda" and not (INTERPRETED and config.executor == "cuda"):
         return f"runs on cuda, not on {device.type}"
-    if pair.quantization:
-        return f"does not do {pair.quantization} weights"
     if device.type == "cuda":
         if device.index:
             return "runs on the first visible device only: set CUDA_VISIBLE_DEVICES instead of --device"
@@ -56,8 +53,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
         if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
             return "Triton needs a C compiler at run time and there is none"
-    if pair.low_rank:
-        return "does not run students kept as low-rank differences"
+    if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
+        return "runs students kept as differences only where all of their layers are"
     return CudaExecutor(pair, config)
 
 
@@ -65,11 +62,12 @@ class CudaExecutor:
     """Implements `server.model.executor.Executor`; `launch` runs a step and draws its tokens without waiting."""
 
     name = "cuda"
-    shared_stations: frozenset[int] = frozenset()
 
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
-        self.spec, self.elasticity, self.ends = pair.spec, pair.elasticity, pair.ends
+        self.spec, self.elasticity, self._ends = pair.spec, pair.elasticity, Ends(pair.spec, pair.ends)
         self.sizes = pair.sizes
+        self.quantization = pair.quantization
+        self.shared_stations = pair.shared_stations if pair.low_rank else frozenset()
         sample = pair.ends["teacher"].final_norm_weight
         self.dtype, self.device = sample.dtype, sample.device
         self.page_size = config.page_size
@@ -86,7 +84,14 @@ class CudaExecutor:
         self._layers = Layers(spec, pair.layers, self._attention, self._tables, config.max_model_len, device)
         self._graphs = Graphs(device, enabled=not config.enforce_eager)
         self._buckets = buckets(max_rows)
-        self._inputs = DecodeInputs(max_rows, num_stations, device)
+        num_teacher = self.elasticity.num_teacher_layers
+        self._student_slots = np.array(
+            [(num_teacher + station.index - station.start) * num_slots for station in self.elasticity.stations]
+        )  # from a row of the block tables of a station's first layer to the same row of its student layer's
+        self._inputs = DecodeInputs(
+            max_rows, num_stations, device, self._student_slots if self.shared_stations else None
+        )
+        self._students = {layer: Difference.of(delta) for layer, delta in pair.low_rank.items()}
         self._upload = Upload(8 * config.max_num_batched_tokens, np.int32, device)
         self._draw_upload = Upload(5 * max_rows, np.float64, device)
         self._no_limit = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device)
@@ -94,6 +99,7 @@ class CudaExecutor:
         self._x = torch.zeros(2, max_rows, spec.hidden_size, dtype=self.dtype, device=device)
         self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=self.dtype, device=device)
         self._logits = torch.zeros(max_rows, spec.vocab_size, dtype=self.dtype, device=device)
+        self._row_numbers = torch.arange(max_rows, dtype=torch.int32, device=device)
         self._ready: torch.Tensor | None = None  # rows whose logits `_logits` holds
 
     # --- Executor
@@ -101,7 +107,7 @@ class CudaExecutor:
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu (interpreted)"
         graphs = f"{len(self._graphs)} CUDA graphs" if self._graphs.enabled else "no CUDA graphs"
-        name = str(self.dtype).removeprefix("torch.")
+        name = str(self.dtype).removeprefix("torch.") + (f", {self.quantization} weights" if self.quantization else "")
         return f"Triton on {where}, {name}, {graphs}, pages of {self.page_size} tokens"
 
     def page_bytes(self) -> int:
@@ -140,7 +146,7 @@ class CudaExecutor:
         if hidden is self._ready:
             return self._logits[: len(hidden)].float()
         out = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
-        self._head(hidden, num_teacher, out)
+        self._ends.head(hidden, num_teacher, out)
         return out.float()
 
     @torch.inference_mode()
@@ -150,7 +156,7 @@ class CudaExecutor:
             logits = self._logits[: len(hidden)]
         else:
             logits = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
-            self._head(hidden, num_teacher, logits)
+            self._ends.head(hidden, num_teacher, logits)
         return self._draw(logits, [GREEDY] * len(logits)).wait()
 
     @torch.inference_mode()
@@ -195,17 +201,21 @@ class CudaExecutor:
         self._tables.apply(inputs.updates)
         x = torch.empty(batch.num_tokens, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         split = int(batch.query_start[batch.embed_cut])
-        for end, rows in self._by_side(split, batch.num_tokens):
-            _embed(end, inputs.ids[rows], inputs.positions[rows], x[rows])
+        for end, rows in self._ends.sides(split, batch.num_tokens):
+            embed(end, inputs.ids[rows], inputs.positions[rows], x[rows])
         lanes = {}
         for segment in batch.program:
-            key = (segment.start, segment.stop)
+            key, rows = (segment.start, segment.stop), x[batch.tokens(segment.start, segment.stop)]
+            if segment.split is not None:
+                lane = inputs.joint_lane(*key, segment.split, int(self._student_slots[segment.station]))
+                self._layers.run(rows, segment.layer, lane, student=self._student_of(segment.station))
+                continue
             lane = lanes.get(key) or lanes.setdefault(key, inputs.lane(*key))
-            self._layers.run(x[batch.tokens(*key)], segment.layer, lane)
+            self._layers.run(rows, segment.layer, lane)
         wanted = x.index_select(0, inputs.logits_rows)
         hidden = torch.empty_like(wanted)
-        for end, rows in self._by_side(int(batch.logits_start[batch.norm_cut]), len(wanted)):
-            self._final_norm(end, wanted[rows], hidden[rows])
+        for end, rows in self._ends.sides(int(batch.logits_start[batch.norm_cut]), len(wanted)):
+            self._ends.norm(end, wanted[rows], hidden[rows])
         return hidden
 
     # --- decode steps, recorded
@@ -228,6 +238,8 @@ class CudaExecutor:
             self._inputs.take_ids(before.values.index_select(0, rows))
         if sizes[0] == sizes[-1]:
             self._run_path(int(sizes[0]), bucket_of(num, self._buckets))
+        elif self.shared_stations:
+            self._run_joint(num, splits.tolist())
         else:
             self._run_sides(batch, splits.tolist())
 
@@ -236,11 +248,13 @@ class CudaExecutor:
 
         def run() -> None:
             x, lane = self._x[0, :rows], self._inputs.lane(0, rows, None)
-            _embed(self.ends[path.embed_from], self._inputs.ids[0, :rows], lane.positions, x)
+            embed(getattr(self._ends, path.embed_from), self._inputs.ids[0, :rows], lane.positions, x)
             for layer in path.layers:
-                self._layers.run(x, layer, lane)
-            self._final_norm(self.ends[path.norm_from], x, self._hidden[:rows])
-            self._head(self._hidden[:rows], rows if path.head_from == "teacher" else 0, self._logits[:rows])
+                student = self._students.get(layer)
+                own = layer if student is None else self.elasticity.kept[layer - self.elasticity.num_teacher_layers]
+                self._layers.run(x, own, lane, kv_layer=layer, student=student)
+            self._ends.norm(getattr(self._ends, path.norm_from), x, self._hidden[:rows])
+            self._ends.head(self._hidden[:rows], rows if path.head_from == "teacher" else 0, self._logits[:rows])
 
         self._graphs.run(("path", size, rows), run)
 
@@ -249,7 +263,7 @@ class CudaExecutor:
         for side, count in enumerate((cut, num - cut)):
             if count:
                 ids, positions = self._inputs.ids[side, :count], self._inputs.lane(side, count, None).positions
-                _embed(self.ends[SIDES[side]], ids, positions, self._x[side, :count])
+                embed((self._ends.teacher, self._ends.student)[side], ids, positions, self._x[side, :count])
         for station, split in enumerate(splits):
             self._move(cut, split, num)
             cut = split
@@ -259,11 +273,11 @@ class CudaExecutor:
         self._move(cut, batch.norm_cut, num)
         cut = batch.norm_cut
         if cut:
-            self._final_norm(self.ends["teacher"], self._x[0, :cut], self._hidden[:cut])
+            self._ends.norm(self._ends.teacher, self._x[0, :cut], self._hidden[:cut])
         if cut < num:
             rows = self._x[1, : num - cut].flip(0)
-            self._final_norm(self.ends["student"], rows, self._hidden[cut:num])
-        self._head(self._hidden[:num], batch.head_cut, self._logits[:num])
+            self._ends.norm(self._ends.student, rows, self._hidden[cut:num])
+        self._ends.head(self._hidden[:num], batch.head_cut, self._logits[:num])
 
     def _run_station(self, index: int, side: int, rows: int) -> None:
         station = self.elasticity.stations[index]
@@ -275,6 +289,47 @@ class CudaExecutor:
                 self._layers.run(self._x[side, :rows], layer, lane)
 
         self._graphs.run(("station", index, side, rows), run)
+
+    def _run_joint(self, num: int, splits: list[int]) -> None:
+        """Stations that both sides run together: all rows in batch order, the teacher's in front."""
+        end = self._ends.teacher  # which a student kept as a difference has too
+        embed(end, self._inputs.ids[0, :num], self._inputs.lane(0, num, None).positions, self._x[0, :num])
+        for station, split in enumerate(splits):
+            if split == num:
+                self._run_station(station, 0, bucket_of(num, self._buckets))
+                continue
+            self._run_shared_layer(station, bucket_of(num, self._buckets))
+            if split:
+                self._run_rest(station, bucket_of(split, self._buckets))
+        self._ends.norm(end, self._x[0, :num], self._hidden[:num])
+        self._ends.head(self._hidden[:num], num, self._logits[:num])
+
+    def _run_shared_layer(self, index: int, rows: int) -> None:
+        def run() -> None:
+            layer = self.elasticity.stations[index].start
+            lane = self._inputs.joint_lane(rows, index)
+            self._layers.run(self._x[0, :rows], layer, lane, student=self._student_of(index))
+
+        self._graphs.run(("shared layer", index, rows), run)
+
+    def _run_rest(self, index: int, rows: int) -> None:
+        """The other layers of a station, on a copy: behind the teacher's rows lie the student's, not padding."""
+        station = self.elasticity.stations[index]
+        if station.stop - station.start == 1:
+            return
+
+        def run() -> None:
+            x, copy, lane = self._x[0, :rows], self._x[1, :rows], self._inputs.lane(0, rows, index)
+            copy.copy_(x)
+            for layer in range(station.start + 1, station.stop):
+                self._layers.run(copy, layer, lane)
+            is_teacher = self._row_numbers[:rows] < lane.count
+            torch.where(is_teacher[:, None], copy, x, out=x)
+
+        self._graphs.run(("rest", index, rows), run)
+
+    def _student_of(self, station: int) -> Difference | None:
+        return self._students.get(self.elasticity.num_teacher_layers + station)
 
     def _move(self, old: int, new: int, num: int) -> None:
         """Requests between the cuts change sides: off the end of one buffer, onto the end of the other."""
@@ -298,29 +353,18 @@ class CudaExecutor:
                 for index, threshold in enumerate(self.elasticity.thresholds):
                     for side in range(2):
                         is_used = self.sizes[-1] >= threshold if side == 0 else self.sizes[0] < threshold
-                        if is_used:
+                        if not is_used:
+                            continue
+                        if side == 1 and self.shared_stations:
+                            self._run_shared_layer(index, rows)
+                            if self.sizes[-1] >= threshold:
+                                self._run_rest(index, rows)
+                        else:
                             self._run_station(index, side, rows)
         torch.cuda.synchronize(self.device)
         logger.info("recorded %d CUDA graphs in %.1f s", len(self._graphs), time.monotonic() - started)
 
     # --- parts
-
-    def _by_side(self, split: int, num: int) -> list[tuple[EndWeights, slice]]:
-        """(end weights, rows) of both sides; one entry where they are the same or one is empty."""
-        teacher, student = self.ends["teacher"], self.ends["student"]
-        if teacher is student:
-            split = num
-        sides = [(teacher, slice(0, split)), (student, slice(split, num))]
-        return [(end, rows) for end, rows in sides if rows.start < rows.stop]
-
-    def _final_norm(self, end: EndWeights, rows: torch.Tensor, out: torch.Tensor) -> None:
-        norm(rows, end.final_norm_weight, end.final_norm_bias, kind=self.spec.norm, eps=self.spec.norm_eps, out=out)
-
-    def _head(self, hidden: torch.Tensor, num_teacher: int, out: torch.Tensor) -> None:
-        for end, rows in self._by_side(num_teacher, len(hidden)):
-            torch.mm(hidden[rows], end.head.t(), out=out[rows])
-            if end.head_bias is not None:
-                out[rows] += end.head_bias
 
     def _draw(self, logits: torch.Tensor, draws: list[DrawArguments]) -> Download:
         # Rows of `settings`: temperature, top_p, min_p, top_k, uniform number.
@@ -328,12 +372,6 @@ class CudaExecutor:
         tokens = torch.empty(len(draws), dtype=torch.int32, device=self.device)
         draw(logits, settings, tokens)
         return Download(tokens)
-
-
-def _embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
-    torch.index_select(end.embed, 0, ids, out=out)
-    if end.positions is not None:
-        out += F.embedding(positions, end.positions)
 
 
 def _num_processors(device: torch.device) -> int:

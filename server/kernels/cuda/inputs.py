@@ -73,8 +73,26 @@ class StepInputs:
         )
         return Lane(self.positions[tokens], self.slots[tokens], self.no_limit, items, tokens.start)
 
+    def joint_lane(self, start: int, stop: int, split: int, student_slots: int) -> Lane:
+        """Requests [start, stop), of which those from `split` on are the student's.
+
+        `student_slots` is added to their slots: block tables of all layers are one array, and theirs are further on.
+        """
+        lane, first = self.lane(start, stop), int(self.batch.query_start[split]) - int(self.batch.query_start[start])
+        lane.slots = _moved(lane.slots, first, student_slots)
+        for items, starts in zip(lane.items, (self.decode_start, self.chunk_start), strict=True):
+            items.slots = _moved(items.slots, int(starts[split] - starts[start]), student_slots)
+        lane.split = torch.full((1,), first, dtype=torch.int32, device=lane.slots.device)
+        return lane
+
     def _items(self, items: torch.Tensor, start: int, stop: int, is_decode: bool) -> Items:
         return Items(*items[:, start:stop], count=self.no_limit, is_decode=is_decode)
+
+
+def _moved(slots: torch.Tensor, first: int, offset: int) -> torch.Tensor:
+    slots = slots.clone()
+    slots[first:] += offset
+    return slots
 
 
 class DecodeInputs:
@@ -84,13 +102,16 @@ class DecodeInputs:
     teacher's side and those on the student's are a prefix at every station. How long the prefix is, `count` says.
     """
 
-    def __init__(self, max_rows: int, num_stations: int, device: torch.device) -> None:
-        self._shape = (2, max_rows)
-        self._num_rows_values = 6 * max_rows
-        self._upload = Upload(self._num_rows_values + 2 * num_stations + 1, np.int32, device)
-        rows = self._upload.buffer[: self._num_rows_values].view(3, 2, max_rows)
-        self.ids, self._positions, self._slots = rows
-        self._counts = self._upload.buffer[self._num_rows_values :]
+    def __init__(
+        self, max_rows: int, num_stations: int, device: torch.device, student_slots: np.ndarray | None = None
+    ) -> None:
+        """`student_slots` [stations], where both sides run together: what to add to the slots of the student's rows."""
+        self._shape, self._student_slots = (2, max_rows), student_slots
+        num_values, num_joint = 6 * max_rows, 0 if student_slots is None else num_stations * max_rows
+        self._upload = Upload(num_values + num_joint + 2 * num_stations + 1, np.int32, device)
+        rows, joint, self._counts = self._upload.buffer.split((num_values, num_joint, 2 * num_stations + 1))
+        self.ids, self._positions, self._slots = rows.view(3, 2, max_rows)
+        self._joint_slots = joint.view(-1, max_rows)  # [stations, B]
         self._tokens = torch.arange(max_rows, dtype=torch.int32, device=device)
         self._lengths = torch.ones(max_rows, dtype=torch.int32, device=device)
 
@@ -102,7 +123,11 @@ class DecodeInputs:
             values[0, :num], values[1, :num] = array, array[::-1]
         counts = np.empty(2 * len(splits) + 1, np.int32)
         counts[:-1:2], counts[1::2], counts[-1] = splits, num - splits, num
-        self._upload.send([rows, counts])
+        joint = np.zeros((0, self._shape[1]), np.int32)
+        if self._student_slots is not None:
+            is_student = np.arange(self._shape[1]) >= splits[:, None]
+            joint = rows[2, 0] + (is_student * self._student_slots[:, None]).astype(np.int32)
+        self._upload.send([rows, joint, counts])
 
     def take_ids(self, tokens: torch.Tensor) -> None:
         """Input ids that the host does not know yet: the tokens just drawn, in batch order."""
@@ -117,3 +142,10 @@ class DecodeInputs:
         positions, slots = self._positions[side, :rows], self._slots[side, :rows]
         items = Items(self._tokens[:rows], self._lengths[:rows], slots, positions, count, is_decode=True)
         return Lane(positions, slots, count, (items,), 0)
+
+    def joint_lane(self, rows: int, station: int) -> Lane:
+        """The first `rows` requests: the teacher's, and from the split on the student's."""
+        lane = self.lane(0, rows, None)
+        lane.slots = lane.items[0].slots = self._joint_slots[station, :rows]
+        lane.split = self._counts[2 * station :][:1]
+        return lane

@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from model_store.lowrank import LowRankDelta
 from model_store.spec import ModelSpec
 from model_store.weights import LayerWeights
 from server.kernels.cuda.activation import activate
 from server.kernels.cuda.attention import Items, PagedAttention
+from server.kernels.cuda.linear import Factors, add_linear, add_low_rank, linear
 from server.kernels.cuda.norm import norm
 from server.kernels.cuda.rotary import rotate_and_write
 from server.kernels.cuda.tables import DeviceTables
@@ -30,6 +31,21 @@ class Lane:
     count: torch.Tensor  # int32 [1]
     items: tuple[Items, ...]
     first_token: int  # the token, as items count them, that is row 0
+    split: torch.Tensor | None = None  # int32 [1]: rows from there on are the student's, in a lane of both
+
+
+@dataclass(slots=True)
+class Difference:
+    """A student layer that runs in its teacher layer's products."""
+
+    attn_norm_weight: torch.Tensor
+    mlp_norm_weight: torch.Tensor
+    factors: dict[str, Factors]  # by "qkv", "o", "up", "down"
+
+    @classmethod
+    def of(cls, delta: LowRankDelta) -> Difference:
+        factors = {name: Factors.of(terms, delta.attn_norm_weight.dtype) for name, terms in delta.terms.items()}
+        return cls(delta.attn_norm_weight, delta.mlp_norm_weight, factors)
 
 
 class Layers:
@@ -44,6 +60,7 @@ class Layers:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
         self._cos = (angles.cos() * factor).to(device)
         self._sin = (angles.sin() * factor).to(device)
+        self._from_the_first = torch.zeros(1, dtype=torch.int32, device=device)
         self.k_pages: torch.Tensor | None = None  # [pages, K, P, D]
         self.v_pages: torch.Tensor | None = None
 
@@ -53,35 +70,49 @@ class Layers:
         self.k_pages = torch.empty(shape, dtype=dtype, device=self._cos.device)
         self.v_pages = torch.empty(shape, dtype=dtype, device=self._cos.device)
 
-    def run(self, x: torch.Tensor, layer: int, lane: Lane) -> None:
-        """One layer over the rows of a lane: x [T, E], contiguous, becomes its output."""
+    def run(
+        self, x: torch.Tensor, layer: int, lane: Lane, *, kv_layer: int | None = None, student: Difference | None = None
+    ) -> None:
+        """One layer over the rows of a lane: x [T, E], contiguous, becomes its output.
+
+        K and V lie under `kv_layer` (default: the layer). `student`: what rows from the lane's split on (all of them,
+        if it has none) differ in.
+        """
         spec, weights = self.spec, self.weights[layer]
-        normed = self._norm(x, weights.attn_norm_weight, weights.attn_norm_bias)
-        qkv = F.linear(normed, weights.qkv_weight, weights.qkv_bias)
+        table = self.tables[layer if kv_layer is None else kv_layer]
+        split = self._from_the_first if lane.split is None else lane.split
+
+        def normalise(name: str) -> torch.Tensor:
+            own, other = getattr(weights, f"{name}_weight"), student and getattr(student, f"{name}_weight")
+            bias = getattr(weights, f"{name}_bias")
+            return norm(x, own, bias, kind=spec.norm, eps=spec.norm_eps, other=other, split=student and split)
+
+        def differ(out: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+            if student:
+                add_low_rank(out, rows, student.factors[name], split)
+
+        normed = normalise("attn_norm")
+        qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
+        differ(qkv, normed, "qkv")
         q = rotate_and_write(
-            qkv, self.k_pages, self.v_pages, self.tables[layer], lane.positions, lane.slots, lane.count, self._cos,
+            qkv, self.k_pages, self.v_pages, table, lane.positions, lane.slots, lane.count, self._cos,
             self._sin, rotary_dim=spec.rotary_dim, num_heads=spec.num_heads, q_norm=weights.q_norm_weight,
             k_norm=weights.k_norm_weight, eps=spec.norm_eps,
         )  # fmt: skip
         attended = torch.empty_like(q)
         for items in lane.items:
             self.attention.run(
-                q, attended, self.k_pages, self.v_pages, self.tables[layer], items, lane.first_token
+                q, attended, self.k_pages, self.v_pages, table, items, lane.first_token
             )
+        attended = attended.view(len(x), -1)
         if spec.parallel_residual:  # the MLP reads what attention has not been added to
-            normed = self._norm(x, weights.mlp_norm_weight, weights.mlp_norm_bias)
-        _add_product(x, attended.view(len(x), -1), weights.o_weight, weights.o_bias)
+            normed = normalise("mlp_norm")
+        add_linear(x, attended, weights.o_weight, weights.o_bias)
+        differ(x, attended, "o")
         if not spec.parallel_residual:
-            normed = self._norm(x, weights.mlp_norm_weight, weights.mlp_norm_bias)
-        up = F.linear(normed, weights.up_weight, weights.up_bias)
+            normed = normalise("mlp_norm")
+        up = linear(normed, weights.up_weight, weights.up_bias)
+        differ(up, normed, "up")
         hidden = activate(up, kind=spec.activation, is_gated=spec.gated_mlp)
-        _add_product(x, hidden, weights.down_weight, weights.down_bias)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return norm(x, weight, bias, kind=self.spec.norm, eps=self.spec.norm_eps)
-
-
-def _add_product(x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    x.addmm_(rows, weight.t())
-    if bias is not None:
-        x.add_(bias)
+        add_linear(x, hidden, weights.down_weight, weights.down_bias)
+        differ(x, hidden, "down")

@@ -1,0 +1,49 @@
+"""What surrounds the layers on the device: embedding, final norm, head, the teacher's or the student's.
+
+T = tokens, S = rows whose logits are wanted, E = hidden, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from model_store.int8 import Int8Matrix
+from model_store.spec import ModelSpec
+from model_store.weights import EndWeights
+from server.kernels.cuda.linear import linear
+from server.kernels.cuda.norm import norm
+
+
+class Ends:
+    """Both sides of a pair; rows before a split take the teacher's, the others the student's."""
+
+    def __init__(self, spec: ModelSpec, ends: dict[str, EndWeights]) -> None:
+        self.spec, self.teacher, self.student = spec, ends["teacher"], ends["student"]
+
+    def sides(self, split: int, num: int) -> list[tuple[EndWeights, slice]]:
+        """(end weights, rows) of both sides; one entry where they are the same or one is empty."""
+        if self.teacher is self.student:
+            split = num
+        sides = [(self.teacher, slice(0, split)), (self.student, slice(split, num))]
+        return [(end, rows) for end, rows in sides if rows.start < rows.stop]
+
+    def head(self, hidden: torch.Tensor, num_teacher: int, out: torch.Tensor) -> None:
+        """Logits of normed rows [S, E] to out [S, V]."""
+        for end, rows in self.sides(num_teacher, len(hidden)):
+            linear(hidden[rows], end.head, end.head_bias, out=out[rows])
+
+    def norm(self, end: EndWeights, rows: torch.Tensor, out: torch.Tensor) -> None:
+        spec = self.spec
+        norm(rows, end.final_norm_weight, end.final_norm_bias, kind=spec.norm, eps=spec.norm_eps, out=out)
+
+
+def embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    """Rows `ids` [T] of the embedding, with learned positions where there are such, to out [T, E]."""
+    if isinstance(end.embed, Int8Matrix):
+        values, scale = end.embed.values.index_select(0, ids), end.embed.scale.index_select(0, ids)
+        out.copy_(values * scale[:, None])
+    else:
+        torch.index_select(end.embed, 0, ids, out=out)
+    if end.positions is not None:
+        out += F.embedding(positions, end.positions)
