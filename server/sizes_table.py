@@ -22,7 +22,8 @@ def speed_file(settings: Settings, pair: Pair) -> Path:
     from server.sizing.calibrate import processor_name
 
     machine = "".join(c if c.isalnum() else "-" for c in processor_name())
-    return store_root(settings.store) / "speed" / f"{pair.name}-{machine}.json"
+    form = f"-{settings.quantization}" if settings.quantization else ""
+    return store_root(settings.store) / "speed" / f"{pair.name}{form}-{machine}.json"
 
 
 def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
