@@ -27,7 +27,7 @@ class Engine {
     void step(const BsStep& step) {
         step_ = &step;
         const size_t tokens = step.num_tokens;
-        hidden_.at_least(tokens * s_.hidden);
+        hidden_.at_least(tokens * stream_ld());
         q_.at_least(tokens * s_.num_heads * pages_.padded_dim);
         attended_.at_least(tokens * attended_ld());
         pool_.begin();
@@ -36,7 +36,7 @@ class Engine {
         run_program();
         for (int i = 0; i < step.num_rows; i++) {
             const BsEnd& end = ends_[i < step.norm_cut ? 0 : 1];
-            norm(hidden_.data() + long(step.rows[i]) * s_.hidden, step.out + long(i) * s_.hidden, end.norm_w, end.norm_b, s_.hidden);
+            norm(hidden_.data() + long(step.rows[i]) * stream_ld(), step.out + long(i) * s_.hidden, end.norm_w, end.norm_b, s_.hidden);
         }
         count(kNorm);
         pool_.end();
@@ -106,6 +106,8 @@ class Engine {
     int q_width() const { return s_.num_heads * s_.head_dim; }
     int kv_width() const { return s_.num_kv_heads * s_.head_dim; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
+    int stream_ld() const { return row_stride<float, float>(s_.hidden); }  // of the hidden state
+    int qkv_ld() const { return row_stride<float, float>(qkv_width()); }
     int hidden_ld() const { return row_stride<W, X>(s_.hidden); }
     int attended_ld() const { return row_stride<W, X>(q_width()); }
     int act_ld() const { return row_stride<W, X>(round_up(s_.intermediate, kPanel)); }
@@ -140,7 +142,7 @@ class Engine {
 
     void norm_tokens(int first, int last, const void* weight, const void* bias) {
         auto rows = [&](int from, int to) {
-            for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * s_.hidden, normed_.data() + long(t) * hidden_ld(), weight, bias, s_.hidden);
+            for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * stream_ld(), normed_.data() + long(t) * hidden_ld(), weight, bias, s_.hidden);
         };
         if (last - first <= 8)
             rows(first, last);
@@ -244,28 +246,28 @@ class Engine {
         auto rest = [&](const X* x, long ldx) { return Rows<W>{x + first * ldx, ldx, others}; };
         const size_t tokens = step_->num_tokens;
         normed_.at_least(tokens * hidden_ld());
-        qkv_.at_least(tokens * qkv_width());
+        qkv_.at_least(tokens * qkv_ld());
         act_.at_least(tokens * act_ld());
-        float* hidden = hidden_.data() + long(t0) * E;
+        float* hidden = hidden_.data() + long(t0) * stream_ld();
         const Rows<W> normed = {normed_.data() + long(t0) * hidden_ld(), hidden_ld(), M};
         X* act = act_.data() + long(t0) * act_ld();
         norms(w.attn_norm_w, w.attn_norm_b, d.attn_norm_w);
-        product_to<false>(normed, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_width(), qkv_width());
-        product_of_factors<true>(rest(normed.x, hidden_ld()), d.qkv, E, qkv_.data() + long(ts) * qkv_width(), qkv_width());
+        product_to<false>(normed, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld());
+        product_of_factors<true>(rest(normed.x, hidden_ld()), d.qkv, E, qkv_.data() + long(ts) * qkv_ld(), qkv_ld());
         if (first) place(id, w, r0, split), attention(id, r0, split);
         if (others) place(student, w, split, r1), attention(student, split, r1);
         if (s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         const X* attended = attended_.data() + long(t0) * attended_ld();
-        product_to<true>({attended, attended_ld(), M}, w.o, E, q_width(), w.o_b, hidden, E);
-        product_of_factors<true>(rest(attended, attended_ld()), d.o, q_width(), hidden + long(first) * E, E);
+        product_to<true>({attended, attended_ld(), M}, w.o, E, q_width(), w.o_b, hidden, stream_ld());
+        product_of_factors<true>(rest(attended, attended_ld()), d.o, q_width(), hidden + long(first) * stream_ld(), stream_ld());
         if (!s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         // What the difference adds to gate and up has to be there before the activation.
         const int N = up_width();
         float* extra = d.up.num_terms && others ? extra_.at_least(size_t(others) * N) : nullptr;
         product_of_factors<false>(rest(normed.x, hidden_ld()), d.up, E, extra, N);
         mlp_up(w, normed, act, extra, first);
-        product_to<true>({act, act_ld(), M}, w.down, E, s_.intermediate, w.down_b, hidden, E);
-        product_of_factors<true>(rest(act, act_ld()), d.down, s_.intermediate, hidden + long(first) * E, E);
+        product_to<true>({act, act_ld(), M}, w.down, E, s_.intermediate, w.down_b, hidden, stream_ld());
+        product_of_factors<true>(rest(act, act_ld()), d.down, s_.intermediate, hidden + long(first) * stream_ld(), stream_ld());
     }
 
     // `extra`: [rows from `first` on, up_width()] to add before the activation, or null.
@@ -308,7 +310,7 @@ class Engine {
         pool_.run(chunks_for(step_->num_tokens, chunk), [&](int c, int) {
             for (int t = c * chunk; t < std::min(step_->num_tokens, (c + 1) * chunk); t++) {
                 const BsEnd& end = ends_[t < step_->embed_cut ? 0 : 1];
-                float* to = hidden_.data() + long(t) * s_.hidden;
+                float* to = hidden_.data() + long(t) * stream_ld();
                 if (end.embed)
                     convert_row(static_cast<const T*>(end.embed) + long(step_->input_ids[t]) * s_.hidden, to, s_.hidden);
                 else

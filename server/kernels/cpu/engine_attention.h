@@ -27,7 +27,7 @@ void Engine<T, W>::place(int id, const BsLayer& w, int r0, int r1) {
     const int first = step_->query_start[r0], last = step_->query_start[r1];
     find_requests(r0, r1);
     auto rows = [&](int from, int to) {
-        for (int t = from; t < to; t++) place_token(id, w, t, first, qkv_.data() + long(t) * qkv_width());
+        for (int t = from; t < to; t++) place_token(id, w, t, first, qkv_.data() + long(t) * qkv_ld());
     };
     if (last - first <= 4) {
         rows(first, last);

@@ -27,12 +27,12 @@ void Engine<T, W>::run_program() {
         auto begin = [&](const Segment& of, const float* const* biases, int from, int to, RowScratch& scratch, auto&& lap) {
             const BsLayer& w = layers_[of.layer];
             X* normed = scratch.normed.at_least(size_t(to - from) * hidden_ld());
-            float* qkv = scratch.qkv.at_least(size_t(to - from) * qkv_width());
-            for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * E, normed + long(t - from) * hidden_ld(), w.attn_norm_w, w.attn_norm_b, E);
+            float* qkv = scratch.qkv.at_least(size_t(to - from) * qkv_ld());
+            for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * stream_ld(), normed + long(t - from) * hidden_ld(), w.attn_norm_w, w.attn_norm_b, E);
             lap(kNorm);
-            product_part<false>({normed, hidden_ld(), to - from}, w.qkv, qkv_width(), E, biases[0], qkv, qkv_width(), {0, to - from, 0, panels_of(qkv_width())});
+            product_part<false>({normed, hidden_ld(), to - from}, w.qkv, qkv_width(), E, biases[0], qkv, qkv_ld(), {0, to - from, 0, panels_of(qkv_width())});
             lap(kProduct);
-            for (int t = from; t < to; t++) place_token(of.layer, w, t, first, qkv + long(t - from) * qkv_width());
+            for (int t = from; t < to; t++) place_token(of.layer, w, t, first, qkv + long(t - from) * qkv_ld());
             lap(kPlace);
         };
         // Output product, norm and MLP.
@@ -40,18 +40,18 @@ void Engine<T, W>::run_program() {
             const BsLayer& w = layers_[of.layer];
             const int M = to - from;
             X *normed = scratch.normed.at_least(size_t(M) * hidden_ld()), *act = scratch.act.at_least(size_t(M) * act_ld());
-            float* hidden = hidden_.data() + long(from) * E;
+            float* hidden = hidden_.data() + long(from) * stream_ld();
             const Rows<W> x = {normed, hidden_ld(), M};
             auto norm_rows = [&](const void* weight, const void* bias) {
-                for (int m = 0; m < M; m++) norm(hidden + long(m) * E, normed + long(m) * hidden_ld(), weight, bias, E);
+                for (int m = 0; m < M; m++) norm(hidden + long(m) * stream_ld(), normed + long(m) * hidden_ld(), weight, bias, E);
                 lap(kNorm);
             };
             if (s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
-            product_part<true>({attended_.data() + long(from) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), biases[1], hidden, E, {0, M, 0, panels_of(E)});
+            product_part<true>({attended_.data() + long(from) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
             lap(kProduct);
             if (!s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
             mlp_up_part(w, x, biases[2], act, nullptr, 0, {0, M, 0, num_panels(up_width(), s_.gated)});
-            product_part<true>({act, act_ld(), M}, w.down, E, F, biases[3], hidden, E, {0, M, 0, panels_of(E)});
+            product_part<true>({act, act_ld(), M}, w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E)});
             lap(kProduct);
         };
         const float* biases[4];
