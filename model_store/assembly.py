@@ -38,6 +38,7 @@ class LayerPath:
     size: int
     layers: tuple[int, ...]
     teacher_stations: tuple[bool, ...]
+    starts: tuple[int, ...]  # by station: how many layers run before it
     embed_from: Side
     norm_from: Side
     head_from: Side
@@ -45,6 +46,13 @@ class LayerPath:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def first_difference(self, other: LayerPath) -> int:
+        """The station at which two paths of a pair part: all before it is computed alike. 0: they share nothing."""
+        if self.embed_from != other.embed_from:
+            return 0
+        pairs = enumerate(zip(self.teacher_stations, other.teacher_stations, strict=True))
+        return next((index for index, (one, two) in pairs if one != two), len(self.starts))
 
 
 class Elasticity:
@@ -93,8 +101,10 @@ class Elasticity:
 
     def _build(self, size: int) -> LayerPath:
         layers: list[int] = []
+        starts: list[int] = []
         on_teacher = tuple(size >= threshold for threshold in self.thresholds)
         for station, is_teacher in zip(self.stations, on_teacher, strict=True):
+            starts.append(len(layers))
             if is_teacher:
                 layers.extend(range(station.start, station.stop))
             else:
@@ -104,7 +114,7 @@ class Elasticity:
             return "teacher" if size >= threshold else "student"
 
         return LayerPath(
-            size, tuple(layers), on_teacher, side(self.embed_threshold), side(self.norm_threshold),
+            size, tuple(layers), on_teacher, tuple(starts), side(self.embed_threshold), side(self.norm_threshold),
             side(self.head_threshold),
         )  # fmt: skip
 

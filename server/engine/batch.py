@@ -8,6 +8,9 @@ end request) segments over one packed hidden-state array: views only, no gather,
 
 Where a student layer is a difference to the teacher layer it was kept from (or is that layer), both kinds of rows
 share one segment: the teacher's weights pass once, and the rows from `split` on are the student's.
+
+A request that has changed size may have several rows: tokens whose hidden state was kept before some station start
+there and are left out of the segments below.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 
 from model_store.assembly import Elasticity
 from server.engine.request import Request
+from server.engine.state_rows import Part, StateCopy, parts_of, state_copies
 
 
 class Segment(NamedTuple):
@@ -40,7 +44,7 @@ class Segment(NamedTuple):
 class ForwardBatch:
     """What an executor gets. All arrays are numpy, int32 unless noted; `block_tables` is shared, not copied."""
 
-    requests: list[Request]  # [R], sorted by size descending
+    requests: list[Request]  # [R], sorted by size descending; one may have several rows
     sizes: np.ndarray  # [R]
     input_ids: np.ndarray  # [T]
     positions: np.ndarray  # [T]
@@ -56,6 +60,10 @@ class ForwardBatch:
     logits_start: np.ndarray  # [R + 1], rows of request r are [logits_start[r], logits_start[r + 1])
     # [R'] that get a new token; of a request with guesses to verify all rows count, of any other the last one.
     sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    # Only for executors with memory for hidden states. A token that is restored is in no segment below that station.
+    saves: list[StateCopy] = field(default_factory=list)
+    restores: list[StateCopy] = field(default_factory=list)
+    depths: np.ndarray | None = None  # [R] layers that each row runs; None: all of its path
 
     @property
     def num_tokens(self) -> int:
@@ -82,16 +90,25 @@ def build_batch(
     elasticity: Elasticity,
     block_tables: np.ndarray,
     shared_stations: Collection[int] = (),
+    page_size: int = 0,
 ) -> ForwardBatch:
     """Pack `scheduled` = [(request, tokens it advances by)] into one batch.
 
     `shared_stations`: those at which the executor runs teacher and student rows through the same products.
+    `page_size` is asked for where requests keep hidden states.
     """
-    # Within a size decode rows come first, so that kernels meet runs of one-token rows.
-    scheduled = sorted(scheduled, key=lambda item: (-item[0].path.size, item[1] > 1))
-    requests = [request for request, _ in scheduled]
-    counts = np.fromiter((count for _, count in scheduled), np.int32, len(scheduled))
-    computed = np.fromiter((request.num_computed_tokens for request in requests), np.int32, len(requests))
+    parts = []
+    for request, count in scheduled:
+        if request.resume_stop > request.num_computed_tokens:
+            parts += parts_of(request, count, page_size)
+        else:
+            parts.append(Part(request, request.num_computed_tokens, count))
+    # Within a size decode rows come first, so that kernels meet runs of one-token rows, and rows that start above the
+    # embedding last, so that segments are cut as seldom as can be.
+    parts.sort(key=lambda part: (-part.request.path.size, part.station, part.count > 1))
+    requests = [part.request for part in parts]
+    counts = np.fromiter((part.count for part in parts), np.int32, len(parts))
+    computed = np.fromiter((part.begin for part in parts), np.int32, len(parts))
     sizes = np.fromiter((request.path.size for request in requests), np.int32, len(requests))
     query_start = np.zeros(len(requests) + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
@@ -101,8 +118,8 @@ def build_batch(
     logits_rows: list[int] = []
     logits_start = np.zeros(len(requests) + 1, np.int32)
     samples: list[int] = []
-    for row, (request, count) in enumerate(scheduled):
-        start, begin = int(query_start[row]), request.num_computed_tokens
+    for row, (request, begin, count, _) in enumerate(parts):
+        start = int(query_start[row])
         stop = start + count
         if request.draft_token_ids:
             # The last token and the guesses after it; every row's logits tell whether the next guess was right.
@@ -142,6 +159,13 @@ def build_batch(
             program.append(Segment(num_teacher + station.index, split, end, station.index))
         if split:
             program.extend(Segment(t, 0, split, station.index) for t in range(first, station.stop))
+    saves, restores, depths = [], [], None
+    if any(request.keep_station or request.resume_stop for request in requests):
+        saves, restores = state_copies(parts, page_size)
+    if restores:
+        starts = [part.station for part in parts]
+        program = [piece for segment in program for piece in _without(segment, starts)]
+        depths = sizes - np.array([part.request.path.starts[part.station] for part in parts], np.int32)
     return ForwardBatch(
         requests=requests,
         sizes=sizes,
@@ -158,4 +182,21 @@ def build_batch(
         logits_rows=np.asarray(logits_rows, np.int32),
         logits_start=logits_start,
         sample_requests=np.asarray(samples, np.int32),
+        saves=saves,
+        restores=restores,
+        depths=depths,
     )
+
+
+def _without(segment: Segment, starts: list[int]) -> list[Segment]:
+    """The segment without rows that start at a later station (`starts` [R])."""
+    pieces: list[Segment] = []
+    first = segment.start
+    for row in range(segment.start, segment.stop + 1):
+        if row < segment.stop and starts[row] <= segment.station:
+            continue
+        if first < row:
+            split = None if segment.split is None else min(max(segment.split, first), row)
+            pieces.append(segment._replace(start=first, stop=row, split=None if split == row else split))
+        first = row + 1
+    return pieces

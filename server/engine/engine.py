@@ -33,7 +33,7 @@ from server.engine.size_policy import RequestRefused, SizePolicy
 from server.engine.speculation import Speculator
 from server.engine.stats import EngineStats, MetricsSink, StepStats, timings_of
 from server.engine.step_clock import Gap, StepClock
-from server.model.executor import Executor, create_executor
+from server.model.executor import Executor, allocate_states, create_executor
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs * (1 if config.speculative_size is None else 2),  # and their drafts
             max_model_len=config.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_state_pages=allocate_states(self.executor, config.state_bytes),
         )
         self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
         self.sampler = Sampler(config.seed, getattr(self.executor, "draw", None))
@@ -210,7 +211,8 @@ class Engine:
         return batch, sampled
 
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
-        return build_batch(scheduled, self.elasticity, self.kv_cache.block_tables, self.executor.shared_stations)
+        tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
+        return build_batch(scheduled, self.elasticity, tables, shared, self.config.page_size)
 
     def _condemn(self, request: Request, error: Exception) -> list[RequestOutput]:
         """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""

@@ -5,18 +5,21 @@
     table  block_tables[layer, slot, i] = page of layer `layer` for tokens [i * page_size, (i + 1) * page_size)
 
 A small size therefore takes proportionally few pages. Blocks are immutable once full and can then be shared through
-the prefix cache, whose keys include the path: KV at a layer depends on every layer below it.
+the prefix cache, whose keys include the path: KV at a layer depends on every layer below it. For the same reason a page
+belongs to several blocks where paths begin alike: `move` gives a request that changes size the pages below the first
+station that differs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
 from model_store.assembly import LayerPath
+from server.engine.kept_states import KeptStates
 from server.engine.request import Request
 
 
@@ -27,6 +30,9 @@ class Block:
     pages: np.ndarray  # int32 [path.num_layers], in the path's running order
     ref_count: int = 1
     hash: bytes | None = None
+    state: int = -1  # page of hidden states before station `state_station`, of every token computed; -1: none
+    state_station: int = 0
+    resumes: bool = False  # its tokens are to be computed from `state` on: pages of the layers below are filled
 
 
 class KVCacheManager:
@@ -41,6 +47,7 @@ class KVCacheManager:
         max_num_seqs: int,
         max_model_len: int,
         enable_prefix_caching: bool = True,
+        num_state_pages: int = 0,
     ) -> None:
         """`num_layers` counts the global layer ids of the pair (teacher + student)."""
         self.num_pages = num_pages
@@ -50,9 +57,12 @@ class KVCacheManager:
         self.block_tables = np.zeros((num_layers, max_num_seqs, max_blocks), dtype=np.int32)
         self._free_pages = np.arange(num_pages, dtype=np.int32)  # a stack; [:num_stacked] is free
         self._num_stacked = num_pages
+        self._num_owners = np.zeros(num_pages, np.int32)  # blocks that a page belongs to, held by requests or cached
+        self._num_users = np.zeros(num_pages, np.int32)  # of these, blocks that requests hold
+        self._num_used = 0  # pages with users
         self._cached: dict[bytes, Block] = {}
         self._evictable: OrderedDict[bytes, Block] = OrderedDict()  # cached and unreferenced, oldest first
-        self._num_evictable_pages = 0
+        self.states = KeptStates(num_state_pages)
         self._layer_index: dict[int, np.ndarray] = {}  # path size -> its global layer ids as an index array
         self.prefix_queries = 0  # tokens asked for / found, as vLLM counts them
         self.prefix_hits = 0
@@ -61,8 +71,8 @@ class KVCacheManager:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that an allocation can have: never used ones and those of unreferenced cached blocks."""
-        return self._num_stacked + self._num_evictable_pages
+        """Pages that an allocation can have: never used ones and those of unreferenced cached blocks alone."""
+        return self.num_pages - self._num_used
 
     @property
     def usage(self) -> float:
@@ -127,11 +137,7 @@ class KVCacheManager:
 
     def adopt(self, request: Request, blocks: list[Block]) -> None:
         """Give a newly admitted request its cached prefix; sets `num_computed_tokens`. `path` and `slot` are set."""
-        for block in blocks:
-            if block.ref_count == 0:
-                del self._evictable[block.hash]
-                self._num_evictable_pages -= len(block.pages)
-            block.ref_count += 1
+        self._hold(blocks)
         request.blocks = list(blocks)
         request.num_computed_tokens = len(blocks) * self.page_size
         self._write_tables(request, 0)
@@ -148,22 +154,77 @@ class KVCacheManager:
         width = request.path.num_layers
         if not self.can_allocate(num_new * width):
             return False
-        while self._num_stacked < num_new * width:
-            self._evict_oldest()
-        for _ in range(num_new):
-            self._num_stacked -= width
-            pages = self._free_pages[self._num_stacked : self._num_stacked + width].copy()
-            request.blocks.append(Block(pages))
+        pages = self._pop(num_new * width)
+        for first in range(0, num_new * width, width):
+            block = Block(pages[first : first + width])
+            if request.keep_station:
+                self.states.give(block, request.keep_station)
+            request.blocks.append(block)
         self._write_tables(request, num_have)
         return True
+
+    def move(self, request: Request, path: LayerPath) -> None:
+        """Give a running request the blocks of another path; `num_computed_tokens` says what is not to be computed.
+
+        Blocks that the cache has for the new path come first. Of the request's own full blocks after those, the ones
+        with a state kept keep their pages below it (the old ones stay cached with the same pages) and `resumes` is set.
+        Not the last, partly filled one: no page is written from two rows of a step.
+        """
+        old = request.blocks
+        station = request.path.first_difference(path)
+        prefix = self.find_prefix(request, path)
+        self._hold(prefix)  # before anything is freed
+        blocks = []
+        for block in old[len(prefix) : request.num_computed_tokens // self.page_size]:
+            new = Block(np.zeros(0, np.int32), resumes=0 < block.state_station <= station)
+            if new.resumes:
+                self.states.share(block, new)
+                new.pages = block.pages[: path.starts[block.state_station]]
+                self._num_owners[new.pages] += 1
+                self._num_users[new.pages] += 1
+            blocks.append(new)
+        self._drop(old[::-1])
+        widths = [path.num_layers - len(block.pages) for block in blocks]
+        if not any(block.resumes for block in blocks) or not self.can_allocate(sum(widths)):
+            self._retire(blocks)
+            blocks, widths = [], []
+        pages, start = self._pop(sum(widths)), 0
+        for block, width in zip(blocks, widths, strict=True):
+            block.pages = np.concatenate((block.pages, pages[start : start + width]))
+            start += width
+        request.path, request.blocks = path, prefix + blocks
+        request.num_computed_tokens = len(prefix) * self.page_size
+        request.resume_stop = len(request.blocks) * self.page_size if blocks else 0
+        self._write_tables(request, 0)
+
+    def finish_resuming(self, request: Request) -> None:
+        """The request has caught up. Its states go, unless another change is expected."""
+        request.resume_stop = 0
+        for block in request.blocks:
+            if block.resumes and not request.keep_station:
+                self.states.take(block)
+            block.resumes = False
+
+    def depth(self, request: Request) -> int:
+        """Layers that the next token to compute runs."""
+        path = request.path
+        if request.num_computed_tokens < request.resume_stop:
+            block = request.blocks[request.num_computed_tokens // self.page_size]
+            if block.resumes:
+                return path.num_layers - path.starts[block.state_station]
+        return path.num_layers
+
+    def num_kept_layers(self, request: Request, path: LayerPath) -> int:
+        """Layers of `path` that the request's tokens would not be computed on if it went there now."""
+        station = request.blocks[len(request.blocks) // 2].state_station if request.blocks else 0
+        return path.starts[station] if 0 < station <= request.path.first_difference(path) else 0
 
     def free(self, request: Request) -> None:
         """Return the request's blocks; full cached ones stay findable until evicted."""
         # Tail first: the head of a prefix is the part most likely to be wanted again.
-        for block in reversed(request.blocks):
-            self._release(block)
+        self._drop(request.blocks[::-1])
         request.blocks = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.resume_stop = 0
 
     def discard(self, request: Request) -> np.ndarray:
         """Make a request's blocks unfindable because its KV is not to be trusted. Returns the pages only it has."""
@@ -173,33 +234,74 @@ class KVCacheManager:
                 if block.hash is not None and self._cached.get(block.hash) is block:
                     del self._cached[block.hash]
                 block.hash = None
-                pages.append(block.pages)
+                pages.append(block.pages[self._num_owners[block.pages] == 1])
         return np.concatenate(pages)
 
     def reset_prefix_cache(self) -> None:
         while self._evictable:
             self._evict_oldest()
 
-    def _release(self, block: Block) -> None:
-        block.ref_count -= 1
-        assert block.ref_count >= 0
-        if block.ref_count:
+    # Blocks of one list never share pages: they hold different tokens.
+
+    def _hold(self, blocks: list[Block]) -> None:
+        woken = [block for block in blocks if block.ref_count == 0]
+        for block in blocks:
+            block.ref_count += 1
+        for block in woken:
+            del self._evictable[block.hash]
+            self.states.wake(block)
+        if woken:
+            pages = _pages(woken)
+            self._num_users[pages] += 1
+            self._num_used += int((self._num_users[pages] == 1).sum())
+
+    def _drop(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            block.ref_count -= 1
+            assert block.ref_count >= 0
+        self._retire([block for block in blocks if block.ref_count == 0])
+
+    def _retire(self, blocks: list[Block]) -> None:
+        """No request holds these any more."""
+        if not blocks:
             return
-        if block.hash is not None and self._cached.get(block.hash) is block:
-            self._evictable[block.hash] = block
-            self._num_evictable_pages += len(block.pages)
-        else:
-            self._push(block.pages)
+        pages = _pages(blocks)
+        self._num_users[pages] -= 1
+        self._num_used -= int((self._num_users[pages] == 0).sum())
+        gone = []
+        for block in blocks:
+            if block.hash is not None and self._cached.get(block.hash) is block:
+                self._evictable[block.hash] = block
+                self.states.rest(block)
+            else:
+                gone.append(block)
+        self._disown(gone)
 
     def _evict_oldest(self) -> None:
         digest, block = self._evictable.popitem(last=False)
         del self._cached[digest]
-        self._num_evictable_pages -= len(block.pages)
-        self._push(block.pages)
+        self._disown([block])
 
-    def _push(self, pages: np.ndarray) -> None:
+    def _disown(self, blocks: list[Block]) -> None:
+        if not blocks:
+            return
+        pages = _pages(blocks)
+        self._num_owners[pages] -= 1
+        pages = pages[self._num_owners[pages] == 0]
         self._free_pages[self._num_stacked : self._num_stacked + len(pages)] = pages
         self._num_stacked += len(pages)
+        for block in blocks:
+            self.states.take(block)
+
+    def _pop(self, count: int) -> np.ndarray:
+        """Pages for new blocks; `can_allocate` said yes."""
+        while self._num_stacked < count:
+            self._evict_oldest()
+        self._num_stacked -= count
+        pages = self._free_pages[self._num_stacked : self._num_stacked + count].copy()
+        self._num_owners[pages] = self._num_users[pages] = 1
+        self._num_used += count
+        return pages
 
     def _write_tables(self, request: Request, first: int) -> None:
         if len(request.blocks) == first:
@@ -213,21 +315,25 @@ class KVCacheManager:
     # --- invariants
 
     def check_integrity(self, live: list[Request]) -> None:
-        """Assert that every page is free, cached or owned by exactly the blocks that `live` requests hold."""
-        held: dict[int, tuple[Block, int]] = {}
-        for request in live:
-            for block in request.blocks:
-                held[id(block)] = (block, held.get(id(block), (block, 0))[1] + 1)
-        owned = [self._free_pages[: self._num_stacked]]
-        for block, count in held.values():
+        """Assert that every page is free, or owned by exactly the blocks that are cached or held by `live` requests."""
+        held = Counter(block for request in live for block in request.blocks)
+        for block, count in held.items():
             assert block.ref_count == count, f"block is held {count} times but counts {block.ref_count}"
-            owned.append(block.pages)
         for digest, block in self._evictable.items():
-            assert block.ref_count == 0 and self._cached[digest] is block and id(block) not in held
-            owned.append(block.pages)
+            assert block.ref_count == 0 and self._cached[digest] is block and block not in held
         for block in self._cached.values():
-            assert block.ref_count == 0 or id(block) in held, "a cached block is referenced by no live request"
-        pages = np.concatenate(owned)
-        assert len(pages) == self.num_pages, f"{self.num_pages - len(pages)} pages leaked"
-        assert len(np.unique(pages)) == self.num_pages, "a page has two owners"
-        assert self._num_evictable_pages == sum(len(block.pages) for block in self._evictable.values())
+            assert block.ref_count == 0 or block in held, "a cached block is referenced by no live request"
+        blocks = [*held, *self._evictable.values()]
+        users = np.bincount(_pages(list(held)), minlength=self.num_pages)
+        owners = np.bincount(_pages(blocks), minlength=self.num_pages)
+        free = self._free_pages[: self._num_stacked]
+        assert (owners[free] == 0).all(), "a free page has an owner"
+        num_lost = self.num_pages - len(np.unique(free)) - int((owners > 0).sum())
+        assert not num_lost, f"{num_lost} pages leaked"
+        assert (self._num_owners == owners).all() and (self._num_users == users).all(), "a page is counted wrongly"
+        assert self._num_used == (users > 0).sum()
+        self.states.check_integrity(blocks)
+
+
+def _pages(blocks: list[Block]) -> np.ndarray:
+    return np.concatenate([block.pages for block in blocks]) if blocks else np.zeros(0, np.int32)

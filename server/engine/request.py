@@ -131,6 +131,8 @@ class Request:
     decision: SizeDecision | None = None
     slot: int = -1  # row of the block tables while running
     blocks: list[Block] = field(default_factory=list)
+    keep_station: int = 0  # hidden states are kept before this station, for a change of size to come; 0: nowhere
+    resume_stop: int = 0  # positions below this start from a hidden state if their block `resumes`
     num_cached_tokens: int = -1  # prefix-cache hit at first admission
     num_preemptions: int = 0
     scheduled_time: float | None = None  # first time it was given tokens

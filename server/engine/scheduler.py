@@ -21,6 +21,7 @@ from server.engine.load import Load
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
 from server.engine.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.engine.size_policy import LargestSize, Refusal, SizePolicy
+from server.engine.size_schedule import following_size, planned_size
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Scheduler:
     def prepare(self, request: Request) -> Refusal | None:
         """Complete a request before it is queued; a refusal (400) if it could not run even on an idle server."""
         if request.size_schedule:
-            request.sizes = (self._planned_size(request),)
+            request.sizes = (planned_size(request),)
         if reason := self.limit_sizes(request):
             return Refusal(reason, 400)
         return self.policy.prepare(request, self, self.clock())
@@ -186,16 +187,20 @@ class Scheduler:
         request.num_computed_tokens += count
         self.load.advance(request, count)
         self.kv_cache.cache_full_blocks(request)
+        if request.resume_stop and request.num_computed_tokens >= request.resume_stop:
+            self.kv_cache.finish_resuming(request)
         weight = OUTPUT_TOKEN_COST if is_decode else 1.0
         self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
 
     def _advance(self, request: Request, budget: int, output: SchedulerOutput) -> int:
         """Plan a running request's tokens for this step; returns what is left of the layer-token budget."""
-        count = min(request.num_tokens - request.num_computed_tokens, budget // request.path.num_layers)
+        # A step's tokens stay bounded, however few layers each of them runs.
+        width = max(self.kv_cache.depth(request), self.elasticity.sizes[0])
+        count = min(request.num_tokens - request.num_computed_tokens, budget // width)
         if count <= 0 or not self._make_room(request, request.num_computed_tokens + count, output):
             return budget
         output.scheduled.append((request, count))
-        return budget - count * request.path.num_layers
+        return budget - count * width
 
     def _admit(self, output: SchedulerOutput, budget: int, now: float) -> None:
         held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
@@ -232,6 +237,7 @@ class Scheduler:
             choice = replace(choice, after_tokens=len(request.output_token_ids))
             request.path, request.decision = path, choice
             request.slot = self._free_slots.pop()
+            request.keep_station = self._keep_station(request)
             self.kv_cache.adopt(request, prefix)
             allocated = self.kv_cache.allocate(request, num_cached + count)
             assert allocated
@@ -298,7 +304,7 @@ class Scheduler:
         if token.logprobs is not None:
             result.new_logprobs = [token.logprobs]
         if request.size_schedule and not status:
-            size = self._planned_size(request)
+            size = planned_size(request)
             if size != request.path.size:
                 self._set_size(request, SizeDecision(size, "schedule"))
                 result.decision = request.decision
@@ -306,35 +312,37 @@ class Scheduler:
 
     # --- a running request changes size
 
-    def _planned_size(self, request: Request) -> int:
-        """What `size_schedule` says for the next token; a leg of 0 tokens lasts until the end."""
-        end = 0
-        for size, num_tokens in request.size_schedule:
-            end += num_tokens
-            if not num_tokens or len(request.output_token_ids) < end:
-                return size
-        return request.size_schedule[-1][0]
-
     def _change_size(self, request: Request, decision: SizeDecision, output: SchedulerOutput) -> None:
         if request.status == RequestStatus.RUNNING and decision.size != request.path.size:
             self._set_size(request, decision)
             output.outputs.append(RequestOutput(request.request_id, decision=request.decision))
 
     def _set_size(self, request: Request, decision: SizeDecision) -> None:
-        """Go on at another size: everything so far is computed again on the new path, but for what its cache holds.
+        """Go on at another size: everything so far is computed again on the new path, but for what its cache holds and
+        for the layers before the first station that differs, where a hidden state was kept.
 
         KV at a layer depends on every layer below it, so text after the change equals that of a fresh request at the
         new size whose prompt is the text so far.
         """
         self.load.leave(request)
-        self.kv_cache.free(request)
-        request.path = self.elasticity.path(decision.size)
+        self.kv_cache.move(request, self.elasticity.path(decision.size))
         request.decision = replace(decision, after_tokens=len(request.output_token_ids))
         if request.size_schedule:
             request.sizes = (decision.size,)
-        self.kv_cache.adopt(request, self.kv_cache.find_prefix(request, request.path))
+        request.keep_station = self._keep_station(request)
         self.load.enter(request)
         self.num_resizes += 1
+
+    def _keep_station(self, request: Request) -> int:
+        """The station at which a change of size to come parts from the request's path; 0: none is expected."""
+        if not self.kv_cache.states.num_pages or request.sampling.prompt_logprobs is not None:
+            return 0
+        size = following_size(request) if request.size_schedule else None
+        if not request.size_schedule and self.policy.shrinks_running:
+            size = request.sizes[0]
+        if size is None or size == request.path.size:
+            return 0
+        return request.path.first_difference(self.elasticity.path(size))
 
     def _stop_status(self, request: Request, token_id: int) -> RequestStatus | None:
         sampling = request.sampling

@@ -39,6 +39,8 @@ class SizePolicy:
     `now` is the scheduler's clock; an implementation reads no other. All methods but `choose` may be left alone.
     """
 
+    shrinks_running = False  # whether `resize` may take a running request to its smallest size
+
     def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
         """A size out of `request.sizes`, a refusal, or None to leave it queued for now."""
         raise NotImplementedError

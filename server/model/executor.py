@@ -38,13 +38,28 @@ class Executor(Protocol):
         """Allocate (or replace) the KV pool."""
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the program over the batch, writing KV. Returns the final-normed hidden rows at `logits_rows`, [S, E]."""
+        """Run the program over the batch, writing KV. Returns the final-normed hidden rows at `logits_rows`, [S, E].
+
+        An executor with `allocate_states` also sees to the batch's `saves` and `restores`.
+        """
 
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
         """Apply the head, the teacher's to rows [0, num_teacher), else the student's. [n, E] -> float32 [n, V]."""
 
     def describe(self) -> str:
         """One line for the start-up log."""
+
+
+def allocate_states(executor: Executor, num_bytes: int) -> int:
+    """Give an executor memory for the hidden states of changes of size. Returns pages of `page_size` tokens each.
+
+    0 for an executor that has no `state_page_bytes` and `allocate_states`: there a text is computed from its beginning.
+    """
+    page_bytes = getattr(executor, "state_page_bytes", None)
+    num_pages = 0 if page_bytes is None else num_bytes // page_bytes()
+    if num_pages:
+        executor.allocate_states(num_pages)
+    return num_pages
 
 
 Candidate = tuple[str, Callable[["LoadedPair", "EngineConfig"], "Executor | str"]]

@@ -41,6 +41,7 @@ class TorchExecutor:
             num_kv_heads=self.spec.num_kv_heads,
             head_dim=self.spec.head_dim,
         )
+        self.states: torch.Tensor | None = None  # [state pages * page_size, E]
         self._inv_freq: torch.Tensor | None = None
         if self.spec.rotary_dim:
             inv_freq, self._rope_factor = self.spec.rope_inv_freq()
@@ -56,6 +57,15 @@ class TorchExecutor:
     def allocate_kv(self, num_pages: int) -> None:
         self.attention.allocate(num_pages, self.dtype, self.device)
 
+    def state_page_bytes(self) -> int:
+        """Bytes of the hidden states of one page of tokens."""
+        return self.page_size * self.spec.hidden_size * self.dtype.itemsize
+
+    def allocate_states(self, num_pages: int) -> None:
+        """Memory for hidden states that batches save and restore."""
+        shape = (num_pages * self.page_size, self.spec.hidden_size)
+        self.states = torch.empty(shape, dtype=self.dtype, device=self.device)
+
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
         """What holds KV; the first dimension is the page."""
         return self.attention.k_pages, self.attention.v_pages
@@ -63,13 +73,19 @@ class TorchExecutor:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = self._embed(batch)
+        for _, tokens, rows in batch.restores:
+            hidden[self._index(tokens)] = self.states[self._index(rows)]
         lanes: dict[tuple[int, int], Lane] = {}
+        saves = list(batch.saves)
         for segment in batch.program:
+            while saves and saves[0].station <= segment.station:
+                _, tokens, rows = saves.pop(0)
+                self.states[self._index(rows)] = hidden[self._index(tokens)]
             rows = self._rows(batch, segment, lanes)
             tokens = batch.tokens(segment.start, segment.stop)
             weights = self.layers[segment.layer]
             hidden[tokens] = decoder_layer(hidden[tokens], weights, self.spec, self.attention, rows)
-        rows = hidden[torch.from_numpy(batch.logits_rows.astype(np.int64)).to(self.device)]
+        rows = hidden[self._index(batch.logits_rows)]
         split = int(batch.logits_start[batch.norm_cut])
         return self._by_side(rows, split, self._final_norm)
 
@@ -82,12 +98,15 @@ class TorchExecutor:
 
     # --- parts
 
+    def _index(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows.astype(np.int64)).to(self.device)
+
     def _embed(self, batch: ForwardBatch) -> torch.Tensor:
-        ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(self.device)
+        ids = self._index(batch.input_ids)
         split = int(batch.query_start[batch.embed_cut])
         hidden = self._by_side(ids, split, lambda rows, end: embed(rows, end.embed, self.dtype))
         if self.spec.learned_positions:
-            positions = torch.from_numpy(batch.positions.astype(np.int64)).to(self.device)
+            positions = self._index(batch.positions)
             hidden = hidden + self._by_side(positions, split, lambda rows, end: F.embedding(rows, end.positions))
         return hidden
 

@@ -261,7 +261,8 @@ class CostModel:
         if self.profile.shared_head:
             head_rows = len(batch.logits_rows)
         rows = [n for n in (head_rows, len(batch.logits_rows) - head_rows) if n]
-        return self.shape_of(counts, batch.context_lens, batch.sizes, segments, rows)
+        depths = batch.sizes if batch.depths is None else batch.depths
+        return self.shape_of(counts, batch.context_lens, depths, segments, rows)
 
     def shape_of(
         self,

@@ -53,6 +53,8 @@ REASONS = ("slo_ttft", "slo_tpot", "slo_e2e", "kv_pressure", "load")
 class BudgetPolicy(SizePolicy):
     """Implements `SizePolicy` for the scheduler. Engine thread only, but `check` and `estimated_wait`."""
 
+    shrinks_running = True
+
     def __init__(
         self,
         cost: CostModel,

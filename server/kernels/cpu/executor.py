@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from bisect import bisect_left
 
 import numpy as np
 import torch
@@ -88,6 +89,7 @@ class NativeExecutor:
         )  # fmt: skip
         self.k_pages: np.ndarray | None = None
         self.v_pages: np.ndarray | None = None
+        self.states = np.zeros((0, spec.hidden_size), np.float32)  # [state pages * page_size, E]
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
@@ -111,6 +113,14 @@ class NativeExecutor:
     def allocate_kv(self, num_pages: int) -> None:
         self.k_pages, self.v_pages = (_zeros(num_pages * self.page_bytes() // 2) for _ in "kv")
 
+    def state_page_bytes(self) -> int:
+        """Bytes of the hidden states of one page of tokens."""
+        return 4 * self.page_size * self.spec.hidden_size
+
+    def allocate_states(self, num_pages: int) -> None:
+        """Memory for hidden states that batches save and restore; like that of KV, had from the system on first use."""
+        self.states = _zeros(num_pages * self.state_page_bytes()).view(np.float32).reshape(-1, self.spec.hidden_size)
+
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
         """What holds KV; the first dimension is the page."""
         return self.k_pages, self.v_pages
@@ -128,13 +138,16 @@ class NativeExecutor:
         embed_cut, norm_cut = int(batch.query_start[batch.embed_cut]), int(batch.logits_start[batch.norm_cut])
         if not self._has_two_ends:
             embed_cut, norm_cut = batch.num_tokens, len(out)
+        saves, restores = _saves(batch), _restores(batch)
         step = library.Step(
             num_tokens=batch.num_tokens, num_requests=batch.num_requests, num_segments=len(program),
             num_rows=len(out), embed_cut=embed_cut, norm_cut=norm_cut, program=program.ctypes.data,
             input_ids=batch.input_ids.ctypes.data, positions=batch.positions.ctypes.data,
             query_start=batch.query_start.ctypes.data, slots=batch.slots.ctypes.data,
             block_tables=tables.ctypes.data, layer_stride=tables.strides[0] // 4, slot_stride=tables.strides[1] // 4,
-            rows=batch.logits_rows.ctypes.data, k_pages=self.k_pages.ctypes.data, v_pages=self.v_pages.ctypes.data,
+            num_saves=len(saves), num_restores=len(restores), saves=saves.ctypes.data, restores=restores.ctypes.data,
+            states=self.states.ctypes.data, rows=batch.logits_rows.ctypes.data,
+            k_pages=self.k_pages.ctypes.data, v_pages=self.v_pages.ctypes.data,
             out=out.data_ptr(),
         )  # fmt: skip
         self._lib.bs_step(self._engine, ctypes.byref(step))
@@ -183,6 +196,22 @@ class NativeExecutor:
         """(end, first row, end row) of the rows that take the teacher's and the student's ends."""
         split = num_teacher if self._has_two_ends else num_rows
         return [side for side in ((0, 0, split), (1, split, num_rows)) if side[1] < side[2]]
+
+
+def _saves(batch: ForwardBatch) -> np.ndarray:
+    """[n, 3] of (segment before which to save, token, row of the states)."""
+    stations = [segment.station for segment in batch.program] if batch.saves else []
+    parts = [
+        np.stack((np.full(len(tokens), bisect_left(stations, station)), tokens, rows), axis=1)
+        for station, tokens, rows in batch.saves
+    ]
+    return np.concatenate(parts, dtype=np.int32) if parts else np.zeros((0, 3), np.int32)
+
+
+def _restores(batch: ForwardBatch) -> np.ndarray:
+    """[n, 2] of (token, row of the states)."""
+    parts = [np.stack((tokens, rows), axis=1) for _, tokens, rows in batch.restores]
+    return np.concatenate(parts, dtype=np.int32) if parts else np.zeros((0, 2), np.int32)
 
 
 def _zeros(num_bytes: int) -> np.ndarray:

@@ -69,7 +69,8 @@ class Step(ctypes.Structure):
         *((name, c_void_p) for name in (
             "program", "input_ids", "positions", "query_start", "slots", "block_tables",
         )),
-        ("layer_stride", c_int64), ("slot_stride", c_int64),
+        ("layer_stride", c_int64), ("slot_stride", c_int64), ("num_saves", c_int32), ("num_restores", c_int32),
+        *((name, c_void_p) for name in ("saves", "restores", "states")),
         *((name, c_void_p) for name in ("rows", "k_pages", "v_pages", "out")),
     ]  # fmt: skip
 

@@ -64,6 +64,10 @@ struct BsStep {
     const int32_t* slots;         // [R]
     const int32_t* block_tables;  // [layers, slots, blocks]
     int64_t layer_stride, slot_stride;
+    int32_t num_saves, num_restores;
+    const int32_t* saves;         // [num_saves, 3] by segment: before segment i, token t's hidden state goes to row r of `states`
+    const int32_t* restores;      // [num_restores, 2]: token t begins with row r; it is in no segment before
+    float* states;                // [rows, hidden]
     const int32_t* rows;          // [num_rows], tokens whose final-normed hidden state is wanted
     void *k_pages, *v_pages;
     float* out;                   // [num_rows, hidden]
