@@ -117,6 +117,10 @@ class Settings:
     kv_cache_memory: int | None = option(
         None, "bytes of KV cache [a share of what is free, capped]", kind="bytes", group="engine", minimum=1
     )
+    size_change_memory: int | None = option(
+        None, "bytes of hidden states that make a change of size cheaper; 0: none [a sixteenth of the KV cache]",
+        kind="bytes", group="engine", minimum=0,
+    )  # fmt: skip
     gpu_memory_utilization: float = option(
         0.9, "share of GPU memory for weights and KV together", group="engine", minimum=0.05, maximum=1.0
     )

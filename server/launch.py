@@ -118,7 +118,10 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
             table_entries=2 * pair.elasticity.num_global_layers * max_num_seqs * num_blocks,
             bytes_per_value=dtype.itemsize,
         )
-    kv_bytes = settings.kv_cache_memory or min(free, most)
+    state_bytes = settings.size_change_memory
+    if state_bytes is None:
+        state_bytes = (settings.kv_cache_memory or min(max(free, 0), most)) // 16
+    kv_bytes = settings.kv_cache_memory or min(free - state_bytes, most)
     if kv_bytes <= 0:
         raise ValueError(
             f"no memory is left for the KV cache on {device}: raise --gpu-memory-utilization, lower "
@@ -137,6 +140,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         max_num_batched_tokens=max_num_batched_tokens,
         page_size=settings.page_size,
         kv_cache_bytes=kv_bytes,
+        state_bytes=state_bytes,
         enable_prefix_caching=settings.enable_prefix_caching,
         executor=settings.executor,
         enforce_eager=settings.enforce_eager,

@@ -247,14 +247,16 @@ class Outlook:
             rows[floor] += 1.0
             context[size] -= tokens
             context[floor] += tokens
-            cost += self.change_seconds(tokens, floor, rate)
+            kept = scheduler.kv_cache.num_kept_layers(request, scheduler.elasticity.path(floor))
+            cost += self.change_seconds(tokens, floor - kept, rate)
             remaining += request.sampling.max_tokens - len(request.output_token_ids)
         saved = (before - self.mix_seconds(rows, context)) * remaining / len(requests)
         return saved > 2.0 * cost
 
-    def change_seconds(self, num_tokens: int, size: int, rate: float) -> float:
-        """What going on at `size` costs: the text so far computed there, at `rate` seconds per token and layer."""
-        return num_tokens * size * (rate + self.cost.prefill_context * 0.5 * num_tokens)
+    def change_seconds(self, num_tokens: int, num_layers: int, rate: float) -> float:
+        """What a change of size costs: the text so far, at `rate` seconds per token and layer, on the layers that it
+        has to be computed on (those of the new size, less those below a hidden state that was kept)."""
+        return num_tokens * num_layers * (rate + self.cost.prefill_context * 0.5 * num_tokens)
 
     def drain_seconds(self, scheduler: Scheduler) -> float:
         """Until everything that waits now is admitted, at the smallest size: its prompts, and slots that fall free."""

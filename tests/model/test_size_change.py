@@ -1,5 +1,6 @@
 """A request that changes size in mid-answer equals the oracle that computes the text so far on the new path."""
 
+import itertools
 import random
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_schedule_equals_a_fresh_prompt_at_every_change(family, order, executo
     assert engine.scheduler.num_resizes == sum(len(schedule) - 1 for schedule in SCHEDULES)
     shares = any(
         pair.elasticity.path(a).first_difference(pair.elasticity.path(b))
-        for schedule in SCHEDULES for (a, _), (b, _) in zip(schedule, schedule[1:], strict=False)
+        for schedule in SCHEDULES for (a, _), (b, _) in itertools.pairwise(schedule)
     )  # fmt: skip
     assert any(counts) == bool(shares and states)
 
