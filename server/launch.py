@@ -120,7 +120,9 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         )
     state_bytes = settings.size_change_memory
     if state_bytes is None:
-        state_bytes = (settings.kv_cache_memory or min(max(free, 0), most)) // 16
+        state_bytes = 0 if is_cuda else (  # no executor there keeps states of a request that decodes
+            settings.kv_cache_memory or min(max(free, 0), most)
+        ) // 16
     kv_bytes = settings.kv_cache_memory or min(free - state_bytes, most)
     if kv_bytes <= 0:
         raise ValueError(
