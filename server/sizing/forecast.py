@@ -115,7 +115,9 @@ class Forecaster:
         used = rate * service
         # M/D/1 waiting, and as much again for the tail that attainment is about.
         wait = np.where(used < 1.0, used / np.maximum(1.0 - used, 1e-3) * service, NEVER)
-        occupancy = np.maximum(rows / max_num_seqs, rows * (prompt + output) * sizes / tokens_of_kv)
+        # Somebody always runs: slots fill up from the second request on.
+        slots = (rows - 1.0) / max(max_num_seqs - 1, 1)
+        occupancy = np.maximum(slots, rows * (prompt + output) * sizes / tokens_of_kv)
         np.maximum(occupancy, busy, out=occupancy)
         return Forecast(tpot, wait + service + step, occupancy, rows, now)
 

@@ -44,7 +44,8 @@ def make_spec(tenants: Tenants | None = None, make=None, **changes) -> ReplicaSp
     tenants = tenants or Tenants()
     make = make or (lambda: make_policy(tenants))
     values = {"num_pages": 20_000, "make_queue": lambda: WaitingQueue(tenants.weight, tenants.rank)} | changes
-    return ReplicaSpec(CONFIG, machine(), values.pop("num_pages"), make, **values)
+    config = values.pop("config", CONFIG)
+    return ReplicaSpec(config, machine(), values.pop("num_pages"), make, **values)
 
 
 def make_replica(tenants: Tenants | None = None, **changes) -> Replica:

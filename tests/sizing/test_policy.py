@@ -1,5 +1,6 @@
 """The size policy and its ladder, on the simulator's clock: the same code that serves, no model."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,7 @@ from server.engine.request import Request
 from server.engine.size_policy import LargestSize
 from server.sizing.report import summarise
 from server.sizing.tenants import Tenant, Tenants
-from tests.sizing.machines import make_policy, make_replica, make_request, make_spec, play, steady
+from tests.sizing.machines import CONFIG, make_policy, make_replica, make_request, make_spec, play, steady
 
 
 def admit(request: Request, **changes):
@@ -24,6 +25,12 @@ def admit(request: Request, **changes):
 def test_an_idle_server_gives_the_largest_size():
     request = make_request(budget={"ttft": 0.5, "tpot": 0.05})
     assert admit(request) is None and (request.decision.size, request.decision.reason) == (12, "auto")
+
+
+def test_one_place_is_not_an_overload():
+    spec = make_spec(config=dataclasses.replace(CONFIG, max_num_seqs=1))
+    records = play(steady(0.5, 10.0, ttft=2.0, tpot=0.05), spec).records
+    assert {record.size for record in records} == {12}
 
 
 def test_a_tight_limit_shrinks_and_says_why():
