@@ -35,7 +35,7 @@ class Engine {
         embed();
         for (const int32_t* restore = step.restores; restore != step.restores + 2 * step.num_restores; restore += 2) {
             const float* from = step.states + long(restore[1]) * s_.hidden;
-            std::copy(from, from + s_.hidden, hidden_.data() + long(restore[0]) * s_.hidden);
+            std::copy(from, from + s_.hidden, hidden_.data() + long(restore[0]) * stream_ld());
         }
         run_program();
         for (int i = 0; i < step.num_rows; i++) {

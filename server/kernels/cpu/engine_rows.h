@@ -19,7 +19,7 @@ void Engine<T, W>::run_program() {
     const int32_t *save = step_->saves, *last_save = save + 3 * step_->num_saves;
     for (int i = 0; i < step_->num_segments; i++) {
         for (; save != last_save && save[0] == i; save += 3) {
-            const float* from = hidden_.data() + long(save[1]) * s_.hidden;
+            const float* from = hidden_.data() + long(save[1]) * stream_ld();
             std::copy(from, from + s_.hidden, step_->states + long(save[2]) * s_.hidden);
         }
         const Segment now = segment(i);
