@@ -118,7 +118,7 @@ def aims(sizes: Sizes) -> str:
     for size, (two_cores, gpu) in AIMS.items():
         ratio = sizes[size]["perplexity_ratio"]
         verdict = "missed" if ratio > two_cores else "met" if ratio > gpu else "met, that of a GPU too"
-        rows.append([str(size), f"{ratio:.2f}x", f"{two_cores}x", f"{gpu}x", verdict])
+        rows.append([str(size), f"{ratio:.3f}x", f"{two_cores}x", f"{gpu}x", verdict])
     return _lines("layers | measured | aim for two cores | aim for a GPU | aim for two cores is", rows)
 
 
