@@ -8,7 +8,7 @@
 Arrivals are a slice of the Azure LLM inference trace of 2023 (benchmarks/traces), scaled in time, lengths clipped. All
 loads play the same requests, faster. Load 1 is the highest rate tried at which the pinned teacher meets the limits for
 99 % of the requests: `plan` begins where the simulator expects it, with the cost model that a server has calibrated,
-and goes down in steps of 7 % until the real server agrees.
+and goes up or down in steps of 7 % with the real server.
 """
 
 from __future__ import annotations
@@ -101,16 +101,23 @@ def make_plan(args: argparse.Namespace) -> None:
 
 
 def measured_rate(args: argparse.Namespace, plan: dict[str, Any], rate: float, wanted: float = 0.99) -> float:
-    """The first of `rate`, 7 % less, ... at which the teacher meets the limits for `wanted` of the requests."""
-    for _ in range(10):
+    """The highest of `rate` times or over 1.07, 1.07^2, ... at which the teacher is on time for `wanted` of all."""
+    best, step = None, 1.0
+    for _ in range(12):
         plan["rate"] = round(rate, 4)
         result = run_one(args, plan, 1.0, "teacher")
         met = statistics.mean(record["met"] for record in result["records"])
         print(f"teacher at {rate:.3f} requests/s: {met:.1%} met (others took {result['others']:.2f} cores)", flush=True)
         if met >= wanted:
-            return plan["rate"]
-        rate *= 0.93
-    raise SystemExit("the teacher does not meet these limits at any load: choose others")
+            best = plan["rate"]
+        if step == 1.0:
+            step = 1.07 if best else 1 / 1.07
+        elif (met >= wanted) == (step < 1.0):
+            break  # going down: the first that holds; going up: the first that does not
+        rate *= step
+    if best is None:
+        raise SystemExit("the teacher does not meet these limits at any load: choose others")
+    return best
 
 
 async def measure_idle(url: str, prompt_tokens: int) -> dict[str, float]:
