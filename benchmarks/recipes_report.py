@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from model_store.evaluate.report import markdown, plot_svg
+from model_store.evaluate.report import markdown, plot_svg, svg_pyplot, svg_text
 
 TITLES = {  # name in benchmarks.recipes -> in tables and plots, in this order
     "pruned": "pruned, not trained",
@@ -75,13 +74,7 @@ def comparison(columns: dict[str, Rows], cell: Callable[[dict[str, float]], str]
 
 def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:
     """KL of the smallest size on training rows by tokens seen, as SVG; curves without it are left out."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "boomerang"
-    figure, axis = pyplot.subplots(figsize=(6.5, 3.8))
+    figure, axis = svg_pyplot().subplots(figsize=(6.5, 3.8))
     for name, curve in curves.items():
         points = [(row["tokens"], row["pure"]) for row in curve if row.get("pure")]
         if points:
@@ -89,11 +82,7 @@ def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:
     axis.set(xlabel="tokens trained on", title="KL of the smallest size on training rows, nats per token")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return svg_text(figure)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

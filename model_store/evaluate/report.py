@@ -43,13 +43,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def plot_svg(series: dict[str, dict[int, dict[str, Any]]], keys: Sequence[str] = ("kl", "perplexity_ratio")) -> str:
     """One panel per key, one line with its intervals per named series, as SVG text. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "boomerang"  # the same figures give the same file
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    pyplot = svg_pyplot()
     titles = {key: title for key, title, _ in _COLUMNS} | {
         "kl": "KL to the teacher, nats per token", "perplexity_ratio": "perplexity, multiple of the teacher's",
         "chat_kl": "KL on the teacher's answers", "repetition": "share of answers that repeat",
@@ -75,10 +69,27 @@ def plot_svg(series: dict[str, dict[int, dict[str, Any]]], keys: Sequence[str] =
         axis.grid(alpha=0.3)
         if len(series) > 1:
             axis.legend(fontsize=8)
+    return svg_text(figure)
+
+
+def svg_pyplot() -> Any:
+    """matplotlib's pyplot, set up for `svg_text`. ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "boomerang"  # the same figures give the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    return pyplot
+
+
+def svg_text(figure: Any) -> str:
+    """The figure as SVG, closed."""
     figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    svg_pyplot().close(figure)
     return buffer.getvalue()
 
 
