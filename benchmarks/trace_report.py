@@ -8,7 +8,6 @@ from typing import Any
 from server.engine.config import EngineConfig
 from server.engine.size_policy import LargestSize
 from server.sizing.calibrate import from_json
-from server.sizing.cost_model import CostModel
 from server.sizing.jobs import Record
 from server.sizing.policy import BudgetPolicy
 from server.sizing.quality import quality_by_size
@@ -43,9 +42,7 @@ def simulate(plan: dict[str, Any], load: float, policy: str, calibration: dict[s
     def make_policy() -> BudgetPolicy | LargestSize:
         if policy != "auto":
             return LargestSize()
-        own = CostModel(machine.profile, machine.coefficients.copy())
-        own.overhead, own.overhead_per_request = machine.overhead, machine.overhead_per_request
-        return BudgetPolicy(own, quality=quality)
+        return BudgetPolicy(machine.fresh(), quality=quality)
 
     jobs = jobs_of(plan, load)
     if policy != "auto":

@@ -176,6 +176,12 @@ class CostModel:
         self._weights = profile.layer_weights
         self.set_coefficients(coefficients)
 
+    def fresh(self) -> CostModel:
+        """A model that knows the same machine and has seen no step yet."""
+        own = CostModel(self.profile, self.coefficients.copy())
+        own.overhead, own.overhead_per_request = self.overhead, self.overhead_per_request
+        return own
+
     def set_coefficients(self, coefficients: np.ndarray) -> None:
         self.coefficients = coefficients
         self.version = getattr(self, "version", -1) + 1

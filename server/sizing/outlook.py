@@ -40,7 +40,7 @@ class View:
 
 
 class Outlook:
-    """Reads the scheduler's totals; keeps nothing between decisions."""
+    """Reads the scheduler's totals; keeps nothing between steps, and within one the pace of its prompts."""
 
     def __init__(
         self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, min_chunk: int

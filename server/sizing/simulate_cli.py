@@ -125,9 +125,7 @@ def policy_factory(size: str, machine: CostModel):
     def make() -> SizePolicy:
         if not SizeSpec.parse(size).is_auto:
             return LargestSize()
-        own = CostModel(machine.profile, machine.coefficients.copy())
-        own.overhead, own.overhead_per_request = machine.overhead, machine.overhead_per_request
-        return BudgetPolicy(own)
+        return BudgetPolicy(machine.fresh())
 
     return make
 
