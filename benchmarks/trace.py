@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def make_plan(args: argparse.Namespace) -> None:
-    from benchmarks.trace_report import highest_rate
+    from benchmarks.trace_report import rate_of_teacher
 
     with LocalServer(args.server_args.split()) as server:
         idle = asyncio.run(measure_idle(server.url, args.max_prompt))
@@ -91,7 +91,7 @@ def make_plan(args: argparse.Namespace) -> None:
         "quality": {size: {key: row.get(key) for key in ("kl", "top1_agreement")} for size, row in sizes.items()},
         "calibration": calibration(server),
     }
-    plan["rate"] = args.rate or measured_rate(args, plan, highest_rate(plan))
+    plan["rate"] = args.rate or measured_rate(args, plan, rate_of_teacher(plan))
     args.plan.write_text(json.dumps(plan, indent=1) + "\n")
     print(
         f"idle: first token of a {args.max_prompt}-token prompt after {1e3 * idle['ttft']:.0f} ms, then "
@@ -151,9 +151,10 @@ async def keep_busy(url: str, max_prompt: int, max_output: int) -> None:
             await asyncio.gather(*(one(rng.choice(("teacher", "student", "23L"))) for _ in range(3 * concurrency)))
 
 
-def jobs_of(plan: dict[str, Any], load: float) -> list[Job]:
+def jobs_of(plan: dict[str, Any], load: float, rows: list[Job] | None = None) -> list[Job]:
+    """The plan's slice of the trace, or other `rows` of one, at `load`."""
     return shape_trace(
-        read_trace(TRACE, limit=plan["requests"]),
+        rows or read_trace(TRACE, limit=plan["requests"]),
         max_prompt=plan["max_prompt"],
         max_output=plan["max_output"],
         budget=Budget(ttft=plan["ttft"], tpot=plan["tpot"]),
@@ -185,7 +186,9 @@ def run_one(args: argparse.Namespace, plan: dict[str, Any], load: float, policy:
         asyncio.run(measure_idle(server.url, 32))  # touches all code once
         before = scrape(server.url)
         begun, own, busy = time.perf_counter(), cpu_seconds(server), machine_seconds()
+        client = time.process_time()
         records = asyncio.run(play(server.url, jobs, POLICIES[policy]))
+        client = time.process_time() - client
         seconds = time.perf_counter() - begun
         others = machine_seconds() - busy - (cpu_seconds(server) - own)
         after = scrape(server.url)
@@ -194,6 +197,7 @@ def run_one(args: argparse.Namespace, plan: dict[str, Any], load: float, policy:
         "policy": policy,
         "seconds": seconds,
         "others": others / seconds,  # cores that other processes took meanwhile
+        "client": client / seconds,  # and the load generator
         "records": [as_row(record) for record in records],
         "steps": step_figures(before, after),
         "calibration": calibration(server),

@@ -8,8 +8,8 @@ from typing import Any
 from server.engine.config import EngineConfig
 from server.engine.size_policy import LargestSize
 from server.sizing.calibrate import from_json
-from server.sizing.jobs import Record
-from server.sizing.policy import BudgetPolicy
+from server.sizing.jobs import Job, Record
+from server.sizing.policy import BudgetPolicy, PolicyConfig
 from server.sizing.quality import quality_by_size
 from server.sizing.report import plot, summarise
 from server.sizing.simulator import ReplicaSpec, Simulator
@@ -19,19 +19,22 @@ DELIVERY = 0.002  # seconds from a step's end to the client, and from the client
 NOISE = 0.05
 
 
-def highest_rate(plan: dict[str, Any], wanted: float = 0.99) -> float:
+def rate_of_teacher(plan: dict[str, Any], rows: list[Job] | None = None, wanted: float = 0.99) -> float:
     """Requests per second at which the simulated teacher still meets its limits for `wanted` of the requests."""
     low, high = 0.02, 50.0
     while high / low > 1.03:
         middle = (low * high) ** 0.5
-        records = simulate(plan | {"rate": middle}, 1.0, "teacher", plan["calibration"])
+        records = simulate(plan | {"rate": middle}, 1.0, "teacher", plan["calibration"], rows)
         is_good = sum(record.met for record in records) >= wanted * len(records)
         low, high = (middle, high) if is_good else (low, middle)
     return low
 
 
-def simulate(plan: dict[str, Any], load: float, policy: str, calibration: dict[str, Any]) -> list[Record]:
-    """The requests of a run through the simulator, on the machine that `calibration` describes."""
+def simulate(
+    plan: dict[str, Any], load: float, policy: str, calibration: dict[str, Any],
+    rows: list[Job] | None = None, settings: PolicyConfig | None = None,
+) -> list[Record]:  # fmt: skip
+    """The requests of a run (or `rows` in their place) through the simulator, on the machine of `calibration`."""
     from benchmarks.trace import GIVE_UP, jobs_of
 
     machine = from_json(calibration)
@@ -42,9 +45,9 @@ def simulate(plan: dict[str, Any], load: float, policy: str, calibration: dict[s
     def make_policy() -> BudgetPolicy | LargestSize:
         if policy != "auto":
             return LargestSize()
-        return BudgetPolicy(machine.fresh(), quality=quality)
+        return BudgetPolicy(machine.fresh(), quality=quality, config=settings)
 
-    jobs = jobs_of(plan, load)
+    jobs = jobs_of(plan, load, rows)
     if policy != "auto":
         for job in jobs:
             job.sizes = (sizes[-1] if policy == "teacher" else sizes[0],)
