@@ -20,7 +20,7 @@ from server.engine.kv_cache import KVCacheManager
 from server.engine.load import Load
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
 from server.engine.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
-from server.engine.size_policy import LargestSize, Refusal, SizePolicy
+from server.engine.size_policy import LargestSize, Pace, Refusal, SizePolicy
 from server.engine.size_schedule import following_size, planned_size
 
 logger = logging.getLogger(__name__)
@@ -147,14 +147,14 @@ class Scheduler:
             elif request.status == RequestStatus.RUNNING and budget >= request.path.num_layers:
                 budget = self._advance(request, budget, output)
         # Those who decode are on time for their next token only if the prompts beside them leave room.
-        limit = self.policy.token_budget(self, now)
-        if limit is not None and output.scheduled:
-            budget = min(budget, limit)
+        pace = self.policy.pace(self, now)
+        if pace is not None and output.scheduled:
+            budget = min(budget, pace.layer_tokens)
         for request in prompts:
             if request.status == RequestStatus.RUNNING:  # else preempted for the sake of another
                 budget = self._advance(request, budget, output)
         if not output.num_preempted:
-            self._admit(output, budget, now)
+            self._admit(output, budget, now, pace)
         return output
 
     def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
@@ -202,9 +202,9 @@ class Scheduler:
         output.scheduled.append((request, count))
         return budget - count * width
 
-    def _admit(self, output: SchedulerOutput, budget: int, now: float) -> None:
+    def _admit(self, output: SchedulerOutput, budget: int, now: float, pace: Pace | None) -> None:
         held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
-        first_token_after = partial(self.policy.first_token_after, scheduler=self)
+        first_token_after = None if pace is None else partial(pace.first_token_after, load=self.load)
         while self.waiting and self._free_slots and budget > 0:
             request = self.waiting.peek(now, held, first_token_after)
             if request is None:

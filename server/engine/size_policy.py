@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from server.engine.batch import ForwardBatch
+    from server.engine.load import Load
     from server.engine.scheduler import Scheduler
 
 
@@ -31,6 +32,22 @@ class RequestRefused(ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast prompts advance beside those who decode, as long as steps are like this one."""
+
+    layer_tokens: int  # tokens of prompt x layers that a step may carry
+    seconds: float  # what such a step takes
+
+    def first_token_after(self, request: Request, load: Load) -> float:
+        """Seconds from the request's admission now to its first token at the smallest size it allows.
+
+        One step more than the arithmetic says: a request admitted in vain costs another one its limit.
+        """
+        work = max(load.layer_pending - load.layer_rows, 0) + max(request.num_tokens - 1, 1) * request.sizes[0]
+        return (math.ceil(work / self.layer_tokens) + 1) * self.seconds
 
 
 class SizePolicy:
@@ -54,12 +71,8 @@ class SizePolicy:
     def on_finish(self, request: Request, now: float) -> None:
         """The request is finished; `status` says how."""
 
-    def first_token_after(self, request: Request, scheduler: Scheduler) -> float:
-        """Seconds from its admission in this step to its first token at the smallest size it allows."""
-        return 0.0
-
-    def token_budget(self, scheduler: Scheduler, now: float) -> int | None:
-        """Layer-tokens of prompt this step may carry beside its decode rows; None for the configured limit only."""
+    def pace(self, scheduler: Scheduler, now: float) -> Pace | None:
+        """What this step may carry of prompts beside its decode rows; None for the configured limit only."""
 
     def resize(self, scheduler: Scheduler, now: float) -> list[tuple[Request, SizeDecision]]:
         """Running requests that should go on at another size."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.engine.request import Request
+from server.engine.size_policy import Pace
 from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.cost_model import KNOTS, CostModel
 from server.sizing.demand import Demand
@@ -40,7 +41,7 @@ class View:
 
 
 class Outlook:
-    """Reads the scheduler's totals; keeps nothing between steps, and within one the pace of its prompts."""
+    """Reads the scheduler's totals, and keeps nothing but what follows from the cost model alone."""
 
     def __init__(
         self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, min_chunk: int
@@ -50,8 +51,6 @@ class Outlook:
         self.demand = demand
         self.tenants = tenants
         self.min_chunk = min_chunk
-        # Prompt layer-tokens of a step as last planned, and what such a step takes.
-        self._pace, self._pace_seconds = 1.0, 0.0
         self._capacity = (-1.0, -1, 0.0)  # limit, version of the cost model, `capacity_rows` for them
         self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
         self._full_weight = float(self.table.teacher_weights.sum()) + self.table.joint_weight
@@ -170,15 +169,14 @@ class Outlook:
         tpot += sizes * (cost.decode_context * num_prompt + cost.request_layers)
         return ttft, tpot
 
-    def prefill_budget(self, scheduler: Scheduler, now: float, margin: float) -> int | None:
-        """Layer-tokens of prompt that fit beside this step's decode rows without breaking their TPOT.
+    def pace(self, scheduler: Scheduler, now: float, margin: float) -> Pace | None:
+        """What fits of prompts beside this step's decode rows without breaking their TPOT.
 
         A request that is ahead of its limit may spend half of its lead at once; one that is behind makes it up within
         a few steps, which also corrects predictions that are a little low. One that can no longer meet its limit binds
         nobody. None: nothing binds.
         """
         load = scheduler.load
-        self._pace, self._pace_seconds = 1.0, 0.0
         if load.tightest_tpot() is None:
             return None
         decode = self.mix_seconds(np.asarray(load.rows, np.float64), load.context)
@@ -205,17 +203,7 @@ class Outlook:
         rows = load.num_rows
         tokens = self.cost.tokens_within(float(self.cost.layer_seconds(rows)) + per_layer) - rows
         budget = int(max(tokens, self.min_chunk) * self.cost.profile.elasticity.num_teacher_layers)
-        self._pace, self._pace_seconds = budget, max(allowed, decode)
-        return budget
-
-    def first_token_seconds(self, request: Request, scheduler: Scheduler) -> float:
-        """From admission now to the first token at the request's smallest size, at the pace of this step's prompts.
-
-        One step more than the arithmetic says: a request admitted in vain costs another one its limit.
-        """
-        load = scheduler.load
-        work = max(load.layer_pending - load.layer_rows, 0) + max(request.num_tokens - 1, 1) * request.sizes[0]
-        return (math.ceil(work / self._pace) + 1) * self._pace_seconds
+        return Pace(budget, max(allowed, decode))
 
     def mix_seconds(self, rows: np.ndarray, context: list[int] | None = None) -> float:
         """A decode step of `rows[size]` requests, in seconds, overhead included."""

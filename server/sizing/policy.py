@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.engine.request import Request, SizeDecision
-from server.engine.size_policy import Refusal, SizePolicy
+from server.engine.size_policy import Pace, Refusal, SizePolicy
 from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.cost_model import CostModel
 from server.sizing.demand import Demand
@@ -267,12 +267,8 @@ class BudgetPolicy(SizePolicy):
         """Seconds until the queue of this moment has been admitted, at least 1: what Retry-After says."""
         return max(1.0, self.outlook.drain_seconds(scheduler))
 
-    def token_budget(self, scheduler: Scheduler, now: float) -> int | None:
-        """Prompt tokens x layers that this step may carry beside its decode rows, or None for no limit."""
-        return self.outlook.prefill_budget(scheduler, now, self.config.pace)
-
-    def first_token_after(self, request: Request, scheduler: Scheduler) -> float:
-        return self.outlook.first_token_seconds(request, scheduler)
+    def pace(self, scheduler: Scheduler, now: float) -> Pace | None:
+        return self.outlook.pace(scheduler, now, self.config.pace)
 
     def decode_seconds(self, rows: np.ndarray) -> float:
         return self.outlook.mix_seconds(rows)
