@@ -18,7 +18,9 @@ class Load:
         # The same times layers, over all sizes
         self.layer_rows = self.layer_context = self.layer_pending = 0
         self.tenant_rows: dict[str, list[int]] = {}  # tenant -> rows by size
+        self.held: dict[str, int] = {}  # tenant -> rows
         self._limits: dict[str, dict[float, int]] = {}  # tenant -> TPOT limit -> how many running requests have it
+        self._tightest: dict[str, float] = {}  # tenant -> the smallest of them
 
     def enter(self, request: Request) -> None:
         """A request starts to run: `path` and `num_computed_tokens` are set."""
@@ -30,10 +32,12 @@ class Load:
         if rows is None:
             rows = self.tenant_rows[request.tenant] = [0] * len(self.rows)
         rows[size] += 1
+        self.held[request.tenant] = self.held.get(request.tenant, 0) + 1
         limit = request.budget.tpot
         if limit is not None:
             limits = self._limits.setdefault(request.tenant, {})
             limits[limit] = limits.get(limit, 0) + 1
+            self._tightest[request.tenant] = min(limit, self._tightest.get(request.tenant, limit))
 
     def leave(self, request: Request) -> None:
         """It stops running; called before its blocks are freed."""
@@ -43,8 +47,9 @@ class Load:
         self._count(size, -request.num_computed_tokens, request.num_computed_tokens - request.num_tokens, -1)
         rows = self.tenant_rows[request.tenant]
         rows[size] -= 1
-        if not any(rows):
-            del self.tenant_rows[request.tenant]
+        self.held[request.tenant] -= 1
+        if not self.held[request.tenant]:
+            del self.tenant_rows[request.tenant], self.held[request.tenant]
         limit = request.budget.tpot
         if limit is not None:
             limits = self._limits[request.tenant]
@@ -52,7 +57,9 @@ class Load:
             if not limits[limit]:
                 del limits[limit]
                 if not limits:
-                    del self._limits[request.tenant]
+                    del self._limits[request.tenant], self._tightest[request.tenant]
+                elif limit == self._tightest[request.tenant]:
+                    self._tightest[request.tenant] = min(limits)
 
     def advance(self, request: Request, count: int) -> None:
         self._count(request.path.size, count, -count)
@@ -70,12 +77,9 @@ class Load:
 
     def tightest_tpot(self, skip: set[str] | frozenset[str] = frozenset()) -> float | None:
         """The smallest TPOT limit among running requests of tenants not in `skip`, in seconds."""
-        best = None
-        for tenant, limits in self._limits.items():
-            if tenant not in skip:
-                low = min(limits)
-                best = low if best is None or low < best else best
-        return best
+        if skip:
+            return min((low for tenant, low in self._tightest.items() if tenant not in skip), default=None)
+        return min(self._tightest.values(), default=None)
 
     def check(self, running: list[Request]) -> None:
         """Assert that the totals are what counting would give."""
@@ -83,5 +87,5 @@ class Load:
         for request in running:
             fresh.enter(request)
         totals = ("num_rows", "layer_rows", "layer_context", "layer_pending")
-        for name in ("rows", "context", "pending", *totals, "tenant_rows", "_limits"):
+        for name in ("rows", "context", "pending", *totals, "tenant_rows", "held", "_limits", "_tightest"):
             assert getattr(self, name) == getattr(fresh, name), f"load totals disagree on {name}"

@@ -274,11 +274,10 @@ class Scheduler:
     def _victim(self) -> Request:
         """The youngest request of the least priority, of the tenant that holds most for its weight."""
         candidates = self.running
-        tenants = self.load.tenant_rows
-        if len(tenants) > 1:
+        held = self.load.held
+        if len(held) > 1:
             heaviest = max(
-                tenants,
-                key=lambda name: (self.waiting.rank(name), sum(tenants[name]) / self.waiting.weight(name), name),
+                held, key=lambda name: (self.waiting.rank(name), held[name] / self.waiting.weight(name), name)
             )
             candidates = [request for request in candidates if request.tenant == heaviest]
         return max(candidates, key=lambda r: (r.priority, r.arrival_time))

@@ -15,7 +15,8 @@ class Candidates:
 
     sizes: tuple[int, ...]
     sizes_array: np.ndarray  # [C] float
-    index: np.ndarray  # [C] position in CandidateTable.sizes
+    index: tuple[int, ...]  # position in CandidateTable.sizes
+    columns: tuple[tuple[int, int], ...]  # (size, stations at which it runs the teacher's block)
     on_teacher: np.ndarray  # [C, stations] 1 where the size runs the teacher's block
 
 
@@ -28,8 +29,13 @@ class CandidateTable:
         self.sizes = elasticity.sizes
         self.thresholds = np.asarray(elasticity.thresholds)
         self.joint_weights, self.teacher_weights, self.student_weights = profile.station_weights()
-        self.side_weights = np.stack((self.teacher_weights, self.student_weights))[:, None]  # [2, 1, stations]
+        # By station, in patch order, so that those where a size runs the teacher's block come first: how far the
+        # station's threshold lies below the largest size, the weight of the teacher's side, and of the student's.
+        weights = self.teacher_weights.tolist(), self.student_weights.tolist()
+        order = sorted(zip(elasticity.thresholds, *weights, strict=True))
+        self.patches = [(self.sizes[-1] - threshold, *sides) for threshold, *sides in order]
         self.joint_weight = float(self.joint_weights.sum())  # of what every row runs, whatever its size
+        self.full_weight = float(self.teacher_weights.sum()) + self.joint_weight  # of the largest size's path
         self.quality = quality if quality and all(size in quality for size in self.sizes) else None
         self._position = {size: i for i, size in enumerate(self.sizes)}
         self._cache: dict[tuple[int, ...], Candidates] = {}
@@ -63,6 +69,7 @@ class CandidateTable:
         return Candidates(
             sizes=sizes,
             sizes_array=array.astype(np.float64),
-            index=np.array([self._position[size] for size in sizes], dtype=np.intp),
+            index=tuple(self._position[size] for size in sizes),
+            columns=tuple((size, sum(size >= t for t in self.elasticity.thresholds)) for size in sizes),
             on_teacher=(array[:, None] >= self.thresholds).astype(np.float64),
         )

@@ -18,7 +18,7 @@ recent steps corrects them.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect, bisect_left
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -191,7 +191,23 @@ class CostModel:
         self._curves = tuple(
             (knots.tolist(), values.tolist()) for knots, values in ((KNOTS, self._g), (HEAD_KNOTS, self._h))
         )
-        self.layer_table = self.layer_seconds(np.arange(_TABLE))  # g of 0, 1, 2, ... tokens
+        # Flat pieces make the inverse of g jump; adding a hair of slope keeps it a function.
+        self._inverse = KNOTS.tolist(), (self._g + np.arange(len(self._g)) * 1e-12).tolist()
+        # g, which ends flat here, and h at the knots of g, each with its slopes: what a step of rows of one size takes.
+        h = self.head_seconds(KNOTS)
+        self.step_curves = tuple(
+            values.tolist()
+            for values in (
+                KNOTS, self._g, np.append(np.diff(self._g) / np.diff(KNOTS), 0.0),
+                h, np.append(np.diff(h), h[-1] - h[-2]) / np.append(np.diff(KNOTS), KNOTS[-1] - KNOTS[-2]),
+            )
+        )  # fmt: skip
+        self.layer_table = self.layer_seconds(np.arange(_TABLE)).tolist()  # g of 0, 1, 2, ... tokens
+        self.fixed = float(coefficients[0])
+        self.decode_context = float(coefficients[_DECODE_CONTEXT])  # s per layer and context token of a decode row
+        # Seconds per layer, chunk token and context token of a prompt chunk
+        self.prefill_context = float(coefficients[_PREFILL_CONTEXT])
+        self.request_layers = float(coefficients[_REQUEST_LAYERS])  # s per layer of a request
 
     # --- parts of the formula, for whoever reasons about steps that do not exist yet
 
@@ -213,14 +229,14 @@ class CostModel:
 
     def tokens_within(self, seconds: float) -> float:
         """The inverse of g: tokens that one layer of weight 1 passes in `seconds`."""
-        if seconds <= self._g[0]:
+        knots, g = self._inverse
+        if seconds <= self._curves[0][1][0]:
             return 0.0
-        # Flat pieces make the inverse jump; adding a hair of slope keeps it a function.
-        g = self._g + np.arange(len(self._g)) * 1e-12
         if seconds >= g[-1]:
-            slope = max((g[-1] - g[-2]) / (KNOTS[-1] - KNOTS[-2]), 1e-12)
-            return float(KNOTS[-1] + (seconds - g[-1]) / slope)
-        return float(np.interp(seconds, g, KNOTS))
+            slope = max((g[-1] - g[-2]) / (knots[-1] - knots[-2]), 1e-12)
+            return knots[-1] + (seconds - g[-1]) / slope
+        i = max(bisect(g, seconds), 1)
+        return (knots[i] - knots[i - 1]) / (g[i] - g[i - 1]) * (seconds - g[i - 1]) + knots[i - 1]
 
     def head_seconds(self, rows: np.ndarray | float) -> np.ndarray:
         """h: norm, head and sampling of `rows` rows; 0 for none."""
@@ -230,24 +246,6 @@ class CostModel:
             slope = (self._h[-1] - self._h[-2]) / (HEAD_KNOTS[-1] - HEAD_KNOTS[-2])
             value = value + np.maximum(rows - HEAD_KNOTS[-1], 0.0) * slope
         return np.where(rows > 0, value, 0.0)
-
-    @property
-    def fixed(self) -> float:
-        return float(self.coefficients[0])
-
-    @property
-    def decode_context(self) -> float:
-        """Seconds per layer and context token of a decode row."""
-        return float(self.coefficients[_DECODE_CONTEXT])
-
-    @property
-    def prefill_context(self) -> float:
-        """Seconds per layer, chunk token and context token of a prompt chunk."""
-        return float(self.coefficients[_PREFILL_CONTEXT])
-
-    @property
-    def request_layers(self) -> float:
-        return float(self.coefficients[_REQUEST_LAYERS])
 
     # --- steps
 

@@ -8,10 +8,9 @@ would hand out large sizes until the present hurts, and those it handed them to 
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from server.sizing.candidates import CandidateTable
 from server.sizing.cost_model import KNOTS, CostModel
@@ -22,6 +21,7 @@ from server.sizing.tenants import Tenants
 if TYPE_CHECKING:
     from server.engine.scheduler import Scheduler
 
+_END = float(KNOTS[-1])
 _REFRESH = 0.1  # seconds of clock for which a forecast holds
 
 
@@ -29,10 +29,9 @@ _REFRESH = 0.1  # seconds of clock for which a forecast holds
 class Forecast:
     """By position in `CandidateTable.sizes`, if everyone were given that size."""
 
-    tpot: np.ndarray
-    ttft: np.ndarray
-    occupancy: np.ndarray  # of slots, KV pages or time, whichever is tightest; 1 = full
-    rows: np.ndarray
+    tpot: list[float]
+    ttft: list[float]
+    occupancy: list[float]  # of slots, KV pages or time, whichever is tightest; 1 = full
     time: float
 
 
@@ -45,9 +44,7 @@ class Forecaster:
         self.demand = demand
         self.tenants = tenants
         self.sigmas = sigmas
-        on = table.all.on_teacher
-        self._weights = table.path_weights(on)
-        self._sizes = table.all.sizes_array
+        self._weights: list[float] = table.path_weights(table.all.on_teacher).tolist()
         self._cache: dict[str, Forecast] = {}
 
     def forecast(self, tenant: str, scheduler: Scheduler, now: float) -> Forecast:
@@ -86,40 +83,71 @@ class Forecaster:
         now: float = 0.0,
     ) -> Forecast:
         """`rate` requests/s of `prompt` and `output` tokens; `limit`: TPOT that chunks of prompt respect."""
-        cost, sizes = self.cost, self._sizes
+        cost = self.cost
         scale = cost.correction["decode"]
-        context = cost.decode_context * sizes * (prompt + 0.5 * output) + cost.request_layers * sizes
-        context += cost.overhead_per_request
-        head_first = float(cost.head_seconds(1.0))
-        piece = min(prompt, max_tokens)
-        rows = np.ones(len(sizes))
+        knots, g, g_slopes, h, h_slopes = cost.step_curves
+        context = cost.decode_context * (prompt + 0.5 * output) + cost.request_layers
+        attention, head_first = cost.prefill_context * 0.5 * prompt**2, cost.head_seconds_of(1.0)
+        piece, answers = min(prompt, max_tokens), rate * output
         cap = 4.0 * max_num_seqs
+        # By size: weight of its path, seconds of a step's row beside layers and head, of a prompt's tokens and beside.
+        columns = [
+            (weight, context * size + cost.overhead_per_request, prompt * weight / piece, attention * size + head_first)
+            for weight, size in zip(self._weights, self.table.sizes, strict=True)
+        ]
+        start = cost.fixed + cost.overhead
+        rows = [1.0] * len(columns)
         for _ in range(16):
-            g = np.interp(np.stack((rows + piece, rows)), KNOTS, cost._g)
-            step = cost.fixed + cost.overhead + self._weights * g[1] + cost.head_seconds(rows) + context * rows
-            step *= scale
-            prefill = prompt * self._weights * (g[0] - g[1]) / piece + cost.prefill_context * sizes * 0.5 * prompt**2
-            prefill += head_first
-            busy = rate * prefill
-            tpot = step / (1.0 - np.minimum(busy, 0.95))
-            new = np.clip(rate * output * tpot, 1.0, cap)
-            done = np.abs(new - rows).max() < 0.05
-            rows = new
-            if done:
+            found, seen, change = [], 0.0, 0.0
+            for n, (weight, per_row, per_token, beside) in zip(rows, columns, strict=True):
+                if n != seen:  # in the first round, and under a light load in all, sizes have the same rows
+                    seen = n
+                    i = bisect(knots, n) - 1
+                    beyond = n - knots[i]
+                    alone = g[i] + beyond * g_slopes[i]
+                    around = start + h[i] + beyond * h_slopes[i]
+                    i = bisect(knots, n + piece) - 1
+                    more = g[i] + (n + piece - knots[i]) * g_slopes[i] - alone
+                step = (around + weight * alone + per_row * n) * scale
+                prefill = per_token * more + beside
+                busy = rate * prefill
+                tpot = step / (1.0 - (busy if busy < 0.95 else 0.95))
+                new = answers * tpot
+                if new < 1.0:
+                    new = 1.0
+                elif new > cap:
+                    new = cap
+                moved = new - n if new > n else n - new
+                if moved > change:
+                    change = moved
+                found.append((new, tpot, step, prefill, busy))
+            rows = [one[0] for one in found]
+            if change < 0.05:
                 break
-        per_step = np.full_like(step, float(max_tokens))
-        if limit is not None:
-            room = np.maximum(0.9 * limit - step, 0.1 * step) * prompt / np.maximum(prefill, 1e-12)
-            per_step = np.minimum(room, per_step)
-        service = prefill + prompt / per_step * step
-        used = rate * service
-        # M/D/1 waiting, and as much again for the tail that attainment is about.
-        wait = np.where(used < 1.0, used / np.maximum(1.0 - used, 1e-3) * service, NEVER)
-        # Somebody always runs: slots fill up from the second request on.
-        slots = (rows - 1.0) / max(max_num_seqs - 1, 1)
-        occupancy = np.maximum(slots, rows * (prompt + output) * sizes / tokens_of_kv)
-        np.maximum(occupancy, busy, out=occupancy)
-        return Forecast(tpot, wait + service + step, occupancy, rows, now)
+        forecast = Forecast([], [], [], now)
+        paced = None if limit is None else 0.9 * limit
+        other_slots, kv_share = max(max_num_seqs - 1, 1), (prompt + output) / tokens_of_kv
+        for size, (n, tpot, step, prefill, busy) in zip(self.table.sizes, found, strict=True):
+            per_step = max_tokens
+            if paced is not None:
+                left, least = paced - step, 0.1 * step
+                fits = (left if left > least else least) * prompt / (prefill if prefill > 1e-12 else 1e-12)
+                if fits < per_step:
+                    per_step = fits
+            service = prefill + prompt / per_step * step
+            used = rate * service
+            wait = NEVER
+            if used < 1.0:
+                # M/D/1 waiting, and as much again for the tail that attainment is about.
+                idle = 1.0 - used
+                wait = used / (idle if idle > 1e-3 else 1e-3) * service
+            # Somebody always runs: slots fill up from the second request on.
+            slots, kv = (n - 1.0) / other_slots, n * size * kv_share
+            full = slots if slots > kv else kv
+            forecast.tpot.append(tpot)
+            forecast.ttft.append(wait + service + step)
+            forecast.occupancy.append(full if full > busy else busy)
+        return forecast
 
     def _rate(self, tenant: str, scheduler: Scheduler, limit: float | None, now: float) -> tuple[float, float]:
         """Arrivals this tenant must reckon with: its own, and those of others up to their shares of the machine."""
@@ -127,21 +155,24 @@ class Forecaster:
         others = [name for name in self.demand.tenants(now) if name != tenant]
         if not others:
             return own, prompt
-        total_weight = self.tenants.weight(tenant) + sum(self.tenants.weight(name) for name in others)
+        weight = self.tenants.weight
+        total_weight = weight(tenant) + sum(map(weight, others))
         # Requests per second that the machine carries at full size with its batch as large as the limit lets it be.
         config = scheduler.config
         rows = float(config.max_num_seqs)
         if limit is not None:
             per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._weights[-1]
             rows = min(max(self.cost.tokens_within(per_layer), 1.0), rows)
-        step = self.cost.fixed + self.cost.overhead + float(self.cost.layer_seconds(rows)) * self._weights[-1]
-        total, tokens = own, own * prompt
+        g = self.cost.layer_seconds_of
+        step = self.cost.fixed + self.cost.overhead + g(rows) * self._weights[-1]
+        output = self.demand.mean_output * step / rows
+        total, tokens, alone = own, own * prompt, g(min(rows, _END))
         for name in others:
             rate, length = self.demand.rate(name, now, self.sigmas)
             piece = min(max(length, 1.0), config.max_num_batched_tokens)
-            g = np.interp((rows + piece, rows), KNOTS, self.cost._g)
-            work = length * (g[0] - g[1]) / piece * self._weights[-1] + self.demand.mean_output * step / rows
-            rate = min(rate, self.tenants.weight(name) / total_weight / work)
+            more = g(min(rows + piece, _END)) - alone
+            work = length * more / piece * self._weights[-1] + output
+            rate = min(rate, weight(name) / total_weight / work)
             total += rate
             tokens += rate * length
         return total, tokens / max(total, 1e-9)

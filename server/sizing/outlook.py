@@ -6,7 +6,9 @@ C candidates, S stations. Times in seconds. Layer-tokens are tokens times layers
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ from server.engine.size_policy import Pace
 from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.cost_model import KNOTS, CostModel
 from server.sizing.demand import Demand
+from server.sizing.shares import Shares
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -27,13 +30,13 @@ NEVER = 1e6  # seconds; stands for "not at all" where infinity would breed NaN
 
 @dataclass(slots=True)
 class View:
-    """Predictions for C candidate sizes of one request."""
+    """Predictions for C candidate sizes of one request: lists of C, in seconds but for `kv`."""
 
-    step: np.ndarray  # [C] a decode step of the running mix with this request in it
-    tpot: np.ndarray  # [C] time per output token with those who wait in it too, prompts of others in between
-    ttft: np.ndarray  # [C] from arrival to the first token, if admitted now
-    queue_ttft: np.ndarray  # [C] the same for the last of those who wait, if all take this size
-    kv: np.ndarray  # [C] KV pages wanted over pages to be had
+    step: list[float]  # a decode step of the running mix with this request in it
+    tpot: list[float]  # time per output token with those who wait in it too, prompts of others in between
+    ttft: list[float]  # from arrival to the first token, if admitted now
+    queue_ttft: list[float]  # the same for the last of those who wait, if all take this size
+    kv: list[float]  # KV pages wanted over pages to be had
     num_output: float  # expected tokens of the answer
     tightest_tpot: float | None  # limit of those who run, within their share
     guarded_tpot: float | None  # what admission must not break
@@ -49,110 +52,116 @@ class Outlook:
         self.cost = cost
         self.table = table
         self.demand = demand
-        self.tenants = tenants
+        self.shares = Shares(cost, table, tenants)
         self.min_chunk = min_chunk
-        self._capacity = (-1.0, -1, 0.0)  # limit, version of the cost model, `capacity_rows` for them
         self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
-        self._full_weight = float(self.table.teacher_weights.sum()) + self.table.joint_weight
+        self._full_weight = table.full_weight
 
     def view(self, candidates: Candidates, request: Request, scheduler: Scheduler, now: float) -> View:
+        """Plain numbers throughout: for the few sizes of a pair a loop costs less than numpy's calls."""
         cost, load, config = self.cost, scheduler.load, scheduler.config
         sampling = request.sampling
         num_output = self.demand.expected_output(sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos)
-        sizes = candidates.sizes_array
-        waiting = len(scheduler.waiting)
         own_waiting, own_waiting_tokens = scheduler.waiting.waiting_of(request.tenant)
-        free_slots = config.max_num_seqs - load.num_rows
+        free_slots = max(config.max_num_seqs - load.num_rows, 0)
         joining = min(max(own_waiting - 1, 0), max(free_slots - 1, 0))
 
-        rows, guarded, guard_share, crowd = self._fair(request, scheduler)
-        total = math.ceil(rows.sum())
+        # A decode step, by size: (seconds of the layers + `own` per layer + `base`) * `scale`
+        guard = load.tightest_tpot()
+        seen = self.shares.seen_by(request, scheduler, guard)
+        total = math.ceil(seen.num_rows)
         num_tokens = request.num_tokens
-        layers = self._layer_seconds(candidates, rows, total, joining)
-        weighted_rows = load.layer_rows * crowd
-        base = cost.fixed + cost.overhead + cost.decode_context * load.layer_context * crowd
+        weighted_rows = load.layer_rows * seen.crowd
+        base = cost.fixed + cost.overhead + cost.decode_context * load.layer_context * seen.crowd
         base += cost.request_layers * weighted_rows + cost.overhead_per_request * (total + 1)
         scale = cost.correction["decode"]
-        own = cost.decode_context * (num_tokens + 0.5 * num_output) + cost.request_layers  # per layer
-        step = (layers[0] + own * sizes + (base + cost.head_seconds_of(total + 1))) * scale
-        many = step
+        own = cost.decode_context * (num_tokens + 0.5 * num_output) + cost.request_layers
+        more = 1 + joining
+        layers = self._layer_seconds(seen.rows, total, 1)
         if joining:
-            more = 1 + joining
-            many = (layers[1] + (own * more) * sizes + (base + cost.head_seconds_of(total + more))) * scale
+            layers_joined = self._layer_seconds(seen.rows, total, more)
+            own_joined, base_joined = own * more, base + cost.head_seconds_of(total + more)
+        base += cost.head_seconds_of(total + 1)
 
         # Prompts: seconds per layer-token beside the rows that decode, and how many of them a step takes.
         prompt = max(num_tokens - 1, 1)
         backlog = max(load.layer_pending - load.layer_rows, 0)
         limit_tokens = config.max_num_batched_tokens
         rate = self._token_rate(total, min(max(prompt + backlog / self._full_weight, 1.0), limit_tokens))
-        own_work = prompt * sizes + backlog
-        work = rate * own_work + (cost.prefill_context * 0.5 * prompt * prompt) * sizes
-        per_step = limit_tokens * self._full_weight
-        guard = load.tightest_tpot()
-        beside = step if total else cost.fixed + cost.overhead
-        if guard is not None and total:
-            room = (0.9 * guard - step) / max(rate, 1e-12)
-            per_step = np.minimum(np.maximum(room, self.min_chunk * sizes), per_step)
-        waited = now - request.arrival_time
+        rate_or_less = max(rate, 1e-12)
+        attention = cost.prefill_context * 0.5 * prompt * prompt
+        full_step = limit_tokens * self._full_weight
+        beside = cost.fixed + cost.overhead
         first = cost.head_seconds_of(1)
-        steps = own_work / per_step
-        ttft = work + np.ceil(steps) * beside + (waited + first)
+        waited = now - request.arrival_time
         behind = max(own_waiting_tokens - num_tokens, 0)
-        queue = work + steps * beside + (first + 0.5 * waited)
-        if behind:
-            queue += behind * sizes * (rate + beside / per_step)
-        overflow = waiting - max(free_slots, 0)
-        if overflow > 0 and load.num_rows:
-            # The queue is fair: of others' requests no more go first than their weights entitle them to.
-            names = {request.tenant, *scheduler.waiting.tenants()}
-            total_weight = sum(self.tenants.weight(name) for name in names)
-            ahead = min(waiting, own_waiting * total_weight / self.tenants.weight(request.tenant))
-            overflow = max(ahead - max(free_slots, 0), 0)
-            queue = queue + overflow * num_output * step / load.num_rows
+        turnover = self.shares.slots_before(request, scheduler, own_waiting, free_slots) * num_output
 
         arrivals, mean_prompt = self.demand.rate(request.tenant, now)
-        busy = np.minimum((arrivals * mean_prompt * rate) * sizes, 0.9)
+        busy_layer = arrivals * mean_prompt * rate
         kv_cache = scheduler.kv_cache
         page = kv_cache.page_size
         own_pages = (num_tokens + num_output) / page + 1.0
         others = joining * (behind / max(own_waiting - 1, 1) + num_output) / page if joining else 0.0
         growth = weighted_rows * 0.5 * num_output / page
-        free = max(kv_cache.num_free_pages - growth, 1.0)
-        return View(
-            step=step,
-            tpot=many / (1.0 - busy),
-            ttft=ttft,
-            queue_ttft=queue,
-            kv=sizes * ((own_pages + others) / free),
-            num_output=num_output,
-            tightest_tpot=guarded,
-            guarded_tpot=guarded,
-            guard_share=guard_share,
-        )
+        pages_layer = (own_pages + others) / max(kv_cache.num_free_pages - growth, 1.0)
 
-    def _layer_seconds(self, candidates: Candidates, rows: np.ndarray, total: int, joining: int) -> np.ndarray:
-        """[2, C] seconds of all layers of a decode step of `rows` with this request in it, and `joining` more like it.
+        # The loop below runs for every size: names instead of attributes, comparisons instead of min and max.
+        ceil, min_chunk, head_start, queue_start = math.ceil, self.min_chunk, waited + first, first + 0.5 * waited
+        room = None if guard is None or not total else 0.9 * guard
+        num_rows = load.num_rows
+        steps, tpots, ttfts, queues = [], [], [], []
+        for size, patched in candidates.columns:
+            step = many = (layers[patched] + own * size + base) * scale
+            if joining:
+                many = (layers_joined[patched] + own_joined * size + base_joined) * scale
+            if total:
+                beside = step
+            per_step = full_step
+            if room is not None:
+                left = (room - step) / rate_or_less
+                least = min_chunk * size
+                if left < least:
+                    left = least
+                if left < full_step:
+                    per_step = left
+            own_work = prompt * size + backlog
+            work = rate * own_work + attention * size
+            num_steps = own_work / per_step
+            queue = work + num_steps * beside + queue_start
+            if behind:
+                queue += behind * size * (rate + beside / per_step)
+            if turnover:
+                queue += turnover * step / num_rows
+            busy = busy_layer * size
+            steps.append(step)
+            tpots.append(many / (1.0 - (busy if busy < 0.9 else 0.9)))
+            ttfts.append(work + ceil(num_steps) * beside + head_start)
+            queues.append(queue)
+        kv = [pages_layer * size for size in candidates.sizes]
+        return View(steps, tpots, ttfts, queues, kv, num_output, seen.limit, seen.limit, seen.limit_share)
 
-        Because the order is nested, a station has either one row more on the teacher's side or on the student's: two
-        prices per station, whichever the size.
+    def _layer_seconds(self, rows: list[float], total: int, more: int) -> list[float]:
+        """Seconds of all layers of a decode step with `more` rows of one size added to `rows` (from the smallest size
+        on, `total` in all), by the number of stations at which that size runs the teacher's block: [stations + 1].
+
+        Because the order is nested, a station has the new rows either on the teacher's side or on the student's: two
+        prices per station, whichever the size, and each size takes one station more over to the teacher's.
         """
         table = self.table
-        sides = np.empty((2, 1, len(table.thresholds)), np.intp)
-        on_teacher = np.ceil(rows[::-1].cumsum()[::-1][table.thresholds])
-        sides[0, 0] = on_teacher
-        sides[1, 0] = total - on_teacher
-        more = np.array(((0,), (1,), (1 + joining,)))
-        if total + 1 + joining < len(self.cost.layer_table):
-            prices = self.cost.layer_table[sides + more] * table.side_weights
-        else:
-            prices = self.cost.layer_seconds(sides + more) * table.side_weights
-        teacher, student = prices
-        with_teacher, with_student = teacher[1:] + student[0], teacher[0] + student[1:]
-        layers = (with_teacher - with_student) @ candidates.on_teacher.T + with_student.sum(axis=1)[:, None]
-        if table.joint_weight:
-            joint = [self.cost.layer_seconds_of(total + n) for n in (1, 1 + joining)]
-            layers += table.joint_weight * np.array(joint)[:, None]
-        return layers
+        at_least = list(map(math.ceil, accumulate(reversed(rows))))  # rows of the largest size, of the two largest, ...
+        g = self.cost.layer_table
+        if total + more >= len(g):
+            g = _Curve(self.cost.layer_seconds_of)
+        base = table.joint_weight * g[total + more] if table.joint_weight else 0.0
+        gains = []
+        for reach, teacher, student in table.patches:
+            above = at_least[reach]
+            below = total - above
+            without = g[above] * teacher + g[below + more] * student
+            gains.append(g[above + more] * teacher + g[below] * student - without)
+            base += without
+        return list(accumulate(gains, initial=base))
 
     def idle(self, candidates: Candidates, num_prompt: int, max_batched: int = 1024) -> tuple[np.ndarray, np.ndarray]:
         """(TTFT, TPOT) [C] of one request alone, in seconds."""
@@ -259,15 +268,6 @@ class Outlook:
         overflow = max(count - (slots - load.num_rows), 0)
         return waiting.num_tokens * size * rate + overflow * self.demand.mean_output * self.mix_seconds(rows) / full
 
-    def capacity_rows(self, limit: float | None, max_num_seqs: int) -> float:
-        """Rows of full size whose decode step stays within `limit` seconds."""
-        if limit is None:
-            return float(max_num_seqs)
-        if self._capacity[:2] != (limit, self.cost.version):
-            per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._full_weight
-            self._capacity = limit, self.cost.version, max(self.cost.tokens_within(per_layer), 1.0)
-        return min(self._capacity[2], float(max_num_seqs))
-
     # --- parts
 
     def _token_rate(self, rows: float, tokens: float) -> float:
@@ -275,32 +275,11 @@ class Outlook:
         g = self.cost.layer_seconds_of
         return (g(rows + tokens) - g(rows)) / max(tokens, 1.0)
 
-    def _fair(self, request: Request, scheduler: Scheduler) -> tuple[np.ndarray, float | None, float, float]:
-        """Rows by size as this tenant may see them, the limit admission must keep, how much of it, rows kept / rows.
+class _Curve:
+    """A function of a number that is asked like a table."""
 
-        Others count up to their share of the machine: what a flood takes beyond that is not this tenant's load. And
-        while others are there, a tenant beyond its share must leave room for them.
-        """
-        load = scheduler.load
-        rows = np.asarray(load.rows, np.float64)
-        tenant = request.tenant
-        running = load.tenant_rows
-        if not running or (len(running) == 1 and tenant in running and len(scheduler.waiting.tenants()) <= 1):
-            return rows, load.tightest_tpot(), 1.0, 1.0
-        names = set(running) | set(scheduler.waiting.tenants()) | {tenant}
-        total_weight = sum(self.tenants.weight(name) for name in names)
-        capacity = self.capacity_rows(load.tightest_tpot(), scheduler.config.max_num_seqs)
-        over = set()
-        seen = rows
-        for name, counts in running.items():
-            share = self.tenants.weight(name) / total_weight * capacity
-            held = sum(counts)
-            if held > share:
-                over.add(name)
-            keep = 1.0 if name == tenant else min(1.0, share / held)
-            if keep < 1.0:
-                seen = seen - np.asarray(counts, np.float64) * (1.0 - keep)
-        crowd = seen.sum() / max(load.num_rows, 1)
-        is_over = tenant in over
-        guarded = load.tightest_tpot(skip=over - {tenant} if not is_over else frozenset())
-        return seen, guarded, 0.85 if is_over else 1.0, crowd
+    def __init__(self, function: Callable[[float], float]) -> None:
+        self._function = function
+
+    def __getitem__(self, x: float) -> float:
+        return self._function(x)

@@ -23,7 +23,7 @@ from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.cost_model import CostModel
 from server.sizing.demand import Demand
 from server.sizing.forecast import Forecaster
-from server.sizing.outlook import Outlook
+from server.sizing.outlook import Outlook, View
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class BudgetPolicy(SizePolicy):
         candidates = self.table.candidates(request.sizes)
         view = self.outlook.view(candidates, request, scheduler, now)
         ratios = self._ratios(view, candidates, request, scheduler, now)
-        pressure = ratios.max(axis=0)
+        pressure = [max(ratio) for ratio in ratios]
         index, key, level = self._pick(candidates, pressure, request, now)
         is_floor = pressure[index] > self.config.margin
         must_wait = self._must_wait(view, index, request, scheduler)
@@ -149,53 +149,55 @@ class BudgetPolicy(SizePolicy):
         self._remember(key, level, size, now)
         return SizeDecision(size, self._reason(candidates, index, ratios, is_floor, request))
 
-    def _ratios(self, view, candidates: Candidates, request: Request, scheduler: Scheduler, now: float) -> np.ndarray:
-        """[len(REASONS), candidates] predicted over allowed."""
+    def _ratios(
+        self, view: View, candidates: Candidates, request: Request, scheduler: Scheduler, now: float
+    ) -> list[tuple[float, ...]]:
+        """Predicted over allowed, by candidate and by REASONS."""
         budget = request.budget
         forecast = self.forecaster.forecast(request.tenant, scheduler, now)
-        tpot_later = forecast.tpot[candidates.index]
-        ratios = np.zeros((len(REASONS), len(candidates.sizes)))
-        ttft_limit = budget.ttft
-        if ttft_limit is not None:
-            ratios[0] = view.ttft / ttft_limit
-        if budget.tpot is not None:
-            ratios[1] = view.tpot / budget.tpot
-        if budget.e2e is not None:
-            ratios[2] = (view.ttft + np.maximum(view.tpot, tpot_later) * (view.num_output - 1.0)) / budget.e2e
-        ratios[3] = view.kv
+        ttft_limit, tpot_limit, e2e_limit = budget.ttft, budget.tpot, budget.e2e
         # load: those behind and around this request, now and at the balance of arrivals and departures
         soft = self.config.queue_delay if ttft_limit is None else ttft_limit
-        load = np.maximum(forecast.occupancy[candidates.index], forecast.ttft[candidates.index] / soft)
-        np.maximum(load, view.queue_ttft / soft, out=load)
-        tightest = view.tightest_tpot
-        if tightest is not None:
-            np.maximum(load, view.tpot / tightest, out=load)
-        if budget.tpot is not None:
-            tightest = budget.tpot if tightest is None else min(tightest, budget.tpot)
-        if tightest is not None:
-            np.maximum(load, tpot_later / tightest, out=load)
-        ratios[4] = load
+        around = later = view.tightest_tpot
+        if tpot_limit is not None:
+            later = tpot_limit if around is None else min(tpot_limit, around)
+        columns = zip(candidates.index, view.ttft, view.tpot, view.queue_ttft, view.kv, strict=True)
+        ratios = []
+        for k, ttft, tpot, queue_ttft, kv in columns:
+            tpot_later, ttft_later, load = forecast.tpot[k], forecast.ttft[k], forecast.occupancy[k]
+            e2e = 0.0
+            if e2e_limit is not None:
+                e2e = (ttft + max(tpot, tpot_later) * (view.num_output - 1.0)) / e2e_limit
+            own_ttft = 0.0 if ttft_limit is None else ttft / ttft_limit
+            own_tpot = 0.0 if tpot_limit is None else tpot / tpot_limit
+            first = (ttft_later if ttft_later > queue_ttft else queue_ttft) / soft
+            load = first if first > load else load
+            if around is not None and tpot / around > load:
+                load = tpot / around
+            if later is not None and tpot_later / later > load:
+                load = tpot_later / later
+            ratios.append((own_ttft, own_tpot, e2e, kv, load))
         return ratios
 
     def _pick(
-        self, candidates: Candidates, pressure: np.ndarray, request: Request, now: float
+        self, candidates: Candidates, pressure: list[float], request: Request, now: float
     ) -> tuple[int, tuple, tuple[int, float]]:
         budget = request.budget
         key = (request.tenant, budget.ttft, budget.tpot, budget.e2e)
         level = self._levels.get(key) or (self.table.sizes[-1], -math.inf)
         margin = self.config.margin
-        feasible = pressure <= margin
-        if not feasible.any():
+        feasible = [i for i, value in enumerate(pressure) if value <= margin]
+        if not feasible:
             # Nothing holds: the size that breaks limits least. Mostly the floor, but beside large requests a distant
             # floor reads weights of its own and can be the worse choice.
-            return int(pressure.argmin()), key, level
-        index = len(feasible) - 1 - int(feasible[::-1].argmax())
+            return pressure.index(min(pressure)), key, level
+        index = feasible[-1]
         if candidates.sizes[index] > level[0]:
-            growable = pressure <= margin * self.config.regrow
-            growable &= now - level[1] >= self.config.hold
-            growable[candidates.sizes_array <= level[0]] = feasible[candidates.sizes_array <= level[0]]
-            if growable.any():
-                index = len(growable) - 1 - int(growable[::-1].argmax())
+            roomy = margin * self.config.regrow if now - level[1] >= self.config.hold else -math.inf
+            for i in reversed(feasible):
+                if candidates.sizes[i] <= level[0] or pressure[i] <= roomy:
+                    index = i
+                    break
         return index, key, level
 
     def _remember(self, key: tuple, level: tuple[int, float], size: int, now: float) -> None:
@@ -205,13 +207,13 @@ class BudgetPolicy(SizePolicy):
                 self._levels.popitem(last=False)
         self._levels.move_to_end(key)
 
-    def _must_wait(self, view, index: int, request: Request, scheduler: Scheduler) -> bool:
+    def _must_wait(self, view: View, index: int, request: Request, scheduler: Scheduler) -> bool:
         """Whether admitting now would break the TPOT of running requests that are within their share."""
         if not scheduler.running or view.guarded_tpot is None:
             return False
         return view.step[index] > view.guarded_tpot * view.guard_share
 
-    def _own_limits_break(self, view, index: int, request: Request) -> bool:
+    def _own_limits_break(self, view: View, index: int, request: Request) -> bool:
         budget = request.budget
         e2e = view.ttft[index] + view.step[index] * (view.num_output - 1.0)
         return (
@@ -221,13 +223,14 @@ class BudgetPolicy(SizePolicy):
         )
 
     def _reason(
-        self, candidates: Candidates, index: int, ratios: np.ndarray, is_floor: bool, request: Request
+        self, candidates: Candidates, index: int, ratios: list[tuple[float, ...]], is_floor: bool, request: Request
     ) -> str:
         if len(candidates.sizes) == 1 or index == len(candidates.sizes) - 1:
             return request.size_reason
         if is_floor and index == 0:
             return "floor"
-        return REASONS[int(ratios[:, index + 1].argmax())]
+        binding = ratios[index + 1]
+        return REASONS[binding.index(max(binding))]
 
     # --- a running request changes size
 

@@ -39,7 +39,7 @@ class Tenants:
         return self._by_name.get(name, self.default)
 
     def weight(self, name: str) -> float:
-        return self[name].weight
+        return self._by_name.get(name, self.default).weight
 
     def rank(self, name: str) -> int:
         return self[name].rank
