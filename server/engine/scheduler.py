@@ -22,6 +22,7 @@ from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
 from server.engine.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.engine.size_policy import LargestSize, Pace, Refusal, SizePolicy
 from server.engine.size_schedule import following_size, planned_size
+from server.engine.stopping import stop_status
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class Scheduler:
         if request.first_token_time is None:
             request.first_token_time = now
         request.last_token_time = now
-        status = self._stop_status(request, token.token_id)
+        status = stop_status(request, token.token_id, self.config.max_model_len)
         result = self._finish(request, status) if status else RequestOutput(request.request_id)
         result.new_token_ids = [token.token_id]
         if token.logprobs is not None:
@@ -342,21 +343,6 @@ class Scheduler:
         if size is None or size == request.path.size:
             return 0
         return request.path.first_difference(self.elasticity.path(size))
-
-    def _stop_status(self, request: Request, token_id: int) -> RequestStatus | None:
-        sampling = request.sampling
-        num_output = len(request.output_token_ids)
-        if num_output >= sampling.min_tokens:
-            if not sampling.ignore_eos and token_id in sampling.eos_token_ids:
-                return RequestStatus.FINISHED_STOP
-            if token_id in sampling.stop_token_ids:
-                request.stop_reason = token_id
-                return RequestStatus.FINISHED_STOP
-        if request.grammar is not None and request.grammar.is_terminated():
-            return RequestStatus.FINISHED_STOP
-        if num_output >= sampling.max_tokens or request.num_tokens >= self.config.max_model_len:
-            return RequestStatus.FINISHED_LENGTH
-        return None
 
     def _finish(self, request: Request, status: RequestStatus) -> RequestOutput:
         if request.status == RequestStatus.RUNNING:
