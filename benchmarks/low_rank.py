@@ -66,7 +66,7 @@ def main() -> None:
     for repeat in range(args.repeats + 2):
         for (form, mix), batch in batches.items():
             started = time.perf_counter()
-            engines[form].run_batch(batch)
+            engines[form].runner.run(batch)
             if repeat >= 2:
                 times[form, mix].append(time.perf_counter() - started)
     medians = {key: 1e3 * statistics.median(values) for key, values in times.items()}

@@ -64,7 +64,7 @@ def main() -> None:
         for size in args.draft_sizes:
             for guesses in args.guesses:
                 pool = engine.scheduler.drafts = DraftPool(engine.kv_cache, engine.elasticity.path(size), slots)
-                speculator = Speculator(engine, engine.scheduler, engine.sampler, pool, guesses)
+                speculator = Speculator(engine.runner, engine.scheduler, engine.sampler, pool, guesses)
                 plain, guessed, small = [], [], []
                 for repeat in range(args.repeats + 1):
                     some = [prompts[(repeat * batch + i) % len(prompts)] for i in range(batch)]

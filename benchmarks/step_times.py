@@ -90,12 +90,12 @@ def main() -> None:
     for name in names:
         count, tokens, context = SHAPES[name]
         (batch,) = batches(engine, [[(count, tokens, context, "t" if size == engine.sizes[-1] else "s")]])
-        engine.run_batch(batch)
+        engine.runner.run(batch)
         executor.times()
         walls, parts = [], []
         for _ in range(arguments.repeats):
             start = time.perf_counter()
-            engine.run_batch(batch)
+            engine.runner.run(batch)
             walls.append(time.perf_counter() - start)
             parts.append(executor.times())
         wall = statistics.median(walls)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from model_store.pair import LoadedPair
-from server.engine.batch import ForwardBatch, build_batch
+from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
 from server.engine.drafts import DraftPool
 from server.engine.isolation import (
@@ -25,9 +23,9 @@ from server.engine.isolation import (
 )
 from server.engine.kv_cache import KVCacheManager
 from server.engine.lookahead import Lookahead
-from server.engine.prompt_scores import PromptScores
-from server.engine.request import Request, RequestOutput, SampledToken, SamplingParams
-from server.engine.sampler import Sampler, is_plain_greedy
+from server.engine.request import Request, RequestOutput, SamplingParams
+from server.engine.runner import StepRunner, outcome
+from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerOutput
 from server.engine.size_policy import RequestRefused, SizePolicy
 from server.engine.speculation import Speculator
@@ -36,8 +34,6 @@ from server.engine.step_clock import Gap, StepClock
 from server.model.executor import Executor, allocate_states, create_executor
 
 logger = logging.getLogger(__name__)
-
-_NO_NUMBER = "the logits hold no finite number to choose"
 
 
 class Engine:
@@ -71,23 +67,22 @@ class Engine:
         )
         self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
         self.sampler = Sampler(config.seed, getattr(self.executor, "draw", None))
+        self.runner = StepRunner(self.executor, self.sampler, self.elasticity, self.kv_cache)
         self.speculator = None if config.speculative_size is None else self._speculator(config)
         self.lookahead: Lookahead | None = None
         if self.speculator is None and hasattr(self.executor, "launch"):
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
         self.metrics_sink: MetricsSink | None = None
-        self._prompt_scores = PromptScores()
         self._clock = StepClock()
         self.before_model: Callable[[], None] | None = None  # called when a step is about to leave Python
         self._quarantine = Quarantine()
-        self._faults: dict[str, Exception] = {}  # requests of this step whose own numbers went wrong, and how
         self.num_step_failures = 0
 
     def _speculator(self, config: EngineConfig) -> Speculator:
         path = self.elasticity.path(config.speculative_size)
         slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
         pool = self.scheduler.drafts = DraftPool(self.kv_cache, path, slots)
-        return Speculator(self, self.scheduler, self.sampler, pool, config.num_speculative_tokens)
+        return Speculator(self.runner, self.scheduler, self.sampler, pool, config.num_speculative_tokens)
 
     # --- requests
 
@@ -149,7 +144,6 @@ class Engine:
 
     def _advance(self, planned: SchedulerOutput, started: float) -> list[RequestOutput]:
         """Compute a plan and book it. ComputeError, with nothing booked, if it cannot be computed."""
-        self._faults = {}
         try:
             drafting = 0.0 if self.speculator is None else self._draft(planned)
             is_ahead = self.lookahead is not None and self.lookahead.takes(planned)
@@ -160,9 +154,10 @@ class Engine:
             model_start = time.monotonic()
             gap = self._clock.model_starts(model_start, drafting)
             if is_ahead:
-                batch, sampled = self._run_ahead(planned)
+                batch, tokens = self.lookahead.run(planned)
+                sampled, faults = outcome(batch.requests, tokens)
             else:
-                sampled = self.run_batch(batch)
+                sampled, faults = self.runner.run(batch, self.speculator)
             model_end = time.monotonic()
             self._clock.model_ended(model_end)
         except Exception as error:
@@ -170,13 +165,13 @@ class Engine:
                 self.speculator.retract(planned)
             raise ComputeError(error) from error
         faulty = []
-        if self._faults:
-            faulty = [request for request, _ in planned.scheduled if request.request_id in self._faults]
-            planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in self._faults]
+        if faults:
+            faulty = [request for request, _ in planned.scheduled if request.request_id in faults]
+            planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in faults]
         before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
         num_generated = sum(1 + len(token.following) for token in sampled.values())
         outputs = self.scheduler.update(planned, sampled)
-        self._prompt_scores.attach(outputs)
+        self.runner.prompt_scores.attach(outputs)
         self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
         self._count_decisions(outputs)
         try:
@@ -186,7 +181,7 @@ class Engine:
             logger.exception("a step could not be observed")
         self._clock.lap("book")
         for request in faulty:
-            outputs += self._condemn(request, self._faults[request.request_id])
+            outputs += self._condemn(request, faults[request.request_id])
         if not self.has_work:
             self._rest()
         return outputs
@@ -201,18 +196,8 @@ class Engine:
         self._clock.lap("draft")
         return drafting
 
-    def _run_ahead(self, planned: SchedulerOutput) -> tuple[ForwardBatch, dict[str, SampledToken]]:
-        batch, tokens = self.lookahead.run(planned)
-        sampled = {}
-        for request, token in zip(batch.requests, tokens, strict=True):
-            if token < 0:
-                self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
-            sampled[request.request_id] = SampledToken(max(token, 0))
-        return batch, sampled
-
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
-        tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
-        return build_batch(scheduled, self.elasticity, tables, shared, self.config.page_size)
+        return self.runner.build_batch(scheduled)
 
     def _condemn(self, request: Request, error: Exception) -> list[RequestOutput]:
         """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""
@@ -230,7 +215,7 @@ class Engine:
             message, status = f"The model step failed on this request: {type(error).__name__}: {error}", 500
         outputs = self.scheduler.fail([request], message, status)
         self._forget([request])
-        self._wipe(pages)
+        self.runner.wipe(pages)
         self.probe(size)
         if status == 500:
             self._quarantine.add(request)
@@ -246,19 +231,12 @@ class Engine:
 
     def _run_alone(self, request: Request) -> str | None:
         """What is wrong with a step of only this request, or None."""
-        self._faults = {}
         try:
-            self.run_batch(self.build_batch([(request, 1)]))
+            _, faults = self.runner.run(self.build_batch([(request, 1)]))
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        fault = self._faults.get(request.request_id)
+        fault = faults.get(request.request_id)
         return None if fault is None else str(fault)
-
-    def _wipe(self, pages: np.ndarray) -> None:
-        """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
-        index = torch.from_numpy(pages.astype(np.int64))
-        for tensor in getattr(self.executor, "kv_tensors", tuple)():
-            tensor[index.to(tensor.device)] = 0
 
     def _rest(self) -> None:
         """The time to the next step is waiting for work, not overhead."""
@@ -271,77 +249,10 @@ class Engine:
                 if output.decision is not None:
                     self.metrics_sink.on_size_decision(output.decision)
 
-    @torch.inference_mode()
-    def run_batch(self, batch: ForwardBatch) -> dict[str, SampledToken]:
-        """Forward pass, logits and sampling of one step; books nothing."""
-        found = self.forward_rows(batch)
-        if found is None:
-            return {}
-        requests = [batch.requests[row] for row in batch.sample_requests]
-        tokens = self._choose(*found, requests)
-        for request, token in zip(requests, tokens, strict=True):
-            if request.grammar is not None:
-                request.grammar.accept(token.token_id)
-        return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}
-
-    @torch.inference_mode()
-    def forward_rows(self, batch: ForwardBatch) -> tuple[torch.Tensor, int] | None:
-        """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none."""
-        hidden = self.executor.forward(batch)
-        if not len(batch.logits_rows):
-            return None
-        rows = batch.sample_rows()
-        head_rows = int(batch.logits_start[batch.head_cut])
-        if len(rows) < len(batch.logits_rows):
-            for request in self._prompt_scores.score(self.executor, batch, hidden, head_rows):
-                self._faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
-            if not len(rows):
-                return None
-            hidden = hidden[torch.from_numpy(rows)]
-            head_rows = int((rows < head_rows).sum())
-        return hidden, head_rows
-
-    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None:
-        """The likeliest token per row, -1 where none is; None unless that is all these requests want."""
-        greedy = getattr(self.executor, "greedy", None)
-        if greedy is None or not all(is_plain_greedy(request) for request in requests):
-            return None
-        return greedy(hidden, head_rows)
-
-    def _choose(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[SampledToken]:
-        """A token per request, with those that follow; whoever has no finite number to choose is noted as faulty."""
-        owners = [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
-        ids = self.greedy_tokens(hidden, head_rows, requests)
-        if ids is not None:
-            values = [0.0 if token >= 0 else math.nan for token in ids]
-            tokens = [SampledToken(max(token, 0)) for token in ids]
-            if self.speculator is not None:
-                tokens = self.speculator.settle(tokens, requests)
-        else:
-            logits = self.executor.logits(hidden, head_rows)
-            if self.speculator is None:
-                tokens = self.sampler.sample(logits, requests)
-            else:
-                tokens = self.speculator.verify(logits, requests)
-            # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
-            chosen = [[one.token_id for one in (token, *token.following)] for token in tokens]
-            rows, first = [], 0
-            for request, own in zip(requests, chosen, strict=True):
-                rows += range(first, first + len(own))
-                first += 1 + len(request.draft_token_ids)
-            owners = [owners[row] for row in rows]
-            values = logits[rows, [token for own in chosen for token in own]].tolist()
-        for request, value in zip(owners, values, strict=True):
-            if value == -math.inf:
-                self._faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
-            elif not math.isfinite(value):
-                self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
-        return tokens
-
     def _forget(self, requests: list[Request], outputs: list[RequestOutput] = ()) -> None:
         by_id = {output.request_id: output for output in outputs if output.is_finished}
         for request in requests:
-            self._prompt_scores.forget(request.request_id)
+            self.runner.prompt_scores.forget(request.request_id)
             if output := by_id.get(request.request_id):
                 output.timings = timings_of(request)
             if self.metrics_sink is not None:

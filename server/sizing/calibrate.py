@@ -134,7 +134,7 @@ def calibrate(
         best = None
         for repeat in range(4):
             started = clock()
-            engine.run_batch(batch)
+            engine.runner.run(batch)
             took = clock() - started
             # The first run of a shape pays for page faults and, on some executors, for compilation.
             if repeat:
@@ -288,7 +288,7 @@ def _check(engine: Engine, model: CostModel) -> float:
         took = []
         for _ in range(4):
             started = time.perf_counter()
-            engine.run_batch(batch)
+            engine.runner.run(batch)
             took.append(time.perf_counter() - started)
         return model.seconds(model.shape(batch)) / min(took[1:])
     return 1.0  # a KV pool too small for one block: nothing to measure with

@@ -1,0 +1,136 @@
+"""One step of the model: forward pass, head, sampling. Knows nothing of queues and books nothing.
+
+A request whose own numbers go wrong (NaN, constraints that leave no token) spoils no other one's: it comes back as a
+fault, and the engine decides what becomes of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from model_store.assembly import Elasticity
+from server.engine.batch import ForwardBatch, build_batch
+from server.engine.isolation import NoTokenLeft
+from server.engine.kv_cache import KVCacheManager
+from server.engine.prompt_scores import PromptScores
+from server.engine.request import Request, SampledToken
+from server.engine.sampler import Sampler, is_plain_greedy
+from server.model.executor import Executor
+
+if TYPE_CHECKING:
+    from server.engine.speculation import Speculator
+
+_NO_NUMBER = "the logits hold no finite number to choose"
+
+Faults = dict[str, Exception]  # request id -> what went wrong with its own numbers
+
+
+class StepRunner:
+    """Executor and sampler of one engine. What it computes depends on the batch alone."""
+
+    def __init__(
+        self, executor: Executor, sampler: Sampler, elasticity: Elasticity, kv_cache: KVCacheManager
+    ) -> None:
+        self.executor = executor
+        self.sampler = sampler
+        self.elasticity = elasticity
+        self.kv_cache = kv_cache
+        self.prompt_scores = PromptScores()
+        self._faults: Faults = {}  # of the step that runs
+
+    def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
+        tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
+        return build_batch(scheduled, self.elasticity, tables, shared, self.kv_cache.page_size)
+
+    @torch.inference_mode()
+    def run(
+        self, batch: ForwardBatch, speculator: Speculator | None = None
+    ) -> tuple[dict[str, SampledToken], Faults]:
+        """Forward pass, logits and sampling of one step; books nothing. `speculator` settles guesses in the batch."""
+        faults = self._faults = {}
+        found = self.forward_rows(batch)
+        if found is None:
+            return {}, faults
+        requests = [batch.requests[row] for row in batch.sample_requests]
+        tokens = self._choose(*found, requests, speculator)
+        for request, token in zip(requests, tokens, strict=True):
+            if request.grammar is not None:
+                request.grammar.accept(token.token_id)
+        return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}, faults
+
+    @torch.inference_mode()
+    def forward_rows(self, batch: ForwardBatch) -> tuple[torch.Tensor, int] | None:
+        """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none."""
+        hidden = self.executor.forward(batch)
+        if not len(batch.logits_rows):
+            return None
+        rows = batch.sample_rows()
+        head_rows = int(batch.logits_start[batch.head_cut])
+        if len(rows) < len(batch.logits_rows):
+            for request in self.prompt_scores.score(self.executor, batch, hidden, head_rows):
+                self._faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
+            if not len(rows):
+                return None
+            hidden = hidden[torch.from_numpy(rows)]
+            head_rows = int((rows < head_rows).sum())
+        return hidden, head_rows
+
+    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None:
+        """The likeliest token per row, -1 where none is; None unless that is all these requests want."""
+        greedy = getattr(self.executor, "greedy", None)
+        if greedy is None or not all(is_plain_greedy(request) for request in requests):
+            return None
+        return greedy(hidden, head_rows)
+
+    def _choose(
+        self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None
+    ) -> list[SampledToken]:
+        """A token per request, with those that follow; whoever has no finite number to choose is noted as faulty."""
+        owners = [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
+        ids = self.greedy_tokens(hidden, head_rows, requests)
+        if ids is not None:
+            values = [0.0 if token >= 0 else math.nan for token in ids]
+            tokens = [SampledToken(max(token, 0)) for token in ids]
+            if speculator is not None:
+                tokens = speculator.settle(tokens, requests)
+        else:
+            logits = self.executor.logits(hidden, head_rows)
+            if speculator is None:
+                tokens = self.sampler.sample(logits, requests)
+            else:
+                tokens = speculator.verify(logits, requests)
+            # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
+            chosen = [[one.token_id for one in (token, *token.following)] for token in tokens]
+            rows, first = [], 0
+            for request, own in zip(requests, chosen, strict=True):
+                rows += range(first, first + len(own))
+                first += 1 + len(request.draft_token_ids)
+            owners = [owners[row] for row in rows]
+            values = logits[rows, [token for own in chosen for token in own]].tolist()
+        for request, value in zip(owners, values, strict=True):
+            if value == -math.inf:
+                self._faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
+            elif not math.isfinite(value):
+                self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
+        return tokens
+
+    def _wipe(self, pages: np.ndarray) -> None:
+        """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
+        index = torch.from_numpy(pages.astype(np.int64))
+        for tensor in getattr(self.executor, "kv_tensors", tuple)():
+            tensor[index.to(tensor.device)] = 0
+
+
+def outcome(requests: Sequence[Request], tokens: Sequence[int]) -> tuple[dict[str, SampledToken], Faults]:
+    """What `StepRunner.run` returns, for tokens that were drawn elsewhere; -1 where there was no number to choose."""
+    sampled, faults = {}, {}
+    for request, token in zip(requests, tokens, strict=True):
+        if token < 0:
+            faults[request.request_id] = ArithmeticError(_NO_NUMBER)
+        sampled[request.request_id] = SampledToken(max(token, 0))
+    return sampled, faults
