@@ -119,7 +119,7 @@ class StepRunner:
                 self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
         return tokens
 
-    def _wipe(self, pages: np.ndarray) -> None:
+    def wipe(self, pages: np.ndarray) -> None:
         """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
         index = torch.from_numpy(pages.astype(np.int64))
         for tensor in getattr(self.executor, "kv_tensors", tuple)():
