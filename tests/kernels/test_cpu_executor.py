@@ -132,12 +132,12 @@ def make_steps(
     return batches
 
 
-def portable_of(pair: LoadedPair) -> TorchExecutor:
+def portable_of(pair: LoadedPair, page_size: int = PAGE) -> TorchExecutor:
     """In float32: what bfloat16 costs is the native executor's own error, not the difference of two errors."""
     for part in (*pair.layers.values(), *pair.ends.values()):
         for tensor in part.tensors():
             tensor.data = tensor.data.float()
-    return TorchExecutor(pair, page_size=PAGE)
+    return TorchExecutor(pair, page_size=page_size)
 
 
 def check_steps(native, portable: TorchExecutor, steps: list[ForwardBatch], tolerance: float) -> None:
@@ -170,22 +170,43 @@ def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatc
     check_steps(native, portable, steps, 1e-4 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.parametrize("page_size", [PAGE, 32])  # part of a line of K at a time, and whole ones
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_many_rows_go_layer_by_layer_in_chunks(family, dtype, variant, monkeypatch):
+def test_many_rows_go_layer_by_layer_in_chunks(family, dtype, variant, page_size, monkeypatch):
     """Enough tokens that each thread takes rows, of requests whose chunks meet within pages, and beside them too few;
-    whole panels and a depth that is cut in pieces."""
+    whole panels and a depth that is cut in pieces, the last of which is not filled."""
     monkeypatch.setenv(VARIANT_VARIABLE, variant)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    changes = {"hidden_size": 96, "intermediate_size": 1300, "head_dim": 32}
-    native = create(make_pair(family, dtype, **changes), EngineConfig(page_size=PAGE, max_model_len=320))
+    changes = {"hidden_size": 96, "intermediate_size": 1290, "head_dim": 48 if family == "qwen3" else 32}
+    native = create(make_pair(family, dtype, **changes), EngineConfig(page_size=page_size, max_model_len=320))
     if isinstance(native, str):
         pytest.skip(native)
     pair = make_pair(family, dtype, **changes)
-    portable = portable_of(pair)
+    portable = portable_of(pair, page_size)
     steps = make_steps(pair.elasticity, [[213, 150, 141, 90, 60], [1, 2, 150, 229, 1], [1, 1, 1, 1, 1]])
     check_steps(native, portable, steps, 1e-4 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("page_size", [PAGE, 32])
+def test_scores_that_grow_along_a_row(page_size):
+    """Attention of many queries measures weights by a row's first scores; far larger ones later are right too."""
+    elasticity = Elasticity.last_to_first(2, (0,))
+    changes = {"hidden_size": 96, "head_dim": 32, "attention_scale": 12.0}
+    config = EngineConfig(page_size=page_size, max_model_len=320)
+    prompt = np.random.default_rng(1).integers(0, 331, 200).astype(np.int32)
+    logits = []
+    for length in (200, 5):  # few tokens at a time are measured by their largest scores
+        native = create(make_pair("llama", torch.bfloat16, elasticity, **changes), config)
+        if isinstance(native, str):
+            pytest.skip(native)
+        steps = make_steps(elasticity, [[length]] * (200 // length), (2,))
+        native.allocate_kv(steps[0].block_tables.size)
+        for batch, ids in zip(steps, prompt.reshape(-1, length), strict=True):
+            hidden = native.forward(dataclasses.replace(batch, input_ids=ids))
+        logits.append(native.logits(hidden, int(batch.logits_start[batch.head_cut])))
+    assert (logits[0] - logits[1]).norm() < 0.05 * logits[1].norm()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

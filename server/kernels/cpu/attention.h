@@ -25,16 +25,21 @@ struct PageShape {
 
 constexpr int kMostHeadDim = 1024;
 
-// K and V [head_dim] of token `slot` of a page. `k` has room for padded_dim.
+// Keys [head_dim] of token `slot` of a page. `k` has room for padded_dim.
 template <class T>
-inline void write_page(const PageShape<T>& shape, T* k_page, T* v_page, int slot, T* k, const float* v) {
-    // Places that hold no token yet are multiplied by zero, so they must be numbers: the first token clears its page.
-    if (slot == 0) std::memset(static_cast<void*>(v_page), 0, shape.head_elements() * sizeof(T));
-    const int D = shape.head_dim;
-    for (int d = D; d < shape.padded_dim; d++) k[d] = T{};
+inline void write_keys(const PageShape<T>& shape, T* k_page, int slot, T* k) {
+    for (int d = shape.head_dim; d < shape.padded_dim; d++) k[d] = T{};
     char* line = reinterpret_cast<char*>(k_page + panel_offset<T>(slot, 0, shape.k_units()));
     const char* from = reinterpret_cast<const char*>(k);
     for (int u = 0; u < shape.k_units(); u++) std::memcpy(line + long(u) * kLine<T>, from + 4 * u, 4);
+}
+
+// Values [head_dim] of token `slot` of a page.
+template <class T>
+inline void write_values(const PageShape<T>& shape, T* v_page, int slot, const float* v) {
+    // Places that hold no token yet are multiplied by zero, so they must be numbers: the first token clears its page.
+    if (slot == 0) std::memset(static_cast<void*>(v_page), 0, shape.head_elements() * sizeof(T));
+    const int D = shape.head_dim;
     for (int d = 0; d < D; d += 16) {
         T* to = v_page + panel_offset<T>(d, slot, shape.v_units());
         const F16 values = load16(v + d, tail16(D - d));
@@ -44,6 +49,55 @@ inline void write_page(const PageShape<T>& shape, T* k_page, T* v_page, int slot
             store_every_second16(to - slot % 2, slot % 2, values);
     }
 }
+
+#ifdef __AVX512F__
+constexpr int kTokensAtOnce = 16;  // whose keys and values are written as whole lines
+
+// Keys [16, padded_dim] of tokens `slot` to slot + 15, a multiple of 16.
+template <class T>
+inline void write_keys16(const PageShape<T>& shape, T* k_page, int slot, const T* k) {
+    char* line = reinterpret_cast<char*>(k_page + panel_offset<T>(slot, 0, shape.k_units()));
+    for (int u = 0; u < shape.k_units(); u += 16, line += 16 * kLine<T>) {
+        __m512i block[16];
+        for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_si512(k + i * shape.padded_dim + u * kPerUnit<T>);
+        transpose16(block);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(line + i * kLine<T>, block[i]);
+    }
+}
+
+// Values [16, ld] of tokens `slot` to slot + 15, a multiple of 16.
+template <class T>
+inline void write_values16(const PageShape<T>& shape, T* v_page, int slot, const float* v, long ld) {
+    if constexpr (kPerUnit<T> == 1) {
+        for (int i = 0; i < 16; i++) write_values(shape, v_page, slot + i, v + i * ld);
+    } else {
+        if (slot == 0) std::memset(static_cast<void*>(v_page), 0, shape.head_elements() * sizeof(T));
+        for (int d = 0; d < shape.head_dim; d += 16) {
+            T* to = v_page + panel_offset<T>(d, slot, shape.v_units());
+            const Mask mask = tail16(shape.head_dim - d);
+            for (int i = 0; i < 16; i += 2, to += kPanel * kPerUnit<T>) store_pairs16(to, load16(v + i * ld + d, mask), load16(v + (i + 1) * ld + d, mask));
+        }
+    }
+}
+
+// Lines that the 16 tokens from `slot` on are going to write.
+template <class T>
+inline void prefetch_page(const PageShape<T>& shape, const T* k_page, const T* v_page, int slot) {
+    if (k_page)
+        for (int u = 0; u < shape.k_units(); u++) prefetch_to_write(reinterpret_cast<const char*>(k_page + panel_offset<T>(slot, 0, shape.k_units())) + u * kLine<T>);
+    if (v_page)
+        for (int d = 0; d < shape.padded_dim; d += 16)
+            for (int i = 0; i < 16; i += kPerUnit<T>) prefetch_to_write(v_page + panel_offset<T>(d, slot + i, shape.v_units()));
+}
+#else
+constexpr int kTokensAtOnce = 1;
+template <class... Anything>
+void prefetch_page(Anything&&...);  // never called
+template <class... Anything>
+void write_keys16(Anything&&...);  // never called
+template <class... Anything>
+void write_values16(Anything&&...);
+#endif
 
 template <class T>
 struct AttentionItem {
@@ -65,6 +119,7 @@ struct AttentionItem {
 template <class T>
 struct AttentionScratch {
     Buffer<float> scores, sums, stats;
+    Buffer<Act<T>> weights;
 };
 
 // The largest of the first `seen` scores of a row.

@@ -6,7 +6,7 @@
 #include <chrono>
 #include <vector>
 
-#include "attention.h"
+#include "attention_many.h"
 #include "buffer.h"
 #include "pack.h"
 #include "pool.h"
@@ -110,6 +110,7 @@ class Engine {
     int q_width() const { return s_.num_heads * s_.head_dim; }
     int kv_width() const { return s_.num_kv_heads * s_.head_dim; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
+    int all_heads() const { return s_.num_heads + 2 * s_.num_kv_heads; }
     int stream_ld() const { return row_stride<float, float>(s_.hidden); }  // of the hidden state
     int qkv_ld() const { return row_stride<float, float>(qkv_width()); }
     int hidden_ld() const { return row_stride<W, X>(s_.hidden); }
@@ -125,6 +126,9 @@ class Engine {
     }
 
     static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale}; }
+    static BsWeights from_panel(const BsWeights& w, int panel, int K) {
+        return {static_cast<const char*>(w.data) + long(panel) * units_of<W>(K) * kLine<W>, w.scale ? w.scale + panel * kPanel : nullptr};
+    }
     static const float* scale_of(const BsWeights& w, int n) { return w.scale ? w.scale + n : nullptr; }
 
     // A bias as float, in buffer `place`; `gated`: in the order of the panels.
@@ -278,12 +282,13 @@ class Engine {
     void mlp_up(const BsLayer& w, const Rows<W>& x, X* act, const float* extra, int first_extra) {
         const int N = up_width();
         const float* b = widen(w.up_b, N, s_.gated);
-        in_parts(x.M, num_panels(N, s_.gated), [&](const Part& part) { mlp_up_part(w, x, b, act, extra, first_extra, part); });
+        in_parts(x.M, num_panels(N, s_.gated), [&](const Part& part) { mlp_up_part(w, x, b, act, act_ld(), extra, first_extra, part); });
     }
 
-    void mlp_up_part(const BsLayer& w, const Rows<W>& x, const float* b, X* act, const float* extra, int first_extra, const Part& part) const {
+    // `act` [rows, ld] begins with what panel `panel0` gives.
+    void mlp_up_part(const BsLayer& w, const Rows<W>& x, const float* b, X* act, long ld, const float* extra, int first_extra, const Part& part, int panel0 = 0) const {
         const bool gated = s_.gated;
-        const int N = up_width();
+        const int N = up_width(), width = gated ? 16 : kPanel;
         multiply<W>(x, weights(w.up, N, s_.hidden), part, [&](int m, int rows, int panel, const float* sums) {
             F16 factor[2], offset[2];
             for (int half = 0; half < 2; half++) {
@@ -291,7 +296,8 @@ class Engine {
                 factor[half] = w.up.scale ? load16(w.up.scale + n) : set16(1.0f);
                 offset[half] = b ? load16(b + n) : zero16();
             }
-            for (int r = 0; r < rows; r++) {
+            X* to = act + m * ld + (panel - panel0) * width;
+            for (int r = 0; r < rows; r++, to += ld) {
                 F16 first = fma16(load16(sums + r * kPanel), factor[0], offset[0]), second = fma16(load16(sums + r * kPanel + 16), factor[1], offset[1]);
                 if (extra && m + r >= first_extra) {
                     const float* row = extra + long(m + r - first_extra) * N;
@@ -300,10 +306,10 @@ class Engine {
                     second = second + load16(row + n2, tail16(N - n2));
                 }
                 if (gated) {
-                    store16(act + long(m + r) * act_ld() + panel * 16, activate16<kFast>(first, s_.activation) * second);
+                    store16(to, activate16<kFast>(first, s_.activation) * second);
                 } else {
-                    store16(act + long(m + r) * act_ld() + panel * kPanel, activate16<kFast>(first, s_.activation));
-                    store16(act + long(m + r) * act_ld() + panel * kPanel + 16, activate16<kFast>(second, s_.activation));
+                    store16(to, activate16<kFast>(first, s_.activation));
+                    store16(to + 16, activate16<kFast>(second, s_.activation));
                 }
             }
         });
@@ -332,13 +338,16 @@ class Engine {
     bool by_rows(const Segment& segment) const;
     template <class Body>
     void in_chunks(const Segment& segment, Body&& body);
+    int mlp_piece(const BsLayer& w) const;
+    int mlp_ld(const BsLayer& w) const { return row_stride<W, X>(round_up(mlp_piece(w) * kPerUnit<W>, kPanel)); }
+    int heads_at_once(int h) const;
     void widen_biases(const BsLayer& w, const float** biases);
 
     // Defined in engine_attention.h.
     void find_requests(int r0, int r1);
     int page_start(int t, int first) const;
     void place(int id, const BsLayer& w, int r0, int r1);
-    void place_token(int id, const BsLayer& w, int t, int first, float* row);
+    void place_heads(int id, const BsLayer& w, int from, int to, int first, int h0, int h1, float* rows, long ld);
     void attention(int id, int r0, int r1);
     int pages_in_part(int r0, int r1) const;
 

@@ -27,7 +27,7 @@ void Engine<T, W>::place(int id, const BsLayer& w, int r0, int r1) {
     const int first = step_->query_start[r0], last = step_->query_start[r1];
     find_requests(r0, r1);
     auto rows = [&](int from, int to) {
-        for (int t = from; t < to; t++) place_token(id, w, t, first, qkv_.data() + long(t) * qkv_ld());
+        place_heads(id, w, from, to, first, 0, all_heads(), qkv_.data() + long(from) * qkv_ld(), qkv_ld());
     };
     if (last - first <= 4) {
         rows(first, last);
@@ -39,25 +39,60 @@ void Engine<T, W>::place(int id, const BsLayer& w, int r0, int r1) {
     count(kPlace);
 }
 
-// `row`: the token's queries, keys and values. `first`: of tokens_.
+// Heads [h0, h1) of tokens [from, to), counted through queries, keys and values. `rows` [to - from, ld] begin with head h0.
+// `first`: of tokens_.
 template <class T, class W>
-void Engine<T, W>::place_token(int id, const BsLayer& w, int t, int first, float* row) {
-    const int D = s_.head_dim, Dp = pages_.padded_dim, position = step_->positions[t], half = s_.rotary_dim / 2, G = group();
-    const int32_t* table = step_->block_tables + id * step_->layer_stride + step_->slots[tokens_[t - first]] * step_->slot_stride;
-    const float *cos = s_.cos + long(position) * half, *sin = s_.sin + long(position) * half;
-    for (int h = 0; h < s_.num_heads; h++) {
-        float* q = row + h * D;
-        if (w.q_norm_w) norm_row(q, q, static_cast<const T*>(w.q_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
-        rotate_row(q, q_row(h / G, t) + h % G * Dp, cos, sin, half, D);
-    }
-    const long page = table[position / s_.page_size] * pages_.page_elements();
-    for (int h = 0; h < s_.num_kv_heads; h++) {
-        float* k = row + q_width() + h * D;
-        if (w.k_norm_w) norm_row(k, k, static_cast<const T*>(w.k_norm_w), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
-        alignas(64) T keys[kMostHeadDim];
-        rotate_row(k, keys, cos, sin, half, D);
-        const long at = page + h * pages_.head_elements();
-        write_page(pages_, static_cast<T*>(step_->k_pages) + at, static_cast<T*>(step_->v_pages) + at, position % s_.page_size, keys, k + kv_width());
+void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int first, int h0, int h1, float* rows, long ld) {
+    const int D = s_.head_dim, Dp = pages_.padded_dim, P = s_.page_size, half = s_.rotary_dim / 2, G = group(), H = s_.num_heads, KV = s_.num_kv_heads;
+    alignas(64) T keys[kTokensAtOnce * kMostHeadDim];
+    auto turn = [&](float* row, auto* out, const void* norm_weight, int position) {
+        if (norm_weight) norm_row(row, row, static_cast<const T*>(norm_weight), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
+        rotate_row(row, out, s_.cos + long(position) * half, s_.sin + long(position) * half, half, D);
+    };
+    for (int t = from, tokens; t < to; t += tokens) {
+        const int position = step_->positions[t], slot = position % P, request = tokens_[t - first], last = t + kTokensAtOnce - 1;
+        // Tokens that fill lines of a page together.
+        const bool whole = kTokensAtOnce > 1 && slot % kTokensAtOnce == 0 && P % kTokensAtOnce == 0 && last < to && tokens_[last - first] == request &&
+                           step_->positions[last] == position + kTokensAtOnce - 1;
+        tokens = whole ? kTokensAtOnce : 1;
+        const int32_t* table = step_->block_tables + id * step_->layer_stride + step_->slots[request] * step_->slot_stride;
+        const long page = table[position / P] * pages_.page_elements();
+        // The next ones, if there are as many of the same request.
+        const bool more = whole && last + kTokensAtOnce < to && tokens_[last + kTokensAtOnce - first] == request;
+        const int next = position + kTokensAtOnce;
+        const long next_page = more ? table[next / P] * pages_.page_elements() : 0;
+        for (int h = h0; h < h1; h++) {
+            float* row = rows + (t - from) * ld + (h - h0) * D;
+            const long at = page + (h < H + KV ? h - H : h - H - KV) * pages_.head_elements();
+            if (more) {
+                const long to = next_page + (h < H + KV ? h - H : h - H - KV) * pages_.head_elements();
+                if (h >= H + KV)
+                    prefetch_page(pages_, static_cast<T*>(nullptr), static_cast<T*>(step_->v_pages) + to, next % P);
+                else if (h >= H)
+                    prefetch_page(pages_, static_cast<T*>(step_->k_pages) + to, static_cast<T*>(nullptr), next % P);
+                else
+                    for (int i = 0; i < tokens; i++)
+                        for (int d = 0; d < Dp; d += 64 / int(sizeof(X))) prefetch_to_write(q_row(h / G, last + 1 + i) + h % G * Dp + d);
+            }
+            if (h < H) {
+                for (int i = 0; i < tokens; i++) turn(row + i * ld, q_row(h / G, t + i) + h % G * Dp, w.q_norm_w, position + i);
+            } else if (h < H + KV) {
+                for (int i = 0; i < tokens; i++) turn(row + i * ld, keys + i * Dp, w.k_norm_w, position + i);
+                T* k_page = static_cast<T*>(step_->k_pages) + at;
+                if (!whole) {
+                    write_keys(pages_, k_page, slot, keys);
+                    continue;
+                }
+                for (int i = 0; D < Dp && i < tokens; i++) std::fill(keys + i * Dp + D, keys + (i + 1) * Dp, T{});
+                write_keys16(pages_, k_page, slot, keys);
+            } else {
+                T* v_page = static_cast<T*>(step_->v_pages) + at;
+                if (whole)
+                    write_values16(pages_, v_page, slot, row, ld);
+                else
+                    write_values(pages_, v_page, slot, row);
+            }
+        }
     }
 }
 
@@ -109,6 +144,8 @@ void Engine<T, W>::attention(int id, int r0, int r1) {
             item.num_next = next.end_page - next.first_page;
             item.next_head = next.head;
         }
+        if constexpr (kHasTiles<T>)
+            if (item.num_tokens >= kManyTokens && attend_many<T>(item, pages_, attention_[thread])) return;
         attend<T>(item, pages_, attention_[thread]);
     });
     for (const Merge& m : merges_)

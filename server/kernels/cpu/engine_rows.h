@@ -6,7 +6,9 @@
 
 namespace boomerang {
 
-constexpr int kRowsInChunk = 256;  // scratch of that many rows fits into the second-level cache, and weights are read once per chunk
+// Rows of a chunk: weights are read once for it, and what is used again of its rows should fit into the second-level cache.
+constexpr int kFewestRows = 256, kMostRows = 512;
+constexpr long kChunkBytes = 2400 << 10;
 
 template <class T, class W>
 void Engine<T, W>::run_program() {
@@ -32,19 +34,25 @@ void Engine<T, W>::run_program() {
         auto begin = [&](const Segment& of, const float* const* biases, int from, int to, RowScratch& scratch, auto&& lap) {
             const BsLayer& w = layers_[of.layer];
             X* normed = scratch.normed.at_least(size_t(to - from) * hidden_ld());
-            float* qkv = scratch.qkv.at_least(size_t(to - from) * qkv_ld());
             for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * stream_ld(), normed + long(t - from) * hidden_ld(), w.attn_norm_w, w.attn_norm_b, E);
             lap(kNorm);
-            product_part<false>({normed, hidden_ld(), to - from}, w.qkv, qkv_width(), E, biases[0], qkv, qkv_ld(), {0, to - from, 0, panels_of(qkv_width())});
-            lap(kProduct);
-            for (int t = from; t < to; t++) place_token(of.layer, w, t, first, qkv + long(t - from) * qkv_ld());
-            lap(kPlace);
+            // Head by head, or as few as fill panels, so that what is placed is still in a cache.
+            for (int h = 0, heads; h < all_heads(); h += heads) {
+                heads = heads_at_once(h);
+                const int column = h * s_.head_dim, width = heads * s_.head_dim, ld = row_stride<float, float>(width);
+                float* qkv = scratch.qkv.at_least(size_t(to - from) * ld);
+                product_part<false>({normed, hidden_ld(), to - from}, from_panel(w.qkv, column / kPanel, E), width, E, biases[0] ? biases[0] + column : nullptr, qkv, ld,
+                                    {0, to - from, 0, panels_of(width)});
+                lap(kProduct);
+                place_heads(of.layer, w, from, to, first, h, h + heads, qkv, ld);
+                lap(kPlace);
+            }
         };
         // Output product, norm and MLP.
         auto end = [&](const Segment& of, const float* const* biases, int from, int to, RowScratch& scratch, auto&& lap) {
             const BsLayer& w = layers_[of.layer];
             const int M = to - from;
-            X *normed = scratch.normed.at_least(size_t(M) * hidden_ld()), *act = scratch.act.at_least(size_t(M) * act_ld());
+            X* normed = scratch.normed.at_least(size_t(M) * hidden_ld());
             float* hidden = hidden_.data() + long(from) * stream_ld();
             const Rows<W> x = {normed, hidden_ld(), M};
             auto norm_rows = [&](const void* weight, const void* bias) {
@@ -55,8 +63,18 @@ void Engine<T, W>::run_program() {
             product_part<true>({attended_.data() + long(from) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
             lap(kProduct);
             if (!s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
-            mlp_up_part(w, x, biases[2], act, nullptr, 0, {0, M, 0, num_panels(up_width(), s_.gated)});
-            product_part<true>({act, act_ld(), M}, w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+            // In pieces of the MLP's width, so that activations do not drive the hidden state out of the cache.
+            const int units = units_of<W>(F), piece = mlp_piece(w), width = s_.gated ? 16 : kPanel, per_panel = width / kPerUnit<W>;
+            const int up_panels = num_panels(up_width(), s_.gated), act_ld = mlp_ld(w);
+            X* act = scratch.act.at_least(size_t(M) * act_ld);
+            for (int u = 0; u < units; u += piece) {
+                const int stop = std::min(units, u + piece), p0 = u / per_panel, p1 = std::min(up_panels, chunks_for(stop, per_panel));
+                mlp_up_part(w, x, biases[2], act, act_ld, nullptr, 0, {0, M, p0, p1, 0, 0, static_cast<const char*>(w.down.data) + u * long(kLine<W>)}, p0);
+                for (int m = 0, written = (p1 - p0) * width, wanted = (stop - u) * kPerUnit<W>; written < wanted && m < M; m++)
+                    std::fill(act + long(m) * act_ld + written, act + long(m) * act_ld + wanted, X{});
+                const auto* then = static_cast<const char*>(stop < units ? from_panel(w.up, p1, E).data : from_panel(w.down, panels_of(E), F).data);
+                product_part<true>({act, act_ld, M}, w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E), u, stop, then});
+            }
             lap(kProduct);
         };
         const float* biases[4];
@@ -83,6 +101,21 @@ bool Engine<T, W>::by_rows(const Segment& segment) const {
     return segment.split == segment.end && step_->query_start[segment.end] - step_->query_start[segment.first] >= kRowsPerThread * pool_.num_threads();
 }
 
+// Units of an MLP's width that are computed and used at a time: what the depth of the down product is cut into anyway.
+template <class T, class W>
+int Engine<T, W>::mlp_piece(const BsLayer& w) const {
+    const int units = units_of<W>(s_.intermediate);
+    return kHasTiles<W> && !w.down_b && !w.down.scale && s_.hidden % kPanel == 0 ? piece_of(units) : units;
+}
+
+// How many heads from `h` on fill whole panels.
+template <class T, class W>
+int Engine<T, W>::heads_at_once(int h) const {
+    int heads = 1;
+    while (heads * s_.head_dim % kPanel && h + heads < all_heads()) heads++;
+    return heads;
+}
+
 template <class T, class W>
 void Engine<T, W>::widen_biases(const BsLayer& w, const float** biases) {
     biases[0] = widen(w.qkv_b, qkv_width(), false, 0);
@@ -96,7 +129,9 @@ template <class T, class W>
 template <class Body>
 void Engine<T, W>::in_chunks(const Segment& segment, Body&& body) {
     const int first = step_->query_start[segment.first], last = step_->query_start[segment.end], threads = pool_.num_threads();
-    const int chunks = round_up(chunks_for(last - first, kRowsInChunk), threads), rows = round_up(chunks_for(last - first, chunks), 32);
+    const long row_bytes = stream_ld() * sizeof(float) + (hidden_ld() + mlp_ld(layers_[segment.layer])) * sizeof(X);
+    const int most = std::clamp<int>(kChunkBytes / row_bytes, kFewestRows, kMostRows);
+    const int chunks = round_up(chunks_for(last - first, most), threads), rows = round_up(chunks_for(last - first, chunks), 32);
     cuts_.clear();
     for (int c = 0; c <= chunks; c++) cuts_.push_back(page_start(std::min(last, first + c * rows), first));
     pool_.run(chunks, [&](int c, int thread) {

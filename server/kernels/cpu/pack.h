@@ -32,33 +32,6 @@ void pack_panel(const BsPack& m, int panel) {
 }
 
 #ifdef __AVX512F__
-// 16 x 16 four-byte values, rows to columns.
-inline void transpose16(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 // Whole units of four bytes change places, 16 x 16 at a time. The server is not ready before its weights are packed.
 template <class T>
 void pack_panel_fast(const BsPack& m, int panel) {
@@ -151,7 +124,20 @@ template <class W>
 inline void unpack_row(const Weights& w, int n, float* out) {
     const int units = units_of<W>(w.K);
     const W* data = reinterpret_cast<const W*>(w.data);
-    for (int k = 0; k < w.K; k++) {
+    int k = 0;
+#ifdef __AVX512F__
+    if constexpr (std::is_same<W, bf16>::value) {  // sixteen units at once: each lies in another line
+        const __m512i lines = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kLine<bf16>));
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        for (; k + 32 <= w.K; k += 32) {
+            const __m512i pairs = _mm512_i32gather_epi32(lines, data + panel_offset<W>(n, k, units), 1);
+            const __m512i even = _mm512_slli_epi32(pairs, 16), odd = _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)));
+            _mm512_storeu_si512(out + k, _mm512_permutex2var_epi32(even, low, odd));
+            _mm512_storeu_si512(out + k + 16, _mm512_permutex2var_epi32(even, high, odd));
+        }
+    }
+#endif
+    for (; k < w.K; k++) {
         const W value = data[panel_offset<W>(n, k, units)];
         if constexpr (sizeof(W) == 1)
             out[k] = value.value * w.scale[n];

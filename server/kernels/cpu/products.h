@@ -27,15 +27,21 @@ struct Rows {
     int M;
 };
 
-// A part of a product: rows [row0, row1) by panels [panel0, panel1).
+// A part of a product: rows [row0, row1) by panels [panel0, panel1), of which units [unit0, unit1) if they are not all;
+// rows of x begin with unit0. `then`: what is read after it, where that is not what follows in memory.
 struct Part {
     int row0, row1, panel0, panel1;
+    int unit0 = 0, unit1 = 0;
+    const char* then = nullptr;
 };
 
 // The most units of a panel that stay in the first-level cache while blocks of rows pass by.
 constexpr int kMostUnits = 288;
 // Bytes of activations that the second-level cache keeps while the panels of a chunk pass by.
 constexpr long kGroupBytes = 1 << 20;
+
+// Units of the pieces that the depth of a product is cut into.
+inline int piece_of(int units) { return round_up(chunks_for(units, chunks_for(units, kMostUnits)), kUnitStep); }
 
 // How a part is walked through: groups of rows, pieces of the panels' depth, panels, blocks of rows. With several blocks
 // deep panels are cut, and each piece is gone through for all panels, so that both operands stay in the caches.
@@ -46,9 +52,9 @@ struct Walk {
     const Part& part;
     int units, depth, group;
 
-    Walk(const Rows<W>& x, const Weights& w, const Part& part, bool in_pieces) : x(x), w(w), part(part), units(units_of<W>(w.K)) {
+    Walk(const Rows<W>& x, const Weights& w, const Part& part, bool in_pieces) : x(x), w(w), part(part), units(part.unit1 ? part.unit1 - part.unit0 : units_of<W>(w.K)) {
         const bool cut = in_pieces && kHasTiles<W> && part.row1 - part.row0 > kBlockRows<W>;
-        depth = cut ? round_up(chunks_for(units, chunks_for(units, kMostUnits)), kUnitStep) : units;
+        depth = cut ? piece_of(units) : units;
         const long row_bytes = cut ? depth * kPerUnit<W> * sizeof(Act<W>) : x.ldx * sizeof(Act<W>);
         group = std::max<int>(1, kGroupBytes / row_bytes / kBlockRows<W>) * kBlockRows<W>;
     }
@@ -56,15 +62,19 @@ struct Walk {
     // body(term, rows, first row, panel, first unit, what to fetch)
     template <class Body>
     void run(TileState& tiles, Body&& body) const {
-        const long panel_bytes = long(units) * kLine<W>;
+        const long panel_bytes = long(units_of<W>(w.K)) * kLine<W>;
+        const char* data = w.data + part.unit0 * long(kLine<W>);
         for (int m0 = part.row0; m0 < part.row1; m0 += group) {
             const int m1 = std::min(part.row1, m0 + group), blocks = chunks_for(m1 - m0, kBlockRows<W>);
             tiles.panel_stays = blocks > 1;
             for (int from = 0; from < units; from += depth) {
                 const int length = std::min(depth, units - from);
                 for (int p = part.panel0; p < part.panel1; p++) {
-                    const char *panel = w.data + p * panel_bytes + from * long(kLine<W>), *next = panel + panel_bytes;
-                    if (p + 1 == part.panel1 && from + length < units) next = w.data + part.panel0 * panel_bytes + (from + length) * long(kLine<W>);
+                    const char *panel = data + p * panel_bytes + from * long(kLine<W>), *next = panel + panel_bytes;
+                    if (p + 1 == part.panel1 && from + length < units)
+                        next = data + part.panel0 * panel_bytes + (from + length) * long(kLine<W>);
+                    else if (p + 1 == part.panel1 && part.then)
+                        next = part.then;
                     for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
                         rows = block_size<W>(m1 - m);
                         const Term<W> term = {x.x + m * x.ldx + from * kPerUnit<W>, x.ldx, panel, length};

@@ -33,6 +33,10 @@ inline __m256 scale_by_power8(__m256 x, __m256 n) {
 }
 inline F16 scale_by_power16(F16 x, F16 n) { return {scale_by_power8(x.low, n.low), scale_by_power8(x.high, n.high)}; }
 
+inline F16 floor16(F16 x) { return {_mm256_floor_ps(x.low), _mm256_floor_ps(x.high)}; }
+inline F16 fraction16(F16 x) { return x - floor16(x); }
+inline F16 scale_by_floor16(F16 x, F16 t) { return scale_by_power16(x, floor16(t)); }  // x 2^floor(t)
+
 inline float sum16(F16 x) {
     const __m256 s = _mm256_add_ps(x.low, x.high);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

@@ -14,6 +14,8 @@ inline F16 max16(F16 a, F16 b) { return _mm512_max_ps(a, b); }
 inline F16 min16(F16 a, F16 b) { return _mm512_min_ps(a, b); }
 inline F16 round16(F16 x) { return _mm512_roundscale_ps(x, 8); }
 inline F16 scale_by_power16(F16 x, F16 n) { return _mm512_scalef_ps(x, n); }
+inline F16 fraction16(F16 x) { return _mm512_reduce_ps(x, 9); }                         // x - floor(x)
+inline F16 scale_by_floor16(F16 x, F16 t) { return _mm512_scalef_ps(x, t); }            // x 2^floor(t)
 inline F16 reciprocal16(F16 x) { return _mm512_rcp14_ps(x); }  // relative error 2^-14
 inline float sum16(F16 x) { return _mm512_reduce_add_ps(x); }
 inline float top16(F16 x) { return _mm512_reduce_max_ps(x); }
@@ -24,11 +26,17 @@ inline Mask equal16(F16 a, F16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
 inline Mask and16(Mask a, Mask b) { return a & b; }
 inline int first16(Mask mask) { return mask ? __builtin_ctz(mask) : -1; }
 
-inline F16 load16(const float* p, Mask mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, p); }
-inline F16 load16(const bf16* p, Mask mask = 0xffff) {
+// Whole vectors apart: the compiler does not see that a mask of ones is none.
+inline F16 load16(const float* p) { return _mm512_loadu_ps(p); }
+inline F16 load16(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline F16 load16(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline F16 load16(const bf16* p, Mask mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
-inline void store16(float* p, F16 x, Mask mask = 0xffff) { _mm512_mask_storeu_ps(p, mask, x); }
+inline void store16(float* p, F16 x) { _mm512_storeu_ps(p, x); }
+inline void store16(float* p, F16 x, Mask mask) { _mm512_mask_storeu_ps(p, mask, x); }
 
 // Every second of 32 bfloat16 values from p on.
 inline F16 even_bf16(const char* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
@@ -54,7 +62,12 @@ inline __m256i narrow16(F16 x) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
 }
-inline void store16(bf16* p, F16 x, Mask mask = 0xffff) { _mm256_mask_storeu_epi16(p, mask, narrow16(x)); }
+inline void store16(bf16* p, F16 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(x)); }
+inline void store16(bf16* p, F16 x, Mask mask) { _mm256_mask_storeu_epi16(p, mask, narrow16(x)); }
+
+#ifdef __AVX512BF16__
+inline void store32(bf16* p, F16 low, F16 high) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+#endif
 
 // Every second bfloat16 from p on: 16 values into the even (first = 0) or odd (first = 1) places of 32.
 inline void store_every_second16(bf16* p, int first, F16 x) {
@@ -63,6 +76,39 @@ inline void store_every_second16(bf16* p, int first, F16 x) {
         _mm512_mask_storeu_epi16(p, 0x55555555, wide);
     else
         _mm512_mask_storeu_epi16(p, 0xaaaaaaaa, _mm512_slli_epi32(wide, 16));
+}
+
+// The same for both: 16 values into the even places and 16 into the odd ones.
+inline void store_pairs16(bf16* p, F16 even, F16 odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow16(even)), high = _mm512_cvtepu16_epi32(narrow16(odd));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// 16 x 16 four-byte values, rows to columns.
+inline void transpose16(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
 }
 
 }  // namespace boomerang
