@@ -83,9 +83,76 @@ inline void pack_panel_fast<int8>(const BsPack& m, int panel) {
     }
 }
 #else
+// 8 x 8 four-byte values, rows to columns.
+inline void transpose8(__m256i* r) {
+    __m256i t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m256i low = r[i], high = r[i + 4];
+        r[i] = _mm256_permute2x128_si256(low, high, 0x20);
+        r[i + 4] = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+}
+
+// The first `size` bytes at p, then zeros; none if size is negative.
+inline __m256i first_bytes(const char* p, int size) {
+    if (size >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    alignas(32) char bytes[32] = {};
+    if (size > 0) std::memcpy(bytes, p, size);
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+}
+
+// Eight channels from the `eight`th of the panel on: 32 bytes of each from byte `start` of its row, as columns.
+template <class T>
+void load_columns(const BsPack& m, int panel, int eight, int start, __m256i* block) {
+    for (int i = 0; i < 8; i++) {
+        const int row = source_row(panel * kPanel + 8 * eight + i, m.N, m.gated), length = m.K * int(sizeof(T));
+        block[i] = row < 0 ? _mm256_setzero_si256() : first_bytes(static_cast<const char*>(m.source) + long(row) * length + start, length - start);
+    }
+    transpose8(block);
+}
+
+// As with AVX-512, 8 x 8 units of four bytes at a time.
 template <class T>
 void pack_panel_fast(const BsPack& m, int panel) {
-    pack_panel<T>(m, panel);
+    const int units = units_of<T>(m.K);
+    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<T>;
+    for (int u = 0; u < units; u += 8)
+        for (int eight = 0; eight < kPanel / 8; eight++) {
+            __m256i block[8];
+            load_columns<T>(m, panel, eight, 4 * u, block);
+            for (int i = 0; i < 8; i++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + long(u + i) * kLine<T> + 32 * eight), block[i]);
+        }
+}
+
+// Two units are four bytes: channels 0 to 7 and 16 to 23 make the first half of each line, the others the second.
+template <>
+inline void pack_panel_fast<int8>(const BsPack& m, int panel) {
+    const int units = units_of<int8>(m.K);
+    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<int8>;
+    // Within four channels: their words of the even unit, then those of the odd one.
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (int u = 0; u < units; u += 16)
+        for (int eight = 0; eight < 2; eight++) {
+            __m256i low[8], high[8];
+            load_columns<int8>(m, panel, eight, 2 * u, low);
+            load_columns<int8>(m, panel, eight + 2, 2 * u, high);
+            for (int i = 0; i < 8; i++) {
+                const __m256i a = _mm256_shuffle_epi8(low[i], order), b = _mm256_shuffle_epi8(high[i], order);
+                char* line = target + long(u + 2 * i) * kLine<int8> + 32 * eight;
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(line), _mm256_unpacklo_epi64(a, b));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + kLine<int8>), _mm256_unpackhi_epi64(a, b));
+            }
+        }
 }
 #endif
 
