@@ -5,6 +5,7 @@ T = tokens, R = requests, H = query heads, K = KV heads, G = H / K, D = head dim
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from server.engine.batch import ForwardBatch
+from server.kernels.memory import zero_bytes
 
 
 @dataclass(slots=True)
@@ -83,8 +85,7 @@ class TorchAttention:
     def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
         # Zeroed, because padded positions are read (and masked): NaN would survive a mask.
-        self.k_pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.k_pages, self.v_pages = (_zeros(shape, dtype, device) for _ in "kv")
 
     def prepare(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
         device = self.k_pages.device
@@ -169,6 +170,12 @@ class TorchAttention:
         keys = self.k_pages.index_select(0, index).view(shape).transpose(1, 2).reshape(flat)
         values = self.v_pages.index_select(0, index).view(shape).transpose(1, 2).reshape(flat)
         return keys, values
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(zero_bytes(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
 
 def _similar(contexts: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

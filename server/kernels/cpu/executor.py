@@ -21,6 +21,7 @@ from server.engine.config import EngineConfig
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
 from server.kernels.cpu.packing import PackedWeights, end_table, layer_table
+from server.kernels.memory import zero_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class NativeExecutor:
         return 2 * self._lib.bs_page_bytes(ctypes.byref(self._description))
 
     def allocate_kv(self, num_pages: int) -> None:
-        self.k_pages, self.v_pages = (_zeros(num_pages * self.page_bytes() // 2) for _ in "kv")
+        self.k_pages, self.v_pages = (zero_bytes(num_pages * self.page_bytes() // 2) for _ in "kv")
 
     def state_page_bytes(self) -> int:
         """Bytes of the hidden states of one page of tokens."""
@@ -119,7 +120,8 @@ class NativeExecutor:
 
     def allocate_states(self, num_pages: int) -> None:
         """Memory for hidden states that batches save and restore; like that of KV, had from the system on first use."""
-        self.states = _zeros(num_pages * self.state_page_bytes()).view(np.float32).reshape(-1, self.spec.hidden_size)
+        values = zero_bytes(num_pages * self.state_page_bytes()).view(np.float32)
+        self.states = values.reshape(-1, self.spec.hidden_size)
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
         """What holds KV; the first dimension is the page."""
@@ -212,10 +214,3 @@ def _restores(batch: ForwardBatch) -> np.ndarray:
     """[n, 2] of (token, row of the states)."""
     parts = [np.stack((tokens, rows), axis=1) for _, tokens, rows in batch.restores]
     return np.concatenate(parts, dtype=np.int32) if parts else np.zeros((0, 2), np.int32)
-
-
-def _zeros(num_bytes: int) -> np.ndarray:
-    """Bytes from the start of a cache line, which the system hands out on first use: nothing is touched at start."""
-    raw = np.zeros(num_bytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + num_bytes]
