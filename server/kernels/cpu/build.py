@@ -6,14 +6,22 @@ Standard library only, so that it can run in a build environment that has nothin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 SOURCES = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]  # -w: gcc 12 warns about its own intrinsics
@@ -66,39 +74,92 @@ def compiler() -> str | None:
     return next((c for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and shutil.which(c)), None)
 
 
-def build(folder: Path, variant: str) -> Path:
-    """Compile one variant into `folder` and return the library's path. Raises BuildError."""
+def cache_folder() -> Path:
+    """Where kernels are built: what has been built once for the same sources and flags is not built again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boomerang" / "kernels"
+
+
+def build(variant: str, folder: Path | None = None) -> Path:
+    """The library of a variant in `folder` [the cache], compiled if it is not there. Raises BuildError, OSError.
+
+    Who comes while another process compiles the same library waits for it: a compilation takes a whole core.
+    """
+    folder = folder or cache_folder()
+    target = folder / library_name(variant)
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder / f"{variant}.lock"):
+            if not target.is_file():
+                _compile(variant, target)
+    return target
+
+
+def _compile(variant: str, target: Path) -> None:
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler (g++, c++ or clang++, or CXX)")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / library_name(variant)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
         command = [cxx, *FLAGS, *VARIANTS[variant].flags, "-o", str(output), str(SOURCES / "step.cpp")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise BuildError(f"{cxx} failed: {result.stderr.strip().splitlines()[-1:] or result.returncode}")
-        os.replace(output, target)  # whole or absent, also when two processes build at once
-    return target
+        os.replace(output, target)  # whole or absent
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; where the system has no such locks two may compile the same, which does no harm."""
+    with lock.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        yield
 
 
 def build_all(folder: Path, for_this_machine: bool = False) -> list[Path]:
-    """Every variant that the compiler can make (an image may run on any processor), or the best one for this machine.
+    """Put every variant that the compiler can make into `folder` (an image may run on any processor), or the best one
+    for this machine. They are built in the cache, or in a scratch folder if nothing can be written there.
 
-    Raises BuildError if there is none.
+    Raises BuildError if there is none, OSError.
     """
-    built, errors = [], [BuildError("no variant suits this processor")]
-    for variant in VARIANTS:
-        if for_this_machine and (built or missing_instructions(variant)):
-            continue
-        try:
-            built.append(build(folder, variant))
-        except BuildError as error:
-            errors.append(error)
-    if not built:
-        raise errors[-1]
-    return built
+    with tempfile.TemporaryDirectory() as scratch:
+        where = cache_folder() if _is_writable(cache_folder()) else Path(scratch)
+
+        def attempt(variant: str) -> Path | BuildError:
+            try:
+                return build(variant, where)
+            except BuildError as error:
+                return error
+
+        results: list[Path | BuildError] = [BuildError("no variant suits this processor")]
+        if for_this_machine:
+            for variant in VARIANTS:
+                if not isinstance(results[-1], Path) and not missing_instructions(variant):
+                    results.append(attempt(variant))
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                results += threads.map(attempt, VARIANTS)
+        built = [result for result in results if isinstance(result, Path)]
+        if not built:
+            raise results[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_install(library, folder / library.name) for library in built]
+
+
+def _install(library: Path, target: Path) -> Path:
+    if not target.is_file():
+        scratch = target.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(library, scratch)
+        os.replace(scratch, target)  # never half a file, nor one changed under a process that runs it
+    return target
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
 
 from server.kernels.cpu import build
 
@@ -120,10 +119,8 @@ def choose() -> tuple[str, ctypes.CDLL, list[str]] | list[str]:
 
 def load(variant: str) -> ctypes.CDLL:
     """The library: installed beside its sources, else in the cache, else built there. Raises build.BuildError."""
-    name = build.library_name(variant)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boomerang" / "kernels"
-    path = next((folder / name for folder in (build.SOURCES, cache) if (folder / name).is_file()), None)
-    library = ctypes.CDLL(str(path or build.build(cache, variant)))
+    installed = build.SOURCES / build.library_name(variant)
+    library = ctypes.CDLL(str(installed if installed.is_file() else build.build(variant)))
     library.bs_packed_bytes.restype = c_int64
     library.bs_packed_bytes.argtypes = [c_int32] * 4
     library.bs_packed_channels.restype = c_int64
