@@ -17,7 +17,7 @@ from rich.table import Table
 from server.config import Settings
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
-from server.launch import engine_config, open_settings_pair, pick_device, pick_dtype
+from server.launch import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
 from server.sizes_table import speed_file
 from server.sizing.spec import SizeSpec
 
@@ -47,7 +47,7 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     length = arguments.input_len + arguments.output_len
     if min(batches) < 1 or arguments.input_len < 1 or arguments.output_len < 2 or length > pair.spec.max_context:
         raise ValueError("batch sizes and lengths must be positive (output at least 2) and fit the model's context")
-    loaded = pair.load(dtype, device, settings.memory_budget, quantization=settings.quantization)
+    loaded = load_pair(settings, pair, dtype, device)
     config = dataclasses.replace(
         engine_config(settings, pair, dtype, device),
         max_num_seqs=max(batches),
@@ -72,6 +72,7 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     report = {
         "pair": pair.name,
         "executor": engine.executor.describe(),
+        "low_rank": bool(loaded.low_rank),
         "input_len": arguments.input_len,
         "output_len": arguments.output_len,
         "repeats": arguments.repeats,
@@ -93,7 +94,8 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _print(report: dict[str, Any], batches: list[int]) -> None:
-    table = Table(title=f"{report['pair']}: {report['executor']}; tokens/s, median of {report['repeats']}")
+    form = "; low-rank student as a difference" if report["low_rank"] else ""
+    table = Table(title=f"{report['pair']}: {report['executor']}{form}; tokens/s, median of {report['repeats']}")
     table.add_column("size", justify="right")
     for phase in ("decode", "prefill"):
         for batch in batches:

@@ -31,6 +31,7 @@ from server.startup import StartupClock
 if TYPE_CHECKING:
     import torch
 
+    from model_store.loaded import LoadedPair
     from model_store.pair import Pair
     from server.engine.config import EngineConfig
     from server.engine.engine import Engine
@@ -77,6 +78,15 @@ def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
         return settings.low_rank == "on"
     expanded = pair.union_bytes(pair.elasticity.sizes, dtype, quantization=settings.quantization)
     return settings.memory_budget is not None and expanded > settings.memory_budget
+
+
+def load_pair(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> LoadedPair:
+    """The pair's tensors in the form that the settings ask for: budget, low-rank students, quantization.
+
+    Raises ValueError, PairError or WeightError.
+    """
+    low_rank = keeps_low_rank(settings, pair, dtype)
+    return pair.load(dtype, device, settings.memory_budget, low_rank, settings.quantization)
 
 
 def speculative_size(settings: Settings, pair: Pair) -> int | None:
@@ -191,8 +201,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         torch.set_num_threads(settings.num_threads)
     pair = open_settings_pair(settings)
     dtype, device = pick_dtype(settings), pick_device(settings)
-    low_rank = keeps_low_rank(settings, pair, dtype)
-    loaded = pair.load(dtype, device, settings.memory_budget, low_rank, settings.quantization)
+    loaded = load_pair(settings, pair, dtype, device)
     clock.mark("weights")
     config = engine_config(settings, pair, dtype, device)
     engine = Engine(loaded, config)
@@ -200,6 +209,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
+    low_rank = keeps_low_rank(settings, pair, dtype)
     infos = size_infos(pair.size_table(dtype, low_rank, settings.quantization))
     names = settings.served_model_name or (pair.name,)
     catalog = Catalog(

@@ -26,10 +26,10 @@ class OfflineEngine:
 
         from server.api.tokenizer import ServingTokenizer
         from server.engine.engine import Engine
-        from server.launch import engine_config, pick_device, pick_dtype
+        from server.launch import engine_config, load_pair, pick_device, pick_dtype
 
         dtype, device = pick_dtype(settings), pick_device(settings)
-        loaded = pair.load(dtype, device, quantization=settings.quantization)
+        loaded = load_pair(settings, pair, dtype, device)
         config = engine_config(settings, pair, dtype, device)
         length = min(max_model_len, pair.spec.max_context)
         self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))
@@ -40,9 +40,13 @@ class OfflineEngine:
     def generate(
         self, size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
     ) -> list[list[int]]:
-        """One answer per prompt. ValueError if a prompt leaves no room for an answer, RuntimeError if a step failed."""
+        """One answer per prompt. ValueError if a prompt leaves no room for an answer or the size was not loaded
+        (`--memory-budget`), RuntimeError if a step failed."""
         from server.engine.request import Request, SamplingParams
 
+        if size not in self.engine.sizes:
+            reason = self.engine.missing_sizes.get(size, "the pair has no such size")
+            raise ValueError(f"{size}L cannot answer: {reason}")
         self._calls += 1
         requests = []
         for number, prompt in enumerate(prompts):

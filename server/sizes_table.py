@@ -23,6 +23,8 @@ def speed_file(settings: Settings, pair: Pair) -> Path:
 
     machine = "".join(c if c.isalnum() else "-" for c in processor_name())
     form = f"-{settings.quantization}" if settings.quantization else ""
+    if keeps_low_rank(settings, pair, pick_dtype(settings)):
+        form += "-difference"
     return store_root(settings.store) / "speed" / f"{pair.name}{form}-{machine}.json"
 
 

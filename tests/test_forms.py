@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
+
 import pytest
 import torch
 
 from model_store.pair import open_pair
+from server.bench_latency import run_latency
 from server.config import Settings
 from server.launch import keeps_low_rank, speculative_size
+from server.offline import OfflineEngine
+from server.sizes_table import speed_file
+from tests.api import tiny
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import make_model, make_pair
 
@@ -49,3 +56,35 @@ def test_speculative_size(pairs):
     for text, message in (("teacher", "it can guess for none"), ("7L", "sizes are"), ("x", "not a size")):
         with pytest.raises(ValueError, match=f"--speculative-size: .*({message})"):
             speculative_size(Settings(speculative_size=text), pair)
+
+
+def test_bench_latency_measures_the_form_that_was_asked_for(pairs, tmp_path):
+    ordinary, low_rank = pairs
+    arguments = Namespace(
+        sizes="5L", batch_sizes="1", input_len=4, output_len=2, repeats=1, json=str(tmp_path / "out"), no_save=False
+    )
+
+    def settings_of(pair, **changes):
+        common = {"dtype": "float32", "device": "cpu", "executor": "torch", "store": str(tmp_path), "page_size": 8}
+        return Settings(teacher=str(pair.teacher_path), student=str(pair.student_path), **common, **changes)
+
+    files = set()
+    for form in ("on", "off"):
+        settings = settings_of(low_rank, low_rank=form)
+        assert run_latency(arguments, settings) == 0
+        assert json.loads((tmp_path / "out").read_text())["low_rank"] is (form == "on")
+        files.add(speed_file(settings, low_rank))
+    assert len(files) == 2 and all(file.is_file() for file in files)
+    with pytest.raises(ValueError, match="--low-rank on: this student is not kept as"):
+        run_latency(arguments, settings_of(ordinary, low_rank="on"))
+
+
+def test_the_engine_without_a_server_keeps_to_the_budget(tmp_path):
+    pair = open_pair(*tiny.make_pair(tmp_path))
+    budget = pair.union_bytes((4, 5), torch.float32)
+    settings = Settings(dtype="float32", device="cpu", executor="torch", memory_budget=budget, kv_cache_memory=1 << 20)
+    engine = OfflineEngine(pair, settings, 32)
+    assert len(engine.generate(5, [[1, 2, 3]], 2)[0]) in (1, 2)
+    for size, reason in ((6, "budget"), (7, "no such size")):
+        with pytest.raises(ValueError, match=f"{size}L cannot answer: .*{reason}"):
+            engine.generate(size, [[1, 2, 3]], 2)

@@ -12,18 +12,16 @@ import time
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quantization")
-    parser.add_argument("--low-rank", default="auto")
+    parser.add_argument("--low-rank", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--max-num-seqs", type=int, default=64)
     args = parser.parse_args()
     started = time.perf_counter()
     from server.config import Settings
     from server.engine.engine import Engine
     from server.engine.request import Request, SamplingParams
-    from server.launch import engine_config, open_settings_pair, pick_device, pick_dtype
+    from server.launch import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
 
-    known = {field.name for field in dataclasses.fields(Settings)}
-    wanted = {"dtype": "bfloat16", "quantization": args.quantization, "low_rank": args.low_rank}
-    settings = dataclasses.replace(Settings(), **{name: value for name, value in wanted.items() if name in known})
+    settings = Settings(dtype="bfloat16", quantization=args.quantization, low_rank=args.low_rank)
     pair = open_settings_pair(settings)
     dtype, device = pick_dtype(settings), pick_device(settings)
     config = dataclasses.replace(
@@ -31,7 +29,7 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,
         enable_prefix_caching=False,
     )  # fmt: skip
-    engine = Engine(pair.load(dtype, device, quantization=settings.quantization), config)
+    engine = Engine(load_pair(settings, pair, dtype, device), config)
     print(json.dumps({"ready": time.perf_counter() - started, "executor": engine.executor.describe()}), flush=True)
     for count, line in enumerate(sys.stdin):
         job = json.loads(line)
