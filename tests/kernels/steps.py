@@ -1,0 +1,146 @@
+"""What the tests of both kernel executors share: random pairs of odd shapes, steps of mixed sizes, the comparison."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from model_store.assembly import Elasticity
+from model_store.int8 import quantise
+from model_store.loaded import LoadedPair
+from model_store.spec import ModelSpec
+from model_store.weights import EndWeights, LayerWeights, quantise_layer
+from server.engine.batch import ForwardBatch, Segment
+from server.model.executor import Executor
+from server.model.torch_executor import TorchExecutor
+
+PAGE, MAX_BLOCKS = 8, 40
+# What differs from a Llama-like model with 6 query and 2 KV heads of 20 channels; no dimension is a multiple of 16.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 24},
+    "gpt_neox": {"norm": "layer", "activation": "gelu", "gated_mlp": False, "parallel_residual": True,
+                 "num_kv_heads": 6, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "rotary_dim": 6},
+    "gpt2": {"norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "num_kv_heads": 6, "qkv_bias": True,
+             "o_bias": True, "mlp_bias": True, "rotary_dim": 0, "learned_positions": True},
+}  # fmt: skip
+
+
+def make_pair(family: str, dtype: torch.dtype, elasticity: Elasticity | None = None, **changes) -> LoadedPair:
+    """Random weights; `changes` are fields of the ModelSpec."""
+    elasticity = elasticity or Elasticity.last_to_first(6, (0, 2, 4, 5))
+    fields = {
+        "family": family, "num_layers": elasticity.num_teacher_layers, "hidden_size": 70, "intermediate_size": 106,
+        "num_heads": 6, "num_kv_heads": 2, "head_dim": 20, "vocab_size": 331, "norm": "rms", "norm_eps": 1e-5,
+        "activation": "silu", "gated_mlp": True, "parallel_residual": False, "qk_norm": False, "qkv_bias": False,
+        "o_bias": False, "mlp_bias": False, "rope_theta": 1e4, "max_position_embeddings": 320,
+        "tie_word_embeddings": True, "attention_scale": 0.2,
+    } | FAMILIES[family] | changes  # fmt: skip
+    fields.setdefault("rotary_dim", fields["head_dim"])
+    spec = ModelSpec(**fields)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, around: float = 0.0, scale: float = 0.1) -> torch.Tensor:
+        return (around + scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+    e, d, qkv = spec.hidden_size, spec.head_dim, spec.q_size + 2 * spec.kv_size
+    up = spec.intermediate_size * (2 if spec.gated_mlp else 1)
+    has_bias = spec.norm == "layer"
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            attn_norm_weight=draw(e, around=1.0), attn_norm_bias=draw(e) if has_bias else None,
+            qkv_weight=draw(qkv, e), qkv_bias=draw(qkv) if spec.qkv_bias else None,
+            q_norm_weight=draw(d, around=1.0) if spec.qk_norm else None,
+            k_norm_weight=draw(d, around=1.0) if spec.qk_norm else None,
+            o_weight=draw(e, spec.q_size), o_bias=draw(e) if spec.o_bias else None,
+            mlp_norm_weight=draw(e, around=1.0), mlp_norm_bias=draw(e) if has_bias else None,
+            up_weight=draw(up, e), up_bias=draw(up) if spec.mlp_bias else None,
+            down_weight=draw(e, spec.intermediate_size), down_bias=draw(e) if spec.mlp_bias else None,
+        )  # fmt: skip
+
+    def end() -> EndWeights:
+        embed = draw(spec.vocab_size, e, scale=1.0)
+        return EndWeights(
+            embed=embed, head=embed, final_norm_weight=draw(e, around=1.0),
+            final_norm_bias=draw(e) if has_bias else None,
+            positions=draw(spec.max_position_embeddings, e) if spec.learned_positions else None,
+        )  # fmt: skip
+
+    return LoadedPair(
+        name="tiny", spec=spec, elasticity=elasticity, sizes=elasticity.sizes,
+        layers={i: layer() for i in range(elasticity.num_global_layers)}, ends={"teacher": end(), "student": end()},
+    )  # fmt: skip
+
+
+def quantised(pair: LoadedPair) -> LoadedPair:
+    """The pair with int8 matrices, as `Pair.load` makes them."""
+    for layer in pair.layers.values():
+        quantise_layer(layer)
+    for end in {id(end): end for end in pair.ends.values()}.values():
+        end.embed = end.head = quantise(end.head)
+    return pair
+
+
+def make_steps(
+    elasticity: Elasticity, counts: list[list[int]], sizes: tuple[int, ...] = (6, 5, 5, 4, 4), vocab: int = 331,
+    is_shared: bool = False,
+) -> list[ForwardBatch]:  # fmt: skip
+    """One batch per step; counts[step][request] tokens of requests of these sizes; pages in random order.
+
+    `is_shared`: all stations run teacher and student rows together.
+    """
+    rng = np.random.default_rng(0)
+    sizes = np.array(sizes, np.int32)
+    shape = (elasticity.num_global_layers, len(sizes), MAX_BLOCKS)
+    tables = rng.permutation(np.prod(shape)).astype(np.int32).reshape(shape)
+    done = np.zeros(len(sizes), np.int32)
+    batches = []
+
+    def cut(threshold: int, sizes: np.ndarray) -> int:
+        return int((sizes >= threshold).sum())
+
+    for step in counts:
+        rows = np.flatnonzero(step)
+        advance = np.array(step, np.int32)[rows]
+        start = np.concatenate([[0], np.cumsum(advance)]).astype(np.int32)
+        program = []
+        for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
+            split, first = cut(threshold, sizes[rows]), station.start
+            if is_shared and split < len(rows):
+                program.append(Segment(first, 0, len(rows), station.index, split))
+                first += 1
+            if split:
+                program += [Segment(t, 0, split, station.index) for t in range(first, station.stop)]
+            if split < len(rows) and not is_shared:
+                program.append(Segment(elasticity.num_teacher_layers + station.index, split, len(rows), station.index))
+        batches.append(ForwardBatch(
+            requests=[None] * len(rows), sizes=sizes[rows],
+            input_ids=rng.integers(0, vocab, start[-1]).astype(np.int32),
+            positions=np.concatenate([np.arange(done[r], done[r] + step[r]) for r in rows]).astype(np.int32),
+            query_start=start, context_lens=done[rows] + advance, slots=rows.astype(np.int32), block_tables=tables,
+            program=program, embed_cut=cut(elasticity.embed_threshold, sizes[rows]),
+            norm_cut=cut(elasticity.norm_threshold, sizes[rows]), head_cut=cut(elasticity.head_threshold, sizes[rows]),
+            logits_rows=start[1:] - 1, logits_start=np.arange(len(rows) + 1, dtype=np.int32),
+        ))  # fmt: skip
+        done[rows] += advance
+    return batches
+
+
+def assert_same_logits(
+    executor: Executor, portable: TorchExecutor, steps: list[ForwardBatch], tolerance: float
+) -> None:
+    """Both run all steps; of every row the logits differ by less than `tolerance` of their norm."""
+    for each in (executor, portable):
+        each.allocate_kv(steps[0].block_tables.size)
+    for batch in steps:
+        num_teacher = int(batch.logits_start[batch.head_cut])
+        hidden = executor.forward(batch)
+        got = executor.logits(hidden, num_teacher)
+        assert executor.greedy(hidden, num_teacher) == got.argmax(dim=1).tolist()
+        # Rows that are not where the step left them.
+        assert torch.equal(executor.logits(hidden.clone(), num_teacher), got) or got.device.type == "cuda"
+        expected = portable.logits(portable.forward(batch), num_teacher)
+        error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < tolerance, error
