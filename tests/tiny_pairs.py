@@ -102,13 +102,17 @@ class Oracle:
             for m in (teacher, student)
         )  # fmt: skip
         self._models: dict[tuple, PreTrainedModel] = {}
+        self._logits: dict[tuple, torch.Tensor] = {}  # every executor is asked for the same texts
 
     def model(self, elasticity: Elasticity, size: int) -> PreTrainedModel:
-        path = elasticity.path(size)
-        key = (path.layers, path.embed_from, path.norm_from, path.head_from)
+        key = self._key(elasticity, size)
         if key not in self._models:
             self._models[key] = self._assemble(elasticity, size)
         return self._models[key]
+
+    def _key(self, elasticity: Elasticity, size: int) -> tuple:
+        path = elasticity.path(size)
+        return path.layers, path.embed_from, path.norm_from, path.head_from
 
     def _assemble(self, elasticity: Elasticity, size: int) -> PreTrainedModel:
         path = elasticity.path(size)
@@ -143,7 +147,10 @@ class Oracle:
     @torch.no_grad()
     def logits(self, elasticity: Elasticity, size: int, token_ids: list[int]) -> torch.Tensor:
         """[tokens, vocabulary]"""
-        return self.model(elasticity, size)(torch.tensor([token_ids]), use_cache=False).logits[0]
+        key = (*self._key(elasticity, size), *token_ids)
+        if key not in self._logits:
+            self._logits[key] = self.model(elasticity, size)(torch.tensor([token_ids]), use_cache=False).logits[0]
+        return self._logits[key]
 
     @torch.no_grad()
     def greedy(self, elasticity: Elasticity, size: int, token_ids: list[int], num_tokens: int) -> list[int]:
