@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, RunningServer
 
 NEVER, ALWAYS = 0.001, 1e7  # milliseconds
 KEYS = f"""
@@ -26,11 +26,6 @@ KEYS = f"""
 
 # One for all: to make a client takes longer than an answer here.
 CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None))
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("budgets"))
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
-from tests.api.tiny import NAME, RunningServer, make_pair
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("lifecycle"))
+from tests.api.tiny import NAME, RunningServer
 
 
 def post(url: str, **body) -> httpx.Response:
@@ -59,19 +54,18 @@ def wait_idle(url: str, seconds: float = 10) -> dict:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_blocks(pair, stream):
-    with RunningServer(pair) as server:
-        body = {"prompt": "The quick", "max_tokens": 240, "ignore_eos": True, "stream": stream, "n": 4}
-        started = time.monotonic()
-        try:
-            with httpx.Client(timeout=0.3).stream("POST", server.url + "/v1/completions", json=body) as response:
-                if stream:
-                    next(response.iter_lines())
-        except httpx.TimeoutException:
-            pass
-        load = wait_idle(server.url)
-        assert load["num_running"] == 0 and load["kv_usage"] == 0.0
-        assert time.monotonic() - started < 10
+def test_a_client_that_leaves_frees_its_blocks(plain, stream):
+    body = {"prompt": "The quick", "max_tokens": 240, "ignore_eos": True, "stream": stream, "n": 4}
+    started = time.monotonic()
+    try:
+        with httpx.Client(timeout=0.3).stream("POST", plain.url + "/v1/completions", json=body) as response:
+            if stream:
+                next(response.iter_lines())
+    except httpx.TimeoutException:
+        pass
+    load = wait_idle(plain.url)
+    assert load["num_running"] == 0 and load["kv_usage"] == 0.0
+    assert time.monotonic() - started < 10
 
 
 def test_sigterm_lets_streams_finish_and_refuses_new_work(pair):

@@ -6,7 +6,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, RunningServer
 
 # The newest clients have no argument for it; the API still knows it.
 GREEDY = {"extra_body": {"temperature": 0}}
@@ -19,14 +19,8 @@ TOOL["input_schema"]["additionalProperties"] = False
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("messages"))) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+def client(plain):
+    return anthropic.Anthropic(base_url=plain.url, api_key="none", max_retries=0)
 
 
 def greedy(server, messages, **fields) -> str:
@@ -34,15 +28,15 @@ def greedy(server, messages, **fields) -> str:
     return httpx.post(server.url + "/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
 
 
-def test_a_message_is_the_chat_answer_in_another_shape(server, client):
+def test_a_message_is_the_chat_answer_in_another_shape(plain, client):
     answer = client.messages.create(model=f"{NAME}:5L", max_tokens=8, messages=HELLO, **GREEDY)
     assert answer.role == "assistant" and answer.type == "message" and answer.id.startswith("msg_")
     assert answer.model == f"{NAME}:5L" and answer.size["layers"] == 5
-    assert answer.content[0].text == greedy(server, HELLO)
+    assert answer.content[0].text == greedy(plain, HELLO)
     assert answer.stop_reason == "max_tokens" and answer.usage.output_tokens == 8
 
 
-def test_system_blocks_and_prefill(server, client):
+def test_system_blocks_and_prefill(plain, client):
     blocks = [{"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}]
     answer = client.messages.create(
         model=f"{NAME}:5L", max_tokens=8, system="Be brief.",
@@ -55,7 +49,7 @@ def test_system_blocks_and_prefill(server, client):
         {"role": "assistant", "content": "The quick"},
     ]
     assert answer.content[0].text == greedy(
-        server, messages, continue_final_message=True, add_generation_prompt=False
+        plain, messages, continue_final_message=True, add_generation_prompt=False
     )
 
 
@@ -132,8 +126,8 @@ def test_errors_have_anthropics_shape(client, changes, error, word):
     assert caught.value.body["type"] == "error" and word in caught.value.body["error"]["message"]
 
 
-def test_keys_come_in_anthropics_header(tmp_path):
-    with RunningServer(make_pair(tmp_path), "--api-key", "one") as server:
+def test_keys_come_in_anthropics_header(pair):
+    with RunningServer(pair, "--api-key", "one") as server:
         arguments = {"model": NAME, "max_tokens": 1, "messages": HELLO}
         assert anthropic.Anthropic(base_url=server.url, api_key="one").messages.create(**arguments).content
         with pytest.raises(anthropic.AuthenticationError):

@@ -3,18 +3,12 @@
 import openai
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("openai"))) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+def client(plain):
+    return openai.OpenAI(base_url=plain.url + "/v1", api_key="none", max_retries=0)
 
 
 def test_models(client):

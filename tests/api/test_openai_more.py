@@ -8,15 +8,15 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, RunningServer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(pair):
     flags = ["--api-key", "one", "two", "--max-requests-per-minute-per-key", "60"]
-    with RunningServer(make_pair(tmp_path_factory.mktemp("openai_more")), *flags) as running:
+    with RunningServer(pair, *flags) as running:
         yield running
 
 

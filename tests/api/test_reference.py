@@ -11,7 +11,7 @@ from server.api.posts import POSTS
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.api.reference import main
 from server.api.responses.protocol import ResponsesRequest
-from tests.api.tiny import NAME, ROOT, RunningServer, make_pair
+from tests.api.tiny import NAME, ROOT
 
 HELLO = [{"role": "user", "content": "hi"}]
 PARAMETERS = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
@@ -88,9 +88,9 @@ def names(model) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("reference"))) as server:
-        yield httpx.Client(base_url=server.url, timeout=60)
+def client(plain):
+    with httpx.Client(base_url=plain.url, timeout=60) as client:
+        yield client
 
 
 def test_the_page_is_up_to_date():

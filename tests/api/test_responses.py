@@ -6,7 +6,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME
 
 FUNCTION = {
     "type": "function",
@@ -21,9 +21,8 @@ FUNCTION = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("responses"))) as server:
-        yield openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+def client(plain):
+    return openai.OpenAI(base_url=plain.url + "/v1", api_key="none", max_retries=0)
 
 
 def test_a_response_is_the_chat_answer_in_another_shape(client):

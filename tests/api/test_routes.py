@@ -3,18 +3,12 @@
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, RunningServer
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("routes"))
-
-
-@pytest.fixture(scope="module")
-def url(pair):
-    with RunningServer(pair) as server:
-        yield server.url
+def url(plain):
+    return plain.url
 
 
 def test_tokenizer_routes_are_enough_to_evaluate_without_a_tokenizer(url):
@@ -40,12 +34,13 @@ def test_version_metrics_and_docs(url):
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(paths)
 
 
-def test_environment_and_yaml_are_flags_too(pair, tmp_path):
+def test_environment_and_yaml_are_flags_too_and_float16_serves(pair, tmp_path):
     config = tmp_path / "server.yaml"
     config.write_text("max-size: 5L\nmin_size: 4L\n")
-    with RunningServer(pair, "--config", str(config), env={"BOOMERANG_SIZE": "4L"}) as server:
-        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}).json()
-        assert answer["model"] == f"{NAME}:4L"
+    flags = ("--config", str(config), "--dtype", "float16")
+    with RunningServer(pair, *flags, env={"BOOMERANG_SIZE": "4L"}) as server:
+        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 4}, timeout=60).json()
+        assert answer["model"] == f"{NAME}:4L" and answer["usage"]["completion_tokens"] >= 1
         refused = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "size": "6L"})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
 
@@ -58,9 +53,3 @@ def test_keys_guard_inference_but_not_health(pair):
             assert httpx.post(server.url + "/v1/completions", json=body, headers=headers).status_code == status
         assert httpx.get(server.url + "/v1/models").status_code == 401
         assert httpx.get(server.url + "/health").status_code == 200
-
-
-def test_float16_serves_too(pair):
-    with RunningServer(pair, "--dtype", "float16") as server:
-        answer = httpx.post(server.url + "/v1/completions", json={"prompt": "The quick", "max_tokens": 4}, timeout=60)
-        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1

@@ -8,15 +8,10 @@ import time
 import httpx
 import pytest
 
-from tests.api.tiny import MAX_LEN, SIZES, VOCAB, RunningServer, make_pair
+from tests.api.tiny import MAX_LEN, SIZES, VOCAB, RunningServer
 
 NUM_REQUESTS = 500
 CONCURRENCY = 24
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("stress"))
 
 
 def random_body(draw: random.Random, shared: list[int]) -> dict:

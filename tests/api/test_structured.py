@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME
 
 HELLO = [{"role": "user", "content": "hi"}]
 SCHEMA = {
@@ -29,9 +29,8 @@ def tool(name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("structured"))) as server:
-        yield openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+def client(plain):
+    return openai.OpenAI(base_url=plain.url + "/v1", api_key="none", max_retries=0)
 
 
 def is_schema(text: str) -> bool:

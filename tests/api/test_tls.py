@@ -7,14 +7,9 @@ import subprocess
 import httpx
 import pytest
 
-from tests.api.tiny import RunningServer, make_pair
+from tests.api.tiny import RunningServer
 
 ORIGIN = "https://app.example"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")

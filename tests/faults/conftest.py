@@ -25,6 +25,19 @@ class FaultyServer(RunningServer):
         scratch.rename(self.faults)
 
 
+@pytest.fixture(scope="module")
+def enduring(pair, tmp_path_factory):
+    """One faulty server for all faults that it must outlive, and then end as if nothing had been."""
+    server = FaultyServer(pair, tmp_path_factory.mktemp("enduring") / "faults.json")
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.inject()
+        status = server.stop()
+    assert status == 0 and "pages are free" in "".join(server.log), "".join(server.log[-20:])
+
+
 @pytest.fixture
 def faulty(pair, tmp_path):
     """Starts faulty servers and stops them at the end."""

@@ -67,31 +67,36 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(pair):
         ledger.record("a client stops reading a huge stream", "engine never waits; connection dropped after 1 s")
 
 
-def test_half_sent_requests_cost_a_connection_each_and_nothing_else(pair):
+@pytest.fixture(scope="module")
+def plain(pair):
     with RunningServer(pair) as server:
-        halves = [open_socket(server.url) for _ in range(40)]
-        for i, half in enumerate(halves):
-            half.sendall(b"POST /v1/compl" if i % 2 else http_post(BODY | {"max_tokens": 9})[:-5])
-        ledger = Ledger()
+        yield server
 
-        async def others(client):
-            await asyncio.gather(*(ledger.ask(client, BODY | {"max_tokens": 20}) for _ in range(8)))
 
-        gather(server.url, others)
-        assert ledger.answered == 8
-        for half in halves:
-            half.close()
-        assert until(lambda: load(server.url)["server_load"] == 0)
-        endless = open_socket(server.url)
-        endless.sendall(b"GET /health HTTP/1.1\r\n")
-        with pytest.raises(OSError):
-            for i in range(5000):
-                endless.sendall(b"x-%d: %s\r\n" % (i, b"y" * 100))
-                time.sleep(0)
-            assert b"400" in endless.recv(100)
-            raise OSError
-        assert httpx.get(server.url + "/health").status_code == 200
-        ledger.record("40 half-sent requests, one endless head", "healthy")
+def test_half_sent_requests_cost_a_connection_each_and_nothing_else(plain):
+    halves = [open_socket(plain.url) for _ in range(40)]
+    for i, half in enumerate(halves):
+        half.sendall(b"POST /v1/compl" if i % 2 else http_post(BODY | {"max_tokens": 9})[:-5])
+    ledger = Ledger()
+
+    async def others(client):
+        await asyncio.gather(*(ledger.ask(client, BODY | {"max_tokens": 20}) for _ in range(8)))
+
+    gather(plain.url, others)
+    assert ledger.answered == 8
+    for half in halves:
+        half.close()
+    assert until(lambda: load(plain.url)["server_load"] == 0)
+    endless = open_socket(plain.url)
+    endless.sendall(b"GET /health HTTP/1.1\r\n")
+    with pytest.raises(OSError):
+        for i in range(5000):
+            endless.sendall(b"x-%d: %s\r\n" % (i, b"y" * 100))
+            time.sleep(0)
+        assert b"400" in endless.recv(100)
+        raise OSError
+    assert httpx.get(plain.url + "/health").status_code == 200
+    ledger.record("40 half-sent requests, one endless head", "healthy")
 
 
 @pytest.fixture(scope="module")
@@ -165,22 +170,21 @@ MONSTERS = {
 }
 
 
-def test_exploding_grammars_cost_their_senders_only(pair):
-    with RunningServer(pair) as server:
-        ledger = Ledger()
-        alone = httpx.post(server.url + "/v1/completions", json=BODY | {"max_tokens": 100}).json()["choices"][0]["text"]
+def test_exploding_grammars_cost_their_senders_only(plain):
+    ledger = Ledger()
+    alone = httpx.post(plain.url + "/v1/completions", json=BODY | {"max_tokens": 100}).json()["choices"][0]["text"]
 
-        async def together(client):
-            plain = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}, "plain"))
-            asks = [ledger.ask(client, BODY | {"max_tokens": 40} | monster, name) for name, monster in MONSTERS.items()]
-            statuses = await asyncio.gather(*asks)
-            await plain
-            return statuses
+    async def together(client):
+        undisturbed = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}, "plain"))
+        asks = [ledger.ask(client, BODY | {"max_tokens": 40} | monster, name) for name, monster in MONSTERS.items()]
+        statuses = await asyncio.gather(*asks)
+        await undisturbed
+        return statuses
 
-        statuses = gather(server.url, together)
-        assert set(statuses) <= {200, 400} and statuses[-1] == 400
-        assert ledger.texts["plain"] == alone
-        ledger.record("six exploding grammars beside a plain stream", "healthy, the plain answer unchanged")
+    statuses = gather(plain.url, together)
+    assert set(statuses) <= {200, 400} and statuses[-1] == 400
+    assert ledger.texts["plain"] == alone
+    ledger.record("six exploding grammars beside a plain stream", "healthy, the plain answer unchanged")
 
 
 def test_constraints_that_contradict_each_other_are_the_callers_mistake(two_keys):
@@ -231,16 +235,15 @@ CRASHES = {
 }
 
 
-def test_grammars_that_crash_the_native_parser_are_refused(pair):
-    with RunningServer(pair) as server:
-        ledger = Ledger()
+def test_grammars_that_crash_the_native_parser_are_refused(plain):
+    ledger = Ledger()
 
-        async def together(client):
-            plain = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}))
-            statuses = [await ledger.ask(client, BODY | crash) for crash in CRASHES.values()]
-            statuses.append(await ledger.ask(client, BODY | {"structured_outputs": {"choice": ["yes"]}}))
-            await plain
-            return statuses
+    async def together(client):
+        undisturbed = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}))
+        statuses = [await ledger.ask(client, BODY | crash) for crash in CRASHES.values()]
+        statuses.append(await ledger.ask(client, BODY | {"structured_outputs": {"choice": ["yes"]}}))
+        await undisturbed
+        return statuses
 
-        assert gather(server.url, together) == [400, 400, 200]
-        ledger.record("two grammars that overflow the native parser's stack", "healthy")
+    assert gather(plain.url, together) == [400, 400, 200]
+    ledger.record("two grammars that overflow the native parser's stack", "healthy")

@@ -42,23 +42,24 @@ def quiet_texts(url: str) -> dict:
     ("fault", "row"),
     [({"fail": 1}, "one step raises, once"), ({"memory": 4}, "steps of more than 4 tokens run out of memory")],
 )
-def test_a_passing_fault_costs_nobody_anything(faulty, fault, row):
-    server = faulty()
+def test_a_passing_fault_costs_nobody_anything(enduring, fault, row):
+    server = enduring
     expected = quiet_texts(server.url)
     server.inject(**fault)
     ledger = Ledger()
     gather(server.url, lambda client: ask_all(client, ledger))
+    server.inject()
     assert ledger.answered == len(PROMPTS) and ledger.texts == expected
     ledger.record(row, "healthy, answers unchanged")
     assert httpx.get(server.url + "/health").status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["poison", "nan"])
-def test_a_poison_request_fails_alone_and_is_refused_afterwards(faulty, kind):
-    server = faulty()
+def test_a_poison_request_fails_alone_and_is_refused_afterwards(enduring, kind):
+    server = enduring
     expected = quiet_texts(server.url)
     server.inject(**{kind: POISON})
-    poison = body([8, POISON, 8], logit_bias=None, size="5L")
+    poison = body([8, POISON, len(kind)], logit_bias=None, size="5L")  # one that this server has not met
     ledger = Ledger()
     statuses = gather(server.url, lambda client: ask_all(client, ledger, [poison]))
     assert statuses[-1] == 500 and ledger.told == {"500": 1}
@@ -72,7 +73,7 @@ def test_a_poison_request_fails_alone_and_is_refused_afterwards(faulty, kind):
     assert httpx.get(server.url + "/health").status_code == 200
     load = httpx.get(server.url + "/load").json()
     assert load["kv_usage"] == 0 and load["num_running"] == 0
-    assert server.stop() == 0 and "pages are free" in "".join(server.log)
+    server.inject()
 
 
 @pytest.mark.parametrize(
