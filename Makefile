@@ -28,8 +28,10 @@ tools:
 serve: install
 	$(BIN)/boomerang serve $(ARGS)
 
+# A process for each core, four at most. A file's tests stay together, since they share servers; files go in order,
+# because the long ones are not the last.
 test: install tools
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Ray Serve on one node: needs a gigabyte of packages and a minute, so it is not part of `make test`.
 test-ray: install
