@@ -122,7 +122,7 @@ def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
 
 
 def calibrate(
-    engine: Engine, profile: CostProfile, *, seconds: float = 6.0, clock: Callable[[], float] = time.perf_counter
+    engine: Engine, profile: CostProfile, *, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter
 ) -> CostModel:
     """Time steps on an idle engine for about `seconds` and fit. The pool's contents are overwritten."""
     config = engine.config
@@ -132,7 +132,7 @@ def calibrate(
     deadline = clock() + seconds
     for index, batch in enumerate(batches(engine, steps)):
         best = None
-        for repeat in range(4):
+        for repeat in range(3):
             started = clock()
             engine.runner.run(batch)
             took = clock() - started
@@ -258,7 +258,7 @@ def load(profile: CostProfile | None, path: Path) -> CostModel | None:
     return model
 
 
-def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, seconds: float = 6.0) -> CostModel:
+def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, seconds: float = 3.0) -> CostModel:
     """The saved model if there is one and a quick check agrees with it, else a fresh calibration (saved).
 
     `folder` is where calibrations are kept (None: nowhere).
