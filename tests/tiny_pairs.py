@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -153,9 +154,16 @@ class Oracle:
         return self._logits[key]
 
     @torch.no_grad()
-    def greedy(self, elasticity: Elasticity, size: int, token_ids: list[int], num_tokens: int) -> list[int]:
-        """Greedy continuation, each token from a forward pass over the whole text: nothing is cached."""
+    def greedy(
+        self, elasticity: Elasticity, size: int, token_ids: list[int], num_tokens: int, guess: Sequence[int] = ()
+    ) -> list[int]:
+        """Greedy continuation. One forward pass tells whether it is `guess`, that is whether each token of that is the
+        likeliest after the text before it. If not, each is from a pass over the whole text: nothing is cached."""
         ids = list(token_ids)
+        if len(guess) == num_tokens > 0:
+            scores = self.logits(elasticity, size, [*ids, *guess[:-1]])[len(ids) - 1 :]
+            if scores.argmax(-1).tolist() == list(guess):
+                return list(guess)
         for _ in range(num_tokens):
             ids.append(int(self.logits(elasticity, size, ids)[-1].argmax()))
         return ids[len(token_ids) :]

@@ -87,7 +87,8 @@ def test_every_size_alone_and_in_a_mixed_batch(family, order, executor):
     outputs = run(engine, requests)
     for request in requests:
         size = request.sizes[0]
-        expected = oracle.greedy(pair.elasticity, size, request.prompt_token_ids, 6)
+        prompt, answer = request.prompt_token_ids, request.output_token_ids
+        expected = oracle.greedy(pair.elasticity, size, prompt, 6, answer)
         assert request.output_token_ids == expected, f"{order} {size}L"
         text = request.prompt_token_ids + expected
         reference = torch.log_softmax(oracle.logits(pair.elasticity, size, text)[:-1], -1)
@@ -116,8 +117,8 @@ def test_prefix_hits_and_preemption_change_nothing(family, executor):
         run(engine, wave)
     assert engine.scheduler.num_preemptions > 0 and engine.kv_cache.prefix_hits > 0
     for request in requests:
-        expected = oracle.greedy(pair.elasticity, request.sizes[0], request.prompt_token_ids, 30)
-        assert request.output_token_ids == expected
+        prompt, answer = request.prompt_token_ids, request.output_token_ids
+        assert answer == oracle.greedy(pair.elasticity, request.sizes[0], prompt, 30, answer)
 
 
 def test_published_counting_and_ends(family):

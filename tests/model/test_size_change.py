@@ -36,7 +36,8 @@ def check(oracle, elasticity, requests, outputs=None):
         scores = []
         for size, count in request.size_schedule:
             count, start = min(count or left, left), len(text)
-            text += oracle.greedy(elasticity, size, text, count)
+            said = request.output_token_ids[start - request.num_prompt_tokens :][:count]
+            text += oracle.greedy(elasticity, size, text, count, said)
             left -= count
             scores.append(oracle.logits(elasticity, size, text)[start - 1 : -1])
         assert request.output_token_ids == text[request.num_prompt_tokens :]
