@@ -31,7 +31,7 @@ Faults = dict[str, Exception]  # request id -> what went wrong with its own numb
 
 
 class StepRunner:
-    """Executor and sampler of one engine. What it computes depends on the batch alone."""
+    """Executor and sampler of one engine. Keeps nothing of a step but what sampling must know of the answers so far."""
 
     def __init__(
         self, executor: Executor, sampler: Sampler, elasticity: Elasticity, kv_cache: KVCacheManager
@@ -41,7 +41,6 @@ class StepRunner:
         self.elasticity = elasticity
         self.kv_cache = kv_cache
         self.prompt_scores = PromptScores()
-        self._faults: Faults = {}  # of the step that runs
 
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
         tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
@@ -52,20 +51,23 @@ class StepRunner:
         self, batch: ForwardBatch, speculator: Speculator | None = None
     ) -> tuple[dict[str, SampledToken], Faults]:
         """Forward pass, logits and sampling of one step; books nothing. `speculator` settles guesses in the batch."""
-        faults = self._faults = {}
-        found = self.forward_rows(batch)
+        faults: Faults = {}
+        found = self.forward_rows(batch, faults)
         if found is None:
             return {}, faults
         requests = [batch.requests[row] for row in batch.sample_requests]
-        tokens = self._choose(*found, requests, speculator)
+        tokens = self._choose(*found, requests, speculator, faults)
         for request, token in zip(requests, tokens, strict=True):
             if request.grammar is not None:
                 request.grammar.accept(token.token_id)
         return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}, faults
 
     @torch.inference_mode()
-    def forward_rows(self, batch: ForwardBatch) -> tuple[torch.Tensor, int] | None:
-        """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none."""
+    def forward_rows(self, batch: ForwardBatch, faults: Faults) -> tuple[torch.Tensor, int] | None:
+        """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none.
+
+        Requests whose prompt has no finite scores are added to `faults`.
+        """
         hidden = self.executor.forward(batch)
         if not len(batch.logits_rows):
             return None
@@ -73,7 +75,7 @@ class StepRunner:
         head_rows = int(batch.logits_start[batch.head_cut])
         if len(rows) < len(batch.logits_rows):
             for request in self.prompt_scores.score(self.executor, batch, hidden, head_rows):
-                self._faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
+                faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
             if not len(rows):
                 return None
             hidden = hidden[torch.from_numpy(rows)]
@@ -88,9 +90,10 @@ class StepRunner:
         return greedy(hidden, head_rows)
 
     def _choose(
-        self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None
-    ) -> list[SampledToken]:
-        """A token per request, with those that follow; whoever has no finite number to choose is noted as faulty."""
+        self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None,
+        faults: Faults,
+    ) -> list[SampledToken]:  # fmt: skip
+        """A token per request, with those that follow; whoever has no finite number to choose is added to `faults`."""
         owners = [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
         ids = self.greedy_tokens(hidden, head_rows, requests)
         if ids is not None:
@@ -114,9 +117,9 @@ class StepRunner:
             values = logits[rows, [token for own in chosen for token in own]].tolist()
         for request, value in zip(owners, values, strict=True):
             if value == -math.inf:
-                self._faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
+                faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
             elif not math.isfinite(value):
-                self._faults[request.request_id] = ArithmeticError(_NO_NUMBER)
+                faults[request.request_id] = ArithmeticError(_NO_NUMBER)
         return tokens
 
     def wipe(self, pages: np.ndarray) -> None:

@@ -38,7 +38,7 @@ class Runner(Protocol):
     """What an engine lends."""
 
     def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch: ...
-    def forward_rows(self, batch: ForwardBatch) -> tuple[torch.Tensor, int] | None: ...
+    def forward_rows(self, batch: ForwardBatch, faults: dict[str, Exception]) -> tuple[torch.Tensor, int] | None: ...
     def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None: ...
 
     @property
@@ -195,7 +195,7 @@ class Speculator:
     def _run(self, scheduled: list[tuple[Request, int]]) -> tuple[ForwardBatch, tuple[torch.Tensor, int] | None]:
         batch = self.runner.build_batch(scheduled)
         started = time.monotonic()
-        found = self.runner.forward_rows(batch)
+        found = self.runner.forward_rows(batch, {})
         end = time.monotonic()
         self.scheduler.policy.observe_step(batch, end - started, end)
         return batch, found

@@ -150,6 +150,8 @@ class Outlook:
         """
         table = self.table
         at_least = list(map(math.ceil, accumulate(reversed(rows))))  # rows of the largest size, of the two largest, ...
+        # Shares of rows, summed in another order, may come out on the other side of a whole number.
+        total = max(total, at_least[-1])
         g = self.cost.layer_table
         if total + more >= len(g):
             g = _Curve(self.cost.layer_seconds_of)
@@ -274,6 +276,7 @@ class Outlook:
         """Seconds per token and layer of `tokens` more tokens in a step that has `rows` already."""
         g = self.cost.layer_seconds_of
         return (g(rows + tokens) - g(rows)) / max(tokens, 1.0)
+
 
 class _Curve:
     """A function of a number that is asked like a table."""

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+from model_store.assembly import Elasticity
 from model_store.int8 import dense
 from model_store.loaded import LoadedPair
 from server.engine.config import EngineConfig

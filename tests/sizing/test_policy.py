@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 
@@ -31,6 +32,17 @@ def test_one_place_is_not_an_overload():
     spec = make_spec(config=dataclasses.replace(CONFIG, max_num_seqs=1))
     records = play(steady(0.5, 10.0, ttft=2.0, tpot=0.05), spec).records
     assert {record.size for record in records} == {12}
+
+
+def test_shares_of_rows_cost_no_more_than_whole_ones():
+    """Parts of rows, as a tenant beside a flood sees them, add up to one more or less by the order of the sum."""
+    outlook, rng = make_policy().outlook, random.Random(0)
+    cases = [[0.0, *(rng.randrange(1, 12) / 10 for _ in range(6))] for _ in range(2000)]
+    for rows in cases:
+        total = math.ceil(sum(rows))
+        seconds = outlook._layer_seconds(rows, total, 1)
+        most = outlook._layer_seconds([math.ceil(row) for row in rows], sum(map(math.ceil, rows)) + 1, 1)
+        assert all(0 < a <= b * 1.001 for a, b in zip(seconds, most, strict=True)), rows
 
 
 def test_a_tight_limit_shrinks_and_says_why():
