@@ -1,9 +1,14 @@
 """KV memory costs nothing until it is written."""
 
+import logging
+
 import psutil
 import torch
 
+from server.config import Settings
+from server.launch import engine_config
 from server.model.attention import TorchAttention
+from tests.kernels.steps import make_pair
 
 
 def test_the_portable_pool_is_zero_and_not_resident_before_use():
@@ -18,3 +23,13 @@ def test_the_portable_pool_is_zero_and_not_resident_before_use():
         assert not tensor[[0, 1, 999, -1]].any()
         tensor[-1] = 1
         assert tensor[-1].all() and not tensor[-2].any()
+
+
+def test_a_pool_beyond_what_is_available_is_warned_of(caplog):
+    """It would be missed only under load, when the system ends the process."""
+    pair, device = make_pair("llama", torch.bfloat16), torch.device("cpu")
+    for size, warns in ((1 << 20, False), (1 << 50, True)):
+        with caplog.at_level(logging.WARNING, logger="server.launch"):
+            caplog.clear()
+            engine_config(Settings(kv_cache_memory=size, max_model_len=64), pair, torch.bfloat16, device)
+        assert ("--kv-cache-memory" in caplog.text and "available" in caplog.text) == warns
