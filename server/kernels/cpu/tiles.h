@@ -55,6 +55,7 @@ inline void load_tile_5(const void* p, long stride) {
 
 template <bool two, bool panel_stays, bool add, class Between>
 inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahead, float* out, long ld, Between&& between) {
+    asm volatile("" : : : "memory");  // gcc's tile loads do not say that they read memory: stores before them must not be moved past
     const char* next = ahead.from;
     if (add) {
         _tile_loadd(0, out, 4 * ld);
