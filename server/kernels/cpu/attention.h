@@ -91,12 +91,6 @@ inline void prefetch_page(const PageShape<T>& shape, const T* k_page, const T* v
 }
 #else
 constexpr int kTokensAtOnce = 1;
-template <class... Anything>
-void prefetch_page(Anything&&...);  // never called
-template <class... Anything>
-void write_keys16(Anything&&...);  // never called
-template <class... Anything>
-void write_values16(Anything&&...);
 #endif
 
 template <class T>

@@ -64,16 +64,17 @@ void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int f
         for (int h = h0; h < h1; h++) {
             float* row = rows + (t - from) * ld + (h - h0) * D;
             const long at = page + (h < H + KV ? h - H : h - H - KV) * pages_.head_elements();
-            if (more) {
-                const long to = next_page + (h < H + KV ? h - H : h - H - KV) * pages_.head_elements();
-                if (h >= H + KV)
-                    prefetch_page(pages_, static_cast<T*>(nullptr), static_cast<T*>(step_->v_pages) + to, next % P);
-                else if (h >= H)
-                    prefetch_page(pages_, static_cast<T*>(step_->k_pages) + to, static_cast<T*>(nullptr), next % P);
-                else
-                    for (int i = 0; i < tokens; i++)
-                        for (int d = 0; d < Dp; d += 64 / int(sizeof(X))) prefetch_to_write(q_row(h / G, last + 1 + i) + h % G * Dp + d);
-            }
+            if constexpr (kTokensAtOnce > 1)
+                if (more) {
+                    const long to = next_page + (h < H + KV ? h - H : h - H - KV) * pages_.head_elements();
+                    if (h >= H + KV)
+                        prefetch_page(pages_, static_cast<T*>(nullptr), static_cast<T*>(step_->v_pages) + to, next % P);
+                    else if (h >= H)
+                        prefetch_page(pages_, static_cast<T*>(step_->k_pages) + to, static_cast<T*>(nullptr), next % P);
+                    else
+                        for (int i = 0; i < tokens; i++)
+                            for (int d = 0; d < Dp; d += 64 / int(sizeof(X))) prefetch_to_write(q_row(h / G, last + 1 + i) + h % G * Dp + d);
+                }
             if (h < H) {
                 for (int i = 0; i < tokens; i++) turn(row + i * ld, q_row(h / G, t + i) + h % G * Dp, w.q_norm_w, position + i);
             } else if (h < H + KV) {
@@ -81,16 +82,16 @@ void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int f
                 T* k_page = static_cast<T*>(step_->k_pages) + at;
                 if (!whole) {
                     write_keys(pages_, k_page, slot, keys);
-                    continue;
+                } else if constexpr (kTokensAtOnce > 1) {
+                    for (int i = 0; D < Dp && i < tokens; i++) std::fill(keys + i * Dp + D, keys + (i + 1) * Dp, T{});
+                    write_keys16(pages_, k_page, slot, keys);
                 }
-                for (int i = 0; D < Dp && i < tokens; i++) std::fill(keys + i * Dp + D, keys + (i + 1) * Dp, T{});
-                write_keys16(pages_, k_page, slot, keys);
             } else {
                 T* v_page = static_cast<T*>(step_->v_pages) + at;
-                if (whole)
-                    write_values16(pages_, v_page, slot, row, ld);
-                else
+                if (!whole)
                     write_values(pages_, v_page, slot, row);
+                else if constexpr (kTokensAtOnce > 1)
+                    write_values16(pages_, v_page, slot, row, ld);
             }
         }
     }
