@@ -115,7 +115,6 @@ inline void load_line(const char* line, int first, Operand<int8>* w) {
 #endif
 }
 
-
 // Weights to fetch into the second-level cache along the way: `bytes` per step of kUnitStep units.
 struct Ahead {
     const char* from = nullptr;

@@ -16,7 +16,6 @@
 
 namespace boomerang {
 
-
 template <class T, class W>
 class Engine {
   public:

@@ -23,10 +23,6 @@ inline float to_float(bf16 x) {
     return y;
 }
 
-}  // namespace boomerang
-
-namespace boomerang {
-
 // The line of p will be written: had alone and early, it does not hold up the store. A hint that older processors ignore.
 inline void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
 
