@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]  # -w: gcc 12 warns about its own intrinsics
@@ -75,8 +80,19 @@ def compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where kernels are built: what has been built once for the same sources and flags is not built again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boomerang" / "kernels"
+    """Where kernels are built: what one compiler has built of the same sources is not built again. Raises OSError."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boomerang" / "kernels"
+    except RuntimeError as error:  # a user without an entry in passwd, and no HOME
+        raise OSError(f"no cache folder: {error}") from error
+
+
+def _cached_name(variant: str, cxx: str) -> str:
+    """Of a library in the cache, which may be shared by machines and outlive a compiler: a digest of those is added."""
+    command, env = [cxx, "--version"], {**os.environ, "LC_ALL": "C"}
+    version = subprocess.run(command, capture_output=True, text=True, check=False, env=env).stdout
+    digest = hashlib.sha256("\n".join([version, platform.machine(), *platform.libc_ver()]).encode())
+    return library_name(variant).replace(".so", f"_{digest.hexdigest()[:16]}.so")
 
 
 def build(variant: str, folder: Path | None = None) -> Path:
@@ -84,20 +100,24 @@ def build(variant: str, folder: Path | None = None) -> Path:
 
     Who comes while another process compiles the same library waits for it: a compilation takes a whole core.
     """
-    folder = folder or cache_folder()
-    target = folder / library_name(variant)
-    if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f"{variant}.lock"):
-            if not target.is_file():
-                _compile(variant, target)
-    return target
-
-
-def _compile(variant: str, target: Path) -> None:
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler (g++, c++ or clang++, or CXX)")
+    folder = folder or cache_folder()
+    target = folder / _cached_name(variant, cxx)
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(variant, folder):
+            if not target.is_file():
+                _compile(variant, cxx, target)
+                _remove_old(variant, folder)
+    with contextlib.suppress(OSError):
+        os.utime(target)  # in use
+    return target
+
+
+def _compile(variant: str, cxx: str, target: Path) -> None:
+    logger.info("compiling kernels (%s), about 20 s", variant)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
         command = [cxx, *FLAGS, *VARIANTS[variant].flags, "-o", str(output), str(SOURCES / "step.cpp")]
@@ -108,42 +128,67 @@ def _compile(variant: str, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; where the system has no such locks two may compile the same, which does no harm."""
-    with lock.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+def _alone(variant: str, folder: Path) -> Iterator[None]:
+    """One process at a time; where there are no such locks, or it is another user's, two may compile the same, which
+    does no harm."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            file = held.enter_context((folder / f"{variant}.lock").open("w"))  # locked until it is closed
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    logger.info("waiting for another process that compiles kernels (%s)", variant)
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _remove_old(variant: str, folder: Path) -> None:
+    """Libraries of a variant that nobody has asked for in a month, and what builds left that were killed."""
+    digest = "[0-9a-f]" * 16
+    for pattern, days in ((f"boomerang_cpu_{variant}_{digest}*.so", 30), ("tmp*", 1)):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - days * 86400:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def build_all(folder: Path, for_this_machine: bool = False) -> list[Path]:
     """Put every variant that the compiler can make into `folder` (an image may run on any processor), or the best one
-    for this machine. They are built in the cache, or in a scratch folder if nothing can be written there.
+    for this machine. They are built in the cache, or in a scratch folder if that fails.
 
-    Raises BuildError if there is none, OSError.
+    Logs a warning for each variant that is passed over. Raises BuildError if there is none, OSError.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        where = cache_folder() if _is_writable(cache_folder()) else Path(scratch)
 
-        def attempt(variant: str) -> Path | BuildError:
+        def attempt(variant: str) -> Path | Exception:
             try:
-                return build(variant, where)
-            except BuildError as error:
+                try:
+                    return build(variant)
+                except (BuildError, OSError):  # BuildError too: that a cache is full may be the compiler's to say
+                    return build(variant, Path(scratch))
+            except (BuildError, OSError) as error:
                 return error
 
-        results: list[Path | BuildError] = [BuildError("no variant suits this processor")]
+        results: dict[str, Path | Exception] = {}
         if for_this_machine:
             for variant in VARIANTS:
-                if not isinstance(results[-1], Path) and not missing_instructions(variant):
-                    results.append(attempt(variant))
+                if not missing_instructions(variant):
+                    results[variant] = attempt(variant)
+                    if isinstance(results[variant], Path):
+                        break
         else:
-            with ThreadPoolExecutor(os.cpu_count()) as threads:
-                results += threads.map(attempt, VARIANTS)
-        built = [result for result in results if isinstance(result, Path)]
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            with ThreadPoolExecutor(cores) as threads:
+                results.update(zip(VARIANTS, threads.map(attempt, VARIANTS), strict=True))
+        built = {variant: result for variant, result in results.items() if isinstance(result, Path)}
         if not built:
-            raise results[-1]
+            raise next(reversed(results.values()), BuildError("no variant suits this processor"))
+        for variant, result in results.items():
+            if variant not in built:
+                logger.warning("kernels (%s) were not built: %s", variant, result)
         folder.mkdir(parents=True, exist_ok=True)
-        return [_install(library, folder / library.name) for library in built]
+        return [_install(library, folder / library_name(variant)) for variant, library in built.items()]
 
 
 def _install(library: Path, target: Path) -> Path:
@@ -152,14 +197,6 @@ def _install(library: Path, target: Path) -> Path:
         shutil.copyfile(library, scratch)
         os.replace(scratch, target)  # never half a file, nor one changed under a process that runs it
     return target
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
 
 
 if __name__ == "__main__":
