@@ -98,7 +98,7 @@ def test_replicas_join_and_drain_without_a_failed_request(balancer):
 
     async def scenario():
         async with httpx.AsyncClient(base_url=balancer.url, timeout=30, trust_env=False) as client:
-            long = asyncio.create_task(one(client, tokens=40, delay=0.1))
+            long = asyncio.create_task(one(client, tokens=80, delay=0.1))
             results: list[tuple[str, bool]] = []
             stop = asyncio.Event()
 
