@@ -29,6 +29,7 @@ STUDENTS: dict[str, tuple[str, list[str]]] = {  # name: what it starts from, opt
     START: (PRUNED, ["--tokens", "0", "--warm-start", "--calibration-rows", "32"]),
     "plain": (START, ["--pure-share", "1"]),
     "stochastic": (START, []),
+    "stochastic-klpatch": (START, ["--order", "klpatch"]),
     "published": (START, ["--recipe", "published"]),
     "cosine": (START, ["--recipe", "cosine", *_OURS]),
     "stochastic-rank-160": (START, ["--rank", "160", "--lr", "1e-3"]),
@@ -105,8 +106,11 @@ def student(args: argparse.Namespace, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Quality by patch order and size; KLPatch is measured here, on the training text's calibration rows."""
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Quality by patch order and size, with the KL of each window apart so that students can be compared in pairs.
+
+    KLPatch is measured here, on the training text's calibration rows.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -114,7 +118,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[int, dict[
     from model_store.distill.data import pack, read_documents
     from model_store.distill.from_pair import load_elastic
     from model_store.distill.order import greedy_order, kl_of_paths
-    from model_store.evaluate import measure_text
+    from model_store.evaluate.measure import score, summary, windows
     from model_store.pair import open_pair
 
     pair = open_pair(args.teacher, folder)
@@ -130,11 +134,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[int, dict[
         "first_to_last": Elasticity.first_to_last(layers, kept),
     }
     ids = tokenizer(args.text.read_text(), add_special_tokens=False).input_ids
+    sequences = windows(ids, 512, args.windows)
     sizes = [int(size) for size in args.sizes.split(",")]
-    quality = {}
+    quality: dict[str, dict[int, dict[str, Any]]] = {}
     for order, elasticity in elasticities.items():
         model.elasticity = elasticity
-        quality[order] = measure_text(model, sizes, ids, 512, args.windows)
+        scores = score(model, [*sizes, layers], sequences)
+        quality[order] = {}
+        for size in sizes:
+            row = scores[size]
+            kl = [round(total / tokens, 5) for total, tokens in zip(row.kl, row.tokens, strict=True)]
+            quality[order][size] = {**summary(row, scores[layers]), "kl_windows": kl}
     return quality
 
 

@@ -1,8 +1,26 @@
 """docs/quality.md and docs/stochastic_patching.md say what the default pair's quality.json and docs/data say."""
 
-from benchmarks import quality_page
+from benchmarks import quality_page, recipes_report
 
 
 def test_the_pages_are_up_to_date():
     assert quality_page.main(["--check"]) == 0
     assert all(svg.lstrip().startswith("<?xml") for svg in quality_page.plots().values())
+
+
+def test_gain_is_paired_over_windows():
+    plain = {"kl": 1.0, "kl_windows": [0.5, 1.0, 1.5]}
+    patched = {"kl": 0.9, "kl_windows": [0.4, 0.9, 1.4]}  # better by 0.1 in every window, whatever their spread
+    found = recipes_report.gain(plain, patched)
+    assert abs(found["kl"] + 0.1) < 1e-12 and found["kl_ci"] < 1e-12
+    assert "kl_ci" not in recipes_report.gain({"kl": 1.0}, patched)
+
+
+def test_tables_by_size_and_by_name_are_each_others_transpose():
+    measured = {"16": {"perplexity_ratio": 2.0, "kl": 0.5}, "17": {"perplexity_ratio": 1.5, "kl": 0.25}}
+    rows: dict[str, recipes_report.Rows] = {"a": measured, "b": {}}
+    lines = recipes_report.comparison(rows).splitlines()
+    assert lines[2:] == ["| 16 | 2.00x / 0.500 | - |", "| 17 | 1.50x / 0.250 | - |"]
+    lines = recipes_report.by_line(rows).splitlines()
+    assert lines[0] == "| layers | 16 | 17 |"
+    assert lines[2:] == ["| a | 2.00x / 0.500 | 1.50x / 0.250 |", "| b | - | - |"]
