@@ -23,35 +23,49 @@ def kl_of_paths(
 ) -> Callable[[Sequence[bool]], float]:
     """A function that gives the mean KL(teacher || path), in nats per token, over every `stride`-th position.
 
-    `batches` are token ids [B, T]. The teacher's states are kept, so a path costs only from its first student layer.
+    `batches` are token ids [B, T]. The states of the teacher and of the last path are kept, so a path costs only from
+    where it leaves both: the default pair's search runs 1,548 layers instead of 2,002. The model's weights must stay
+    as they are between calls.
     """
-    cached = []
+    # A path is one entry for the embedding and one per station: True where the state is computed as the teacher's is.
+    teacher = (True,) * (len(model.elasticity.stations) + 1)
+    last, cached, trails = teacher, [], []
     for ids in batches:
         states = model.teacher_states(ids)
         picked = torch.arange(stride - 1, ids.shape[1], stride)
         cached.append((ids, states, picked, F.log_softmax(model.logits(states[-1][:, picked]).float(), -1)))
+        trails.append(states)
 
     @torch.no_grad()
     def divergence(on_teacher: Sequence[bool]) -> float:
+        nonlocal last
         own_embed = model.ends is not None and not on_teacher[0]
         own_head = model.ends is not None and not on_teacher[-1]
-        first = next((i for i, side in enumerate(on_teacher) if not side and str(i) in model.student), None)
-        if own_embed:
-            first = 0
-        elif first is None and not own_head:
+        sides = (side or str(i) not in model.student for i, side in enumerate(on_teacher))
+        path = (not own_embed, *sides)
+        if path == teacher and not own_head:
             return 0.0
+        with_teacher, with_last = _shared(path, teacher), _shared(path, last)
         total = count = 0.0
-        for ids, states, picked, reference in cached:
-            hidden = model.embed(ids, False) if own_embed else states[-1 if first is None else first]
-            rope = model.rope(hidden)
-            for index in range(len(on_teacher) if first is None else first, len(on_teacher)):
-                hidden = model.run_station(index, hidden, rope, on_teacher[index])
-            ours = F.log_softmax(model.logits(hidden[:, picked], not own_head).float(), -1)
+        for number, (ids, states, picked, reference) in enumerate(cached):
+            trail = trails[number][:with_last] if with_last > with_teacher else states[:with_teacher]
+            trail = trail or [model.embed(ids, False)]
+            rope = model.rope(trail[0])
+            for index in range(len(trail) - 1, len(on_teacher)):
+                trail.append(model.run_station(index, trail[-1], rope, on_teacher[index]))
+            trails[number] = trail
+            ours = F.log_softmax(model.logits(trail[-1][:, picked], not own_head).float(), -1)
             total += float((reference.exp() * (reference - ours)).sum())
             count += reference.shape[0] * reference.shape[1]
+        last = path
         return total / count
 
     return divergence
+
+
+def _shared(path: Sequence[bool], other: Sequence[bool]) -> int:
+    """How many leading entries are equal."""
+    return next((i for i, (a, b) in enumerate(zip(path, other, strict=True)) if a != b), len(path))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """The pieces of distillation against plain formulas: loss over the head, attention, starting points, sizes drawn."""
 
+import itertools
 import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from model_store.distill.cpu_attention import matmul_attention
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.head_loss import head_loss
 from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
+from model_store.distill.order import greedy_order, kl_of_paths
 from model_store.distill.recipe import PRESETS
 from model_store.distill.start import start_from
 from model_store.distill.trainer import SizeSampler
@@ -149,3 +152,24 @@ def test_low_rank_factors_are_the_best_in_the_weighted_norm(shape):
     moment = inputs.T @ inputs
     error = lambda a, b: float(((difference - b @ a) @ inputs.T).norm())  # noqa: E731
     assert error(*low_rank_factors(difference, 5, moment)) < error(a, b)
+
+
+@pytest.mark.parametrize("own_ends", [False, True])
+def test_kl_of_paths_keeps_states_without_changing_a_figure(tmp_path, own_ends):
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
+    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]), own_ends=own_ends).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    ids = torch.randint(0, teacher.config.vocab_size, (2, 8))
+    reference = F.log_softmax(model.logits(model.hidden(ids, [True] * 3)), -1)[:, 3::4]
+    kl, paths = kl_of_paths(model, [ids]), list(itertools.product([True, False], repeat=3)) * 3
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        ours = F.log_softmax(model.logits(model.hidden(ids, path), path[-1]), -1)[:, 3::4]
+        expected = float((reference.exp() * (reference - ours)).sum(-1).mean())
+        assert kl(path) == pytest.approx(expected, abs=1e-6)
+    run, runs = model.run_station, []
+    model.run_station = lambda index, *rest: runs.append(index) or run(index, *rest)
+    assert sorted(greedy_order(model.elasticity, kl)) == [0, 1, 2]
+    assert len(runs) < 5 * 3  # five paths are tried, three stations each
