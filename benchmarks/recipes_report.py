@@ -23,7 +23,11 @@ TITLES = {  # name in benchmarks.recipes -> in tables and plots, in this order
     "stochastic-rank-160": "stochastic patching, rank 160",
 }
 ORDERS = {"klpatch": "KLPatch", "last_to_first": "last-to-first", "first_to_last": "first-to-last"}
-PATCHED = ("stochastic", "stochastic-klpatch")  # compared with "plain" in pairs
+DRAWS = {"recipes.json": "first draw", "recipes_second.json": "second draw"}  # of training text; file -> title
+COMPARED = (  # this one's KL minus that one's
+    ("stochastic", "plain"), ("stochastic-klpatch", "plain"), ("published-objective", "plain"),
+    ("stochastic-rank-160", "stochastic"),
+)  # fmt: skip
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[dict[str, Any]], str]
 
@@ -31,20 +35,21 @@ Cell = Callable[[dict[str, Any]], str]
 def tables(data: Path) -> dict[str, str]:
     """Generated tables by name."""
     found = {}
-    if results := _read(data / "recipes.json"):
-        students = _in_order(results["students"])
-        found["recipes"] = by_line({TITLES[name]: student["orders"]["klpatch"] for name, student in students})
-        found["recipe_orders"] = by_line(
-            {f"{TITLES[n]}: {title}": rows for n, s in students for title, rows in _by_order(s).items()}
-        )
-    if gains := seed_gains(data):
-        found["recipe_seeds"] = by_line(gains, _difference)
+    for file, name in (("recipes.json", "recipes"), ("recipes_second.json", "recipes_second")):
+        if results := _read(data / file):
+            students = _in_order(results["students"])
+            found[name] = by_line({TITLES[n]: s["orders"]["klpatch"] for n, s in students})
+            orders = {f"{TITLES[n]}: {order}": rows for n, s in students for order, rows in _by_order(s).items()}
+            found[name.replace("recipes", "recipe_orders")] = by_line(orders)
+    draws = {title: results["students"] for file, title in DRAWS.items() if (results := _read(data / file))}
+    for this, that in COMPARED:
+        if found_gains := gains(draws, this, that):
+            found[f"gain_{this}".replace("-", "_")] = by_line(found_gains, _difference) + verdict(found_gains)
     if results := _read(data / "recipes_long.json"):
         students = _in_order(results["students"])
         found["recipes_long"] = by_line(
-            {f"{TITLES[n]}: {title}": rows for n, s in students for title, rows in _by_order(s).items()}
+            {f"{TITLES[n]}: {order}": rows for n, s in students for order, rows in _by_order(s).items()}
         )
-        found["recipes_long_gain"] = by_line(_gains(results["students"], ""), _difference)
     if results := _read(data / "second_family.json"):
         table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
         found["second_family"] = f"{table}\n![Perplexity and KL by size](images/second_family.svg)\n"
@@ -54,16 +59,19 @@ def tables(data: Path) -> dict[str, str]:
 def plots(data: Path) -> dict[str, str]:
     """Plots by file name, as SVG."""
     found = {}
+    for file, name in (("recipes.json", "recipes"), ("recipes_second.json", "recipes_second")):
+        if results := _read(data / file):
+            students = [item for item in _in_order(results["students"]) if item[0] != "pruned"]
+            found[f"{name}.svg"] = recipes_svg({n: _sizes(s["orders"]["klpatch"]) for n, s in students})
+            found[f"{name}_training.svg"] = curves_svg({TITLES[n]: s["curve"] for n, s in students})
     if results := _read(data / "recipes.json"):
-        students = [item for item in _in_order(results["students"]) if item[0] != "pruned"]
-        found["recipes.svg"] = recipes_svg({n: _sizes(s["orders"]["klpatch"]) for n, s in students})
-        found["recipes_training.svg"] = curves_svg({TITLES[n]: s["curve"] for n, s in students})
-        by_order = [(n, s) for n, s in students if n in ("plain", "stochastic")]
+        by_order = [(n, s) for n, s in _in_order(results["students"]) if n in ("plain", "stochastic")]
         found["recipe_orders.svg"] = plot_svg(
             {f"{TITLES[n]}, {order}": _sizes(rows) for n, s in by_order for order, rows in _by_order(s).items()}
         )
-    if gains := seed_gains(data):
-        found["recipe_seeds.svg"] = gains_svg(gains)
+    draws = {title: results["students"] for file, title in DRAWS.items() if (results := _read(data / file))}
+    if len(patching := gains(draws, "stochastic", "plain")) > len(ORDERS):
+        found["recipe_gains.svg"] = gains_svg(patching)
     if results := _read(data / "recipes_long.json"):
         found["recipes_long.svg"] = plot_svg(
             {TITLES[n]: _sizes(s["orders"]["klpatch"]) for n, s in _in_order(results["students"])}
@@ -93,36 +101,34 @@ def _grid(columns: dict[str, Rows], cell: Cell | None) -> list[list[str]]:
     return lines
 
 
-def seed_gains(data: Path) -> dict[str, Rows]:
-    """KL of patching minus KL of plain training, by order, variant and seed, from docs/data/recipes[_seedN].json."""
-    gains: dict[str, Rows] = {}
-    for file in sorted(data.glob("recipes*.json")):
-        if file.name == "recipes.json" or file.name.startswith("recipes_seed"):
-            results = json.loads(file.read_text())
-            gains |= _gains(results["students"], f", seed {results['settings']['seed']}")
-    order = list(ORDERS.values())
-    return dict(sorted(gains.items(), key=lambda item: (order.index(item[0].split(":")[0]), item[0])))
-
-
-def _gains(students: dict[str, Any], suffix: str) -> dict[str, Rows]:
-    """By order and variant: KL difference to the plain student, paired over windows where these were kept."""
-    gains: dict[str, Rows] = {}
+def gains(draws: dict[str, dict[str, Any]], this: str, that: str) -> dict[str, Rows]:
+    """By patch order and draw: the difference of two students' KL at every size, for draws that have both."""
+    found: dict[str, Rows] = {}
     for order, title in ORDERS.items():
-        for name in PATCHED:
-            if name not in students or "plain" not in students:
-                continue
-            plain, patched = (students[n]["orders"][order] for n in ("plain", name))
-            gains[f"{title}: {TITLES[name]}{suffix}"] = {s: gain(plain[s], patched[s]) for s in plain if s in patched}
-    return gains
+        for draw, students in draws.items():
+            if this in students and that in students:
+                ours, theirs = (students[name]["orders"][order] for name in (this, that))
+                found[f"{title}: {draw}"] = {size: gain(theirs[size], row) for size, row in ours.items()}
+    return found
 
 
-def gain(plain: dict[str, Any], patched: dict[str, Any]) -> dict[str, Any]:
-    """Difference of KL (negative: patching is better) and, from three windows up, its 95 % half width over windows."""
-    found: dict[str, Any] = {"kl": patched["kl"] - plain["kl"]}
-    pairs = list(zip(patched.get("kl_windows", ()), plain.get("kl_windows", ()), strict=False))
+def gain(that: dict[str, Any], this: dict[str, Any]) -> dict[str, Any]:
+    """KL of `this` minus that of `that` and, from three windows kept up, the 95 % half width over windows (paired)."""
+    found: dict[str, Any] = {"kl": this["kl"] - that["kl"]}
+    pairs = list(zip(this.get("kl_windows", ()), that.get("kl_windows", ()), strict=False))
     if len(pairs) > 2:
         found["kl_ci"] = 1.96 * statistics.stdev(a - b for a, b in pairs) / len(pairs) ** 0.5
     return found
+
+
+def verdict(found: dict[str, Rows]) -> str:
+    """In words, per order and draw: at how many sizes the KL is lower, and the mean difference."""
+    lines = []
+    for name, rows in found.items():
+        differences = [row["kl"] for row in rows.values()]
+        lower, mean = sum(value < 0 for value in differences), statistics.fmean(differences)
+        lines.append(f"- {name}: lower at {lower} of {len(differences)} sizes, mean difference {mean:+.3f}")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _difference(row: dict[str, Any]) -> str:
@@ -130,28 +136,29 @@ def _difference(row: dict[str, Any]) -> str:
 
 
 def recipes_svg(students: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """KL by size on a logarithmic axis, and as a multiple of the plain student's, which shows the small differences."""
+    """KL by size on a logarithmic axis, and as a multiple of one student's, which shows the small differences."""
+    base = next((name for name in ("plain", "stochastic") if name in students), None)
     figure, (left, right) = svg_pyplot().subplots(1, 2, figsize=(12, 4.6))
     for name, rows in students.items():
         sizes = sorted(rows)
         left.plot(sizes, [rows[s]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=TITLES[name])
-        if "plain" in students:
-            ratio = [rows[s]["kl"] / students["plain"][s]["kl"] for s in sizes]
+        if base:
+            ratio = [rows[s]["kl"] / students[base][s]["kl"] for s in sizes]
             right.plot(sizes, ratio, marker="o", markersize=3, linewidth=1.2)
     left.set_yscale("log")
     left.set(xlabel="layers", title="KL to the teacher, nats per token")
-    right.set(xlabel="layers", title="KL, multiple of the plain student's", ylim=(0.6, 1.6))
+    right.set(xlabel="layers", title=f"KL, multiple of: {TITLES.get(base or '', '-')}", ylim=(0.6, 1.6))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend(fontsize=7)
     return svg_text(figure)
 
 
-def gains_svg(gains: dict[str, Rows]) -> str:
-    """KL of patching minus KL of plain by size, a panel per order, a line per variant and seed."""
+def gains_svg(found: dict[str, Rows]) -> str:
+    """KL of patching minus KL of plain by size: a panel per order, a line per draw."""
     figure, axes = svg_pyplot().subplots(1, len(ORDERS), figsize=(5 * len(ORDERS), 3.8), sharey=True)
     for axis, order in zip(axes, ORDERS.values(), strict=True):
-        for name, rows in gains.items():
+        for name, rows in found.items():
             if name.startswith(f"{order}: "):
                 sizes = sorted(map(int, rows))
                 values = [rows[str(s)]["kl"] for s in sizes]

@@ -9,11 +9,11 @@ def test_the_pages_are_up_to_date():
 
 
 def test_gain_is_paired_over_windows():
-    plain = {"kl": 1.0, "kl_windows": [0.5, 1.0, 1.5]}
-    patched = {"kl": 0.9, "kl_windows": [0.4, 0.9, 1.4]}  # better by 0.1 in every window, whatever their spread
-    found = recipes_report.gain(plain, patched)
+    that = {"kl": 1.0, "kl_windows": [0.5, 1.0, 1.5]}
+    this = {"kl": 0.9, "kl_windows": [0.4, 0.9, 1.4]}  # better by 0.1 in every window, whatever their spread
+    found = recipes_report.gain(that, this)
     assert abs(found["kl"] + 0.1) < 1e-12 and found["kl_ci"] < 1e-12
-    assert "kl_ci" not in recipes_report.gain({"kl": 1.0}, patched)
+    assert "kl_ci" not in recipes_report.gain({"kl": 1.0}, this)
 
 
 def test_tables_by_size_and_by_name_are_each_others_transpose():
@@ -24,3 +24,14 @@ def test_tables_by_size_and_by_name_are_each_others_transpose():
     lines = recipes_report.by_line(rows).splitlines()
     assert lines[0] == "| layers | 16 | 17 |"
     assert lines[2:] == ["| a | 2.00x / 0.500 | 1.50x / 0.250 |", "| b | - | - |"]
+
+
+def test_gains_are_told_per_order_for_the_draws_that_have_both_students():
+    def student(kl):
+        return {"orders": {order: {"16": {"kl": kl}, "17": {"kl": 1.0}} for order in recipes_report.ORDERS}}
+
+    draws = {"first": {"plain": student(2.0), "stochastic": student(1.5)}, "second": {"stochastic": student(1.0)}}
+    found = recipes_report.gains(draws, "stochastic", "plain")
+    assert found["KLPatch: first"] == {"16": {"kl": -0.5}, "17": {"kl": 0.0}} and len(found) == 3
+    assert recipes_report.verdict(found).splitlines()[1].endswith("lower at 1 of 2 sizes, mean difference -0.250")
+    assert recipes_report.gains(draws, "cosine", "plain") == {}
