@@ -280,7 +280,7 @@ def test_a_replica_that_is_killed_takes_only_its_own_streams_along(command, tmp_
         records, at, num_hit = asyncio.run(scenario(stack))
 
     failed = [record for record in records if not record.is_complete]
-    assert 1 <= len(failed) <= num_hit
+    assert len(failed) <= num_hit  # fewer: a stream may have ended between the count and the signal
     for record in failed:
         # Each had begun to stream before the kill, and its client was told: by an error event or by a cut stream,
         # which every HTTP client reports as an error.
