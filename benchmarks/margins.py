@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trace import TRACE
-from benchmarks.trace_report import qualities, rate_of_teacher, simulate
+from benchmarks.trace_report import getter, qualities, rate_of_teacher, simulate
 from server.sizing.policy import PolicyConfig
 from server.sizing.report import summarise
 from server.sizing.traces import read_trace
-
-Play = tuple[dict[str, Any], list, float, dict[str, float]]
 
 
 def main() -> None:
@@ -60,9 +58,8 @@ def main() -> None:
 
 def play(plan: dict[str, Any], rows: list, rate: float, settings: dict[str, float]) -> dict[str, float]:
     """`server.sizing.report.summarise` of one slice at `rate` under `auto` with these settings."""
-    quality = qualities(plan)["kl"]
     records = simulate(plan | {"rate": rate}, 1.0, "auto", plan["calibration"], rows, PolicyConfig(**settings))
-    return summarise(records, plan["sizes"][-1], quality.__getitem__ if quality else None)
+    return summarise(records, plan["sizes"][-1], getter(qualities(plan)["kl"]))
 
 
 def _assignment(item: str) -> tuple[str, float]:

@@ -88,7 +88,7 @@ def print_report(plan: dict[str, Any], results: list[dict[str, Any]], plot_to: P
     for result in results:
         records = [record_of(row, plan) for row in result["records"]]
         seconds = max(record.job.arrival for record in records)
-        by = {name: summarise(records, top, _getter(table), seconds) for name, table in measures.items()}
+        by = {name: summarise(records, top, getter(table), seconds) for name, table in measures.items()}
         row = by["kl"]
         rows[result["load"], result["policy"]] = records
         simulated = summarise(
@@ -127,5 +127,6 @@ def print_report(plan: dict[str, Any], results: list[dict[str, Any]], plot_to: P
         print(f"\nplot: {plot_to}")
 
 
-def _getter(table: dict[int, float] | None):
+def getter(table: dict[int, float] | None):
+    """The table as a function of the size, for `summarise`."""
     return None if table is None else lambda size: table[size]
