@@ -149,6 +149,28 @@ inline float weights_of_row(float* scores, int seen, int width, float slope, flo
     return sum16(sum);
 }
 
+// acc [rows, padded_dim] += weights [rows, pages * padded_size] x values of the `pages` from `page` on; the item's first pages
+// begin the sums.
+template <class T>
+void weigh_values(const AttentionItem<T>& item, const PageShape<T>& shape, int page, int pages, const Act<T>* weights, int weights_ld, float* acc, TileState& tiles) {
+    const int rows = item.num_tokens * item.group, Dp = shape.padded_dim;
+    for (int d = 0; d < Dp; d += kPanel) {
+        Term<T> terms[kPagesInBlock];
+        for (int i = 0; i < pages; i++) {
+            const T* v = item.v_pages + item.table[page + i] * shape.page_elements() + item.head * shape.head_elements();
+            terms[i] = {weights + i * shape.padded_size, weights_ld, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
+        }
+        for (int r = 0, size; r < rows; r += size) {
+            size = block_size<T>(rows - r);
+            if (page == item.first_page)
+                block<T, false>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
+            else
+                block<T, true>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
+            for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld);
+        }
+    }
+}
+
 template <class T>
 void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionScratch<T>& scratch) {
     const int G = item.group, rows = item.num_tokens * G, Dp = shape.padded_dim, Pp = shape.padded_size, P = shape.page_size;
@@ -208,25 +230,10 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
                 k = item.k_pages + item.next_table[i] * page_stride + item.next_head * shape.head_elements();
             for (long byte = 0; k && byte < shape.head_elements() * long(sizeof(T)); byte += 64) _mm_prefetch(reinterpret_cast<const char*>(k) + byte, _MM_HINT_T1);
         }
-        const bool is_first = page == item.first_page;
-        if (!is_first)
+        if (page != item.first_page)
             for (int r = 0; r < rows; r++)
                 for (int d = 0; d < Dp; d += 16) store16(acc + long(r) * Dp + d, load16(acc + long(r) * Dp + d) * set16(factor[r]));
-        for (int d = 0; d < Dp; d += kPanel) {
-            Term<T> terms[kPagesInBlock];
-            for (int i = 0; i < pages; i++) {
-                const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
-                terms[i] = {weights + i * Pp, weights_ld, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
-            }
-            for (int r = 0, size; r < rows; r += size) {
-                size = block_size<T>(rows - r);
-                if (is_first)
-                    block<T, false>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
-                else
-                    block<T, true>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
-                for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld);
-            }
-        }
+        weigh_values(item, shape, page, pages, weights, weights_ld, acc, tiles);
     }
     for (int r = 0; r < rows; r++) {
         const float* from = acc + long(r) * Dp;

@@ -76,21 +76,7 @@ bool attend_many(const AttentionItem<T>& item, const PageShape<T>& shape, Attent
                 }
         }
         to_weights(kBlockRows<T>);
-        for (int d = 0; d < Dp; d += kPanel) {
-            Term<T> terms[kPagesInBlock];
-            for (int i = 0; i < pages; i++) {
-                const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
-                terms[i] = {weights + i * Pp, weights_ld, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
-            }
-            for (int r = 0, size; r < rows; r += size) {
-                size = block_size<T>(rows - r);
-                if (page == item.first_page)
-                    block<T, false>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
-                else
-                    block<T, true>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
-                for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld);
-            }
-        }
+        weigh_values(item, shape, page, pages, weights, weights_ld, acc, tiles);
     }
     for (int r = 0; r < rows; r++) {
         totals[r] = sum16(load16(totals + 16 * r));
