@@ -141,7 +141,9 @@ class ElasticModel(nn.Module):
         self._call_layer = torch.compile(_call_layer, dynamic=True) if on else _call_layer
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
-        # The student is kept in float32 beside a bfloat16 teacher; outside of training autocast brings them together.
+        # The student is kept in float32 beside a bfloat16 teacher. A layer of the student takes any hidden states, with
+        # autocast, in training or not.
+        hidden = _as_taken_by(layer, hidden)
         differs = next(layer.parameters()).dtype != hidden.dtype
         with torch.autocast(hidden.device.type, torch.bfloat16) if differs else contextlib.nullcontext():
             return self._call_layer(layer, hidden, rope)
@@ -156,7 +158,7 @@ class ElasticModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
         ends = self.side(on_teacher)
-        return ends.head(ends.norm(hidden))
+        return ends.head(ends.norm(_as_taken_by(ends.norm, hidden)))
 
     # --- whole passes
 
@@ -244,7 +246,7 @@ class ElasticModel(nn.Module):
                     continue
                 ends = self.side(on_teacher)
                 own, *parts = head_loss(
-                    ends.norm(hidden[part][:, picked]).flatten(0, 1), ends.head.weight, targets[part].flatten(),
+                    ends.norm(_as_taken_by(ends.norm, hidden[part][:, picked])).flatten(0, 1), ends.head.weight, targets[part].flatten(),
                     reference[part].flatten(0, 1), teacher.head.weight, (counts[part] / total).flatten(),
                     weights.kl, weights.ce,
                 )  # fmt: skip
@@ -262,6 +264,12 @@ class ElasticModel(nn.Module):
 def _call_layer(layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
     out = layer(hidden, position_embeddings=rope) if rope is not None else layer(hidden)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _as_taken_by(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the student enter a bfloat16 module as the teacher's own do: layer norms take no others."""
+    dtype = next(module.parameters()).dtype
+    return hidden.to(dtype) if dtype == torch.bfloat16 else hidden
 
 
 def _cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from model_store.assembly import Elasticity
 from model_store.distill.cpu_attention import matmul_attention
-from model_store.distill.elastic import ElasticModel
+from model_store.distill.elastic import ElasticModel, LossWeights
 from model_store.distill.head_loss import head_loss
 from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
 from model_store.distill.order import greedy_order, kl_of_paths
@@ -24,6 +24,7 @@ from model_store.distill.trainer import SizeSampler
 from model_store.distill.write import low_rank_factors, write_config
 from model_store.evaluate.chat import Answers, compare, wilson_interval
 from tests.api.tiny import make_pair
+from tests.tiny_pairs import FAMILIES, make_model
 
 
 @pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)])
@@ -173,3 +174,22 @@ def test_kl_of_paths_keeps_states_without_changing_a_figure(tmp_path, own_ends):
     model.run_station = lambda index, *rest: runs.append(index) or run(index, *rest)
     assert sorted(greedy_order(model.elasticity, kl)) == [0, 1, 2]
     assert len(runs) < 5 * 3  # five paths are tried, three stations each
+
+
+@pytest.mark.parametrize("own_ends", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_beside_a_bfloat16_teacher_at_any_mixture_of_sizes(family, own_ends):
+    elasticity = Elasticity.last_to_first(6, [0, 2, 4])
+    ids, mask = torch.randint(0, 131, (6, 16)), torch.ones(6, 16)
+    sizes, losses = [3, 3, 4, 4, 5, 6], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = ElasticModel(make_model(family, 6, seed=1).to(dtype), elasticity, own_ends=own_ends)
+        for thresholds in (elasticity.thresholds, elasticity.thresholds[::-1]):  # teacher's blocks after, and before
+            model.zero_grad()
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = model(ids, mask, sizes, thresholds, LossWeights(ce=0.5))
+            out["loss"].backward()
+            assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.student.parameters())
+            losses.setdefault(dtype, []).append(out["loss"].item())
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
