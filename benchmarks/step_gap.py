@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("flags", nargs="*", help="flags of `serve`, after --")
     args = parser.parse_args()
-    with LocalServer(["--served-model-name", "x", "--uvicorn-log-level", "warning", *args.flags]) as server:
+    with LocalServer(["--served-model-name", "x", "--no-access-log", *args.flags]) as server:
         rows = [measure(server.url, streams, args.size, args.seconds) for streams in args.streams]
     names = list(rows[0])
     print("  ".join(f"{name:>9}" for name in names))

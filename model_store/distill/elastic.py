@@ -245,8 +245,9 @@ class ElasticModel(nn.Module):
                 if part.start == part.stop:
                     continue
                 ends = self.side(on_teacher)
+                own_rows = ends.norm(_as_taken_by(ends.norm, hidden[part][:, picked]))
                 own, *parts = head_loss(
-                    ends.norm(_as_taken_by(ends.norm, hidden[part][:, picked])).flatten(0, 1), ends.head.weight, targets[part].flatten(),
+                    own_rows.flatten(0, 1), ends.head.weight, targets[part].flatten(),
                     reference[part].flatten(0, 1), teacher.head.weight, (counts[part] / total).flatten(),
                     weights.kl, weights.ce,
                 )  # fmt: skip

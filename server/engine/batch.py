@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class ForwardBatch:
     context_lens: np.ndarray  # [R], positions that hold KV after this step
     slots: np.ndarray  # [R], row of the block tables
     block_tables: np.ndarray  # [global layers, max_num_seqs, max_blocks]
-    program: list[Segment]  # in running order
+    program: tuple[Segment, ...]  # in running order
     embed_cut: int  # requests [0, cut) take the teacher's embedding, the rest the student's
     norm_cut: int
     head_cut: int
@@ -60,6 +61,8 @@ class ForwardBatch:
     logits_start: np.ndarray  # [R + 1], rows of request r are [logits_start[r], logits_start[r + 1])
     # [R'] that get a new token; of a request with guesses to verify all rows count, of any other the last one.
     sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    # Rows (of those at `logits_rows`) that tokens are drawn from, ascending; int64.
+    sample_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     # Only for executors with memory for hidden states. A token that is restored is in no segment below that station.
     saves: list[StateCopy] = field(default_factory=list)
     restores: list[StateCopy] = field(default_factory=list)
@@ -72,13 +75,6 @@ class ForwardBatch:
     @property
     def num_requests(self) -> int:
         return len(self.requests)
-
-    def sample_rows(self) -> np.ndarray:
-        """Rows (of those at `logits_rows`) that tokens are drawn from, ascending; int64."""
-        ends = self.logits_start[self.sample_requests + 1]
-        widths = [1 + len(self.requests[row].draft_token_ids) for row in self.sample_requests]
-        parts = [np.arange(end - width, end) for end, width in zip(ends, widths, strict=True)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def tokens(self, start: int, stop: int) -> slice:
         """Token range of requests [start, stop)."""
@@ -118,13 +114,15 @@ def build_batch(
     logits_rows: list[int] = []
     logits_start = np.zeros(len(requests) + 1, np.int32)
     samples: list[int] = []
+    sample_rows: list[int] = []
+    stop = 0
     for row, (request, begin, count, _) in enumerate(parts):
-        start = int(query_start[row])
-        stop = start + count
+        start, stop = stop, stop + count
         if request.draft_token_ids:
             # The last token and the guesses after it; every row's logits tell whether the next guess was right.
             input_ids[start:stop] = [request.output_token_ids[-1], *request.draft_token_ids]
             positions[start:stop] = np.arange(begin, begin + count, dtype=np.int32)
+            sample_rows.extend(range(len(logits_rows), len(logits_rows) + count))
             logits_rows.extend(range(start, stop))
             logits_start[row + 1] = len(logits_rows)
             samples.append(row)
@@ -140,31 +138,19 @@ def build_batch(
             # Position i's logits score token i + 1, so the prompt's own rows end one before its last token.
             logits_rows.extend(range(start, start + min(count, request.num_prompt_tokens - 1 - begin)))
         if is_last and request.sampling.max_tokens > 0:
+            sample_rows.append(len(logits_rows))
             logits_rows.append(stop - 1)
             samples.append(row)
         logits_start[row + 1] = len(logits_rows)
 
-    def cut(threshold: int) -> int:
-        # sizes descend; count those >= threshold.
-        return int(np.searchsorted(-sizes, -threshold, side="right"))
-
-    program: list[Segment] = []
-    num_teacher, end = elasticity.num_teacher_layers, len(requests)
-    for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
-        split, first = cut(threshold), station.start
-        if split < end and station.index in shared_stations:
-            program.append(Segment(first, 0, end, station.index, split))
-            first += 1
-        elif split < end:
-            program.append(Segment(num_teacher + station.index, split, end, station.index))
-        if split:
-            program.extend(Segment(t, 0, split, station.index) for t in range(first, station.stop))
+    plan = _plan(elasticity, frozenset(shared_stations), sizes.tobytes())
+    program = plan.program
     saves, restores, depths = [], [], None
     if any(request.keep_station or request.resume_stop for request in requests):
         saves, restores = state_copies(parts, page_size)
     if restores:
         starts = [part.station for part in parts]
-        program = [piece for segment in program for piece in _without(segment, starts)]
+        program = tuple(piece for segment in program for piece in _without(segment, starts))
         depths = sizes - np.array([part.request.path.starts[part.station] for part in parts], np.int32)
     return ForwardBatch(
         requests=requests,
@@ -176,16 +162,50 @@ def build_batch(
         slots=np.fromiter((request.slot for request in requests), np.int32, len(requests)),
         block_tables=block_tables,
         program=program,
-        embed_cut=cut(elasticity.embed_threshold),
-        norm_cut=cut(elasticity.norm_threshold),
-        head_cut=cut(elasticity.head_threshold),
+        embed_cut=plan.embed_cut,
+        norm_cut=plan.norm_cut,
+        head_cut=plan.head_cut,
         logits_rows=np.asarray(logits_rows, np.int32),
         logits_start=logits_start,
         sample_requests=np.asarray(samples, np.int32),
+        sample_rows=np.asarray(sample_rows, np.int64),
         saves=saves,
         restores=restores,
         depths=depths,
     )
+
+
+class _Plan(NamedTuple):
+    """What only the sizes of the rows decide."""
+
+    program: tuple[Segment, ...]
+    embed_cut: int
+    norm_cut: int
+    head_cut: int
+
+
+@lru_cache(maxsize=512)
+def _plan(elasticity: Elasticity, shared_stations: frozenset[int], sizes: bytes) -> _Plan:
+    """`sizes`: int32 [R], descending. While everybody decodes, one step's plan is the next one's."""
+    negated = -np.frombuffer(sizes, np.int32)
+    end = len(negated)
+
+    def cut(threshold: int) -> int:
+        return int(np.searchsorted(negated, -threshold, side="right"))  # rows of at least so many layers
+
+    program: list[Segment] = []
+    num_teacher = elasticity.num_teacher_layers
+    for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
+        split, first = cut(threshold), station.start
+        if split < end and station.index in shared_stations:
+            program.append(Segment(first, 0, end, station.index, split))
+            first += 1
+        elif split < end:
+            program.append(Segment(num_teacher + station.index, split, end, station.index))
+        if split:
+            program.extend(Segment(t, 0, split, station.index) for t in range(first, station.stop))
+    ends = (elasticity.embed_threshold, elasticity.norm_threshold, elasticity.head_threshold)
+    return _Plan(tuple(program), *map(cut, ends))
 
 
 def _without(segment: Segment, starts: list[int]) -> list[Segment]:

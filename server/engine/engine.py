@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from model_store.pair import LoadedPair
 from server.engine.batch import ForwardBatch
 from server.engine.config import EngineConfig
@@ -275,7 +273,6 @@ class Engine:
             max(0, min(computed + count, request.num_prompt_tokens) - computed)
             for (request, count), (_, computed) in zip(planned.scheduled, before, strict=True)
         )
-        sizes, counts = np.unique(batch.sizes, return_counts=True)
         self.metrics_sink.on_step(
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,
@@ -284,7 +281,6 @@ class Engine:
                 step_time=time.monotonic() - started,
                 model_time=drafting + model_end - model_start,
                 gap=gap,
-                sizes=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
                 num_preempted=planned.num_preempted,
                 num_first_tokens=sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled),
             )

@@ -71,7 +71,7 @@ class StepRunner:
         hidden = self.executor.forward(batch)
         if not len(batch.logits_rows):
             return None
-        rows = batch.sample_rows()
+        rows = batch.sample_rows
         head_rows = int(batch.logits_start[batch.head_cut])
         if len(rows) < len(batch.logits_rows):
             for request in self.prompt_scores.score(self.executor, batch, hidden, head_rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.request import Request, SizeDecision
@@ -35,7 +35,6 @@ class StepStats:
     step_time: float
     model_time: float
     gap: Gap
-    sizes: dict[int, int] = field(default_factory=dict)  # size -> requests in the step
     num_preempted: int = 0
     num_first_tokens: int = 0  # of the generated ones, those that were their request's first
 

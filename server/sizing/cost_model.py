@@ -174,6 +174,7 @@ class CostModel:
         self._since_fit = 0
         self._refit_every = _REFIT_EVERY
         self._weights = profile.layer_weights
+        self._weight_features: dict[tuple, np.ndarray] = {}  # of recent batches, by what they were made from
         self.set_coefficients(coefficients)
 
     def fresh(self) -> CostModel:
@@ -251,22 +252,31 @@ class CostModel:
 
     def shape(self, batch: ForwardBatch) -> StepShape:
         """Features of a batch that is about to run or has run."""
-        starts = batch.query_start
-        counts = np.diff(starts)
+        # While everybody decodes, segments and head are those of the step before.
+        key = (batch.program, batch.query_start.tobytes(), int(batch.logits_start[batch.head_cut]))
+        key += (len(batch.logits_rows),)
+        features = self._weight_features.get(key)
+        if features is None:
+            if len(self._weight_features) >= 256:
+                self._weight_features.clear()
+            features = self._weight_features[key] = self._features_of_weights(batch)
+        depths = batch.sizes if batch.depths is None else batch.depths
+        return _with_requests(features, np.diff(batch.query_start), batch.context_lens, depths)
+
+    def _features_of_weights(self, batch: ForwardBatch) -> np.ndarray:
+        starts = batch.query_start.tolist()
         segments: dict[int, float] = {}
         num_teacher = self.profile.elasticity.num_teacher_layers
         for layer, start, stop, station, split in batch.program:
-            tokens = int(starts[stop]) - int(starts[start])
+            tokens = starts[stop] - starts[start]
             segments[tokens] = segments.get(tokens, 0.0) + self._weights[layer]
             if split is not None:
-                tokens = int(starts[stop]) - int(starts[split])
+                tokens = starts[stop] - starts[split]
                 segments[tokens] = segments.get(tokens, 0.0) + self._weights[num_teacher + station]
         head_rows = int(batch.logits_start[batch.head_cut])
         if self.profile.shared_head:
             head_rows = len(batch.logits_rows)
-        rows = [n for n in (head_rows, len(batch.logits_rows) - head_rows) if n]
-        depths = batch.sizes if batch.depths is None else batch.depths
-        return self.shape_of(counts, batch.context_lens, depths, segments, rows)
+        return _weight_features(segments, [n for n in (head_rows, len(batch.logits_rows) - head_rows) if n])
 
     def shape_of(
         self,
@@ -277,25 +287,7 @@ class CostModel:
         head_rows: list[int],
     ) -> StepShape:
         """`counts`, `context_lens`, `sizes` per request; `segments`: tokens -> summed layer weight."""
-        x = np.zeros(NUM_FEATURES)
-        x[0] = 1.0
-        if segments:
-            tokens = np.fromiter(segments.keys(), np.float64, len(segments))
-            weights = np.fromiter(segments.values(), np.float64, len(segments))
-            x[_G] = weights @ ramps(tokens, KNOTS)
-        if head_rows:
-            x[_H] = ramps(np.asarray(head_rows, np.float64), HEAD_KNOTS).sum(axis=0)
-        decode = counts == 1
-        layer_context = sizes * np.asarray(context_lens, np.float64)
-        x[_DECODE_CONTEXT] = layer_context[decode].sum()
-        x[_PREFILL_CONTEXT] = (sizes * counts * (context_lens - counts * 0.5))[~decode].sum()
-        x[_REQUEST_LAYERS] = sizes.sum()
-        num_decode = int(decode.sum())
-        if num_decode == len(counts):
-            kind = "decode"
-        else:
-            kind = "mixed" if num_decode else "prefill"
-        return StepShape(x, kind)
+        return _with_requests(_weight_features(segments, head_rows), counts, context_lens, sizes)
 
     def seconds(self, shape: StepShape) -> float:
         """Predicted seconds of one step in the model (without what is between steps)."""
@@ -345,6 +337,38 @@ class CostModel:
         step = 0.03 * error / (1.0 + x * x)
         self.overhead = max(self.overhead + step, 0.0)
         self.overhead_per_request = max(self.overhead_per_request + step * x / 32, 0.0)
+
+
+def _weight_features(segments: dict[int, float], head_rows: list[int]) -> np.ndarray:
+    """Features of what is read and multiplied once for all rows: layers and head."""
+    x = np.zeros(NUM_FEATURES)
+    x[0] = 1.0
+    if segments:
+        tokens = np.fromiter(segments.keys(), np.float64, len(segments))
+        weights = np.fromiter(segments.values(), np.float64, len(segments))
+        x[_G] = weights @ ramps(tokens, KNOTS)
+    if head_rows:
+        x[_H] = ramps(np.asarray(head_rows, np.float64), HEAD_KNOTS).sum(axis=0)
+    return x
+
+
+def _with_requests(
+    features: np.ndarray, counts: np.ndarray, context_lens: np.ndarray, sizes: np.ndarray
+) -> StepShape:
+    """The step whose requests have `counts` tokens and, after it, `context_lens`, and run `sizes` layers."""
+    x = features.copy()
+    decode = counts == 1
+    layer_context = sizes * np.asarray(context_lens, np.float64)
+    num_decode = int(np.count_nonzero(decode))
+    if num_decode == len(counts):
+        x[_DECODE_CONTEXT] = layer_context.sum()
+        kind = "decode"
+    else:
+        x[_DECODE_CONTEXT] = layer_context[decode].sum()
+        x[_PREFILL_CONTEXT] = (sizes * counts * (context_lens - counts * 0.5))[~decode].sum()
+        kind = "mixed" if num_decode else "prefill"
+    x[_REQUEST_LAYERS] = sizes.sum()
+    return StepShape(x, kind)
 
 
 def _at(x: float, knots: list[float], values: list[float]) -> float:

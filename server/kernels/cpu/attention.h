@@ -153,20 +153,34 @@ inline float weights_of_row(float* scores, int seen, int width, float slope, flo
 // begin the sums.
 template <class T>
 void weigh_values(const AttentionItem<T>& item, const PageShape<T>& shape, int page, int pages, const Act<T>* weights, int weights_ld, float* acc, TileState& tiles) {
+    // Meanwhile the keys that come next are fetched, page by page: its own next ones, or the next item's first.
+    auto next_keys = [&](int i) -> const char* {
+        const T* k = nullptr;
+        if (item.num_tokens > 1)
+            ;  // other items have fetched them
+        else if (page + kPagesInBlock < item.end_page)
+            k = page + kPagesInBlock + i < item.end_page ? item.k_pages + item.table[page + kPagesInBlock + i] * shape.page_elements() + item.head * shape.head_elements() : nullptr;
+        else if (i < item.num_next)
+            k = item.k_pages + item.next_table[i] * shape.page_elements() + item.next_head * shape.head_elements();
+        return reinterpret_cast<const char*>(k);
+    };
+    const int share = int(round_up(chunks_for(int(shape.head_elements() * sizeof(T)), shape.padded_dim / kPanel * shape.v_units() / kUnitStep), 64));
     const int rows = item.num_tokens * item.group, Dp = shape.padded_dim;
     for (int d = 0; d < Dp; d += kPanel) {
         Term<T> terms[kPagesInBlock];
         for (int i = 0; i < pages; i++) {
             const T* v = item.v_pages + item.table[page + i] * shape.page_elements() + item.head * shape.head_elements();
-            terms[i] = {weights + i * shape.padded_size, weights_ld, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units()};
+            const char* keys = next_keys(i);
+            const Ahead ahead = keys ? Ahead{keys + d / kPanel * (shape.v_units() / kUnitStep) * share, share} : Ahead{};
+            terms[i] = {weights + i * shape.padded_size, weights_ld, reinterpret_cast<const char*>(v + panel_offset<T>(d, 0, shape.v_units())), shape.v_units(), ahead};
         }
         for (int r = 0, size; r < rows; r += size) {
             size = block_size<T>(rows - r);
             if (page == item.first_page)
-                block<T, false>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
+                block<T, false>(terms, pages, size, acc + long(r) * Dp + d, Dp, tiles);
             else
-                block<T, true>(terms, pages, size, Ahead{}, acc + long(r) * Dp + d, Dp, tiles);
-            for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld);
+                block<T, true>(terms, pages, size, acc + long(r) * Dp + d, Dp, tiles);
+            for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld), terms[i].ahead = {};
         }
     }
 }
@@ -194,10 +208,10 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
             for (int n = 0; n < Pp; n += kPanel)
                 for (int r = 0, size; r < rows; r += size) {
                     size = block_size<T>(rows - r);
-                    const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units()};
                     // V of these tokens is wanted soon; with many queries other items have fetched it.
                     const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 && item.num_tokens == 1 ? kUnitStep * kLine<T> : 0};
-                    block<T>(&term, 1, size, ahead, scores + long(r) * columns + i * Pp + n, columns, tiles);
+                    const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units(), ahead};
+                    block<T>(&term, 1, size, scores + long(r) * columns + i * Pp + n, columns, tiles);
                 }
         }
         // Columns that row r sees of this block: positions first to first_position + r / G.
@@ -221,15 +235,6 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
         for (int r = 0; r < rows; r++)
             sum[r] = weights_of_row<Act<T>>(scores + long(r) * columns, seen_columns(r), pages * Pp, item.scale * kLog2E, -maximum[r] * kLog2E);
         for (int r = 0; r < rows; r += 16) store16(total + r, fma16(load16(total + r), load16(factor + r), load16(sum + r)));
-        // What comes next is fetched while the block is finished: its own next pages, or the next item's first.
-        for (int i = 0; i < kPagesInBlock && item.num_tokens == 1; i++) {
-            const T* k = nullptr;
-            if (page + kPagesInBlock + i < item.end_page)
-                k = item.k_pages + item.table[page + kPagesInBlock + i] * page_stride + head_offset;
-            else if (page + kPagesInBlock >= item.end_page && i < item.num_next)
-                k = item.k_pages + item.next_table[i] * page_stride + item.next_head * shape.head_elements();
-            for (long byte = 0; k && byte < shape.head_elements() * long(sizeof(T)); byte += 64) _mm_prefetch(reinterpret_cast<const char*>(k) + byte, _MM_HINT_T1);
-        }
         if (page != item.first_page)
             for (int r = 0; r < rows; r++)
                 for (int d = 0; d < Dp; d += 16) store16(acc + long(r) * Dp + d, load16(acc + long(r) * Dp + d) * set16(factor[r]));

@@ -28,12 +28,28 @@ using Act = typename ActivationOf<W>::type;
 
 constexpr int kMostTerms = 8;  // of one block
 
+// What to fetch into a cache along the way: `bytes` per kUnitStep units. `once`: they are read once and soon, and should
+// not drive out of the second-level cache what else is there (on Zen 5 that is worth 2 to 4 % of a decode step, the
+// interpreter's part among it; on processors with AMX it was not measured).
+struct Ahead {
+    const char* from = nullptr;
+    int bytes = 0;
+    bool once = false;
+};
+
+#ifdef __AMX_BF16__
+constexpr bool kPastSecondLevel = false;
+#else
+constexpr bool kPastSecondLevel = true;
+#endif
+
 template <class W>
 struct Term {
     const Act<W>* x;  // [rows, ldx], zeros from K to units
     long ldx;
     const char* panel;
     int units;
+    Ahead ahead = {};
 };
 
 // One unit of 16 channels as the processor multiplies it: `load` from a line, `fma` with one unit of a row of x.
@@ -115,12 +131,6 @@ inline void load_line(const char* line, int first, Operand<int8>* w) {
 #endif
 }
 
-// Weights to fetch into the second-level cache along the way: `bytes` per step of kUnitStep units.
-struct Ahead {
-    const char* from = nullptr;
-    int bytes = 0;
-};
-
 #ifdef __AVX512F__
 constexpr int kHalves = 2, kRegisterRows = 12;
 #else
@@ -129,19 +139,21 @@ constexpr int kHalves = 1, kRegisterRows = 4;  // with sixteen registers half a 
 
 // R rows; S sums per output, so that enough of them are on their way at once; H halves of the panel at a time.
 template <class W, int R, int S, int H>
-void block_rows(const Term<W>* terms, int num_terms, int first_half, const Ahead& ahead, float* out, long ld, bool add) {
+void block_rows(const Term<W>* terms, int num_terms, int first_half, float* out, long ld, bool add) {
     F16 acc[S][R][H];
     for (int s = 0; s < S; s++)
         for (int r = 0; r < R; r++)
             for (int h = 0; h < H; h++) acc[s][r][h] = zero16();
-    const char* next = ahead.from;
-    const int share = ahead.bytes * S / kUnitStep;
     for (const Term<W>* t = terms; t < terms + num_terms; t++) {
-        const char* line = t->panel;
+        const char *line = t->panel, *next = t->ahead.from;
         const Act<W>* x = t->x;
+        const int share = first_half == 0 ? t->ahead.bytes * S / kUnitStep : 0;  // not twice
         for (int u = 0; u < t->units; u += S, line += S * kLine<W>, x += S * kPerUnit<W>) {
             // Spread out: a burst of prefetches holds up the loads behind it.
-            for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+            if (kPastSecondLevel && t->ahead.once)
+                for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_NTA);
+            else
+                for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
             next += share;
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
@@ -167,28 +179,28 @@ void block_rows(const Term<W>* terms, int num_terms, int first_half, const Ahead
 }
 
 template <class W, int R, int S>
-void block_of(const Term<W>* terms, int num_terms, const Ahead& ahead, float* out, long ld, bool add) {
-    block_rows<W, R, S, kHalves>(terms, num_terms, 0, ahead, out, ld, add);
-    if constexpr (kHalves == 1) block_rows<W, R, S, kHalves>(terms, num_terms, 1, Ahead{}, out, ld, add);
+void block_of(const Term<W>* terms, int num_terms, float* out, long ld, bool add) {
+    block_rows<W, R, S, kHalves>(terms, num_terms, 0, out, ld, add);
+    if constexpr (kHalves == 1) block_rows<W, R, S, kHalves>(terms, num_terms, 1, out, ld, add);
 }
 
 // Up to kRegisterRows rows without tiles.
 template <class W>
-void block_in_registers(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, bool add) {
+void block_in_registers(const Term<W>* terms, int num_terms, int rows, float* out, long ld, bool add) {
     switch (rows) {
-        case 1: return block_of<W, 1, kHalves == 2 ? 4 : 2>(terms, num_terms, ahead, out, ld, add);
-        case 2: return block_of<W, 2, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld, add);
-        case 3: return block_of<W, 3, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld, add);
-        case 4: return block_of<W, 4, kHalves == 2 ? 2 : 1>(terms, num_terms, ahead, out, ld, add);
+        case 1: return block_of<W, 1, kHalves == 2 ? 4 : 2>(terms, num_terms, out, ld, add);
+        case 2: return block_of<W, 2, kHalves == 2 ? 2 : 1>(terms, num_terms, out, ld, add);
+        case 3: return block_of<W, 3, kHalves == 2 ? 2 : 1>(terms, num_terms, out, ld, add);
+        case 4: return block_of<W, 4, kHalves == 2 ? 2 : 1>(terms, num_terms, out, ld, add);
 #ifdef __AVX512F__
-        case 5: return block_of<W, 5, 2>(terms, num_terms, ahead, out, ld, add);
-        case 6: return block_of<W, 6, 1>(terms, num_terms, ahead, out, ld, add);
-        case 7: return block_of<W, 7, 1>(terms, num_terms, ahead, out, ld, add);
-        case 8: return block_of<W, 8, 1>(terms, num_terms, ahead, out, ld, add);
-        case 9: return block_of<W, 9, 1>(terms, num_terms, ahead, out, ld, add);
-        case 10: return block_of<W, 10, 1>(terms, num_terms, ahead, out, ld, add);
-        case 11: return block_of<W, 11, 1>(terms, num_terms, ahead, out, ld, add);
-        default: return block_of<W, 12, 1>(terms, num_terms, ahead, out, ld, add);
+        case 5: return block_of<W, 5, 2>(terms, num_terms, out, ld, add);
+        case 6: return block_of<W, 6, 1>(terms, num_terms, out, ld, add);
+        case 7: return block_of<W, 7, 1>(terms, num_terms, out, ld, add);
+        case 8: return block_of<W, 8, 1>(terms, num_terms, out, ld, add);
+        case 9: return block_of<W, 9, 1>(terms, num_terms, out, ld, add);
+        case 10: return block_of<W, 10, 1>(terms, num_terms, out, ld, add);
+        case 11: return block_of<W, 11, 1>(terms, num_terms, out, ld, add);
+        default: return block_of<W, 12, 1>(terms, num_terms, out, ld, add);
 #endif
     }
 }
@@ -217,11 +229,11 @@ struct Nothing {
 // `add`: to what is there. `between`: called once for every kUnitStep units while tiles are at work, which leave the vector
 // units idle; never where there are no tiles.
 template <class W, bool add = false, class Between = Nothing>
-inline void block(const Term<W>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles, Between&& between = {}) {
+inline void block(const Term<W>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between = {}) {
     if constexpr (kHasTiles<W>) {
-        if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, ahead, out, ld, tiles, between);
+        if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, out, ld, tiles, between);
     }
-    block_in_registers<W>(terms, num_terms, rows, ahead, out, ld, add);
+    block_in_registers<W>(terms, num_terms, rows, out, ld, add);
 }
 
 }  // namespace boomerang

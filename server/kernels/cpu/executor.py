@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from bisect import bisect_left
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from model_store.pair import LoadedPair
-from server.engine.batch import ForwardBatch
+from server.engine.batch import ForwardBatch, Segment
 from server.engine.config import EngineConfig
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
 _MAX_HEAD_DIM = 1024  # kMostHeadDim of attention.h
+_NO_SAVES, _NO_RESTORES = np.zeros((0, 3), np.int32), np.zeros((0, 2), np.int32)
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
@@ -128,13 +130,7 @@ class NativeExecutor:
         return self.k_pages, self.v_pages
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        program = np.array(
-            [
-                (layer, start, stop, stop if split is None else split, self._num_teacher_layers + station)
-                for layer, start, stop, station, split in batch.program
-            ],
-            np.int32,
-        )
+        program = _program_table(batch.program, self._num_teacher_layers)
         tables = batch.block_tables
         out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
         embed_cut, norm_cut = int(batch.query_start[batch.embed_cut]), int(batch.logits_start[batch.norm_cut])
@@ -200,17 +196,31 @@ class NativeExecutor:
         return [side for side in ((0, 0, split), (1, split, num_rows)) if side[1] < side[2]]
 
 
+@lru_cache(maxsize=512)
+def _program_table(program: tuple[Segment, ...], num_teacher_layers: int) -> np.ndarray:
+    """[n, 5] of (layer, first request, end request, first of the difference's, layer of the difference)."""
+    rows = [
+        (layer, start, stop, stop if split is None else split, num_teacher_layers + station)
+        for layer, start, stop, station, split in program
+    ]
+    return np.array(rows, np.int32)
+
+
 def _saves(batch: ForwardBatch) -> np.ndarray:
     """[n, 3] of (segment before which to save, token, row of the states)."""
-    stations = [segment.station for segment in batch.program] if batch.saves else []
+    if not batch.saves:
+        return _NO_SAVES
+    stations = [segment.station for segment in batch.program]
     parts = [
         np.stack((np.full(len(tokens), bisect_left(stations, station)), tokens, rows), axis=1)
         for station, tokens, rows in batch.saves
     ]
-    return np.concatenate(parts, dtype=np.int32) if parts else np.zeros((0, 3), np.int32)
+    return np.concatenate(parts, dtype=np.int32)
 
 
 def _restores(batch: ForwardBatch) -> np.ndarray:
     """[n, 2] of (token, row of the states)."""
+    if not batch.restores:
+        return _NO_RESTORES
     parts = [np.stack((tokens, rows), axis=1) for _, tokens, rows in batch.restores]
-    return np.concatenate(parts, dtype=np.int32) if parts else np.zeros((0, 2), np.int32)
+    return np.concatenate(parts, dtype=np.int32)

@@ -13,7 +13,7 @@ constexpr long kAhead = 8192;
 // kUnitStep units each, of the block. `next`: what the blocks after these read, `bytes` of it.
 template <class W>
 inline Ahead ahead_of(const char* next, long bytes, int steps, int blocks, int index) {
-    if (blocks == 1) return {next - bytes + kAhead, kUnitStep * kLine<W>};
+    if (blocks == 1) return {next - bytes + kAhead, kUnitStep * kLine<W>, true};
     const int share = round_up(chunks_for(bytes, blocks * steps), 64);
     const long from = long(index) * steps * share;
     return from < bytes ? Ahead{next + from, share} : Ahead{};
@@ -59,7 +59,7 @@ struct Walk {
         group = std::max<int>(1, kGroupBytes / row_bytes / kBlockRows<W>) * kBlockRows<W>;
     }
 
-    // body(term, rows, first row, panel, first unit, what to fetch)
+    // body(term, rows, first row, panel, first unit)
     template <class Body>
     void run(TileState& tiles, Body&& body) const {
         const long panel_bytes = long(units_of<W>(w.K)) * kLine<W>;
@@ -77,9 +77,8 @@ struct Walk {
                         next = part.then;
                     for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
                         rows = block_size<W>(m1 - m);
-                        const Term<W> term = {x.x + m * x.ldx + from * kPerUnit<W>, x.ldx, panel, length};
                         const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index) : Ahead{};
-                        body(term, rows, m, p, from, ahead);
+                        body(Term<W>{x.x + m * x.ldx + from * kPerUnit<W>, x.ldx, panel, length, ahead}, rows, m, p, from);
                     }
                 }
             }
@@ -91,12 +90,12 @@ struct Walk {
 template <bool add, class W>
 void multiply_into(const Rows<W>& x, const Weights& w, const Part& part, float* y, long ldy) {
     TileState tiles;
-    Walk<W>(x, w, part, true).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int from, const Ahead& ahead) {
+    Walk<W>(x, w, part, true).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int from) {
         float* to = y + m * ldy + p * kPanel;
         if (add || from)
-            block<W, true>(&term, 1, rows, ahead, to, ldy, tiles);
+            block<W, true>(&term, 1, rows, to, ldy, tiles);
         else
-            block<W, false>(&term, 1, rows, ahead, to, ldy, tiles);
+            block<W, false>(&term, 1, rows, to, ldy, tiles);
     });
 }
 
@@ -118,9 +117,9 @@ void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink)
         done.row += rows, done.rows -= rows, done.sums += rows * kPanel;
     };
     float* to = sums;
-    Walk<W>(x, w, part, false).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int, const Ahead& ahead) {
+    Walk<W>(x, w, part, false).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int) {
         const int share = chunks_for(done.rows, term.units / kUnitStep);
-        block<W>(&term, 1, rows, ahead, to, kPanel, tiles, [&] { hand_over(share); });
+        block<W>(&term, 1, rows, to, kPanel, tiles, [&] { hand_over(share); });
         hand_over(kBlockRows<W>);
         done = {m, rows, p, to};
         if (kHasTiles<W> && rows >= kTileRows)

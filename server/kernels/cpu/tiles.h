@@ -54,9 +54,8 @@ inline void load_tile_5(const void* p, long stride) {
 }
 
 template <bool two, bool panel_stays, bool add, class Between>
-inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahead, float* out, long ld, Between&& between) {
+inline void tile_block(const Term<bf16>* terms, int num_terms, float* out, long ld, Between&& between) {
     asm volatile("" : : : "memory");  // gcc's tile loads do not say that they read memory: stores before them must not be moved past
-    const char* next = ahead.from;
     if (add) {
         _tile_loadd(0, out, 4 * ld);
         _tile_loadd(1, out + 16, 4 * ld);
@@ -73,12 +72,12 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahea
         }
     }
     for (const Term<bf16>* t = terms; t < terms + num_terms; t++) {
-        const char* line = t->panel;
+        const char *line = t->panel, *next = t->ahead.from;
         const bf16* x = t->x;
         const long stride = t->ldx * 2;
         for (int u = 0; u < t->units; u += kUnitStep, line += kUnitStep * kLine<bf16>, x += 2 * kUnitStep) {
-            for (int i = 0; i < ahead.bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
-            next += ahead.bytes;
+            for (int i = 0; i < t->ahead.bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+            next += t->ahead.bytes;
             load_tile_4<panel_stays>(x, stride);
             if (two) load_tile_5<panel_stays>(x + 16 * t->ldx, stride);
             _tile_loadd(6, line, kLine<bf16>);
@@ -99,25 +98,25 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, const Ahead& ahea
 }
 
 template <bool add, class Between>
-inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles, Between&& between) {
+inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between) {
     tiles.configure(rows);
     if (rows <= 16)
-        tile_block<false, false, add>(terms, num_terms, ahead, out, ld, between);
+        tile_block<false, false, add>(terms, num_terms, out, ld, between);
     else if (tiles.panel_stays)
-        tile_block<true, true, add>(terms, num_terms, ahead, out, ld, between);
+        tile_block<true, true, add>(terms, num_terms, out, ld, between);
     else
-        tile_block<true, false, add>(terms, num_terms, ahead, out, ld, between);
+        tile_block<true, false, add>(terms, num_terms, out, ld, between);
 }
 
 // A panel is widened once for all blocks of rows that follow each other.
 template <bool add, class Between>
-inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, const Ahead& ahead, float* out, long ld, TileState& tiles, Between&& between) {
+inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between) {
     static thread_local Buffer<char> widened[2];
     Term<bf16> wide[2];
     for (int i = 0; i < num_terms; i++) {
         const Term<int8>& t = terms[i];
         char* to = widened[i].at_least(size_t(t.units) * kLine<bf16>);
-        wide[i] = {t.x, t.ldx, to, t.units};
+        wide[i] = {t.x, t.ldx, to, t.units, t.ahead};
         if (tiles.panels[i] == t.panel) continue;
         tiles.panels[i] = t.panel;
         for (int u = 0; u < t.units; u++) {
@@ -125,7 +124,7 @@ inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, con
             for (int half = 0; half < 2; half++) _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, wide.half[half]);
         }
     }
-    block_in_tiles<add>(wide, num_terms, rows, ahead, out, ld, tiles, between);
+    block_in_tiles<add>(wide, num_terms, rows, out, ld, tiles, between);
 }
 
 #else
