@@ -120,7 +120,7 @@ def make_steps(
             input_ids=rng.integers(0, vocab, start[-1]).astype(np.int32),
             positions=np.concatenate([np.arange(done[r], done[r] + step[r]) for r in rows]).astype(np.int32),
             query_start=start, context_lens=done[rows] + advance, slots=rows.astype(np.int32), block_tables=tables,
-            program=program, embed_cut=cut(elasticity.embed_threshold, sizes[rows]),
+            program=tuple(program), embed_cut=cut(elasticity.embed_threshold, sizes[rows]),
             norm_cut=cut(elasticity.norm_threshold, sizes[rows]), head_cut=cut(elasticity.head_threshold, sizes[rows]),
             logits_rows=start[1:] - 1, logits_start=np.arange(len(rows) + 1, dtype=np.int32),
         ))  # fmt: skip
