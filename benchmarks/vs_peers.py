@@ -3,8 +3,8 @@
     python -m benchmarks.vs_peers [--repeats 3] [--only decode,prefill,ratio,sizes,int8] [--json FILE] [--plot FILE]
 
 Every engine is a process of its own that is stopped while another is measured. A job is timed inside the worker: `T(n)`
-seconds for n greedy tokens of every prompt; prefill is T(1), decode is T(n) - T(1) over n - 1 tokens. Two limits are
-measured beside: bytes per second read, and multiply-adds per second of the model's own layer products.
+seconds for n greedy tokens of every prompt; prefill is T(1), decode is T(n) - T(1) over n - 1 tokens. The limit of the
+machine is measured in the same rounds, by a worker that only reads bytes and multiplies matrices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,6 +94,8 @@ def _command(kind: str, variant: str) -> tuple[list[str], dict[str, str]]:
             "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(len(cores)),
         }  # fmt: skip
         return [python_of("vllm"), str(HERE / "worker_vllm.py"), str(checkpoint(size))], env
+    if kind == "limit":
+        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(_weight_bytes())], {}
     model = gguf(MIXED[-1], quantised=variant == "q8_0")
     return [python_of("llamacpp"), str(HERE / "worker_llamacpp.py"), str(model)], {}
 
@@ -113,26 +114,22 @@ def _decode(run: Run, names: list[str], num: int, prompt: int = 64, **extra: Any
     return {name: num * (NUM_NEW - 1) / (med(long[name]) - med(short[name])) for name in names}
 
 
-def measure_decode(run: Run, limits: dict[str, float]) -> None:
-    bytes_per_token = _weight_bytes()
+def measure_decode(run: Run) -> None:
     for num in (1, 16, 64):
-        names = ["boomerang", "vllm"] + (["llamacpp"] if num == 1 else [])
-        figures = _decode(run, names, num)
-        limit = {"limit": limits["bandwidth"] / bytes_per_token} if num == 1 else {}
-        run.add(f"decode, {num} request{'s' * (num > 1)}", {**figures, **limit}, "tokens/s")
+        names = ["boomerang", "vllm"] + (["llamacpp", "limit"] if num == 1 else [])
+        run.add(f"decode, {num} request{'s' * (num > 1)}", _decode(run, names, num), "tokens/s")
 
 
-def measure_prefill(run: Run, limits: dict[str, float]) -> None:
+def measure_prefill(run: Run) -> None:
     for num in (1, 8):
-        names = ["boomerang", "vllm"] + (["llamacpp"] if num == 1 else [])
+        names = ["boomerang", "vllm"] + (["llamacpp"] if num == 1 else []) + ["limit"]
         prompts = _prompts(num, 512)
         seconds = run.interleaved({name: {"prompts": prompts, "num_new": 1} for name in names})
         figures = {name: num * 512 / statistics.median(taken) for name, taken in seconds.items()}
-        limit = limits["products"] / _flops_per_token()
-        run.add(f"prefill, {num} x 512", {**figures, "limit": limit}, "tokens/s")
+        run.add(f"prefill, {num} x 512", figures, "tokens/s")
 
 
-def measure_ratio(run: Run, limits: dict[str, float]) -> None:
+def measure_ratio(run: Run) -> None:
     from model_store.pair import open_pair
 
     pair = open_pair()
@@ -146,12 +143,12 @@ def measure_ratio(run: Run, limits: dict[str, float]) -> None:
     )
 
 
-def measure_int8(run: Run, limits: dict[str, float]) -> None:
+def measure_int8(run: Run) -> None:
     run.add("int8 weights, decode, 1 request", _decode(run, ["boomerang:int8", "llamacpp:q8_0"], 1), "tokens/s")
     run.close("boomerang:int8", "llamacpp:q8_0")
 
 
-def measure_sizes(run: Run, limits: dict[str, float]) -> None:
+def measure_sizes(run: Run) -> None:
     """16 requests of 4 sizes: one server of ours against four of vLLM's, one for each size, on the same cores.
 
     Theirs have a thread each and share the cores evenly: with a thread on every core they wait for each other.
@@ -189,20 +186,6 @@ def _weight_bytes() -> int:
     from model_store.pair import open_pair
 
     return max(row["weight_bytes"] for row in open_pair().size_table())
-
-
-def _flops_per_token() -> float:
-    """Multiply-adds x 2 of the layers' products; the head runs for last positions only."""
-    from model_store.pair import open_pair
-
-    spec = open_pair().spec
-    per_layer = (spec.q_size + 2 * spec.kv_size + spec.q_size + 3 * spec.intermediate_size) * spec.hidden_size
-    return 2.0 * spec.num_layers * per_layer
-
-
-def _measure_limits() -> dict[str, float]:
-    out = subprocess.run([sys.executable, "-m", "benchmarks.peers.limits"], check=True, capture_output=True, text=True)
-    return json.loads(out.stdout)
 
 
 def _machine() -> dict[str, str]:
@@ -271,16 +254,14 @@ def main() -> None:
     parts = args.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
-    limits = _measure_limits()
-    print(f"limits: {limits['bandwidth'] / 1e9:.1f} GB/s read, {limits['products'] / 1e9:.0f} GFLOP/s", flush=True)
     run = Run(args.repeats)
     try:
         for part in (name for name in PARTS if name in parts):
-            globals()[f"measure_{part}"](run, limits)
+            globals()[f"measure_{part}"](run)
         hello = {name: worker.hello for name, worker in run.workers.items()}
     finally:
         run.close()
-    report = {"machine": _machine(), "limits": limits, "workers": hello, "rows": run.rows}
+    report = {"machine": _machine(), "workers": hello, "rows": run.rows}
     print(f"\n{table(report)}")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
