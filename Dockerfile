@@ -18,6 +18,7 @@ WORKDIR /src
 COPY constraints.txt ./
 
 FROM builder AS builder-cpu
+# Bytecode is kept for what a start imports and for nothing else: the image is read-only when it runs.
 # torch first and from its own index: the default one would bring gigabytes of CUDA libraries.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)"
@@ -28,7 +29,8 @@ COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . \
     && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include \
               /opt/boomerang/lib/python3*/site-packages/torch/test \
-    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} +
+    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
+    && cd / && python -m server.precompile
 
 FROM builder AS builder-cuda
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)"
@@ -37,7 +39,8 @@ COPY model_store model_store
 COPY server server
 COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . \
-    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} +
+    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
+    && cd / && python -m server.precompile
 
 FROM builder AS builder-autoscaler
 RUN --mount=type=cache,target=/root/.cache/pip \

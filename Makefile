@@ -9,10 +9,11 @@ ARGS ?=
 install: $(VENV)/.installed
 
 # Constraints pin the tested versions; torch among them, because an unpinned torch brings gigabytes of CUDA libraries.
-# Modules are compiled when they are first imported: all 23,000 of them would take a minute, and few are ever imported.
+# Only the modules that a start imports are compiled: all 23,000 of them would take a minute, and few are ever imported.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --no-compile -q -c constraints.txt -e '.[test]'
+	$(BIN)/python -m server.precompile
 	touch $@
 
 # Programs that tests drive and pip does not carry. Debian as root: installed; elsewhere their tests are skipped and say so.

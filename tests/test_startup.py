@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import torch
 
 from model_store.pair import open_pair
 from server.startup import StartupClock
+from tests.api.tiny import ROOT, RunningServer
+from tests.api.tiny import make_pair as make_served_pair
 from tests.tiny_pairs import make_pair
 
 
@@ -39,3 +42,20 @@ def test_loading_leaves_torch_threads_as_they_were(tmp_path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_precompiling_covers_what_a_start_imports(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "bytecode"))
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    command = [sys.executable, "-m", "server.precompile"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+
+    def compiled() -> set[str]:
+        files = (str(file) for file in (tmp_path / "bytecode").rglob("*.pyc"))
+        return {file for file in files if "site-packages" in file or str(ROOT) in file}
+
+    before = compiled()
+    with RunningServer(make_served_pair(tmp_path)) as server:
+        server.wait_ready()
+    late = sorted(compiled() - before)
+    assert len(before) > 1000 and len(late) < 30, late
