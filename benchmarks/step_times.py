@@ -4,7 +4,8 @@
 
 Steps are real ones through the engine, without scheduling and HTTP. `limit` is the larger of the bytes of weights and
 KV over the read bandwidth and the operations of the products over the rate of a large bfloat16 product in torch, both
-measured in the same run.
+measured in the same run. `restless` is the 95th percentile of how far one and the same step is from its own median
+(relative to what it took): no prediction of step times can do better than that on this machine at this moment.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import time
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -84,7 +86,7 @@ def main() -> None:
     weight_item = loaded.ends["teacher"].head.dtype.itemsize
     parameters = weight_bytes / weight_item
     table = Table(title=f"{size} layers, milliseconds, median of {arguments.repeats}")
-    for column in ("step", "all", "tok/s", "limit", "of limit", *executor.times()):
+    for column in ("step", "all", "tok/s", "limit", "of limit", "restless", *executor.times()):
         table.add_column(column, justify="right" if column != "step" else "left")
     names = [name.strip() for name in arguments.only.split(";")] if arguments.only else list(SHAPES)
     for name in names:
@@ -106,6 +108,7 @@ def main() -> None:
         limit = max((weight_bytes + head_bytes + kv_bytes) / bandwidth, operations / rate)
         table.add_row(
             name, f"{1e3 * wall:.2f}", f"{rows / wall:.0f}", f"{1e3 * limit:.2f}", f"{limit / wall:.0%}",
+            f"{np.quantile(np.abs(wall / np.asarray(walls) - 1.0), 0.95):.0%}",
             *(f"{1e3 * statistics.median(part[key] for part in parts):.2f}" for key in parts[0]),
         )  # fmt: skip
     Console(width=150).print(table)

@@ -300,7 +300,7 @@ class CostModel:
         self.errors["all"].add(predicted, measured)
         # Between fits a clipped multiplicative correction per kind follows the machine (a neighbour on the other core).
         ratio = min(max(measured / max(predicted, 1e-9), 0.7), 1.4)
-        self.correction[shape.kind] = min(max(self.correction[shape.kind] * ratio**0.08, 0.25), 4.0)
+        self.correction[shape.kind] = min(max(self.correction[shape.kind] * ratio**0.2, 0.25), 4.0)
         self._ring.append((shape, measured))
         self.num_observed += 1
         self._since_fit += 1
