@@ -1,8 +1,8 @@
 """Does the recipe work on another family? A tiny Pythia (GPT-NeoX) is trained here, distilled, and interpolated.
 
-    python -m benchmarks.second_family --text speeches_public_domain.jsonl.gz [--students pruned published ...]
+    python -m benchmarks.second_family --text speeches_public_domain.jsonl.gz [--keep 0,3,6,9,12,15] [--students ...]
 
-Trains a teacher of sixteen layers from scratch on the given text, then makes students that keep every second layer, of
+Trains a teacher of sixteen layers from scratch on the given text, then makes students that keep some of its layers, of
 the same number of tokens each through `boomerang distill`, and one that is merely pruned (the teacher's layers,
 untrained). Prints perplexity and KL to the teacher of every size of all of them on held-out text. Minutes on a CPU.
 """
@@ -31,7 +31,7 @@ from model_store.pair import open_pair
 from server.cli import main as boomerang
 
 VOCAB, ROW, BATCH = 1024, 128, 16
-KEEP = "every-2nd"  # the published rule: layers 0, 2, 4, ... and the last
+KEEP = "every-2nd"
 _PATCHING = ["--pure-share", "0.4", "--small-bias", "1.5"]
 STUDENTS = {  # name: options of `boomerang distill`
     "published": ["--recipe", "published", "--order", "last", "--lr", "1e-3"],
@@ -103,11 +103,11 @@ def train_teacher(folder: Path, texts: list[str], steps: int, layers: int, hidde
     return sum(recent[-50:]) / len(recent[-50:])
 
 
-def write_pruned(teacher: Path, folder: Path) -> None:
+def write_pruned(teacher: Path, folder: Path, keep: str) -> None:
     """The student before any training, as a pair that the commands take."""
     model = GPTNeoXForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     layers = model.config.num_hidden_layers
-    elastic = ElasticModel(model, Elasticity.last_to_first(layers, kept_layers(KEEP, layers)))
+    elastic = ElasticModel(model, Elasticity.last_to_first(layers, kept_layers(keep, layers)))
     folder.mkdir(parents=True)
     write_full(folder, elastic)
     write_manifest(folder, elastic, {"name": "pruned", "teacher": str(teacher)})
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="training text, .jsonl.gz with `text` or .txt")
     parser.add_argument("--out", type=Path, default=Path("second_family"), help="working folder, emptied first")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--keep", default=KEEP, help="layers of the students, as `distill` takes them (every-2nd)")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--tokens", type=float, default=6e5, help="of each distillation")
@@ -144,9 +145,9 @@ def main() -> None:
         started = time.time()
         student = args.out / name
         if name == "pruned":
-            write_pruned(teacher, student)
+            write_pruned(teacher, student, args.keep)
         else:
-            options = ["--keep", KEEP, "--device", "cpu", "--row-tokens", str(ROW), "--batch-rows", str(BATCH)]
+            options = ["--keep", args.keep, "--device", "cpu", "--row-tokens", str(ROW), "--batch-rows", str(BATCH)]
             names = ["--teacher", str(teacher), "--data", str(data), "--out", str(student)]
             if status := boomerang(["distill", *names, *options, "--tokens", str(args.tokens), *STUDENTS[name]]):
                 sys.exit(status)

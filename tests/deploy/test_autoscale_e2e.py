@@ -100,7 +100,8 @@ def body(number: int, tokens: int = TOKENS, **fields) -> dict:
 class Visitors:
     """`number` clients, each sending its next request when the last one is answered."""
 
-    def __init__(self, stack: LocalStack) -> None:
+    def __init__(self, stack: LocalStack, tokens: int = TOKENS) -> None:
+        self.tokens = tokens  # of an answer
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.AsyncClient(base_url=stack.api_url, timeout=120, limits=limits, trust_env=False)
         self.started = time.monotonic()
@@ -119,7 +120,7 @@ class Visitors:
             turn += 1
             record = Record(0.0)
             self.records.append(record)
-            await send(self.client, record, body(1000 * index + turn, slo=self.slo), self.started)
+            await send(self.client, record, body(1000 * index + turn, self.tokens, slo=self.slo), self.started)
 
     def set(self, number: int) -> None:
         before, self.number = self.number, number
@@ -253,7 +254,7 @@ def test_a_replica_that_is_killed_takes_only_its_own_streams_along(command, tmp_
     policy = ScalingPolicy(min_replicas=2, max_replicas=2)
 
     async def scenario(stack: LocalStack) -> tuple[list[Record], float, int]:
-        visitors = Visitors(stack)
+        visitors = Visitors(stack, tokens=400)  # many are on their way for long, so that the kill meets some
 
         def all_stream() -> bool:
             current = [record for record in visitors.records if record.e2e is None]
@@ -280,7 +281,7 @@ def test_a_replica_that_is_killed_takes_only_its_own_streams_along(command, tmp_
         records, at, num_hit = asyncio.run(scenario(stack))
 
     failed = [record for record in records if not record.is_complete]
-    assert len(failed) <= num_hit  # fewer: a stream may have ended between the count and the signal
+    assert 1 <= len(failed) <= num_hit  # fewer: a stream may have ended between the count and the signal
     for record in failed:
         # Each had begun to stream before the kill, and its client was told: by an error event or by a cut stream,
         # which every HTTP client reports as an error.
