@@ -140,19 +140,24 @@ def text_table(sizes: Sizes) -> str:
 
 def chat_table(sizes: Sizes) -> str:
     def share(row: dict[str, Any], key: str) -> str:
+        if key not in row:
+            return "-"
         return f"{row[key]:.2f} ({row[f'{key}_low']:.2f}-{row[f'{key}_high']:.2f})"
 
     rows = [
         [
             str(size), _within(row, "chat_kl", 3), f"{row['chat_top1_agreement']:.3f}", share(row, "repetition"),
-            share(row, "stop_rate"), _within(row, "length_ratio", 2),
+            share(row, "repetition_penalised"), share(row, "stop_rate"), _within(row, "length_ratio", 2),
         ]
         for size, row in sizes.items()
     ]  # fmt: skip
     top = sizes[max(sizes)]["repetition"]
     over = [str(size) for size, row in sizes.items() if row["repetition"] > 2 * top]
     verdict = f"Sizes that repeat more than twice as often as the teacher ({top:.0%}): {', '.join(over) or 'none'}."
-    header = "layers | KL on the teacher's answers | top-1 | answers that repeat | that stop | length, x teacher's"
+    worst = max(row.get("repetition_penalised", 1.0) for row in sizes.values())
+    verdict += f"\nWith the penalty no size repeats in more than {worst:.0%} of its answers."
+    header = "layers | KL on the teacher's answers | top-1 | answers that repeat | with repetition_penalty | that stop"
+    header += " | length, x teacher's"
     return _lines(header, rows) + f"\n{_falls(sizes, 'chat_kl')} {verdict}\n"
 
 

@@ -13,7 +13,8 @@ from server.config import Settings
 if TYPE_CHECKING:
     from model_store.pair import Pair
 
-# (size, prompts as token ids, most new tokens, temperature) -> answers as token ids, the ending token included
+# (size, prompts as token ids, most new tokens, temperature, repetition penalty) -> answers as token ids, the ending
+# token included
 Generate = Callable[..., list[list[int]]]
 _MAX_SEQS = 32
 
@@ -38,8 +39,9 @@ class OfflineEngine:
         self._calls = 0
 
     def generate(
-        self, size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
-    ) -> list[list[int]]:
+        self, size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> list[list[int]]:  # fmt: skip
         """One answer per prompt. ValueError if a prompt leaves no room for an answer or the size was not loaded
         (`--memory-budget`), RuntimeError if a step failed."""
         from server.engine.request import Request, SamplingParams
@@ -52,7 +54,8 @@ class OfflineEngine:
         for number, prompt in enumerate(prompts):
             sampling = SamplingParams(
                 max_tokens=min(max_new_tokens, self.engine.config.max_model_len - len(prompt)),
-                temperature=temperature, seed=number, eos_token_ids=frozenset(self.ends),
+                temperature=temperature, repetition_penalty=repetition_penalty, seed=number,
+                eos_token_ids=frozenset(self.ends),
             )  # fmt: skip
             requests.append(Request(f"{self._calls}-{number}", list(prompt), sampling, sizes=(size,)))
             self.engine.add_request(requests[-1])

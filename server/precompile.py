@@ -1,7 +1,7 @@
 """Writes the bytecode of everything that a start of the server imports: python -m server.precompile
 
-Installers that leave compiling to the first import (`pip install --no-compile`, most container images) leave it to every
-start where nothing may be written then: a read-only image, or PYTHONDONTWRITEBYTECODE. Compiling is most of what
+Installers that leave compiling to the first import (`pip install --no-compile`, most container images) leave it to
+every start where nothing may be written then: a read-only image, or PYTHONDONTWRITEBYTECODE. Compiling is most of what
 importing torch takes, about two seconds of a start.
 """
 

@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat", type=Path, help="file of held-out user messages, one per line: adds chat figures")
     add("--chat-limit", type=int, default=32, help="messages to use (default %(default)s)")
     add("--max-new-tokens", type=int, default=96, help="longest answer of the chat checks (default %(default)s)")
+    add("--repetition-penalty", type=float, default=1.1, help="the chat checks count repeating answers under this "
+        "penalty too (default %(default)s; 1: they do not)")  # fmt: skip
     add("--sizes", help="sizes to measure, as 16,20,30 (default: all)")
     add("--training-data", type=Path, nargs="*", default=[], help="files trained on; refuses overlap with --text")
     add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs that may overlap (default 0)")
@@ -77,7 +79,11 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
             rows[size].update(row)
     if args.chat:
         provenance["chat"] = f"{args.chat.name}, {args.chat_limit} messages, greedy, at most {args.max_new_tokens}"
-        chat = measure_chat(model, sizes, tokenizer, args.chat, args.chat_limit, args.max_new_tokens, generate)
+        if args.repetition_penalty != 1:
+            provenance["repetition_penalty"] = args.repetition_penalty
+        chat = measure_chat(
+            model, sizes, tokenizer, args.chat, args.chat_limit, args.max_new_tokens, args.repetition_penalty, generate
+        )
         for size, row in chat.items():
             rows[size].update(row)
     if args.speed:
@@ -131,13 +137,13 @@ def measure_text(
 
 def measure_chat(
     model: Any, sizes: Sequence[int], tokenizer: Any, path: Path, limit: int, max_new_tokens: int,
-    generate: Generate | None = None,
+    repetition_penalty: float = 1.0, generate: Generate | None = None,
 ) -> dict[int, dict[str, float]]:  # fmt: skip
     """Divergence on the teacher's own answers, and what each size's own answers look like."""
     import torch
     from tqdm import tqdm
 
-    from model_store.evaluate.chat import Answers, chat_prompts, compare, transformers_generate
+    from model_store.evaluate.chat import Answers, chat_prompts, compare, share, transformers_generate
     from model_store.evaluate.measure import score, summary
 
     messages = chat_prompts(path, limit)
@@ -148,17 +154,21 @@ def measure_chat(
     ends = end_tokens(model, tokenizer)
     generate = generate or transformers_generate(model, ends)
     top = model.elasticity.sizes[-1]
-    answers = {}
+    answers, penalised = {}, {}
     for size in tqdm(sorted({*sizes, top}), desc="answers", file=sys.stderr):
         answers[size] = generate(size, prompts, max_new_tokens)
+        if repetition_penalty != 1:
+            own = generate(size, prompts, max_new_tokens, repetition_penalty=repetition_penalty)
+            penalised[size] = share("repetition_penalised", Answers.of(own, ends).repetitive)
     sequences = [torch.tensor([*p, *a]) for p, a in zip(prompts, answers[top], strict=True)]
     scores = score(model, sorted({*sizes, top}), sequences, [len(p) for p in prompts])
     figures = compare({size: Answers.of(own, ends) for size, own in answers.items()}, top)
     wanted = ("kl", "kl_ci", "top1_agreement", "top1_agreement_ci")
     return {
-        size: {f"chat_{k}": v for k, v in summary(scores[size], scores[top]).items() if k in wanted} | figures[size]
+        size: {f"chat_{k}": v for k, v in summary(scores[size], scores[top]).items() if k in wanted}
+        | figures[size] | penalised.get(size, {})
         for size in sizes
-    }
+    }  # fmt: skip
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -17,7 +17,8 @@ from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import lend_size
 from model_store.evaluate.measure import ratio_of_sums
 
-# (size, prompts as token ids, most new tokens, temperature = 0) -> answers as token ids, with the end token if drawn
+# (size, prompts as token ids, most new tokens, temperature = 0, repetition_penalty = 1) -> answers as token ids, with
+# the end token if drawn
 Generate = Callable[..., list[list[int]]]
 _REPEAT_NGRAM = 4
 
@@ -50,9 +51,11 @@ def transformers_generate(model: ElasticModel, end_tokens: set[int], batch_size:
 
     @torch.no_grad()
     def generate(
-        size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
-    ) -> list[list[int]]:
+        size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> list[list[int]]:  # fmt: skip
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        sampling["repetition_penalty"] = repetition_penalty
         pad, answers = min(end_tokens), []
         with lend_size(model, size) as lent:
             for start in range(0, len(prompts), batch_size):
@@ -95,15 +98,19 @@ def compare(answers: dict[int, Answers], teacher: int) -> dict[int, dict[str, fl
     base = answers[teacher].lengths
     figures = {}
     for size, own in answers.items():
-        row: dict[str, float] = {}
-        for name, outcomes in (("repetition", own.repetitive), ("stop_rate", own.stopped)):
-            low, high = wilson_interval(sum(outcomes), len(outcomes))
-            row |= {name: sum(outcomes) / len(outcomes), f"{name}_low": low, f"{name}_high": high}
-            row[f"{name}_ci"] = (high - low) / 2
+        row = share("repetition", own.repetitive) | share("stop_rate", own.stopped)
         row["answer_tokens"] = sum(own.lengths) / len(own.lengths)
         row["length_ratio"], row["length_ratio_ci"] = ratio_of_sums([float(n) for n in own.lengths], base)
         figures[size] = row
     return figures
+
+
+def share(name: str, outcomes: Sequence[bool]) -> dict[str, float]:
+    """How many of them are true, as columns of a size's row, with the interval."""
+    low, high = wilson_interval(sum(outcomes), len(outcomes))
+    return {
+        name: sum(outcomes) / len(outcomes), f"{name}_low": low, f"{name}_high": high, f"{name}_ci": (high - low) / 2,
+    }  # fmt: skip
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -14,6 +14,7 @@ _COLUMNS = (
     ("perplexity", "perplexity", "{:.1f}"), ("perplexity_ratio", "x teacher's", "{:.2f}"), ("kl", "KL", "{:.3f}"),
     ("top1_agreement", "top-1", "{:.3f}"), ("chat_kl", "chat KL", "{:.3f}"),
     ("chat_top1_agreement", "chat top-1", "{:.3f}"), ("repetition", "repeats", "{:.2f}"),
+    ("repetition_penalised", "repeats, penalised", "{:.2f}"),
     ("stop_rate", "stops", "{:.2f}"), ("length_ratio", "x teacher's length", "{:.2f}"),
     ("weight_bytes", "weight bytes", "{:,}"), ("tokens_per_second", "tokens/s", "{:.0f}"),
 )  # fmt: skip
