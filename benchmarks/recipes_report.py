@@ -28,6 +28,7 @@ COMPARED = (  # this one's KL minus that one's
     ("stochastic", "plain"), ("stochastic-klpatch", "plain"), ("published-objective", "plain"),
     ("stochastic-rank-160", "stochastic"),
 )  # fmt: skip
+SECOND_FAMILY = ("second_family", "second_family_six")  # results of benchmarks.second_family: nine, six layers kept
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[dict[str, Any]], str]
 
@@ -50,9 +51,10 @@ def tables(data: Path) -> dict[str, str]:
         found["recipes_long"] = by_line(
             {f"{TITLES[n]}: {order}": rows for n, s in students for order, rows in _by_order(s).items()}
         )
-    if results := _read(data / "second_family.json"):
-        table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
-        found["second_family"] = f"{table}\n![Perplexity and KL by size](images/second_family.svg)\n"
+    for name in SECOND_FAMILY:
+        if results := _read(data / f"{name}.json"):
+            table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
+            found[name] = f"{table}\n![Perplexity and KL by size](images/{name}.svg)\n"
     return found
 
 
@@ -76,8 +78,9 @@ def plots(data: Path) -> dict[str, str]:
         found["recipes_long.svg"] = plot_svg(
             {TITLES[n]: _sizes(s["orders"]["klpatch"]) for n, s in _in_order(results["students"])}
         )
-    if results := _read(data / "second_family.json"):
-        found["second_family.svg"] = plot_svg({name: _sizes(rows) for name, rows in results.items()})
+    for name in SECOND_FAMILY:
+        if results := _read(data / f"{name}.json"):
+            found[f"{name}.svg"] = plot_svg({student: _sizes(rows) for student, rows in results.items()})
     return found
 
 
