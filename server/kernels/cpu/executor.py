@@ -132,14 +132,15 @@ class NativeExecutor:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         program = _program_table(batch.program, self._num_teacher_layers)
         tables = batch.block_tables
-        out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
+        num_rows = len(batch.logits_rows)
+        out = torch.empty(num_rows, self.spec.hidden_size)
         embed_cut, norm_cut = int(batch.query_start[batch.embed_cut]), int(batch.logits_start[batch.norm_cut])
         if not self._has_two_ends:
-            embed_cut, norm_cut = batch.num_tokens, len(out)
+            embed_cut, norm_cut = batch.num_tokens, num_rows
         saves, restores = _saves(batch), _restores(batch)
         step = library.Step(
             num_tokens=batch.num_tokens, num_requests=batch.num_requests, num_segments=len(program),
-            num_rows=len(out), embed_cut=embed_cut, norm_cut=norm_cut, program=program.ctypes.data,
+            num_rows=num_rows, embed_cut=embed_cut, norm_cut=norm_cut, program=program.ctypes.data,
             input_ids=batch.input_ids.ctypes.data, positions=batch.positions.ctypes.data,
             query_start=batch.query_start.ctypes.data, slots=batch.slots.ctypes.data,
             block_tables=tables.ctypes.data, layer_stride=tables.strides[0] // 4, slot_stride=tables.strides[1] // 4,
@@ -152,11 +153,12 @@ class NativeExecutor:
         return out
 
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
-        out = torch.empty(len(hidden), self.spec.vocab_size, dtype=torch.float32)
+        num_rows, width, vocab = hidden.shape[0], self.spec.hidden_size, self.spec.vocab_size
+        out = torch.empty(num_rows, vocab, dtype=torch.float32)
         hidden = hidden.contiguous()
-        for end, start, stop in self._sides(len(hidden), num_teacher):
-            rows, target = hidden[start:stop], out[start:stop]
-            self._lib.bs_head(self._engine, rows.data_ptr(), len(rows), end, target.data_ptr())
+        rows, target = hidden.data_ptr(), out.data_ptr()
+        for end, start, stop in self._sides(num_rows, num_teacher):
+            self._lib.bs_head(self._engine, rows + 4 * width * start, stop - start, end, target + 4 * vocab * start)
         return out
 
     def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
@@ -164,11 +166,12 @@ class NativeExecutor:
 
         -1 for a row whose largest logit is not finite.
         """
-        tokens = np.empty(len(hidden), np.int32)
+        num_rows, width = hidden.shape[0], self.spec.hidden_size
+        tokens = np.empty(num_rows, np.int32)
         hidden = hidden.contiguous()
-        for end, start, stop in self._sides(len(hidden), num_teacher):
-            rows = hidden[start:stop]
-            self._lib.bs_greedy(self._engine, rows.data_ptr(), len(rows), end, tokens[start:stop].ctypes.data)
+        rows, target = hidden.data_ptr(), tokens.ctypes.data
+        for end, start, stop in self._sides(num_rows, num_teacher):
+            self._lib.bs_greedy(self._engine, rows + 4 * width * start, stop - start, end, target + 4 * start)
         return tokens.tolist()
 
     def draw(self, logits: torch.Tensor, draws: list[tuple[float, float, float, int, float]]) -> list[int]:
@@ -192,7 +195,9 @@ class NativeExecutor:
 
     def _sides(self, num_rows: int, num_teacher: int) -> list[tuple[int, int, int]]:
         """(end, first row, end row) of the rows that take the teacher's and the student's ends."""
-        split = num_teacher if self._has_two_ends else num_rows
+        if not self._has_two_ends or num_teacher == num_rows:
+            return [(0, 0, num_rows)] if num_rows else []
+        split = num_teacher
         return [side for side in ((0, 0, split), (1, split, num_rows)) if side[1] < side[2]]
 
 
