@@ -30,7 +30,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . 
     && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include \
               /opt/boomerang/lib/python3*/site-packages/torch/test \
     && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
-    && cd / && python -m server.precompile
+    && python -P -m server.precompile
 
 FROM builder AS builder-cuda
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)"
@@ -40,7 +40,7 @@ COPY server server
 COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . \
     && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
-    && cd / && python -m server.precompile
+    && python -P -m server.precompile
 
 FROM builder AS builder-autoscaler
 RUN --mount=type=cache,target=/root/.cache/pip \
