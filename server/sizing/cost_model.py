@@ -194,13 +194,13 @@ class CostModel:
         )
         # Flat pieces make the inverse of g jump; adding a hair of slope keeps it a function.
         self._inverse = KNOTS.tolist(), (self._g + np.arange(len(self._g)) * 1e-12).tolist()
-        # g, which ends flat here, and h at the knots of g, each with its slopes: what a step of rows of one size takes.
+        # g and h at the knots of g, each with its slopes, the last ones going on: a step of rows of one size.
         h = self.head_seconds(KNOTS)
         self.step_curves = tuple(
             values.tolist()
             for values in (
-                KNOTS, self._g, np.append(np.diff(self._g) / np.diff(KNOTS), 0.0),
-                h, np.append(np.diff(h), h[-1] - h[-2]) / np.append(np.diff(KNOTS), KNOTS[-1] - KNOTS[-2]),
+                KNOTS, self._g, _slopes(self._g),
+                h, _slopes(h),
             )
         )  # fmt: skip
         self.layer_table = self.layer_seconds(np.arange(_TABLE)).tolist()  # g of 0, 1, 2, ... tokens
@@ -369,6 +369,12 @@ def _with_requests(
         kind = "mixed" if num_decode else "prefill"
     x[_REQUEST_LAYERS] = sizes.sum()
     return StepShape(x, kind)
+
+
+def _slopes(values: np.ndarray) -> np.ndarray:
+    """Of a function given at KNOTS, from every knot on; behind the last one the last slope."""
+    slopes = np.diff(values) / np.diff(KNOTS)
+    return np.append(slopes, slopes[-1])
 
 
 def _at(x: float, knots: list[float], values: list[float]) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from server.sizing.candidates import CandidateTable
-from server.sizing.cost_model import KNOTS, CostModel
+from server.sizing.cost_model import CostModel
 from server.sizing.demand import Demand
 from server.sizing.outlook import NEVER
 from server.sizing.tenants import Tenants
@@ -21,7 +21,6 @@ from server.sizing.tenants import Tenants
 if TYPE_CHECKING:
     from server.engine.scheduler import Scheduler
 
-_END = float(KNOTS[-1])
 _REFRESH = 0.1  # seconds of clock for which a forecast holds
 
 
@@ -166,11 +165,11 @@ class Forecaster:
         g = self.cost.layer_seconds_of
         step = self.cost.fixed + self.cost.overhead + g(rows) * self._weights[-1]
         output = self.demand.mean_output * step / rows
-        total, tokens, alone = own, own * prompt, g(min(rows, _END))
+        total, tokens, alone = own, own * prompt, g(rows)
         for name in others:
             rate, length = self.demand.rate(name, now, self.sigmas)
             piece = min(max(length, 1.0), config.max_num_batched_tokens)
-            more = g(min(rows + piece, _END)) - alone
+            more = g(rows + piece) - alone
             work = length * more / piece * self._weights[-1] + output
             rate = min(rate, weight(name) / total_weight / work)
             total += rate

@@ -175,3 +175,12 @@ def test_large_requests_shrink_in_mid_answer_when_that_pays():
     for request in old:  # too little is left to pay for computing the text again
         object.__setattr__(request.sampling, "max_tokens", len(request.output_token_ids) + 8)
     assert policy.resize(replica.scheduler, now) == []
+
+
+def test_a_forecast_counts_the_tokens_of_large_steps():
+    """Steps of data-centre machines hold more tokens than the last knot of the cost model's curve."""
+    policy = make_policy()
+    cost, size, prompt = policy.cost, policy.table.sizes[-1], 8192
+    steps = {"limit": None, "max_num_seqs": 64, "max_tokens": 16384, "tokens_of_kv": 10**7}
+    ttft = policy.forecaster.settle(0.01, float(prompt), 8.0, **steps).ttft[-1]
+    assert ttft > size * (float(cost.layer_seconds(prompt)) + cost.prefill_context * 0.5 * prompt**2)
