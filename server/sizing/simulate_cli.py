@@ -181,7 +181,11 @@ def print_summary(summary: dict[str, Any]) -> None:
 
     table = Table(box=None, show_header=False)
     for name, value in summary.items():
-        if isinstance(value, dict):
+        if name == "step_errors":
+            name = "step error, median / p95"
+            shares = {kind: (100 * row["median"], 100 * row["p95"]) for kind, row in value.items()}
+            value = ", ".join(f"{kind} {median:.1f} / {p95:.1f} %" for kind, (median, p95) in shares.items())
+        elif isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
         elif name in ("attainment", "full_size"):
             value = f"{100 * value:.1f} %"
