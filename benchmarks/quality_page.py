@@ -140,8 +140,6 @@ def text_table(sizes: Sizes) -> str:
 
 def chat_table(sizes: Sizes) -> str:
     def share(row: dict[str, Any], key: str) -> str:
-        if key not in row:
-            return "-"
         return f"{row[key]:.2f} ({row[f'{key}_low']:.2f}-{row[f'{key}_high']:.2f})"
 
     rows = [
@@ -154,7 +152,7 @@ def chat_table(sizes: Sizes) -> str:
     top = sizes[max(sizes)]["repetition"]
     over = [str(size) for size, row in sizes.items() if row["repetition"] > 2 * top]
     verdict = f"Sizes that repeat more than twice as often as the teacher ({top:.0%}): {', '.join(over) or 'none'}."
-    worst = max(row.get("repetition_penalised", 1.0) for row in sizes.values())
+    worst = max(row["repetition_penalised"] for row in sizes.values())
     verdict += f"\nWith the penalty no size repeats in more than {worst:.0%} of its answers."
     header = "layers | KL on the teacher's answers | top-1 | answers that repeat | with repetition_penalty | that stop"
     header += " | length, x teacher's"

@@ -154,15 +154,13 @@ inline float weights_of_row(float* scores, int seen, int width, float slope, flo
 template <class T>
 void weigh_values(const AttentionItem<T>& item, const PageShape<T>& shape, int page, int pages, const Act<T>* weights, int weights_ld, float* acc, TileState& tiles) {
     // Meanwhile the keys that come next are fetched, page by page: its own next ones, or the next item's first.
+    auto keys_of = [&](int32_t number, int head) { return reinterpret_cast<const char*>(item.k_pages + number * shape.page_elements() + head * shape.head_elements()); };
     auto next_keys = [&](int i) -> const char* {
-        const T* k = nullptr;
-        if (item.num_tokens > 1)
-            ;  // other items have fetched them
-        else if (page + kPagesInBlock < item.end_page)
-            k = page + kPagesInBlock + i < item.end_page ? item.k_pages + item.table[page + kPagesInBlock + i] * shape.page_elements() + item.head * shape.head_elements() : nullptr;
-        else if (i < item.num_next)
-            k = item.k_pages + item.next_table[i] * shape.page_elements() + item.next_head * shape.head_elements();
-        return reinterpret_cast<const char*>(k);
+        const int next = page + kPagesInBlock;
+        if (item.num_tokens > 1) return nullptr;  // other items have fetched them
+        if (next + i < item.end_page) return keys_of(item.table[next + i], item.head);
+        if (next >= item.end_page && i < item.num_next) return keys_of(item.next_table[i], item.next_head);
+        return nullptr;
     };
     const int share = int(round_up(chunks_for(int(shape.head_elements() * sizeof(T)), shape.padded_dim / kPanel * shape.v_units() / kUnitStep), 64));
     const int rows = item.num_tokens * item.group, Dp = shape.padded_dim;

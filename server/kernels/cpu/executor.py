@@ -195,9 +195,7 @@ class NativeExecutor:
 
     def _sides(self, num_rows: int, num_teacher: int) -> list[tuple[int, int, int]]:
         """(end, first row, end row) of the rows that take the teacher's and the student's ends."""
-        if not self._has_two_ends or num_teacher == num_rows:
-            return [(0, 0, num_rows)] if num_rows else []
-        split = num_teacher
+        split = num_teacher if self._has_two_ends else num_rows
         return [side for side in ((0, 0, split), (1, split, num_rows)) if side[1] < side[2]]
 
 
