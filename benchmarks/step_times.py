@@ -5,7 +5,7 @@
 Steps are real ones through the engine, without scheduling and HTTP. `limit` is the larger of the bytes of weights and
 KV over the read bandwidth and the operations of the products over the rate of a large bfloat16 product in torch, both
 measured in the same run. `restless` is the 95th percentile of how far one and the same step is from its own median
-(relative to what it took): no prediction of step times can do better than that on this machine at this moment.
+(relative to what it took): what a prediction misses by that knows the step but not the moment.
 """
 
 from __future__ import annotations
