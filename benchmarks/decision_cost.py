@@ -16,7 +16,7 @@ import time
 from model_store.assembly import Elasticity
 from server.engine.config import EngineConfig
 from server.engine.request import Budget, Request, SamplingParams
-from server.sizing.cost_model import CostProfile
+from server.sizing.cost_profile import CostProfile
 from server.sizing.devices import DEVICES, roofline_cost_model
 from server.sizing.policy import BudgetPolicy
 from server.sizing.replica import Replica, ReplicaSpec

@@ -21,7 +21,8 @@ import numpy as np
 
 from server.engine.batch import ForwardBatch
 from server.engine.request import Request, SamplingParams
-from server.sizing.cost_model import HEAD_KNOTS, KINDS, KNOTS, NUM_FEATURES, CostModel, CostProfile, fit
+from server.sizing.cost_model import HEAD_KNOTS, KINDS, KNOTS, NUM_FEATURES, CostModel, fit
+from server.sizing.cost_profile import CostProfile
 
 if TYPE_CHECKING:
     from model_store.pair import LoadedPair

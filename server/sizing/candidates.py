@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.sizing.cost_model import CostProfile
+from server.sizing.cost_profile import CostProfile
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_store.assembly import Elasticity
-from server.sizing.cost_model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel, CostProfile
+from server.sizing.cost_model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel
+from server.sizing.cost_profile import CostProfile
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from server.engine.request import Budget
 from server.engine.size_policy import LargestSize, SizePolicy
 from server.options import parse_bytes
 from server.sizing.calibrate import load
-from server.sizing.cost_model import CostModel, CostProfile
+from server.sizing.cost_model import CostModel
+from server.sizing.cost_profile import CostProfile
 from server.sizing.devices import DEVICES, PAIRS, roofline_cost_model
 from server.sizing.policy import BudgetPolicy
 from server.sizing.report import plot, summarise

@@ -8,7 +8,8 @@ from model_store.assembly import Elasticity
 from server.engine.config import EngineConfig
 from server.engine.queue import WaitingQueue
 from server.engine.request import Budget, Request, SamplingParams
-from server.sizing.cost_model import CostModel, CostProfile
+from server.sizing.cost_model import CostModel
+from server.sizing.cost_profile import CostProfile
 from server.sizing.devices import Device, roofline_cost_model
 from server.sizing.jobs import Job
 from server.sizing.policy import BudgetPolicy, PolicyConfig
