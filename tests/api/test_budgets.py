@@ -228,7 +228,8 @@ def test_a_flood_from_one_key_neither_starves_nor_shrinks_another(server):
         calm = run("gold")
         answers = [attempt.result() for attempt in flood]
     statuses = [answer.status_code for answer in answers]
-    assert set(statuses) <= {200, 503} and statuses.count(200) >= 24
+    # At least as many as may wait; how many more depends on how many of them run before the last of the flood is there.
+    assert set(statuses) <= {200, 503} and statuses.count(200) >= 16
     assert served(calm) == ("6L", "auto")
     assert len(order) - order.index("gold") > 4  # eight waited when it came, and it did not queue behind them
 
