@@ -2,7 +2,8 @@
 
 Two kinds: prose that the teacher continues from an encyclopaedic first line found in the training text, and answers to
 questions about the subjects of those lines. What the teacher says is what the student must learn to say, and nobody
-else's rights are in it.
+else's rights are in it. With `--size` a smaller size speaks instead: text on which it learns what the teacher would
+have said where it goes wrong itself.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=2000)
     parser.add_argument("--tokens", type=int, default=400, help="longest article or answer")
     parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--size", type=int, help="layers of the size that speaks (default: the teacher)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -79,12 +81,12 @@ def main() -> None:
     jobs = [("text", None, ids) for ids in starts] + [("chat", p, ids) for p, ids in zip(asked, chats, strict=True)]
     rng.shuffle(jobs)
     engine = OfflineEngine(pair, Settings(), 1024)
-    full = pair.elasticity.sizes[-1]
+    size = args.size or pair.elasticity.sizes[-1]
     began, made = time.monotonic(), 0
     with args.out.open("w") as out:
         for first in range(0, len(jobs), 128):
             part = jobs[first : first + 128]
-            said = engine.generate(full, [ids for *_, ids in part], args.tokens, args.temperature)
+            said = engine.generate(size, [ids for *_, ids in part], args.tokens, args.temperature)
             for (kind, prompt, ids), new in zip(part, said, strict=True):
                 text = tokenizer.decode(new, skip_special_tokens=True)
                 if kind == "text":

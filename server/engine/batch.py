@@ -15,6 +15,7 @@ there and are left out of the segments below.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model_store.assembly import Elasticity
+from model_store.assembly import Elasticity, LayerPath
 from server.engine.request import Request
 from server.engine.state_rows import Part, StateCopy, parts_of, state_copies
 
@@ -67,6 +68,8 @@ class ForwardBatch:
     saves: list[StateCopy] = field(default_factory=list)
     restores: list[StateCopy] = field(default_factory=list)
     depths: np.ndarray | None = None  # [R] layers that each row runs; None: all of its path
+    # Batches of one layout (not 0) differ in input_ids, positions and context_lens alone.
+    layout: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -172,6 +175,68 @@ def build_batch(
         saves=saves,
         restores=restores,
         depths=depths,
+    )
+
+
+class _Lane(NamedTuple):
+    """A request that decodes, and what of it the layout of a batch depends on."""
+
+    request: Request
+    path: LayerPath
+    slot: int
+
+
+_LAYOUTS = itertools.count(1)  # of all engines: an executor may serve several
+
+
+class BatchBuilder:
+    """`build_batch` for one engine. While the same requests decode, a step takes over the layout of the one before."""
+
+    def __init__(
+        self, elasticity: Elasticity, block_tables: np.ndarray, shared_stations: Collection[int], page_size: int
+    ) -> None:
+        self._arguments = elasticity, block_tables, shared_stations, page_size
+        self._lanes: list[_Lane] = []  # of `_last`, as they were scheduled
+        self._last: ForwardBatch | None = None
+
+    def __call__(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
+        decodes = all(count == 1 and _is_decode(request) for request, count in scheduled)
+        if not decodes:
+            self._last = None
+            return build_batch(scheduled, *self._arguments)
+        last = self._last
+        if last is None or not self._are_those_of_before(scheduled):
+            last = self._last = build_batch(scheduled, *self._arguments)
+            self._lanes = [_Lane(request, request.path, request.slot) for request, _ in scheduled]
+            last.layout = next(_LAYOUTS)
+            return last
+        requests = last.requests
+        positions = np.array([request.num_computed_tokens for request in requests], np.int32)
+        return ForwardBatch(
+            requests, last.sizes, np.array([request.output_token_ids[-1] for request in requests], np.int32), positions,
+            last.query_start, positions + 1, last.slots, last.block_tables, last.program, last.embed_cut, last.norm_cut,
+            last.head_cut, last.logits_rows, last.logits_start, last.sample_requests, last.sample_rows,
+            layout=last.layout,
+        )  # fmt: skip
+
+    def _are_those_of_before(self, scheduled: list[tuple[Request, int]]) -> bool:
+        if len(scheduled) != len(self._lanes):
+            return False
+        for (request, _), lane in zip(scheduled, self._lanes, strict=True):
+            if request is not lane.request or request.path is not lane.path or request.slot != lane.slot:
+                return False
+        return True
+
+
+def _is_decode(request: Request) -> bool:
+    """Whether the request's next token is its last one, and nothing else is to be done for it."""
+    computed = request.num_computed_tokens
+    return (
+        bool(request.output_token_ids)
+        and computed + 1 == request.num_tokens
+        and not request.draft_token_ids
+        and not request.keep_station
+        and request.resume_stop <= computed
     )
 
 

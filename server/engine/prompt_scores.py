@@ -21,6 +21,7 @@ class PromptScores:
     def __init__(self) -> None:
         self._scores: dict[str, list[TokenLogprobs | None]] = {}
 
+    @torch.inference_mode()
     def score(self, executor: Executor, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> list[Request]:
         """Score what this step computed of prompts. `hidden` [S, E]; its first `head_rows` take the teacher's head.
 

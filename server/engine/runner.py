@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from model_store.assembly import Elasticity
-from server.engine.batch import ForwardBatch, build_batch
+from server.engine.batch import BatchBuilder, ForwardBatch
 from server.engine.isolation import NoTokenLeft
 from server.engine.kv_cache import KVCacheManager
 from server.engine.prompt_scores import PromptScores
@@ -38,15 +38,10 @@ class StepRunner:
     ) -> None:
         self.executor = executor
         self.sampler = sampler
-        self.elasticity = elasticity
-        self.kv_cache = kv_cache
         self.prompt_scores = PromptScores()
+        tables, shared = kv_cache.block_tables, executor.shared_stations
+        self.build_batch = BatchBuilder(elasticity, tables, shared, kv_cache.page_size)
 
-    def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
-        tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
-        return build_batch(scheduled, self.elasticity, tables, shared, self.kv_cache.page_size)
-
-    @torch.inference_mode()
     def run(
         self, batch: ForwardBatch, speculator: Speculator | None = None
     ) -> tuple[dict[str, SampledToken], Faults]:
@@ -62,7 +57,6 @@ class StepRunner:
                 request.grammar.accept(token.token_id)
         return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}, faults
 
-    @torch.inference_mode()
     def forward_rows(self, batch: ForwardBatch, faults: Faults) -> tuple[torch.Tensor, int] | None:
         """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none.
 
@@ -94,32 +88,38 @@ class StepRunner:
         faults: Faults,
     ) -> list[SampledToken]:  # fmt: skip
         """A token per request, with those that follow; whoever has no finite number to choose is added to `faults`."""
-        owners = [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
         ids = self.greedy_tokens(hidden, head_rows, requests)
-        if ids is not None:
-            values = [0.0 if token >= 0 else math.nan for token in ids]
-            tokens = [SampledToken(max(token, 0)) for token in ids]
-            if speculator is not None:
-                tokens = speculator.settle(tokens, requests)
+        if ids is None:
+            return self._draw(hidden, head_rows, requests, speculator, faults)
+        if min(ids) < 0:
+            bad = [owner for owner, token in zip(_owners(requests), ids, strict=True) if token < 0]
+            faults |= {request.request_id: ArithmeticError(_NO_NUMBER) for request in bad}
+        tokens = [SampledToken(max(token, 0)) for token in ids]
+        return tokens if speculator is None else speculator.settle(tokens, requests)
+
+    @torch.inference_mode()
+    def _draw(
+        self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None,
+        faults: Faults,
+    ) -> list[SampledToken]:  # fmt: skip
+        logits = self.executor.logits(hidden, head_rows)
+        if speculator is None:
+            tokens = self.sampler.sample(logits, requests)
         else:
-            logits = self.executor.logits(hidden, head_rows)
-            if speculator is None:
-                tokens = self.sampler.sample(logits, requests)
-            else:
-                tokens = speculator.verify(logits, requests)
-            # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
-            chosen = [[one.token_id for one in (token, *token.following)] for token in tokens]
-            rows, first = [], 0
-            for request, own in zip(requests, chosen, strict=True):
-                rows += range(first, first + len(own))
-                first += 1 + len(request.draft_token_ids)
-            owners = [owners[row] for row in rows]
-            values = logits[rows, [token for own in chosen for token in own]].tolist()
-        for request, value in zip(owners, values, strict=True):
+            tokens = speculator.verify(logits, requests)
+        # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
+        chosen = [[one.token_id for one in (token, *token.following)] for token in tokens]
+        rows, first = [], 0
+        for request, own in zip(requests, chosen, strict=True):
+            rows += range(first, first + len(own))
+            first += 1 + len(request.draft_token_ids)
+        owners = _owners(requests)
+        values = logits[rows, [token for own in chosen for token in own]].tolist()
+        for row, value in zip(rows, values, strict=True):
             if value == -math.inf:
-                faults[request.request_id] = NoTokenLeft("The constraints together leave no token to choose.")
+                faults[owners[row].request_id] = NoTokenLeft("The constraints together leave no token to choose.")
             elif not math.isfinite(value):
-                faults[request.request_id] = ArithmeticError(_NO_NUMBER)
+                faults[owners[row].request_id] = ArithmeticError(_NO_NUMBER)
         return tokens
 
     def wipe(self, pages: np.ndarray) -> None:
@@ -127,6 +127,11 @@ class StepRunner:
         index = torch.from_numpy(pages.astype(np.int64))
         for tensor in getattr(self.executor, "kv_tensors", tuple)():
             tensor[index.to(tensor.device)] = 0
+
+
+def _owners(requests: list[Request]) -> list[Request]:
+    """The request of every row that tokens are drawn from."""
+    return [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
 
 
 def outcome(requests: Sequence[Request], tokens: Sequence[int]) -> tuple[dict[str, SampledToken], Faults]:

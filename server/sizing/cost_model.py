@@ -113,6 +113,7 @@ class CostModel:
         self._refit_every = _REFIT_EVERY
         self._weights = profile.layer_weights
         self._weight_features: dict[tuple, np.ndarray] = {}  # of recent batches, by what they were made from
+        self._layout, self._layout_features = 0, np.zeros(NUM_FEATURES)  # of the last batch that had a layout
         self.set_coefficients(coefficients)
 
     def fresh(self) -> CostModel:
@@ -190,7 +191,12 @@ class CostModel:
 
     def shape(self, batch: ForwardBatch) -> StepShape:
         """Features of a batch that is about to run or has run."""
-        # While everybody decodes, segments and head are those of the step before.
+        if batch.layout and batch.layout == self._layout:
+            # Everybody decodes, as in the step before: contexts are all that has changed.
+            features = self._layout_features.copy()
+            features[_DECODE_CONTEXT] = batch.sizes @ batch.context_lens
+            return StepShape(features, "decode")
+        # Segments and head are often those of a step not long ago.
         key = (batch.program, batch.query_start.tobytes(), int(batch.logits_start[batch.head_cut]))
         key += (len(batch.logits_rows),)
         features = self._weight_features.get(key)
@@ -199,7 +205,10 @@ class CostModel:
                 self._weight_features.clear()
             features = self._weight_features[key] = self._features_of_weights(batch)
         depths = batch.sizes if batch.depths is None else batch.depths
-        return _with_requests(features, np.diff(batch.query_start), batch.context_lens, depths)
+        shape = _with_requests(features, np.diff(batch.query_start), batch.context_lens, depths)
+        if batch.layout:
+            self._layout, self._layout_features = batch.layout, shape.features
+        return shape
 
     def _features_of_weights(self, batch: ForwardBatch) -> np.ndarray:
         starts = batch.query_start.tolist()

@@ -93,6 +93,7 @@ class NativeExecutor:
         self.k_pages: np.ndarray | None = None
         self.v_pages: np.ndarray | None = None
         self.states = np.zeros((0, spec.hidden_size), np.float32)  # [state pages * page_size, E]
+        self._layout = 0  # of the batch that `_step` describes
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
@@ -130,27 +131,36 @@ class NativeExecutor:
         return self.k_pages, self.v_pages
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        if batch.layout == 0 or batch.layout != self._layout:
+            self._lay_out(batch)
+        step = self._step
+        out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
+        step.input_ids, step.positions = batch.input_ids.ctypes.data, batch.positions.ctypes.data
+        step.out = out.data_ptr()
+        self._lib.bs_step(self._engine, self._step_pointer)
+        return out
+
+    def _lay_out(self, batch: ForwardBatch) -> None:
+        """Describe the step to the library, all but what differs between batches of one layout."""
         program = _program_table(batch.program, self._num_teacher_layers)
         tables = batch.block_tables
         num_rows = len(batch.logits_rows)
-        out = torch.empty(num_rows, self.spec.hidden_size)
         embed_cut, norm_cut = int(batch.query_start[batch.embed_cut]), int(batch.logits_start[batch.norm_cut])
         if not self._has_two_ends:
             embed_cut, norm_cut = batch.num_tokens, num_rows
         saves, restores = _saves(batch), _restores(batch)
-        step = library.Step(
+        self._step = library.Step(
             num_tokens=batch.num_tokens, num_requests=batch.num_requests, num_segments=len(program),
             num_rows=num_rows, embed_cut=embed_cut, norm_cut=norm_cut, program=program.ctypes.data,
-            input_ids=batch.input_ids.ctypes.data, positions=batch.positions.ctypes.data,
             query_start=batch.query_start.ctypes.data, slots=batch.slots.ctypes.data,
             block_tables=tables.ctypes.data, layer_stride=tables.strides[0] // 4, slot_stride=tables.strides[1] // 4,
             num_saves=len(saves), num_restores=len(restores), saves=saves.ctypes.data, restores=restores.ctypes.data,
             states=self.states.ctypes.data, rows=batch.logits_rows.ctypes.data,
             k_pages=self.k_pages.ctypes.data, v_pages=self.v_pages.ctypes.data,
-            out=out.data_ptr(),
         )  # fmt: skip
-        self._lib.bs_step(self._engine, ctypes.byref(step))
-        return out
+        self._step_pointer = ctypes.byref(self._step)
+        self._layout = batch.layout
+        self._pointed_at = batch, program, saves, restores  # they live as long as the description
 
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
         num_rows, width, vocab = hidden.shape[0], self.spec.hidden_size, self.spec.vocab_size
