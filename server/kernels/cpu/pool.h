@@ -35,8 +35,8 @@ class Pool {
     // Workers spin between `begin` and `end`, so that the loops of one step follow each other without system calls.
     void begin() {
         if (num_threads_ == 1) return;
-        active_.store(1, std::memory_order_release);
-        wake();
+        active_.store(1);
+        if (num_asleep_.load()) wake();
     }
     void end() { active_.store(0, std::memory_order_release); }
 
@@ -67,6 +67,7 @@ class Pool {
         int num_chunks;
     };
     static constexpr int kRing = 4;
+    static constexpr int kLinger = 4000;  // pauses before a worker sleeps: the head follows the layers at once
 
     static void pause(int spin) {
         if (spin < 2000)
@@ -118,10 +119,15 @@ class Pool {
                     spin = 0;
                 else
                     pause(spin++);
+            } else if (spin < kLinger) {
+                pause(spin++);
             } else {
+                // Either this thread sees that there is work again, or `begin` sees that it sleeps.
+                num_asleep_.fetch_add(1);
                 uint32_t seen = futex_.load(std::memory_order_acquire);
-                if (!active_.load(std::memory_order_acquire) && !stopping_)
+                if (!active_.load() && !stopping_)
                     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&futex_), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+                num_asleep_.fetch_sub(1);
                 spin = 0;
             }
         }
@@ -139,6 +145,7 @@ class Pool {
     std::unique_ptr<Range[]> ranges_;
     alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> active_{0};
+    std::atomic<int> num_asleep_{0};
     std::atomic<uint32_t> futex_{0};
     std::atomic<bool> stopping_{false};
 };
