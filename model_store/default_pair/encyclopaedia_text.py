@@ -1,7 +1,7 @@
 """Training text from an encyclopaedia: python -m model_store.default_pair.encyclopaedia_text DUMP.xml.bz2 --out FILE.
 
-Takes a MediaWiki dump, such as the 106 articles of the English Wikipedia (CC BY-SA 3.0, CC-BY-SA text is not
-redistributed here) that the `gensim` wheel on PyPI carries among its test data. Needs `pip install mwparserfromhell`.
+Takes a MediaWiki dump, such as the 106 articles of the English Wikipedia (CC BY-SA 3.0) that the wheel of gensim 4.4.0
+on PyPI carries as gensim/test/test_data/enwiki-latest-pages-articles1.xml-*.bz2. Needs `pip install mwparserfromhell`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 # Sections of lists of other texts, which say nothing themselves.
 _APPENDIX = re.compile(r"(?:see also|references|notes|further reading|external links|bibliography|sources|footnotes)")
-_NOT_PROSE = re.compile(r"^\s*(?:thumb|left|right|center|upright|\d+px|File:|Image:|Category:|[|!*{}#:;])", re.IGNORECASE)
+_NOT_PROSE = re.compile(r"\s*(?:thumb|left|right|center|upright|\d+px|File:|Image:|Category:|[|!*{}#:;])", re.I)
 
 
 def articles(dump: Path) -> Iterator[tuple[str, str]]:

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400, help="longest article or answer")
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--size", type=int, help="layers of the size that speaks (default: the teacher)")
+    parser.add_argument("--student", help="folder of another student than the default pair's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -71,7 +72,7 @@ def main() -> None:
     found = openings([row.get("text") or row["prompt"] for row in map(json.loads, args.text.open())])
     rng.shuffle(found)
     asked = prompts([subject for subject, _ in found], args.answers, rng)
-    pair = open_pair()
+    pair = open_pair(None, args.student)
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False)
