@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from model_store.distill.recipe import Preset
     from model_store.evaluate.chat import Generate
 
-ORDERS = {"last": "last_to_first", "first": "first_to_last"}
+ORDERS = {"last": "last_to_first", "first": "first_to_last", "start": "thresholds"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
     add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
     add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
-    add("--order", default="klpatch", choices=("last", "first", "klpatch"), help="order in which sizes grow")
+    add("--order", default="klpatch", choices=("last", "first", "klpatch", "start"),
+        help="order in which sizes grow; start: that of the first student of --start-from (default %(default)s)")
     add("--tokens", type=float, default=2e6, help="to train on; 0: only prune, order, store (default %(default).0f)")
     add("--row-tokens", type=int, default=256, help="tokens of a packed row (default %(default)s)")
     add("--batch-rows", type=int, default=8, help="rows of a step and device (default %(default)s)")
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from model_store.distill.data import answer_prompts, pack, read_documents
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.recipe import PRESETS, kept_layers, with_overrides
-    from model_store.distill.start import start_from
+    from model_store.distill.start import order_of, start_from
     from model_store.evaluate import end_tokens
     from model_store.evaluate.chat import transformers_generate
     from model_store.sources import default_teacher, resolve
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     preset = with_overrides(PRESETS[args.recipe], vars(args))
     if preset.train_ends and (args.rank or args.store_rank):
         raise ValueError("--rank and --store-rank share embedding and head with the teacher: add --no-train-ends")
+    if args.order == "start" and not args.start_from:
+        raise ValueError("--order start: there is no --start-from to take it from")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     set_seed(args.seed)
     teacher_path = resolve(args.teacher, args.store) if args.teacher else default_teacher(args.store)
@@ -101,6 +104,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
 
     if args.start_from:
         start_from(model, args.start_from)
+    if args.order == "start":
+        _set_thresholds(model, order_of(args.start_from[0], kept))
     documents = [document for path in args.data for document in read_documents(path)]
     if args.self_generate:
         generate = generate or transformers_generate(model, end_tokens(model, tokenizer))

@@ -27,11 +27,7 @@ def start_from(model: ElasticModel, folders: Sequence[Path]) -> dict[int, int]:
     found: dict[int, list[dict[str, torch.Tensor]]] = {int(key): [] for key in model.student}
     blocks = {(s.start, s.stop): s.index for s in model.elasticity.stations}
     for folder in folders:
-        places = [place / "student_config.json" for place in (folder, folder.parent)]
-        config = next((place for place in places if place.is_file()), None)
-        if config is None:
-            raise ValueError(f"--start-from: {folder} has no student_config.json")
-        kept = json.loads(config.read_text())["copied_teacher_layers"]
+        kept = json.loads(_config_of(folder).read_text())["copied_teacher_layers"]
         sources = Elasticity.last_to_first(model.elasticity.num_teacher_layers, kept).stations
         tensors = _read(folder)
         for source in sources:
@@ -48,6 +44,28 @@ def start_from(model: ElasticModel, folders: Sequence[Path]) -> dict[int, int]:
                 mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
                 model.student[str(station)].load_state_dict(mean)
     return {station: len(layers) for station, layers in found.items()}
+
+
+def order_of(folder: Path, kept: Sequence[int]) -> list[int]:
+    """The thresholds of a student's patch order. ValueError if it has none for a student that keeps `kept`."""
+    config = _config_of(folder)
+    manifest, order = config.with_name("pair.json"), config.with_name("order.json")  # of a pair; of a run's checkpoints
+    found = None
+    if manifest.is_file():
+        found = json.loads(manifest.read_text()).get("thresholds")
+    elif order.is_file():
+        found = json.loads(order.read_text())
+    if found is None or json.loads(config.read_text())["copied_teacher_layers"] != list(kept):
+        raise ValueError(f"--order start: {folder} has no patch order for a student that keeps these layers")
+    return found
+
+
+def _config_of(folder: Path) -> Path:
+    places = [place / "student_config.json" for place in (folder, folder.parent)]
+    config = next((place for place in places if place.is_file()), None)
+    if config is None:
+        raise ValueError(f"--start-from: {folder} has no student_config.json")
+    return config
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

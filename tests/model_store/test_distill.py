@@ -55,17 +55,20 @@ def test_distil_load_evaluate(teacher, text, tmp_path, form):
     assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".md", ".svg", ".html"}
 
 
-def test_a_student_may_start_from_another(teacher, text, tmp_path):
+def test_a_student_may_start_from_another(teacher, text, tmp_path, capsys):
     common = ["--teacher", str(teacher), "--data", str(text), "--row-tokens", "64", "--batch-rows", "4"]
-    common += ["--device", "cpu", "--calibration-rows", "4", "--order", "last", "--store-rank", "8", "--no-warm-start"]
-    assert main(["distill", *common, "--tokens", "1500", "--out", str(tmp_path / "a")]) == 0
-    common += ["--start-from", str(tmp_path / "a")]
+    common += ["--device", "cpu", "--calibration-rows", "4", "--store-rank", "8", "--no-warm-start"]
+    assert main(["distill", *common, "--tokens", "1500", "--order", "first", "--out", str(tmp_path / "a")]) == 0
+    common += ["--start-from", str(tmp_path / "a"), "--order", "start"]
     assert main(["distill", *common, "--tokens", "0", "--out", str(tmp_path / "b")]) == 0
     first, second = (load_file(tmp_path / name / "student_lowrank.safetensors") for name in "ab")
     name = "model.layers.0.mlp.down_proj.lora_"
     a, b = (file[f"{name}B"].float() @ file[f"{name}A"].float() for file in (first, second))
     assert a.norm() > 0 and (a - b).norm() < 0.02 * a.norm()
-    assert json.loads((tmp_path / "b" / "pair.json").read_text())["start_from"] == ["a"]
+    a, b = (json.loads((tmp_path / name / "pair.json").read_text()) for name in "ab")
+    assert b["start_from"] == ["a"] and b["thresholds"] == a["thresholds"]
+    assert main(["distill", *common, "--tokens", "0", "--keep", "0,2,3,5", "--out", str(tmp_path / "c")]) == 1
+    assert "--order start" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_text_that_was_trained_on(teacher, text, capsys):
