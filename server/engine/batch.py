@@ -178,14 +178,6 @@ def build_batch(
     )
 
 
-class _Lane(NamedTuple):
-    """A request that decodes, and what of it the layout of a batch depends on."""
-
-    request: Request
-    path: LayerPath
-    slot: int
-
-
 _LAYOUTS = itertools.count(1)  # of all engines: an executor may serve several
 
 
@@ -196,7 +188,7 @@ class BatchBuilder:
         self, elasticity: Elasticity, block_tables: np.ndarray, shared_stations: Collection[int], page_size: int
     ) -> None:
         self._arguments = elasticity, block_tables, shared_stations, page_size
-        self._lanes: list[_Lane] = []  # of `_last`, as they were scheduled
+        self._lanes: list[tuple[Request, LayerPath, int]] = []  # of `_last`, as scheduled: request, path, slot
         self._last: ForwardBatch | None = None
 
     def __call__(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
@@ -205,9 +197,10 @@ class BatchBuilder:
             self._last = None
             return build_batch(scheduled, *self._arguments)
         last = self._last
-        if last is None or not self._are_those_of_before(scheduled):
+        lanes = [(request, request.path, request.slot) for request, _ in scheduled]
+        if last is None or lanes != self._lanes:
             last = self._last = build_batch(scheduled, *self._arguments)
-            self._lanes = [_Lane(request, request.path, request.slot) for request, _ in scheduled]
+            self._lanes = lanes
             last.layout = next(_LAYOUTS)
             return last
         requests = last.requests
@@ -218,14 +211,6 @@ class BatchBuilder:
             last.head_cut, last.logits_rows, last.logits_start, last.sample_requests, last.sample_rows,
             layout=last.layout,
         )  # fmt: skip
-
-    def _are_those_of_before(self, scheduled: list[tuple[Request, int]]) -> bool:
-        if len(scheduled) != len(self._lanes):
-            return False
-        for (request, _), lane in zip(scheduled, self._lanes, strict=True):
-            if request is not lane.request or request.path is not lane.path or request.slot != lane.slot:
-                return False
-        return True
 
 
 def _is_decode(request: Request) -> bool:

@@ -269,13 +269,10 @@ class Engine:
         self.scheduler.policy.observe_step(batch, model_end - model_start, model_end)
         if self.metrics_sink is None:
             return
-        num_prompt = num_first = 0
-        if not batch.layout:  # else everybody decodes
-            num_prompt = sum(
-                max(0, min(computed + count, request.num_prompt_tokens) - computed)
-                for (request, count), (_, computed) in zip(planned.scheduled, before, strict=True)
-            )
-            num_first = sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled)
+        num_prompt = sum(
+            max(0, min(computed + count, request.num_prompt_tokens) - computed)
+            for (request, count), (_, computed) in zip(planned.scheduled, before, strict=True)
+        )
         self.metrics_sink.on_step(
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,
@@ -285,7 +282,7 @@ class Engine:
                 model_time=drafting + model_end - model_start,
                 gap=gap,
                 num_preempted=planned.num_preempted,
-                num_first_tokens=num_first,
+                num_first_tokens=sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled),
             )
         )
 

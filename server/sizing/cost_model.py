@@ -135,13 +135,8 @@ class CostModel:
         self._inverse = KNOTS.tolist(), (self._g + np.arange(len(self._g)) * 1e-12).tolist()
         # g and h at the knots of g, each with its slopes, the last ones going on: a step of rows of one size.
         h = self.head_seconds(KNOTS)
-        self.step_curves = tuple(
-            values.tolist()
-            for values in (
-                KNOTS, self._g, _slopes(self._g),
-                h, _slopes(h),
-            )
-        )  # fmt: skip
+        curves = (KNOTS, self._g, _slopes(self._g), h, _slopes(h))
+        self.step_curves = tuple(values.tolist() for values in curves)
         self.layer_table = self.layer_seconds(np.arange(_TABLE)).tolist()  # g of 0, 1, 2, ... tokens
         self.fixed = float(coefficients[0])
         self.decode_context = float(coefficients[_DECODE_CONTEXT])  # s per layer and context token of a decode row
@@ -194,7 +189,7 @@ class CostModel:
         if batch.layout and batch.layout == self._layout:
             # Everybody decodes, as in the step before: contexts are all that has changed.
             features = self._layout_features.copy()
-            features[_DECODE_CONTEXT] = batch.sizes @ batch.context_lens
+            features[_DECODE_CONTEXT] = batch.sizes @ batch.context_lens.astype(np.float64)
             return StepShape(features, "decode")
         # Segments and head are often those of a step not long ago.
         key = (batch.program, batch.query_start.tobytes(), int(batch.logits_start[batch.head_cut]))

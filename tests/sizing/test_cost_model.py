@@ -1,11 +1,12 @@
 """The cost model: its formula against batches, what it learns, and what is kept of it."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from server.engine.batch import build_batch
+from server.engine.batch import BatchBuilder, build_batch
 from server.sizing.calibrate import from_json, load, save
 from server.sizing.cost_model import CostModel
 from tests.sizing.machines import ELASTICITY, machine, make_replica, make_request, profile
@@ -32,6 +33,28 @@ def test_the_simulator_sees_a_step_as_the_engine_does():
         assert plain.features[:-8] == pytest.approx(exact.features[:-8])  # but for the head: one tensor there
         assert plain.features[-3:] == pytest.approx(exact.features[-3:])
         replica.now += replica.run_step(replica.now)[0]
+
+
+def test_a_layout_that_is_taken_over_is_what_would_be_built_anew():
+    replica, cost = make_replica(), machine()
+    tables = replica.kv_cache.block_tables
+    build, layouts = BatchBuilder(ELASTICITY, tables, (), 0), []
+    for size, prompt in ((12, 40), (9, 1), (6, 100), (6, 3)):
+        replica.scheduler.add(make_request(prompt, sizes=(size,)))
+    for _ in range(6):
+        planned = replica.scheduler.schedule()
+        kept, anew = build(planned.scheduled), build_batch(planned.scheduled, ELASTICITY, tables)
+        layouts.append(kept.layout)
+        for field in dataclasses.fields(anew):
+            if field.name != "layout":
+                assert np.array_equal(getattr(kept, field.name), getattr(anew, field.name)), field.name
+        shape = cost.shape(kept)
+        assert shape.kind == machine().shape(anew).kind
+        assert shape.features == pytest.approx(machine().shape(anew).features)
+        kept.context_lens = np.full_like(kept.context_lens, 2**30)  # no sum of contexts is too large
+        assert (cost.shape(kept).features >= 0).all()
+        replica.now += replica.run_step(replica.now)[0]
+    assert layouts[0] == 0 and len(set(layouts)) < len(layouts) - 1  # prompts first; then one layout for several steps
 
 
 def test_a_wrong_model_learns_from_steps():
