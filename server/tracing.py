@@ -80,9 +80,12 @@ class Telemetry:
         self._first_token = histogram("time_to_first_token", "Arrival to first token", _FIRST_TOKEN)
 
     def observe(
-        self, path: str, headers: Headers, status: int, seconds: float, request_id: str, generation: Generation | None
+        self, path: str, headers: Headers, status: int, arrival: float, request_id: str, generation: Generation | None
     ) -> None:
-        """One finished inference request. `generation` is None if it was refused before it had one."""
+        """One finished inference request that arrived at `arrival` (`time.monotonic`).
+
+        `generation` is None if it was refused before it had one.
+        """
         shared = {
             "gen_ai.operation.name": _OPERATIONS.get(path, "chat"),
             "gen_ai.provider.name": "boomerang",
@@ -95,9 +98,9 @@ class Telemetry:
         if failure := _failure(status, generation):
             shared["error.type"] = failure
         if self._metering is not None:
-            self._measure(shared, seconds, generation)
+            self._measure(shared, time.monotonic() - arrival, generation)
         if self._tracer is not None:
-            self._trace(shared, path, headers, status, seconds, request_id, generation)
+            self._trace(shared, path, headers, status, arrival, request_id, generation)
 
     def _measure(self, shared: dict[str, Any], seconds: float, generation: Generation | None) -> None:
         self._duration.record(seconds, shared)
@@ -113,19 +116,20 @@ class Telemetry:
         path: str,
         headers: Headers,
         status: int,
-        seconds: float,
+        arrival: float,
         request_id: str,
         generation: Generation | None,
     ) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
-        end = time.time_ns()
+        # The request and its phases are put on the wall clock by one and the same offset, so that they nest.
+        offset = time.time_ns() - time.monotonic_ns()
         name = f"{shared['gen_ai.operation.name']} {shared.get('gen_ai.request.model', '')}".strip()
         span = self._tracer.start_span(
             name,
             context=self._propagator.extract(dict(headers)),
             kind=SpanKind.SERVER,
-            start_time=end - int(seconds * 1e9),
+            start_time=int(arrival * 1e9) + offset,
             attributes=shared
             | {"http.route": path, "http.response.status_code": status, "gen_ai.request.id": request_id}
             | (_details(generation) if generation is not None else {}),
@@ -133,13 +137,12 @@ class Telemetry:
         if "error.type" in shared:
             span.set_status(Status(StatusCode.ERROR))
         if generation is not None:
-            offset = end - time.monotonic_ns()
             for phase, begin, finish in generation.phases():
                 child = self._tracer.start_span(
                     phase, context=set_span_in_context(span), start_time=int(begin * 1e9) + offset
                 )
                 child.end(int(finish * 1e9) + offset)
-        span.end(end)
+        span.end(time.monotonic_ns() + offset)
 
     def close(self) -> None:
         """Send what is left; blocks for some seconds if nobody listens."""

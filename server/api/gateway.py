@@ -87,7 +87,7 @@ class Gateway:
             seconds, generation = time.monotonic() - started, carried.get("generation")
             self._report(scope, path, status, seconds, headers, num_bytes, request_id)
             if is_inference and self.state.telemetry is not None:
-                self.state.telemetry.observe(path, headers, status or 499, seconds, request_id, generation)
+                self.state.telemetry.observe(path, headers, status or 499, started, request_id, generation)
 
     # --- before
 
