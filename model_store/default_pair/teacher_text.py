@@ -94,6 +94,8 @@ def main() -> None:
                     row = {"text": tokenizer.decode(ids) + text}
                 else:
                     row = {"prompt": prompt, "response": text.strip()}
+                if size < pair.elasticity.sizes[-1]:
+                    row["said_by"] = size
                 out.write(json.dumps(row) + "\n")
                 made += len(new)
             out.flush()

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ce", type=float, help="weight of the cross-entropy [recipe]")
     add("--kl", type=float, help="weight of the KL to the teacher [recipe]")
     add("--align", type=float, help="weight of the mean cosine distance [recipe]")
+    add("--unlikelihood", type=float, help="weight at tokens with which a size's own words repeat [recipe]")
     add("--position-share", type=float, help="share of positions that get logits [recipe]")
     add("--pure-share", type=float, help="share of rows that run the student alone; 1 turns patching off [recipe]")
     add("--small-bias", type=float, help="1: the other rows' sizes spread evenly; more: towards small ones [recipe]")
@@ -118,8 +119,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
     print(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens", file=sys.stderr)
 
-    held = [ids.to(device) for ids in rows.ids[: args.calibration_rows].split(16)]
-    rows.ids, rows.mask = rows.ids[args.calibration_rows :], rows.mask[args.calibration_rows :]
+    calibrating, rows = rows.split(args.calibration_rows)
+    held = [ids.to(device) for ids in calibrating.ids.split(16)]
     started = time.time()
     _train(model, rows, held, preset, args, device)
     _choose_order(model, held, args.order, rows=16)
@@ -168,7 +169,7 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
     trainer = DistillTrainer(
         model=model, args=arguments, train_dataset=rows,
         sampler=SizeSampler(model.elasticity, preset, args.seed),
-        weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share),
+        weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share, preset.unlikelihood),
         matrix_optimizer=matrices, factors=factors, callbacks=[CurveFile(args.out / "training_curve.jsonl")],
     )  # fmt: skip
     model.compile_layers(args.compile)

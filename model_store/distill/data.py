@@ -1,7 +1,8 @@
 """Training data: documents and conversations, cut into rows of equal length with a mask of what counts.
 
 A file is .txt (one document), .jsonl or .jsonl.gz with `text`, `prompt` and `response`, or `messages`. Conversations
-are written with the tokenizer's chat template; only answers count towards the loss unless asked otherwise.
+are written with the tokenizer's chat template; only answers count towards the loss unless asked otherwise. A row with
+`said_by` (layers) is the words of a size of the pair: where it repeats itself, `--unlikelihood` teaches it not to.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Document:
 
     text: str | None = None
     messages: tuple[Message, ...] = ()
+    said_by: int | None = None  # layers of the size that said it
 
     @property
     def needs_answer(self) -> bool:
@@ -52,15 +54,16 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 def _document(row: dict[str, Any], path: Path, number: int) -> Document:
     clean = lambda text: text.replace("<|endoftext|>", "").strip()  # noqa: E731 - several public sets carry it as text
+    said_by = row.get("said_by")
     if isinstance(row.get("text"), str):
-        return Document(text=row["text"])
+        return Document(text=row["text"], said_by=said_by)
     if isinstance(row.get("prompt"), str):
         messages = [{"role": "user", "content": clean(row["prompt"])}]
         if row.get("response"):
             messages.append({"role": "assistant", "content": clean(row["response"])})
-        return Document(messages=tuple(messages))
+        return Document(messages=tuple(messages), said_by=said_by)
     if row.get("messages"):
-        return Document(messages=tuple(row["messages"]))
+        return Document(messages=tuple(row["messages"]), said_by=said_by)
     raise ValueError(f"--data: {path.name} line {number} has none of text, prompt, messages")
 
 
@@ -82,16 +85,32 @@ def answer_prompts(
 
 
 class PackedRows(Dataset):
-    """Rows [n, T] of token ids with a mask of the tokens whose prediction counts."""
+    """Rows [n, T] of token ids, of what counts, and of the tokens with which a size of the pair repeats itself."""
 
-    def __init__(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        self.ids, self.mask = ids, mask
+    def __init__(self, ids: torch.Tensor, mask: torch.Tensor, repeats: torch.Tensor) -> None:
+        self.ids, self.mask, self.repeats = ids, mask, repeats
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "loss_mask": self.mask[index]}
+        return {"input_ids": self.ids[index], "loss_mask": self.mask[index], "repeats": self.repeats[index]}
+
+    def split(self, first: int) -> tuple[PackedRows, PackedRows]:
+        """The first rows and the others."""
+        tensors = (self.ids, self.mask, self.repeats)
+        return PackedRows(*(t[:first] for t in tensors)), PackedRows(*(t[first:] for t in tensors))
+
+
+def repeated(ids: Sequence[int], length: int = 4) -> list[bool]:
+    """Which tokens complete a run of `length` that has occurred before."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for end in range(1, len(ids) + 1):
+        gram = tuple(ids[max(0, end - length) : end])
+        found.append(len(gram) == length and gram in seen)
+        seen.add(gram)
+    return found
 
 
 def encode(document: Document, tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool]]:
@@ -126,6 +145,7 @@ def pack(
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     ids: list[int] = []
     mask: list[bool] = []
+    repeats: list[bool] = []
     order = list(range(len(documents)))
     while len(ids) < tokens:
         before = len(ids)
@@ -134,6 +154,8 @@ def pack(
             own, counts = encode(documents[index], tokenizer, loss_on)
             ids += [*own, separator]
             mask += [*counts, False]
+            own_words = documents[index].said_by is not None
+            repeats += [*(repeated(own) if own_words else [False] * len(own)), False]
             if len(ids) >= tokens:
                 break
         if len(ids) == before:
@@ -142,4 +164,4 @@ def pack(
     if len(ids) < row_tokens:
         raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
     size = min(rows, len(ids) // row_tokens) * row_tokens
-    return PackedRows(torch.tensor(ids[:size]).view(-1, row_tokens), torch.tensor(mask[:size]).view(-1, row_tokens))
+    return PackedRows(*(torch.tensor(kind[:size]).view(-1, row_tokens) for kind in (ids, mask, repeats)))

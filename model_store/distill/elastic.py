@@ -55,12 +55,16 @@ def body_of(model: PreTrainedModel) -> Body:
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """Weights of cross-entropy, KL(teacher || student) and mean cosine distance; share of positions with logits."""
+    """Weights of cross-entropy, KL(teacher || student) and mean cosine distance; share of positions with logits.
+
+    `unlikelihood`, if not 0, takes the place of the first two at tokens with which a size of the pair repeats itself.
+    """
 
     ce: float = 0.0
     kl: float = 1.0
     align: float = 4.0
     position_share: float = 0.5
+    unlikelihood: float = 0.0
 
 
 class ElasticModel(nn.Module):
@@ -221,9 +225,12 @@ class ElasticModel(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, loss_mask: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
-        weights: LossWeights,
+        weights: LossWeights, repeats: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Losses of one batch [B, T], row b at `sizes[b]` (ascending). `loss_mask` [B, T]: tokens that count.
+
+        `repeats` [B, T] are those to be made unlikely: there the teacher is no model, for it carries on a repetition
+        that it reads as any language model does.
 
         Returns the weighted `loss` and its unweighted parts; the KL also apart for rows of the smallest size (`pure`).
         """
@@ -234,10 +241,14 @@ class ElasticModel(nn.Module):
         hidden, split, alignment = self.mixed(input_ids, sizes, thresholds, states)
         rows = len(hidden)
         counts = loss_mask[:rows, 1:][:, picked].float()
+        unlikely = None
+        if weights.unlikelihood and repeats is not None:
+            unlikely = counts * repeats[:rows, 1:][:, picked]
+            counts = counts - unlikely
         total = loss_mask[:, 1:][:, picked].float().sum().clamp_min(1.0)
         loss = weights.align * alignment
-        kl = ce = pure = loss.new_zeros(())
-        if weights.kl or weights.ce:
+        kl = ce = pure = against = loss.new_zeros(())
+        if weights.kl or weights.ce or unlikely is not None:
             targets, teacher = input_ids[:rows, 1:][:, picked], self.side(on_teacher=True)
             reference = teacher.norm(states[-1][:rows][:, picked])
             per_token = []
@@ -250,15 +261,19 @@ class ElasticModel(nn.Module):
                     own_rows.flatten(0, 1), ends.head.weight, targets[part].flatten(),
                     reference[part].flatten(0, 1), teacher.head.weight, (counts[part] / total).flatten(),
                     weights.kl, weights.ce,
+                    None if unlikely is None else (unlikely[part] * weights.unlikelihood / total).flatten(),
                 )  # fmt: skip
                 loss = loss + own
                 per_token.append(parts)
-            kl_of, ce_of = (torch.cat(parts).view_as(counts) * counts for parts in zip(*per_token, strict=True))
+            kl_of, ce_of, own_of = (torch.cat(parts).view_as(counts) for parts in zip(*per_token, strict=True))
+            kl_of, ce_of = kl_of * counts, ce_of * counts
             kl, ce = kl_of.sum() / total, ce_of.sum() / total
+            if unlikely is not None:
+                against = (own_of * unlikely).sum() / unlikely.sum().clamp_min(1.0)
             alone = sum(size == self.elasticity.sizes[0] for size in sizes)
             if alone:
                 pure = kl_of[:alone].sum() / counts[:alone].sum().clamp_min(1.0)
-        parts = {"kl": kl, "ce": ce, "align": alignment}
+        parts = {"kl": kl, "ce": ce, "align": alignment, "unlikely": against}
         return {"loss": loss, "pure": pure, **{name: value.detach() for name, value in parts.items()}}
 
 

@@ -1,5 +1,7 @@
 """KL and cross-entropy against the teacher over a large vocabulary, without the logits of a whole batch in memory.
 
+Beside them the unlikelihood loss -log(1 - p(token)) of Welleck et al. (arXiv 1908.04319) for tokens not to be said.
+
 Positions go through the head a few at a time; each chunk's gradient with respect to the hidden states is taken while
 its logits are still in the cache. At 49,152 entries the plain formula writes some ten float32 copies of the logits.
 
@@ -18,12 +20,13 @@ _CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in float32; smaller one
 
 def _of_logits(
     logits: torch.Tensor, reference: torch.Tensor | None, target: torch.Tensor, counts: torch.Tensor,
-    kl_weight: float, ce_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """KL and cross-entropy [n] of logits [n, V], and the gradient of the weighted loss, in the logits' dtype."""
+    kl_weight: float, ce_weight: float, unlikely: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """KL, cross-entropy and unlikelihood [n] of logits [n, V], and the weighted loss's gradient, in their dtype."""
     ours = F.log_softmax(logits, -1, dtype=torch.float32)
     ce = -ours.gather(-1, target)[:, 0]
-    slope = ours.exp() * (kl_weight + ce_weight)
+    likely = ours.exp()
+    slope = likely * (kl_weight + ce_weight)
     kl = torch.zeros_like(ce)
     if reference is not None:
         theirs = F.log_softmax(reference, -1, dtype=torch.float32)
@@ -32,7 +35,15 @@ def _of_logits(
         slope = slope - wanted * kl_weight
     if ce_weight:
         slope = slope.scatter_add(-1, target, torch.full_like(target, -ce_weight, dtype=slope.dtype))
-    return kl, ce, (slope * counts).to(logits.dtype)
+    slope = slope * counts
+    against = torch.zeros_like(ce)
+    if unlikely is not None:
+        # d/dz of -log(1 - p) is p / (1 - p) times dp/dz / p; both factors stay bounded as p nears 1.
+        rest = (1 - likely.gather(-1, target)).clamp_min(1e-5)
+        against = -rest.log()[:, 0]
+        odds = (1 - rest) / rest * unlikely
+        slope = (slope - likely * odds).scatter_add(-1, target, odds)
+    return kl, ce, against, slope.to(logits.dtype)
 
 
 _chunk = _of_logits
@@ -49,7 +60,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None,
         reference_weight: torch.Tensor, counts: torch.Tensor, kl_weight: float, ce_weight: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        unlikely: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         size = max(1, _CHUNK_ELEMENTS // len(weight))
         compute = reference_weight.dtype
         grad = torch.empty_like(hidden)
@@ -57,42 +69,47 @@ class _HeadLoss(torch.autograd.Function):
         head = weight.to(compute)
         kl = torch.zeros(len(hidden), device=hidden.device)
         ce = torch.zeros(len(hidden), device=hidden.device)
+        against = torch.zeros(len(hidden), device=hidden.device)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             x = hidden[part].to(compute)
             theirs = reference[part].to(compute) @ reference_weight.T if reference is not None else None
-            kl[part], ce[part], slope = _chunk(
-                x @ head.T, theirs, targets[part, None], counts[part, None], kl_weight, ce_weight
-            )
+            kl[part], ce[part], against[part], slope = _chunk(
+                x @ head.T, theirs, targets[part, None], counts[part, None], kl_weight, ce_weight,
+                None if unlikely is None else unlikely[part, None],
+            )  # fmt: skip
             grad[part] = (slope @ head).to(grad.dtype)
             if grad_weight is not None:
                 grad_weight += (slope.T @ x).float()
         ctx.save_for_backward(grad, grad_weight)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(kl, ce)
+        ctx.mark_non_differentiable(kl, ce, against)
         loss = ((kl_weight * kl + ce_weight * ce) * counts).sum()
-        return loss, kl, ce
+        if unlikely is not None:
+            loss = loss + (against * unlikely).sum()
+        return loss, kl, ce, against
 
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor, *unused: Any) -> tuple:
         grad, grad_weight = ctx.saved_tensors
         weight = (grad_weight * slope).to(ctx.weight_dtype) if grad_weight is not None else None
-        return (grad * slope, weight, *[None] * 6)
+        return (grad * slope, weight, *[None] * 7)
 
 
 def head_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor,
     reference_weight: torch.Tensor, counts: torch.Tensor, kl_weight: float, ce_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Weighted loss (a scalar with gradient) and, without gradient, KL and cross-entropy per position [N] in nats.
+    unlikely: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Weighted loss (a scalar with gradient) and, without gradient, per position [N] in nats: KL, CE, unlikelihood.
 
     `hidden` and `reference` [N, E] are the normed last states of student and teacher, `weight` and `reference_weight`
-    [V, E] their heads, `targets` [N] the next tokens, `counts` [N] each position's share in the loss. Products run in
-    the teacher's dtype.
+    [V, E] their heads, `targets` [N] the next tokens, `counts` [N] each position's share in the loss, `unlikely` [N]
+    the weight with which its target is made unlikely. Products run in the teacher's dtype.
     """
     if not kl_weight:
         reference = None
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLoss.apply(
-            hidden, weight, targets, reference, reference_weight, counts, float(kl_weight), float(ce_weight)
+            hidden, weight, targets, reference, reference_weight, counts, float(kl_weight), float(ce_weight), unlikely
         )

@@ -22,6 +22,7 @@ class Preset:
     train_ends: bool
     train_single: bool
     optimizer: str
+    unlikelihood: float = 0.0  # weight at tokens with which a size of the pair repeats itself
 
 
 PRESETS = {

@@ -113,8 +113,9 @@ class DistillTrainer(Trainer):
     ) -> Any:  # fmt: skip
         ids, mask = inputs["input_ids"], inputs["loss_mask"]
         sizes, thresholds = self.size_sampler(self.state.global_step, len(ids))
-        out = model(ids, mask, sizes, thresholds, self.loss_weights)
-        self._parts = {name: float(out[name]) for name in ("kl", "ce", "align", "pure")}
+        out = model(ids, mask, sizes, thresholds, self.loss_weights, inputs["repeats"])
+        names = ("kl", "ce", "align", "pure", *(["unlikely"] if self.loss_weights.unlikelihood else []))
+        self._parts = {name: float(out[name]) for name in names}
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

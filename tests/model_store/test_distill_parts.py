@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from model_store.assembly import Elasticity
 from model_store.distill.cpu_attention import matmul_attention
+from model_store.distill.data import Document, pack
 from model_store.distill.elastic import ElasticModel, LossWeights
 from model_store.distill.head_loss import head_loss
 from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
@@ -27,24 +28,64 @@ from tests.api.tiny import make_pair
 from tests.tiny_pairs import FAMILIES, make_model
 
 
+@pytest.mark.parametrize("against", [0.0, 0.6])
 @pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)])
-def test_head_loss_equals_the_plain_formula(kl_weight, ce_weight, monkeypatch):
+def test_head_loss_equals_the_plain_formula(kl_weight, ce_weight, against, monkeypatch):
     monkeypatch.setattr("model_store.distill.head_loss._CHUNK_ELEMENTS", 3 * 50)  # several chunks, the last one short
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     reference, teacher_weight, targets = torch.randn(7, 8), torch.randn(50, 8), torch.randint(50, (7,))
-    counts = torch.rand(7)
+    counts, unlikely = torch.rand(7), torch.rand(7) * against
     ours, theirs = F.log_softmax(hidden @ weight.T, -1), F.log_softmax(reference @ teacher_weight.T, -1)
     kl = (theirs.exp() * (theirs - ours)).sum(-1)
     ce = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
-    expected = ((kl_weight * kl + ce_weight * ce) * counts).sum()
+    unlikelihood = -(1 - ours.exp().gather(1, targets[:, None])[:, 0]).log()
+    expected = ((kl_weight * kl + ce_weight * ce) * counts + unlikelihood * unlikely).sum()
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss, _, ce_of = head_loss(hidden, weight, targets, reference, teacher_weight, counts, kl_weight, ce_weight)
+    loss, _, ce_of, _ = head_loss(
+        hidden, weight, targets, reference, teacher_weight, counts, kl_weight, ce_weight, unlikely if against else None
+    )
     found = torch.autograd.grad(3 * loss, (hidden, weight))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ce_of, ce.detach())
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_unlikelihood_stays_finite_where_a_repetition_is_certain():
+    hidden = torch.tensor([[40.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]])
+    one = torch.ones(1)
+    loss, *_ = head_loss(hidden, weight, torch.tensor([0]), torch.zeros(1, 1), weight, 0 * one, 1.0, 0.0, one)
+    loss.backward()
+    assert math.isfinite(loss.item()) and torch.isfinite(hidden.grad).all()
+
+
+class NumberTokenizer:
+    eos_token_id = 0
+
+    def __call__(self, text, **unused):
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+
+def test_only_a_sizes_own_repetition_is_made_unlikely():
+    loop = "1 2 3 4 5 1 2 3 4 5 6"
+    for said_by, expected in ((None, []), (16, [8, 9])):
+        rows = pack([Document(text=loop, said_by=said_by)], NumberTokenizer(), 12, 12, "all", 0)
+        assert rows.repeats[0].nonzero()[:, 0].tolist() == expected
+
+
+def test_what_is_made_unlikely_no_longer_follows_the_teacher(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
+    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
+    ids = torch.randint(teacher.config.vocab_size, (2, 12))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    weights = LossWeights(kl=1.0, align=0.0, position_share=1.0, unlikelihood=2.0)
+    run = lambda repeats: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, repeats)  # noqa: E731
+    none, all_ = run(torch.zeros_like(mask)), run(torch.ones_like(mask))
+    torch.testing.assert_close(none["loss"].detach(), none["kl"])
+    assert none["unlikely"] == 0 and all_["kl"] == 0
+    torch.testing.assert_close(all_["loss"].detach(), 2 * all_["unlikely"])
 
 
 def test_matmul_attention_equals_sdpa():
