@@ -32,7 +32,7 @@ serve: install
 
 # A process for each core, four at most. A file's tests stay together, since they share servers; files go in order,
 # because the long ones are not the last. In one process, for a debugger: make test ARGS="-n0 --pdb".
-test: install tools
+test: install tools lint
 	$(BIN)/python -m pytest -n $$(nproc 2> /dev/null || echo 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Ray Serve on one node: needs a gigabyte of packages and a minute, so it is not part of `make test`.
@@ -54,7 +54,8 @@ soak: install
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lint: install
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
 
 clean:
 	rm -rf build dist *.egg-info

@@ -151,9 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     low, high = map(int, args.tokens.split(":"))
     # The defaults are for days; this is for minutes.
-    policy = ScalingPolicy(
-        max_replicas=args.max_replicas, down_stabilisation=20, down_interval=5, capacity_doubling=60
-    )
+    policy = ScalingPolicy(max_replicas=args.max_replicas, down_stabilisation=20, down_interval=5, capacity_doubling=60)
     name = "autoscale-kill" if args.kill else "autoscale"
     places = ("--max-num-seqs", str(args.batch))
     command = server_command("--num-threads", "1", *places, "--shutdown-timeout", "60", *args.server)

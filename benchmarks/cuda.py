@@ -51,6 +51,7 @@ def _wait(device: torch.device) -> None:
 
 # --- limits
 
+
 def limits(pair: LoadedPair, device: torch.device, repeats: int) -> dict[str, Any]:
     """Bytes/s of a large copy (both ways) and of a large read; FLOP/s of a large and of a decode-shaped product."""
     spec, dtype = pair.spec, pair.ends["teacher"].embed.dtype
@@ -82,6 +83,7 @@ def step_bytes(pair: LoadedPair, sizes: list[int], context: int) -> int:
 
 
 # --- ours
+
 
 def decode(engine: Engine, sizes: list[int], arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of a decode step of one request per entry of `sizes`: through the engine, and enqueued back to back."""
@@ -141,6 +143,7 @@ def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespac
 
 # --- transformers
 
+
 def transformers_decode(pair: LoadedPair, batches: list[int], arguments: argparse.Namespace) -> dict[int, Any]:
     """Seconds of a decode step of `generate` with a static cache at full size, compiled where there is a GPU."""
     from transformers import AutoModelForCausalLM
@@ -171,6 +174,7 @@ def transformers_decode(pair: LoadedPair, batches: list[int], arguments: argpars
 
 
 # --- the run
+
 
 def four_sizes(pair: LoadedPair) -> list[int]:
     """The ends of the dial and two between."""

@@ -32,9 +32,7 @@ def make_engine(pair: Pair, quantization: str | None) -> Engine:
     loaded = pair.load(dtype, "cpu", quantization=quantization)
     config = engine_config(settings, pair, dtype, torch.device("cpu"))
     changes = {"max_num_seqs": 1, "max_model_len": WINDOW + 1, "max_num_batched_tokens": WINDOW}
-    return Engine(
-        loaded, dataclasses.replace(config, kv_cache_bytes=64 << 20, **changes)
-    )
+    return Engine(loaded, dataclasses.replace(config, kv_cache_bytes=64 << 20, **changes))
 
 
 @torch.inference_mode()

@@ -225,9 +225,7 @@ async def play(url: str, jobs: list[Job], size: str) -> list[Record]:
     ]
 
 
-async def ask(
-    client: httpx.AsyncClient, url: str, job: Job, size: str, rng: random.Random, intended: float
-) -> Record:
+async def ask(client: httpx.AsyncClient, url: str, job: Job, size: str, rng: random.Random, intended: float) -> Record:
     """One streamed completion; times count from when it should have been sent."""
     body: dict[str, Any] = {
         "prompt": [rng.randrange(1000, VOCAB) for _ in range(job.prompt_tokens)],

@@ -284,9 +284,7 @@ def _known_pair(teacher: Path | str | None, student: Path | str | None) -> Publi
     return published.find(str(teacher)) or published.by_teacher(str(teacher))
 
 
-def _order(
-    spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: dict[str, Any]
-) -> tuple[str, Elasticity]:
+def _order(spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: dict[str, Any]) -> tuple[str, Elasticity]:
     if manifest.get("thresholds"):
         ends = {f"{end}_threshold": manifest.get(f"{end}_threshold") for end in END_PARTS}
         return "thresholds", Elasticity(spec.num_layers, kept, manifest["thresholds"], **ends)

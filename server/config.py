@@ -80,9 +80,7 @@ class Settings:
     served_model_name: tuple[str, ...] = option(
         (), "model ids to answer to; the first is the one reported", group="model"
     )
-    dtype: str = option(
-        "auto", "weights and KV", group="model", choices=("auto", "bfloat16", "float16", "float32")
-    )
+    dtype: str = option("auto", "weights and KV", group="model", choices=("auto", "bfloat16", "float16", "float32"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="model")
     quantization: str | None = option(
         None, "int8: weights of 8 bits, rounded when loaded, one scale per output channel", group="model",
@@ -99,9 +97,7 @@ class Settings:
         choices=("auto", "on", "off"),
     )
     chat_template: str | None = option(None, "Jinja chat template: a file or the text itself", group="model")
-    trust_request_chat_template: bool = option(
-        False, "let requests bring their own chat template", group="model"
-    )
+    trust_request_chat_template: bool = option(False, "let requests bring their own chat template", group="model")
     response_role: str = option("assistant", "role of the answers", group="model")
 
     # --- engine
@@ -128,9 +124,7 @@ class Settings:
         32, "tokens per KV page", group="engine", minimum=1, maximum=1024, aliases=("--block-size",)
     )
     enable_prefix_caching: bool = option(True, "keep KV of finished prefixes for reuse", group="engine")
-    executor: str = option(
-        "auto", "what computes a step", group="engine", choices=("auto", "cuda", "native", "torch")
-    )
+    executor: str = option("auto", "what computes a step", group="engine", choices=("auto", "cuda", "native", "torch"))
     enforce_eager: bool = option(False, "record no CUDA graphs", group="engine")
     speculative_size: str = option(
         "off",
@@ -146,9 +140,7 @@ class Settings:
     )
 
     # --- size choice
-    size: str = option(
-        "auto", "size of requests that name none: auto, 24L, 75%, 110M, student, teacher", group="sizes"
-    )
+    size: str = option("auto", "size of requests that name none: auto, 24L, 75%, 110M, student, teacher", group="sizes")
     min_size: str | None = option(None, "smallest size served", group="sizes")
     max_size: str | None = option(None, "largest size served", group="sizes")
     slo_ttft_ms: float | None = option(
@@ -165,8 +157,9 @@ class Settings:
         None, "default limit on a request's own weights plus KV, in MiB", kind="float", group="sizes", minimum=0
     )
     priority: int = option(0, "priority of requests that name none; lower runs first", group="sizes")
-    size_policy: str = option("auto", "how auto picks: by load and latency, or largest", group="sizes",
-                              choices=("auto", "largest"))
+    size_policy: str = option(
+        "auto", "how auto picks: by load and latency, or largest", group="sizes", choices=("auto", "largest")
+    )
 
     # --- limits
     max_num_queued_reqs: int | None = option(

@@ -63,9 +63,7 @@ def open_settings_pair(settings: Settings) -> Pair:
     """The pair that the settings name (the default pair if they name none)."""
     from model_store.pair import open_pair
 
-    return open_pair(
-        settings.teacher, settings.student, patch_order=settings.patch_order, store=settings.store
-    )
+    return open_pair(settings.teacher, settings.student, patch_order=settings.patch_order, store=settings.store)
 
 
 def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
@@ -130,9 +128,14 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         )
     state_bytes = settings.size_change_memory
     if state_bytes is None:
-        state_bytes = 0 if is_cuda else (  # no executor there keeps states of a request that decodes
-            settings.kv_cache_memory or min(max(free, 0), most)
-        ) // 16
+        state_bytes = (
+            0
+            if is_cuda
+            else (  # no executor there keeps states of a request that decodes
+                settings.kv_cache_memory or min(max(free, 0), most)
+            )
+            // 16
+        )
     kv_bytes = settings.kv_cache_memory or min(free - state_bytes, most)
     if kv_bytes <= 0:
         raise ValueError(
@@ -383,7 +386,7 @@ def serve(settings: Settings) -> int:
         "%s: %s",
         "cannot start" if app.state.server.model is None else "the engine died",
         server.failure,
-        exc_info=None if _is_expected(server.failure) else server.failure
+        exc_info=None if _is_expected(server.failure) else server.failure,
     )
     return 1
 

@@ -112,9 +112,7 @@ class Metrics:
         self._declare_http()
         self._labels: dict[str, str] = {}
 
-    def attach(
-        self, engine: Engine, model_name: str, max_model_len: int, gpu_memory_utilization: float = 0.9
-    ) -> None:
+    def attach(self, engine: Engine, model_name: str, max_model_len: int, gpu_memory_utilization: float = 0.9) -> None:
         """The model is known: declare what carries its name, and read gauges from this engine from now on."""
         self._labels = {"model_name": model_name, "engine": "0"}
         self._declare_engine(max_model_len)

@@ -31,8 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
     add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
     add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
-    add("--order", default="klpatch", choices=("last", "first", "klpatch", "start"),
-        help="order in which sizes grow; start: that of the first student of --start-from (default %(default)s)")
+    orders = ("last", "first", "klpatch", "start")
+    add(
+        "--order", default="klpatch", choices=orders, help="how sizes grow; start: as the first student of --start-from"
+    )
     add("--tokens", type=float, default=2e6, help="to train on; 0: only prune, order, store (default %(default).0f)")
     add("--row-tokens", type=int, default=256, help="tokens of a packed row (default %(default)s)")
     add("--batch-rows", type=int, default=8, help="rows of a step and device (default %(default)s)")

@@ -98,9 +98,7 @@ async def _load(
             await asyncio.to_thread(model.engine.probe, size)
         async_engine = AsyncEngine(model.engine)
         catalog = model.catalog
-        state.metrics.attach(
-            model.engine, catalog.name, catalog.max_model_len, state.settings.gpu_memory_utilization
-        )
+        state.metrics.attach(model.engine, catalog.name, catalog.max_model_len, state.settings.gpu_memory_utilization)
         async_engine.on_failure = on_failure
         await async_engine.start()
         state.attach(model, async_engine)

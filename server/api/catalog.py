@@ -132,9 +132,7 @@ class Catalog:
 
 def _no_model(model: str, detail: str) -> APIError:
     shown = model if len(model) <= 200 else model[:200] + "..."
-    return APIError(
-        f"The model {shown!r} does not exist: {detail}", param="model", status=404, code="model_not_found"
-    )
+    return APIError(f"The model {shown!r} does not exist: {detail}", param="model", status=404, code="model_not_found")
 
 
 def size_infos(rows: list[dict[str, Any]]) -> dict[int, SizeInfo]:

@@ -114,9 +114,7 @@ class ChatCall:
                 continue
             yield prefix + self._chunk(envelope, generation, piece, every_usage)
         if with_usage:
-            yield event(
-                envelope | {"choices": [], "usage": generation.usage()} | generation.timing_report()
-            )
+            yield event(envelope | {"choices": [], "usage": generation.usage()} | generation.timing_report())
         yield DONE
 
     def _role_event(self, envelope: dict[str, Any], generation: Generation, index: int, with_usage: bool) -> bytes:

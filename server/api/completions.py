@@ -127,9 +127,7 @@ class CompletionCall:
         parts: list[list[Delta]] = [[] for _ in generation.sequences]
         async for delta in generation.deltas():
             parts[delta.index].append(delta)
-        choices = [
-            self._choice(sequence, parts[sequence.index], generation) for sequence in generation.sequences
-        ]
+        choices = [self._choice(sequence, parts[sequence.index], generation) for sequence in generation.sequences]
         answer = self._envelope(generation) | {"choices": choices, "usage": generation.usage()}
         return json_response(answer | generation.timing_report(), generation.headers())
 
@@ -172,9 +170,7 @@ class CompletionCall:
         return self.format.legacy(entries, token_ids, offsets)
 
     def _prompt_offsets(self, token_ids: list[int]) -> list[int]:
-        detokenizer = Detokenizer(
-            self.state.tokenizer, skip_special_tokens=self.body.skip_special_tokens is not False
-        )
+        detokenizer = Detokenizer(self.state.tokenizer, skip_special_tokens=self.body.skip_special_tokens is not False)
         offsets = []
         for token_id in token_ids:
             offsets.append(len(detokenizer.text))

@@ -55,9 +55,7 @@ class APIError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "internal_error")
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or self.status}
-        }
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or self.status}}
 
     def anthropic_body(self) -> dict[str, Any]:
         """The same in the shape of Anthropic's API."""
@@ -98,9 +96,7 @@ def from_validation(error: ValidationError) -> APIError:
 
 def _is_branch(part: int | str) -> bool:
     """Whether a piece of pydantic's path names a branch of a union (`str`, `list[str]`, `ToolCall`), not a field."""
-    return isinstance(part, str) and (
-        part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper()
-    )
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
 
 
 async def handle_api_error(request: Request, error: APIError) -> Response:

@@ -68,9 +68,7 @@ class Compiler:
 
         if self._compiler is None:
             tokenizer = self._tokenizer
-            self._compiler = GrammarCompiler(
-                tokenizer.backend.to_str(), tokenizer.vocab_size, tokenizer.eos_token_ids
-            )
+            self._compiler = GrammarCompiler(tokenizer.backend.to_str(), tokenizer.vocab_size, tokenizer.eos_token_ids)
         return self._compiler.compile(grammar)
 
 
@@ -184,9 +182,7 @@ def _tags(structures: list[Structure], triggers: list[str], param: str) -> str:
         trigger = next((text for text in triggers if text and structure.begin.startswith(text)), None)
         if trigger is None:
             raise invalid(f"{param}: no trigger begins {structure.begin[:100]!r}.", param)
-        tags.append(
-            StructTag(trigger=trigger, begin=structure.begin, grammar=structure.schema_, end=structure.end)
-        )
+        tags.append(StructTag(trigger=trigger, begin=structure.begin, grammar=structure.schema_, end=structure.end))
     return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
 
 

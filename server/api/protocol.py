@@ -156,9 +156,7 @@ class SamplingFields(SizeFields):
         default=None, description="so many likeliest tokens at every prompt position; -1: all; not with stream"
     )
     return_token_ids: bool | None = Field(default=None, description="add prompt_token_ids and token_ids")
-    return_tokens_as_token_ids: bool | None = Field(
-        default=None, description="logprobs name tokens `token_id:7`"
-    )
+    return_tokens_as_token_ids: bool | None = Field(default=None, description="logprobs name tokens `token_id:7`")
     response_format: ResponseFormat | None = Field(default=None, description="constrains the text")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="the same, as vLLM has it")
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(

@@ -105,9 +105,7 @@ class Plan:
         longest = max(len(prompt.token_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
         choice = choice.within_memory(catalog, longest)
         logprobs = check_logprobs(self.num_logprobs, "logprobs", settings, tokenizer.vocab_size)
-        prompt_logprobs = check_logprobs(
-            self.num_prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size
-        )
+        prompt_logprobs = check_logprobs(self.num_prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size)
         num_entries = 0
         num_scored = sum(len(prompt.token_ids) for prompt in prompts)
         for wanted, positions in ((logprobs, sum(limits)), (prompt_logprobs, num_scored)):

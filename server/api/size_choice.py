@@ -180,9 +180,7 @@ def _scheduled(schedule, spec: SizeSpec, param: str, low: int | None, high: int 
 def _check_served(size: int, param: str, served: tuple[int, ...]) -> int:
     if size not in served:
         status, name = (404, "model") if param == "model" else (400, param)
-        raise APIError(
-            f"{name}: {size}L is not served here; {describe_sizes(served)} are.", param=name, status=status
-        )
+        raise APIError(f"{name}: {size}L is not served here; {describe_sizes(served)} are.", param=name, status=status)
     return size
 
 

@@ -94,7 +94,6 @@ class ServerState:
             return "the engine is stuck in a step"
         return None
 
-
     @property
     def is_broken(self) -> bool:
         """Whether only a restart helps: loading failed, the engine thread died or hangs."""

@@ -78,9 +78,7 @@ class ServingTokenizer:
                 eos = {value} if isinstance(value, int) else set(value)
                 break
         template = chat_template or _folder_template(folder, config)
-        return cls(
-            backend, config, chat_template=template, eos_token_ids=frozenset(eos), vocab_size=vocab_size
-        )
+        return cls(backend, config, chat_template=template, eos_token_ids=frozenset(eos), vocab_size=vocab_size)
 
     # --- text -> ids
 

@@ -246,6 +246,4 @@ class AsyncEngine:
 
 
 def _error(request_id: str, message: str, status: int, param: str | None = None) -> RequestOutput:
-    return RequestOutput(
-        request_id, finish_reason="error", error=message, error_status=status, error_param=param
-    )
+    return RequestOutput(request_id, finish_reason="error", error=message, error_status=status, error_param=param)

@@ -41,9 +41,7 @@ class _Line:
 class WaitingQueue:
     """One line per tenant with O(1) lazy removal. Lower `priority` first, as in vLLM; ties by arrival."""
 
-    def __init__(
-        self, weight: Callable[[str], float] | None = None, rank: Callable[[str], int] | None = None
-    ) -> None:
+    def __init__(self, weight: Callable[[str], float] | None = None, rank: Callable[[str], int] | None = None) -> None:
         """`weight(tenant)` > 0: its share; `rank(tenant)`: a class served strictly before those above it."""
         self.weight = weight or (lambda tenant: 1.0)
         self.rank = rank or (lambda tenant: 0)

@@ -33,18 +33,14 @@ Faults = dict[str, Exception]  # request id -> what went wrong with its own numb
 class StepRunner:
     """Executor and sampler of one engine. Keeps nothing of a step but what sampling must know of the answers so far."""
 
-    def __init__(
-        self, executor: Executor, sampler: Sampler, elasticity: Elasticity, kv_cache: KVCacheManager
-    ) -> None:
+    def __init__(self, executor: Executor, sampler: Sampler, elasticity: Elasticity, kv_cache: KVCacheManager) -> None:
         self.executor = executor
         self.sampler = sampler
         self.prompt_scores = PromptScores()
         tables, shared = kv_cache.block_tables, executor.shared_stations
         self.build_batch = BatchBuilder(elasticity, tables, shared, kv_cache.page_size)
 
-    def run(
-        self, batch: ForwardBatch, speculator: Speculator | None = None
-    ) -> tuple[dict[str, SampledToken], Faults]:
+    def run(self, batch: ForwardBatch, speculator: Speculator | None = None) -> tuple[dict[str, SampledToken], Faults]:
         """Forward pass, logits and sampling of one step; books nothing. `speculator` settles guesses in the batch."""
         faults: Faults = {}
         found = self.forward_rows(batch, faults)

@@ -187,9 +187,7 @@ class Sampler:
             kept = scaled if width < vocab else values
             mask_p = kept < values[:, :1] + min_p.log()
             total = torch.logsumexp(kept.masked_fill(mask_p, -torch.inf), dim=-1, keepdim=True)
-            dropped = (values < values[:, :1] + min_p.log()) | (
-                torch.arange(width, device=logits.device) >= top_k
-            )
+            dropped = (values < values[:, :1] + min_p.log()) | (torch.arange(width, device=logits.device) >= top_k)
             probs = (values - total).exp().masked_fill_(dropped, 0.0)
             is_limited = (top_k <= width).squeeze(1)
             probs = torch.where(is_limited[:, None], probs / probs.sum(dim=-1, keepdim=True), probs)

@@ -250,9 +250,7 @@ class Scheduler:
             if request.scheduled_time is None:
                 request.scheduled_time = now
                 request.num_cached_tokens = num_cached
-                output.outputs.append(
-                    RequestOutput(request.request_id, decision=choice, num_cached_tokens=num_cached)
-                )
+                output.outputs.append(RequestOutput(request.request_id, decision=choice, num_cached_tokens=num_cached))
             elif is_change:
                 output.outputs.append(RequestOutput(request.request_id, decision=choice))
 
@@ -352,9 +350,7 @@ class Scheduler:
         request.status = status
         self.requests.pop(request.request_id, None)
         self.policy.on_finish(request, self.clock())
-        return RequestOutput(
-            request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason
-        )
+        return RequestOutput(request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason)
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)

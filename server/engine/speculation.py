@@ -103,15 +103,11 @@ class Speculator:
             for request in candidates:
                 self.pool.drop(request.request_id)
             return
-        planned.scheduled = [
-            (request, count + len(request.draft_token_ids)) for request, count in planned.scheduled
-        ]
+        planned.scheduled = [(request, count + len(request.draft_token_ids)) for request, count in planned.scheduled]
 
     def retract(self, planned: SchedulerOutput) -> None:
         """Take the guesses out of a plan that could not be computed."""
-        planned.scheduled = [
-            (request, 1 if request.draft_token_ids else count) for request, count in planned.scheduled
-        ]
+        planned.scheduled = [(request, 1 if request.draft_token_ids else count) for request, count in planned.scheduled]
         for request, _ in planned.scheduled:
             request.draft_token_ids = []
 

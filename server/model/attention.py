@@ -114,9 +114,7 @@ class TorchAttention:
             if count != context:
                 # Query i sits at position context - count + i and sees positions up to its own.
                 mask = torch.ones(count, context, dtype=torch.bool, device=device).tril_(context - count)
-            chunks.append(
-                Chunk(first, first + count, int(slots[row]), -(-context // self.page_size), context, mask)
-            )
+            chunks.append(Chunk(first, first + count, int(slots[row]), -(-context // self.page_size), context, mask))
         return Lane(
             start=start,
             stop=stop,

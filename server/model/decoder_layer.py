@@ -52,9 +52,7 @@ class Rows:
         return x[self.start : self.stop]
 
 
-def project(
-    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, name: str, rows: list[Rows]
-) -> torch.Tensor:
+def project(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, name: str, rows: list[Rows]) -> torch.Tensor:
     """x W^T + b for all rows in one product, plus `b (a x)` where rows have such terms."""
     out = linear(x, weight, bias)
     for part in rows:

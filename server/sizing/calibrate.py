@@ -64,6 +64,7 @@ def profile_of(pair: LoadedPair, shared_stations: frozenset[int] = frozenset()) 
 
 # --- what to time
 
+
 def plan(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
     """Steps to time, the most telling first."""
     long = min(1024, max_len // 2)
@@ -184,6 +185,7 @@ def prior_from(profile: CostProfile, features: np.ndarray, seconds: np.ndarray) 
 
 
 # --- from one start to the next
+
 
 def calibration_key(engine: Engine, profile: CostProfile) -> str:
     """Hex digest of what decides a step's time."""

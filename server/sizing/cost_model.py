@@ -294,9 +294,7 @@ def _weight_features(segments: dict[int, float], head_rows: list[int]) -> np.nda
     return x
 
 
-def _with_requests(
-    features: np.ndarray, counts: np.ndarray, context_lens: np.ndarray, sizes: np.ndarray
-) -> StepShape:
+def _with_requests(features: np.ndarray, counts: np.ndarray, context_lens: np.ndarray, sizes: np.ndarray) -> StepShape:
     """The step whose requests have `counts` tokens and, after it, `context_lens`, and run `sizes` layers."""
     x = features.copy()
     decode = counts == 1

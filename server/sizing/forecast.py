@@ -35,9 +35,7 @@ class Forecast:
 
 
 class Forecaster:
-    def __init__(
-        self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, sigmas: float
-    ) -> None:
+    def __init__(self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, sigmas: float) -> None:
         self.cost = cost
         self.table = table
         self.demand = demand

@@ -311,4 +311,3 @@ class BudgetPolicy(SizePolicy):
             if self.cost.num_observed >= 64:
                 self.cost.refit(half_life=math.inf)  # what the last minute was like is of no use to the next start
             self.save()
-

@@ -219,9 +219,7 @@ class Simulator:
         self._tick["decided"] += 1
         self._tick["below"] += size < request.sizes[-1]
         self._tick_sizes += size
-        self.records.append(
-            Record(job, size, request.decision.reason, ttft, tpot, e2e, request.num_preemptions, index)
-        )
+        self.records.append(Record(job, size, request.decision.reason, ttft, tpot, e2e, request.num_preemptions, index))
 
     def _sample(self, now: float) -> None:
         active = self.replicas + self.leaving

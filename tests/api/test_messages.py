@@ -48,9 +48,7 @@ def test_system_blocks_and_prefill(plain, client):
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "The quick"},
     ]
-    assert answer.content[0].text == greedy(
-        plain, messages, continue_final_message=True, add_generation_prompt=False
-    )
+    assert answer.content[0].text == greedy(plain, messages, continue_final_message=True, add_generation_prompt=False)
 
 
 def test_streamed_events_add_up_to_the_message(client):

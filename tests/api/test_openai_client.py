@@ -71,9 +71,12 @@ def test_chat_and_streamed_chat(client):
     chunks = list(client.chat.completions.create(**arguments, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
-    assert client.chat.completions.create(
-        model=NAME, messages=arguments["messages"], max_completion_tokens=3
-    ).usage.completion_tokens == 3
+    assert (
+        client.chat.completions.create(
+            model=NAME, messages=arguments["messages"], max_completion_tokens=3
+        ).usage.completion_tokens
+        == 3
+    )
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,7 @@ def test_text_format(client):
     class Switch(BaseModel):
         on: bool
 
-    answer = client.responses.parse(
-        model=NAME, input="hello", text_format=Switch, temperature=0, max_output_tokens=80
-    )
+    answer = client.responses.parse(model=NAME, input="hello", text_format=Switch, temperature=0, max_output_tokens=80)
     assert isinstance(answer.output_parsed.on, bool)
 
 

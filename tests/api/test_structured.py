@@ -64,9 +64,13 @@ def test_the_text_has_the_form(client, form, fits, temperature):
 
 
 def test_json_objects_and_tags(client):
-    text = client.completions.create(
-        model=NAME, prompt="hi", max_tokens=60, seed=1, extra_body={"response_format": {"type": "json_object"}}
-    ).choices[0].text
+    text = (
+        client.completions.create(
+            model=NAME, prompt="hi", max_tokens=60, seed=1, extra_body={"response_format": {"type": "json_object"}}
+        )
+        .choices[0]
+        .text
+    )
     assert text.startswith("{")
     url = str(client.base_url).removesuffix("v1/")
     angle = [str(t) for t in httpx.post(url + "tokenize", json={"prompt": "<f>12"}).json()["tokens"]]

@@ -109,10 +109,7 @@ def test_stop_tokens_and_limits_end_inside_a_run_of_guesses(pair, loaded):
 def test_a_seed_gives_the_text_without_speculation(pair, loaded, cut):
     plain, fast = engines(pair, loaded)
     made = [
-        [
-            make_request(f"r{i}", p, 6, max_tokens=20, temperature=0.9, seed=i, **cut)
-            for i, p in enumerate(prompts(4))
-        ]
+        [make_request(f"r{i}", p, 6, max_tokens=20, temperature=0.9, seed=i, **cut) for i, p in enumerate(prompts(4))]
         for _ in range(2)
     ]
     assert texts(plain, made[0]) == texts(fast, made[1])
@@ -126,9 +123,7 @@ def test_sampling_follows_the_distribution(pair, loaded, cut):
     for engine in engines(pair, loaded, max_num_seqs=64, max_num_batched_tokens=512):
         found = collections.Counter()
         for wave in range(16):
-            requests = [
-                make_request(f"{wave}.{i}", [9, 4], 6, max_tokens=5, temperature=0.8, **cut) for i in range(64)
-            ]
+            requests = [make_request(f"{wave}.{i}", [9, 4], 6, max_tokens=5, temperature=0.8, **cut) for i in range(64)]
             run(engine, requests, check=False)
             found.update((i, token) for r in requests for i, token in enumerate(r.output_token_ids))
         counts.append(found)

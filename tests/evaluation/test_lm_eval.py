@@ -56,7 +56,7 @@ def over_http(tasks, url: str, model: str, names, **arguments) -> dict:
 def check(served: dict, local: dict) -> None:
     for here, there in zip(served["facts"], local["facts"], strict=True):
         assert len(here["resps"]) == len(there["resps"]) > 1
-        for (((ours, our_greedy),), ((theirs, their_greedy),)) in zip(here["resps"], there["resps"], strict=True):
+        for ((ours, our_greedy),), ((theirs, their_greedy),) in zip(here["resps"], there["resps"], strict=True):
             assert float(ours) == pytest.approx(float(theirs), abs=1e-3), here["doc"]
             assert str(our_greedy) == str(their_greedy), here["doc"]
         assert here["acc"] == there["acc"] and here["acc_norm"] == there["acc_norm"]

@@ -20,8 +20,7 @@ def body(prompt, **changes) -> dict:
 
 async def ask_all(client: httpx.AsyncClient, ledger: Ledger, extra=()) -> list[int]:
     asks = [
-        ledger.ask(client, body(prompt, size=f"{4 + i % 3}L", stream=i % 2 == 0), i)
-        for i, prompt in enumerate(PROMPTS)
+        ledger.ask(client, body(prompt, size=f"{4 + i % 3}L", stream=i % 2 == 0), i) for i, prompt in enumerate(PROMPTS)
     ]
     return await asyncio.gather(*asks, *(ledger.ask(client, request) for request in extra))
 

@@ -90,9 +90,7 @@ def check_steps(pair: LoadedPair, counts: list[list[int]], sizes: tuple[int, ...
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
     # Whole prompts beside a first token, a chunk and decode rows together, decode of mixed sizes, of one size.
-    check_steps(
-        make_small(family), [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1], [0, 0, 1, 1]], sizes=(4, 3, 2, 2)
-    )
+    check_steps(make_small(family), [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1], [0, 0, 1, 1]], sizes=(4, 3, 2, 2))
 
 
 @pytest.mark.parametrize(("order", "sizes"), [("first_to_last", (4, 3, 3, 2)), ("middle", (6, 5, 4, 3))])

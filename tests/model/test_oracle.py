@@ -81,9 +81,7 @@ def test_every_size_alone_and_in_a_mixed_batch(family, order, executor):
     requests = []
     for i in range(9):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 2, 7, 8, 9, 40]))]
-        requests.append(
-            make_request(f"r{i}", prompt, pair.elasticity.sizes[i % 3], logprobs=-1, prompt_logprobs=-1)
-        )
+        requests.append(make_request(f"r{i}", prompt, pair.elasticity.sizes[i % 3], logprobs=-1, prompt_logprobs=-1))
     outputs = run(engine, requests)
     for request in requests:
         size = request.sizes[0]

@@ -55,8 +55,13 @@ def test_text_becomes_the_tokens_it_was_trained_on(tokenizer):
     # Each digit is its own token, and the space before a number too (pre-tokenizer of the original: digits one by one).
     assert tokenizer.convert_ids_to_tokens(tokenizer("in  2024").input_ids) == ["in", "ĠĠ", "2", "0", "2", "4"]
     texts = [
-        "  12 apples\n\n\tx=1.5e-7", "naïve café — 你好, мир 👩‍👩‍👧‍👦 \u200b",
-        "it's I'M we'll\r\n", "a\x00b\x7f", " ", "", "½ Ⅻ １２",
+        "  12 apples\n\n\tx=1.5e-7",
+        "naïve café — 你好, мир 👩‍👩‍👧‍👦 \u200b",
+        "it's I'M we'll\r\n",
+        "a\x00b\x7f",
+        " ",
+        "",
+        "½ Ⅻ １２",
     ]
     for text in texts:
         assert tokenizer.decode(tokenizer(text).input_ids) == text

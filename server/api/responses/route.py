@@ -31,9 +31,7 @@ async def create_response(request: Request, state: ServerState) -> Response:
 class ResponseCall:
     """One call and how its answer is written."""
 
-    def __init__(
-        self, state: ServerState, body: ResponsesRequest, conversation: Conversation, request_id: str
-    ) -> None:
+    def __init__(self, state: ServerState, body: ResponsesRequest, conversation: Conversation, request_id: str) -> None:
         self.state = state
         self.body = body
         self.conversation = conversation

@@ -71,9 +71,7 @@ class PackedWeights:
         num_bytes = self._lib.bs_packed_bytes(n, k, is_gated, _TYPES[self.dtype])
         return _Source(matrix, is_gated, num_bytes, self._lib.bs_packed_channels(n, is_gated))
 
-    def _pack(
-        self, group: list[_Source], offset: int, channel: int, everyone: list[torch.Tensor]
-    ) -> tuple[int, int]:
+    def _pack(self, group: list[_Source], offset: int, channel: int, everyone: list[torch.Tensor]) -> tuple[int, int]:
         items = (library.Pack * len(group))()
         targets = []
         for item, m in zip(items, group, strict=True):

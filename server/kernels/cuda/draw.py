@@ -172,9 +172,7 @@ def draw_kernel(
         uniform = tl.load(settings_ptr + 4 * settings_stride + row)
         scale = (1.0 / temperature).to(tl.float32)
         if (top_p < 1.0) | ((top_k > 0) & (top_k < vocab)):
-            token = _draw_in_rank_order(
-                row_ptr, vocab, uniform, top_p, top_k, top, scale, min_p, SHIFT, BLOCK
-            )
+            token = _draw_in_rank_order(row_ptr, vocab, uniform, top_p, top_k, top, scale, min_p, SHIFT, BLOCK)
         else:
             token = _draw_in_id_order(row_ptr, vocab, uniform, top, scale, min_p, BLOCK)
     tl.store(tokens_ptr + row, tl.where(is_finite, token, -1))

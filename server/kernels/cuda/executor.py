@@ -167,9 +167,7 @@ class CudaExecutor:
     # --- without waiting
 
     @torch.inference_mode()
-    def launch(
-        self, batch: ForwardBatch, draws: list[DrawArguments], *, follows: Follows | None = None
-    ) -> Download:
+    def launch(self, batch: ForwardBatch, draws: list[DrawArguments], *, follows: Follows | None = None) -> Download:
         """Run a step whose requests all take one token and draw the next one of each; nothing waits for the device.
 
         `follows`: the input ids are what a launch before drew in these rows, int32 [R]; the host need not know them

@@ -101,9 +101,7 @@ class Layers:
         )  # fmt: skip
         attended = torch.empty_like(q)
         for items in lane.items:
-            self.attention.run(
-                q, attended, self.k_pages, self.v_pages, table, items, lane.first_token
-            )
+            self.attention.run(q, attended, self.k_pages, self.v_pages, table, items, lane.first_token)
         attended = attended.view(len(x), -1)
         if spec.parallel_residual:  # the MLP reads what attention has not been added to
             normed = normalise("mlp_norm")
