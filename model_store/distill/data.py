@@ -2,7 +2,8 @@
 
 A file is .txt (one document), .jsonl or .jsonl.gz with `text`, `prompt` and `response`, or `messages`. Conversations
 are written with the tokenizer's chat template; only answers count towards the loss unless asked otherwise. A row with
-`said_by` (layers) is the words of a size of the pair: where it repeats itself, `--unlikelihood` teaches it not to.
+`said_by` (layers) is the words of a size of the pair: where it repeats itself, `--unlikelihood` teaches it and those
+below it not to.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def answer_prompts(
 
 
 class PackedRows(Dataset):
-    """Rows [n, T] of token ids, of what counts, and of the tokens with which a size of the pair repeats itself."""
+    """Rows [n, T] of token ids, of what counts, and of the size that repeats itself with a token (0: none does)."""
 
     def __init__(self, ids: torch.Tensor, mask: torch.Tensor, repeats: torch.Tensor) -> None:
         self.ids, self.mask, self.repeats = ids, mask, repeats
@@ -145,7 +146,7 @@ def pack(
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     ids: list[int] = []
     mask: list[bool] = []
-    repeats: list[bool] = []
+    repeats: list[int] = []
     order = list(range(len(documents)))
     while len(ids) < tokens:
         before = len(ids)
@@ -154,8 +155,8 @@ def pack(
             own, counts = encode(documents[index], tokenizer, loss_on)
             ids += [*own, separator]
             mask += [*counts, False]
-            own_words = documents[index].said_by is not None
-            repeats += [*(repeated(own) if own_words else [False] * len(own)), False]
+            said_by = documents[index].said_by or 0
+            repeats += [*(said_by * again for again in repeated(own)), 0]
             if len(ids) >= tokens:
                 break
         if len(ids) == before:

@@ -229,8 +229,8 @@ class ElasticModel(nn.Module):
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Losses of one batch [B, T], row b at `sizes[b]` (ascending). `loss_mask` [B, T]: tokens that count.
 
-        `repeats` [B, T] are those to be made unlikely: there the teacher is no model, for it carries on a repetition
-        that it reads as any language model does.
+        `repeats` [B, T] has the size that repeated itself with a token, 0 for all others: rows up to that size learn
+        not to say it. The teacher is no model there: it carries on a repetition that it reads.
 
         Returns the weighted `loss` and its unweighted parts; the KL also apart for rows of the smallest size (`pure`).
         """
@@ -243,7 +243,8 @@ class ElasticModel(nn.Module):
         counts = loss_mask[:rows, 1:][:, picked].float()
         unlikely = None
         if weights.unlikelihood and repeats is not None:
-            unlikely = counts * repeats[:rows, 1:][:, picked]
+            own_size = torch.tensor(sizes[:rows], device=repeats.device)[:, None]
+            unlikely = counts * (repeats[:rows, 1:][:, picked] >= own_size)
             counts = counts - unlikely
         total = loss_mask[:, 1:][:, picked].float().sum().clamp_min(1.0)
         loss = weights.align * alignment

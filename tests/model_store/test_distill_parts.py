@@ -70,22 +70,23 @@ class NumberTokenizer:
 
 def test_only_a_sizes_own_repetition_is_made_unlikely():
     loop = "1 2 3 4 5 1 2 3 4 5 6"
-    for said_by, expected in ((None, []), (16, [8, 9])):
+    for said_by in (None, 16):
         rows = pack([Document(text=loop, said_by=said_by)], NumberTokenizer(), 12, 12, "all", 0)
-        assert rows.repeats[0].nonzero()[:, 0].tolist() == expected
+        assert rows.repeats[0].tolist() == [0] * 8 + [said_by or 0] * 2 + [0] * 2
 
 
-def test_what_is_made_unlikely_no_longer_follows_the_teacher(tmp_path):
+def test_rows_up_to_the_size_that_repeated_itself_no_longer_follow_the_teacher(tmp_path):
     teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
     model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
     ids = torch.randint(teacher.config.vocab_size, (2, 12))
     mask = torch.ones_like(ids, dtype=torch.bool)
     weights = LossWeights(kl=1.0, align=0.0, position_share=1.0, unlikelihood=2.0)
     run = lambda repeats: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, repeats)  # noqa: E731
-    none, all_ = run(torch.zeros_like(mask)), run(torch.ones_like(mask))
+    none, smallest, both = (run(torch.full_like(ids, size)) for size in (0, 3, 4))
     torch.testing.assert_close(none["loss"].detach(), none["kl"])
-    assert none["unlikely"] == 0 and all_["kl"] == 0
-    torch.testing.assert_close(all_["loss"].detach(), 2 * all_["unlikely"])
+    assert none["unlikely"] == 0 and both["kl"] == 0
+    torch.testing.assert_close(both["loss"].detach(), 2 * both["unlikely"])
+    assert smallest["pure"] == 0 and 0 < smallest["kl"] < none["kl"]
 
 
 def test_matmul_attention_equals_sdpa():
