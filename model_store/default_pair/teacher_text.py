@@ -3,7 +3,7 @@
 Two kinds: prose that the teacher continues from an encyclopaedic first line found in the training text, and answers to
 questions about the subjects of those lines. What the teacher says is what the student must learn to say, and nobody
 else's rights are in it. With `--size` a smaller size speaks instead: text on which it learns what the teacher would
-have said where it goes wrong itself.
+have said where it goes wrong itself, and (`distill --unlikelihood`) not to repeat itself. Prints how many answers do.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
+    from model_store.evaluate.chat import is_repetitive
     from model_store.pair import open_pair
     from server.config import Settings
     from server.offline import OfflineEngine
@@ -83,7 +84,7 @@ def main() -> None:
     rng.shuffle(jobs)
     engine = OfflineEngine(pair, Settings(), 1024)
     size = args.size or pair.elasticity.sizes[-1]
-    began, made = time.monotonic(), 0
+    began, made, answers, repeating = time.monotonic(), 0, 0, 0
     with args.out.open("w") as out:
         for first in range(0, len(jobs), 128):
             part = jobs[first : first + 128]
@@ -98,9 +99,12 @@ def main() -> None:
                     row["said_by"] = size
                 out.write(json.dumps(row) + "\n")
                 made += len(new)
+                answers += kind == "chat"
+                repeating += kind == "chat" and is_repetitive(new)
             out.flush()
             speed = made / (time.monotonic() - began)
-            print(f"{first + len(part)} of {len(jobs)}, {made} tokens, {speed:.0f}/s", flush=True)
+            share = f"{repeating} of {answers} answers repeat themselves"
+            print(f"{first + len(part)} of {len(jobs)}, {made} tokens, {speed:.0f}/s; {share}", flush=True)
 
 
 if __name__ == "__main__":
