@@ -1,13 +1,15 @@
 """Decode speed of the CUDA executor against the memory's limit and against transformers, in one run on one GPU.
 
     python -m benchmarks.cuda [--json cuda.json]                          Qwen3-4B shapes, random weights, bfloat16
+    python -m benchmarks.cuda --quantization int8 --skip-transformers     the same with int8 weights
 
     TRITON_INTERPRET=1 python -m benchmarks.cuda --shape tiny --device cpu --dtype float32 --batches 1 2 --mixed 4 \
         --context 6 --steps 2 --repeats 1                                that it runs, without a GPU; no figure counts
 
 Measures, in this order: bandwidth of the memory and two matrix products, which bound everything below; decode at every
-batch size, through the engine and without it; the same with transformers' compiled generate over a static cache; and a
-batch of four sizes against the same requests run apart. Medians over the repetitions.
+batch size, through the engine and without it; tokens drawn with top_k and top_p instead of the likeliest; the same with
+transformers' generate over a static cache, which it compiles; and a batch of four sizes against the same requests run
+apart. Medians over the repetitions.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def _wait(device: torch.device) -> None:
 
 def limits(pair: LoadedPair, device: torch.device, repeats: int) -> dict[str, Any]:
     """Bytes/s of a large copy (both ways) and of a large read; FLOP/s of a large and of a decode-shaped product."""
-    spec, dtype = pair.spec, pair.ends["teacher"].embed.dtype
+    spec, dtype = pair.spec, pair.ends["teacher"].final_norm_weight.dtype
     big = device.type == "cuda"
     count = (1 << 30) if big else (1 << 22)
     a = torch.zeros(count, dtype=torch.float32, device=device)
@@ -78,18 +80,27 @@ def step_bytes(pair: LoadedPair, sizes: list[int], context: int) -> int:
     layers = {layer for path in paths for layer in path.layers}
     heads = {id(pair.ends[path.head_from].head): pair.ends[path.head_from].head for path in paths}
     weights = sum(tensor.nbytes for layer in layers for tensor in pair.layers[layer].tensors())
-    kv = spec.kv_bytes_per_token_layer(pair.ends["teacher"].embed.dtype.itemsize)
+    kv = spec.kv_bytes_per_token_layer(pair.ends["teacher"].final_norm_weight.dtype.itemsize)
     return weights + sum(head.nbytes for head in heads.values()) + sum(path.size for path in paths) * context * kv
 
 
 # --- ours
 
 
-def decode(engine: Engine, sizes: list[int], arguments: argparse.Namespace) -> dict[str, float]:
+GREEDY = (0.0, 1.0, 0.0, 0, 0.0)  # temperature, top_p, min_p, top_k, uniform number
+SAMPLED = (0.7, 0.8, 0.0, 20, 0.6)  # as Qwen3 recommends
+
+
+def decode(
+    engine: Engine, sizes: list[int], arguments: argparse.Namespace, draw: tuple[float, ...] = GREEDY
+) -> dict[str, float]:
     """Seconds of a decode step of one request per entry of `sizes`: through the engine, and enqueued back to back."""
     rng = random.Random(0)
     vocab, steps = engine.spec.vocab_size, arguments.steps
-    sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
+    temperature, top_p, _, top_k, _ = draw
+    sampling = SamplingParams(
+        max_tokens=steps + 2, temperature=temperature, top_p=top_p, top_k=int(top_k), ignore_eos=True
+    )
     through, alone = [], []
     for repeat in range(arguments.repeats + 1):
         engine.kv_cache.reset_prefix_cache()
@@ -110,11 +121,11 @@ def decode(engine: Engine, sizes: list[int], arguments: argparse.Namespace) -> d
             through.append((time.perf_counter() - start) / max(count, 1))
         engine.abort([request.request_id for request in requests])
         if repeat:
-            alone.append(_back_to_back(engine, sizes, arguments))
+            alone.append(_back_to_back(engine, sizes, arguments, draw))
     return {"engine_s": statistics.median(through), "device_s": statistics.median(alone)}
 
 
-def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespace) -> float:
+def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespace, draw: tuple[float, ...]) -> float:
     """Seconds of a step when the host is always ahead: the same step, launched again and again."""
     executor, elasticity, kv_cache = engine.executor, engine.elasticity, engine.kv_cache
     requests = []
@@ -127,7 +138,7 @@ def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespac
             request.num_computed_tokens = arguments.context
             requests.append(request)
         batch = engine.build_batch([(request, 1) for request in requests])
-        draws = [(0.0, 1.0, 0.0, 0, 0.0)] * len(sizes)
+        draws = [draw] * len(sizes)
         rows = np.arange(len(sizes), dtype=np.int32)
         last = executor.launch(batch, draws)
         last.wait()
@@ -145,17 +156,18 @@ def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespac
 
 
 def transformers_decode(pair: LoadedPair, batches: list[int], arguments: argparse.Namespace) -> dict[int, Any]:
-    """Seconds of a decode step of `generate` with a static cache at full size, compiled where there is a GPU."""
+    """Seconds of a decode step of `generate` at full size; on a GPU it compiles decoding over a static cache itself."""
     from transformers import AutoModelForCausalLM
 
-    dtype, device = pair.ends["teacher"].embed.dtype, pair.ends["teacher"].embed.device
+    sample = pair.ends["teacher"].final_norm_weight
+    dtype, device = sample.dtype, sample.device
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(transformers_config(pair.spec), dtype=dtype).eval()
     model.generation_config.cache_implementation = "static"
-    if device.type == "cuda":
-        model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
     found: dict[int, Any] = {}
     for batch in batches:
+        torch._dynamo.reset()  # what it has compiled for another batch size
+        model.__dict__.pop("_compiled_call", None)
         ids = torch.randint(0, pair.spec.vocab_size, (batch, arguments.context), device=device)
 
         def generate(count: int, ids: torch.Tensor = ids) -> None:
@@ -184,7 +196,7 @@ def four_sizes(pair: LoadedPair) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    pair = random_pair(arguments.shape, dtype, device)
+    pair = random_pair(arguments.shape, dtype, device, arguments.quantization)
     batches, sizes = arguments.batches, four_sizes(pair)
     largest = max(*batches, arguments.mixed)
     length = arguments.context + arguments.steps + 8
@@ -197,6 +209,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, interpreted: figures are void",
         "torch": torch.__version__, "shape": arguments.shape, "dtype": arguments.dtype, "context": arguments.context,
+        "quantization": arguments.quantization,
         "steps": arguments.steps, "repeats": arguments.repeats, "weight_bytes": pair.num_bytes(),
         "limits": limits(pair, device, arguments.repeats),
     }  # fmt: skip
@@ -211,6 +224,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         row["floor_s"] = step_bytes(pair, [size] * batch, arguments.context) / bandwidth
         rows.append(row)
     report["decode"] = rows
+    full = [pair.sizes[-1]] * arguments.mixed
+    report["sampled"] = {"batch": arguments.mixed, **decode(engine, full, arguments, SAMPLED)}
     each = max(arguments.mixed // len(sizes), 1)
     mixed = sorted(sizes * each, reverse=True)
     report["mixed"] = {
@@ -229,7 +244,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def print_report(report: dict[str, Any]) -> None:
     found, ms = report["limits"], 1e3
-    print(f"{report['device']}; torch {report['torch']}; {report['shape']} shapes, {report['dtype']}, random weights")
+    kind = ", ".join(filter(None, (report["dtype"], report["quantization"])))
+    print(f"{report['device']}; torch {report['torch']}; {report['shape']} shapes, {kind}, random weights")
     print(f"{report['executor']}; engine ready in {report['engine_start_s']:.1f} s; context {report['context']}")
     products = ", ".join(f"{name} product {p['flops'] / 1e12:.1f} TFLOP/s" for name, p in found["products"].items())
     print(
@@ -246,6 +262,11 @@ def print_report(report: dict[str, Any]) -> None:
             f"{row['size']:>4}L{row['batch']:>9}{row['engine_s'] * ms:>11.2f}{row['device_s'] * ms:>11.2f}"
             f"{row['floor_s'] * ms:>10.2f}{row['engine_s'] / row['floor_s']:>9.2f}{other:>17}"
         )
+    sampled = report["sampled"]
+    print(
+        f"{largest:>4}L{sampled['batch']:>9}{sampled['engine_s'] * ms:>11.2f}{sampled['device_s'] * ms:>11.2f}"
+        "    drawn with temperature 0.7, top_k 20, top_p 0.8"
+    )
     mixed = report["mixed"]
     for name in ("engine", "device"):
         together, apart = mixed["together"][f"{name}_s"], sum(one[f"{name}_s"] for one in mixed["apart"].values())
@@ -260,6 +281,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-4b", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", choices=("int8",))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--mixed", type=int, default=64, help="requests of the batch of four sizes")
     parser.add_argument("--context", type=int, default=512)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.int8 import Matrix, quantise
 from model_store.loaded import LoadedPair
 from model_store.spec import ModelSpec
 from model_store.weights import EndWeights, LayerWeights
@@ -40,11 +41,13 @@ def transformers_config(spec: ModelSpec) -> Any:
     )  # fmt: skip
 
 
-def random_pair(shape: str, dtype: torch.dtype, device: torch.device) -> LoadedPair:
+def random_pair(shape: str, dtype: torch.dtype, device: torch.device, quantization: str | None = None) -> LoadedPair:
+    """A pair that computes in `dtype`; with `quantization` "int8" its matrices are rounded as the loader does it."""
     spec = _spec(shape)
 
-    def draw(*dims: int) -> torch.Tensor:
-        return torch.empty(dims, dtype=dtype, device=device).normal_(0, 0.02)
+    def draw(*dims: int) -> Matrix:
+        matrix = torch.empty(dims, dtype=dtype, device=device).normal_(0, 0.02)
+        return quantise(matrix) if quantization == "int8" else matrix
 
     def ones(width: int) -> torch.Tensor:
         return torch.ones(width, dtype=dtype, device=device)

@@ -110,11 +110,12 @@ class StepRunner:
             rows += range(first, first + len(own))
             first += 1 + len(request.draft_token_ids)
         owners = _owners(requests)
-        values = logits[rows, [token for own in chosen for token in own]].tolist()
-        for row, value in zip(rows, values, strict=True):
-            if value == -math.inf:
+        drawn = [token for own in chosen for token in own]  # negative where an executor found no number to draw from
+        values = logits[rows, [max(token, 0) for token in drawn]].tolist()
+        for row, token, value in zip(rows, drawn, values, strict=True):
+            if value == -math.inf and (token >= 0 or bool(torch.isneginf(logits[row]).all())):
                 faults[owners[row].request_id] = NoTokenLeft("The constraints together leave no token to choose.")
-            elif not math.isfinite(value):
+            elif token < 0 or not math.isfinite(value):
                 faults[owners[row].request_id] = ArithmeticError(_NO_NUMBER)
         return tokens
 

@@ -126,7 +126,7 @@ def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
 def calibrate(
     engine: Engine, profile: CostProfile, *, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter
 ) -> CostModel:
-    """Time steps on an idle engine for about `seconds` and fit. The pool's contents are overwritten."""
+    """Time steps on an idle engine for about `seconds`, beside what compiling takes, and fit. Overwrites the pool."""
     config = engine.config
     steps = plan(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
     features, times = [], []
@@ -141,8 +141,11 @@ def calibrate(
             # The first run of a shape pays for page faults and, on some executors, for compilation.
             if repeat:
                 best = took if best is None else min(best, took)
+            else:
+                first = took
             if best is not None and (clock() > deadline or took > 0.25):
                 break
+        deadline += max(first - best, 0.0)
         features.append(blank.shape(batch).features)
         times.append(best)
         if clock() > deadline and index >= 4:

@@ -147,7 +147,8 @@ def _draw_in_rank_order(
     return token
 
 
-@triton.jit
+# The stride is the number of rows: without this, variants for 1, for multiples of 16 and for the rest are compiled.
+@triton.jit(do_not_specialize=["settings_stride"])
 def draw_kernel(
     logits_ptr, settings_ptr, tokens_ptr, vocab, row_stride, settings_stride, SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Iterator
 
@@ -51,11 +53,19 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
-        if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-            return "Triton needs a C compiler at run time and there is none"
+        if missing := _missing_for_triton():
+            return f"Triton needs {missing} at run time"
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
         return "runs students kept as differences only where all of their layers are"
     return CudaExecutor(pair, config)
+
+
+def _missing_for_triton() -> str | None:
+    """What Triton compiles its launchers with and cannot find, as it looks for it."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "gcc, clang or CC"
+    headers = sysconfig.get_paths()["include"]
+    return None if os.path.exists(os.path.join(headers, "Python.h")) else f"Python.h in {headers}"
 
 
 class CudaExecutor:
@@ -343,7 +353,8 @@ class CudaExecutor:
         Counts are 0 meanwhile, so nothing is written to the pages. Largest first, so that all share its memory.
         """
         started = time.monotonic()
-        self.draw(self.logits(self._hidden[:1], 1), [GREEDY])  # compiles the kernel for logits in float32
+        self.draw(self.logits(self._hidden[:1], 1), [GREEDY])  # compiles the kernel for logits in float32,
+        self.draw(self._logits[:1], [GREEDY])  # and in the dtype of the decode graphs
         for rows in reversed(self._buckets):
             for size in {self.sizes[0], self.sizes[-1]}:
                 self._run_path(size, rows)
