@@ -17,7 +17,6 @@ from model_store.lowrank import LowRankTerm
 from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampler
 from server.kernels.cuda.activation import activate
-from server.kernels.cuda.attention import Items, PagedAttention
 from server.kernels.cuda.draw import draw
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
 from server.kernels.cuda.linear import Factors, add_linear, add_low_rank, linear
@@ -26,23 +25,7 @@ from server.kernels.cuda.rotary import rotate_and_write
 from server.kernels.cuda.staging import Download, Upload
 from server.kernels.cuda.tables import DeviceTables
 from server.model import decoder_layer
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NO_LIMIT = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=DEVICE)
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-def randn(*shape, dtype=torch.float32, around=0.0):
-    return (around + torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).to(DEVICE, dtype)
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def assert_close(got, expected, dtype):
-    scale = expected.float().abs().max()
-    assert (got.float() - expected.float()).abs().max() <= TOLERANCE[dtype] * scale
+from tests.kernels.tensors import DEVICE, TOLERANCE, assert_close, ints, randn
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -141,60 +124,6 @@ def test_rotary_norm_and_pages(rotary_dim, has_norm, dtype):
         assert_close(written, wanted, dtype)
 
 
-def attend(items: Items, *, num_programs: int, heads=6, kv_heads=2, dim=24, dtype=torch.float32, tokens=40):
-    """Kernel and reference outputs [tokens, H, D] for two requests with 100 positions in shuffled pages."""
-    page, length = 8, 104
-    attention = PagedAttention(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, scale=0.3, max_rows=4, num_programs=num_programs,
-        dtype=dtype, device=DEVICE,
-    )  # fmt: skip
-    keys, values = (randn(2, length, kv_heads, dim, dtype=dtype, around=a) for a in (0.0, 0.1))
-    q = randn(tokens, heads, dim, dtype=dtype)
-    order = torch.randperm(26, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    table = order.view(2, 13).int()
-    pages = [torch.full((26, kv_heads, page, dim), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
-    for target, source in zip(pages, (keys, values), strict=True):
-        target[order] = source.view(26, page, kv_heads, dim).transpose(1, 2)
-    got = torch.zeros_like(q)
-    attention.run(q, got, *pages, table, items, first_token=10)
-    expected = torch.zeros_like(q)
-    for item in range(min(len(items), int(items.count))):
-        row, slot = int(items.tokens[item]) - 10, int(items.slots[item])
-        for i in range(int(items.lengths[item])):
-            seen = int(items.positions[item]) + i + 1
-            k, v = keys[slot, :seen].transpose(0, 1), values[slot, :seen].transpose(0, 1)
-            query = q[row + i][:, None].float()
-            expected[row + i] = F.scaled_dot_product_attention(
-                query[None], k[None].float(), v[None].float(), scale=0.3, enable_gqa=True
-            )[0, :, 0].to(dtype)
-    return got, expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cannot multiply bfloat16 matrices
-@pytest.mark.parametrize("num_programs", [1, 32])
-def test_decode_attention_whole_and_split(num_programs, dtype):
-    # The fourth item is padding: its request, row and position are nonsense.
-    items = Items(ints(10, 11, 12, 99), ints(1, 1, 1, 1), ints(0, 1, 1, 77), ints(100, 0, 65, 10**6), ints(3), True)
-    got, expected = attend(items, num_programs=num_programs, dtype=dtype)
-    assert_close(got, expected, dtype)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2)])
-def test_chunk_attention(heads, kv_heads):
-    # A first chunk, one that goes on, and one of two tokens.
-    items = Items(ints(10, 25, 41), ints(15, 16, 2), ints(0, 1, 0), ints(0, 60, 98), NO_LIMIT, False)
-    got, expected = attend(items, num_programs=8, heads=heads, kv_heads=kv_heads)
-    assert_close(got, expected, torch.float32)
-
-
-def test_number_of_splits_fills_the_device_and_no_more():
-    attention = PagedAttention(
-        num_heads=32, num_kv_heads=8, head_dim=128, scale=1.0, max_rows=256, num_programs=264, dtype=torch.bfloat16,
-        device=DEVICE,
-    )  # fmt: skip
-    assert [attention.num_splits(n) for n in (1, 2, 8, 16, 17, 64, 256)] == [32, 16, 4, 2, 1, 1, 1]
-
-
 def make_draws(num_rows: int) -> list[Request]:
     rng = random.Random(5)
     return [
@@ -287,5 +216,7 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert len(rows) > 15
+    wanted = {"chunk attention, any splits"} | {f"chunk, reduce {splits} splits" for splits in (2, 4, 8, 16, 32)}
+    assert wanted <= {row["kernel"] for row in rows}
     for row in rows:
         assert row["spilled"] == 0 and row["shared"] <= 227 * 1024, row

@@ -1,7 +1,9 @@
-"""Paged attention: flash attention over work items, with the keys of an item split among programs where rows are few.
+"""Paged attention: flash attention over work items, with the keys of an item split among programs where items are few.
 
 An item is a run of consecutive query tokens of one request; a decoding request is an item of one token. The G query
-heads of a KV head are extra rows of the same tile, so each K and V element is read once for all of them.
+heads of a KV head are extra rows of the same tile, so each K and V element is read once for all of them. What is left
+of a prompt behind a cached prefix, or guesses to be verified, make one or two items with thousands of keys: those are
+split as decoding ones are.
 
 T = tokens, H = query heads, K = KV heads, G = H / K, D = head dim, P = page size, S = splits.
 """
@@ -16,9 +18,12 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
+# A chunk's tile of partial results is as much traffic as two blocks of keys, and joining them is one more launch.
+MIN_BLOCKS = 4  # of keys, for a split of a chunk
 
-
-_MOVING = ["tokens_ptr", "lengths_ptr", "slots_ptr", "positions_ptr", "count_ptr"]  # views that start anywhere
+# Views that start anywhere.
+_MOVING = ["tokens_ptr", "lengths_ptr", "slots_ptr", "positions_ptr", "count_ptr"]
+_MOVING_TO_REDUCE = ["tokens_ptr", "lengths_ptr", "count_ptr"]
 
 
 @triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=_MOVING)
@@ -26,8 +31,9 @@ def attention_kernel(
     q_ptr, out_ptr, partial_ptr, score_ptr, k_pages_ptr, v_pages_ptr, table_ptr, tokens_ptr, lengths_ptr, slots_ptr,
     positions_ptr, count_ptr, first_token, max_blocks, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """SPLITS 0: as many as the grid has, and one compilation for all of them. QUERIES: most of an item."""
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if item >= tl.load(count_ptr):
         return
@@ -46,7 +52,8 @@ def attention_kernel(
     q = tl.load(q_ptr + q_offsets[:, None] + channels[None, :], mask=q_mask, other=0.0)
 
     num_keys = position + length
-    share = tl.cdiv(tl.cdiv(num_keys, SPLITS), BLOCK_N) * BLOCK_N
+    splits = SPLITS if SPLITS else tl.num_programs(2)
+    share = tl.cdiv(tl.cdiv(num_keys, splits), BLOCK_N) * BLOCK_N
     start = split * share
     stop = tl.minimum(start + share, num_keys)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -79,9 +86,10 @@ def attention_kernel(
     if SPLITS == 1:
         tl.store(out_ptr + q_offsets[:, None] + channels[None, :], acc.to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
-        # Split only where an item is one query: row of the partial results = item, head.
-        is_row = queries < 1
-        slots = (item * H + heads) * SPLITS + split
+        # Row of the partial results = item, query, head. One that sees no key of this split scores -inf: weight 0.
+        is_row = queries < length if QUERIES > 1 else queries < 1
+        first_row = item * QUERIES + queries if QUERIES > 1 else item
+        slots = (first_row * H + heads) * splits + split
         tl.store(score_ptr + slots, best + tl.log2(total), mask=is_row)
         tl.store(
             partial_ptr + slots[:, None].to(tl.int64) * D + channels[None, :], acc,
@@ -89,22 +97,25 @@ def attention_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=["tokens_ptr", "count_ptr"])
+@triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=_MOVING_TO_REDUCE)
 def reduce_kernel(
-    partial_ptr, score_ptr, out_ptr, tokens_ptr, count_ptr, first_token,
-    H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    partial_ptr, score_ptr, out_ptr, tokens_ptr, lengths_ptr, count_ptr, first_token,
+    H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0), tl.program_id(1)
+    query = tl.program_id(2) if QUERIES > 1 else 0
     if item >= tl.load(count_ptr):
         return
+    if QUERIES > 1 and query >= tl.load(lengths_ptr + item):
+        return
     splits, channels = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    base = (item * H + head) * SPLITS + splits
-    scores = tl.load(score_ptr + base)  # the first split of an item always holds a key, so the best is finite
+    base = ((item * QUERIES + query) * H + head) * SPLITS + splits
+    scores = tl.load(score_ptr + base)  # the first split holds the first key, which all see, so the best is finite
     weights = tl.exp2(scores - tl.max(scores, axis=0))
     mask = (weights > 0.0)[:, None] & (channels < D)[None, :]
     partial = tl.load(partial_ptr + base[:, None].to(tl.int64) * D + channels[None, :], mask=mask, other=0.0)
     out = tl.sum(partial * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    row = tl.load(tokens_ptr + item) - first_token
+    row = tl.load(tokens_ptr + item) - first_token + query
     target = out_ptr + (row.to(tl.int64) * H + head) * D + channels
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=channels < D)
 
@@ -119,6 +130,7 @@ class Items:
     positions: torch.Tensor  # of the first query
     count: torch.Tensor
     is_decode: bool  # one query each
+    max_keys: int | None = None  # no item has more, where the host knows
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -147,7 +159,10 @@ class PagedAttention:
         self, *, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, max_rows: int, num_programs: int,
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        """`max_rows`: most decoding items of a lane; `num_programs`: as many as fill the device twice over."""
+        """`max_rows`: most decoding items of a lane; `num_programs`: as many as fill the device twice over.
+
+        Scratch holds what decoding items or up to `num_programs` tiles of chunks leave: with more nothing is split.
+        """
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = scale * LOG2_E
         self.num_programs = num_programs
@@ -155,13 +170,21 @@ class PagedAttention:
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, item_bytes=dtype.itemsize
         )
         self.max_queries = self.tiles.chunk_rows // (num_heads // num_kv_heads)
-        most = max((n * self.num_splits(n) for n in range(1, max_rows + 1)), default=0)
-        self._partial = torch.empty(most * num_heads, head_dim, dtype=torch.float32, device=device)
-        self._scores = torch.empty(most * num_heads, dtype=torch.float32, device=device)
+        max_chunks = num_programs // (2 * num_kv_heads)  # that are split
+        queries = max(self._most_partial(max_rows), self._most_partial(max_chunks) * self.max_queries)
+        rows = queries * num_heads
+        self._partial = torch.empty(rows, head_dim, dtype=torch.float32, device=device)
+        self._scores = torch.empty(rows, dtype=torch.float32, device=device)
 
-    def num_splits(self, num_items: int) -> int:
-        """A power of two that depends on the number of items only, so that a captured grid stays right."""
+    def _most_partial(self, max_items: int) -> int:
+        """Most of items times splits, with any number of items up to this one."""
+        return max((n * self.num_splits(n) for n in range(1, max_items + 1)), default=0)
+
+    def num_splits(self, num_items: int, max_keys: int | None = None) -> int:
+        """A power of two. Without `max_keys` it depends on the number of items only: a captured grid stays right."""
         wanted = self.num_programs // max(num_items * self.num_kv_heads, 1)
+        if max_keys is not None:
+            wanted = min(wanted, max_keys // (MIN_BLOCKS * self.tiles.keys))
         return min(1 << max(wanted.bit_length() - 1, 0), MAX_SPLITS) if wanted > 1 else 1
 
     def run(
@@ -171,18 +194,19 @@ class PagedAttention:
         """q and out [T, H, D], rows of the tokens from `first_token` on; their own K and V are already in the pages."""
         if not len(items):
             return
-        page_size = k_pages.shape[2]
-        splits = self.num_splits(len(items)) if items.is_decode else 1
-        tiles = self.tiles
+        tiles, page_size = self.tiles, k_pages.shape[2]
+        splits = self.num_splits(len(items), items.max_keys)
+        queries, rows = (1, tiles.decode_rows) if items.is_decode else (self.max_queries, tiles.chunk_rows)
         attention_kernel[(len(items), self.num_kv_heads, splits)](
             q, out, self._partial, self._scores, k_pages, v_pages, table, items.tokens, items.lengths, items.slots,
             items.positions, items.count, first_token, table.shape[1], self.scale,
-            H=self.num_heads, K=self.num_kv_heads, D=self.head_dim, PAGE=page_size, SPLITS=splits,
-            BLOCK_M=tiles.decode_rows if items.is_decode else tiles.chunk_rows,
-            BLOCK_N=tiles.keys, WIDTH=tiles.width, num_warps=4, num_stages=3,
+            # Decode steps compile for each number before they are recorded; chunks would while somebody waits.
+            H=self.num_heads, K=self.num_kv_heads, D=self.head_dim, PAGE=page_size,
+            SPLITS=splits if items.is_decode or splits == 1 else 0, QUERIES=queries,
+            BLOCK_M=rows, BLOCK_N=tiles.keys, WIDTH=tiles.width, num_warps=4, num_stages=3,
         )  # fmt: skip
         if splits > 1:
-            reduce_kernel[(len(items), self.num_heads)](
-                self._partial, self._scores, out, items.tokens, items.count, first_token,
-                H=self.num_heads, D=self.head_dim, SPLITS=splits, WIDTH=tiles.width, num_warps=1,
+            reduce_kernel[(len(items), self.num_heads, queries)](
+                self._partial, self._scores, out, items.tokens, items.lengths, items.count, first_token,
+                H=self.num_heads, D=self.head_dim, SPLITS=splits, QUERIES=queries, WIDTH=tiles.width, num_warps=1,
             )  # fmt: skip

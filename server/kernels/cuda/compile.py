@@ -70,19 +70,28 @@ def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page
             found.append(Case(name, rotary.rotary_kernel, types, constants, num_warps=warps))
     items = {"tokens_ptr": "*i32", "lengths_ptr": "*i32", "slots_ptr": "*i32", "positions_ptr": "*i32"}
     tiles = attention.Tiles.of(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, item_bytes=2)
-    for name, splits, rows in (("decode", 1, tiles.decode_rows), ("decode", 8, tiles.decode_rows),
-                               ("chunk", 1, tiles.chunk_rows)):  # fmt: skip
+    chunk_queries = tiles.chunk_rows // (num_heads // num_kv_heads)
+    for name, splits, queries, rows in (
+        ("decode", 1, 1, tiles.decode_rows), ("decode", 8, 1, tiles.decode_rows),
+        ("chunk", 1, chunk_queries, tiles.chunk_rows), ("chunk", 0, chunk_queries, tiles.chunk_rows),
+    ):  # fmt: skip
         types = {"q_ptr": "*T", "out_ptr": "*T", "partial_ptr": "*fp32", "score_ptr": "*fp32", **pages, **items,
                  "count_ptr": "*i32", "first_token": "i32", "max_blocks": "i32", "scale": "fp32"}  # fmt: skip
-        constants = {**shape, "SPLITS": splits, "BLOCK_M": rows, "BLOCK_N": tiles.keys, "WIDTH": tiles.width}
+        constants = {**shape, "SPLITS": splits, "QUERIES": queries, "BLOCK_M": rows, "BLOCK_N": tiles.keys,
+                     "WIDTH": tiles.width}  # fmt: skip
         found.append(
-            Case(f"{name} attention, {splits} splits", attention.attention_kernel, types, constants,
+            Case(f"{name} attention, {splits or 'any'} splits", attention.attention_kernel, types, constants,
                  unaligned=(*items, "count_ptr"))
         )  # fmt: skip
-    types = {"partial_ptr": "*fp32", "score_ptr": "*fp32", "out_ptr": "*T", "tokens_ptr": "*i32", "count_ptr": "*i32",
-             "first_token": "i32"}  # fmt: skip
-    constants = {"H": num_heads, "D": head_dim, "SPLITS": 8, "WIDTH": tiles.width}
-    found.append(Case("reduce splits", attention.reduce_kernel, types, constants, num_warps=1))
+    types = {"partial_ptr": "*fp32", "score_ptr": "*fp32", "out_ptr": "*T", "tokens_ptr": "*i32",
+             "lengths_ptr": "*i32", "count_ptr": "*i32", "first_token": "i32"}  # fmt: skip
+    powers = [1 << bit for bit in range(1, attention.MAX_SPLITS.bit_length())]
+    for name, splits, queries in (("decode", 8, 1), *(("chunk", power, chunk_queries) for power in powers)):
+        constants = {"H": num_heads, "D": head_dim, "SPLITS": splits, "QUERIES": queries, "WIDTH": tiles.width}
+        found.append(
+            Case(f"{name}, reduce {splits} splits", attention.reduce_kernel, types, constants, num_warps=1,
+                 unaligned=("tokens_ptr", "lengths_ptr", "count_ptr"))
+        )  # fmt: skip
     types = {"logits_ptr": "*T", "settings_ptr": "*fp64", "tokens_ptr": "*i32", "vocab": "i32", "row_stride": "i32",
              "settings_stride": "i32"}  # fmt: skip
     found.append(Case("draw", draw.draw_kernel, types, {"SHIFT": 16, "BLOCK": 4096}, num_warps=8))

@@ -43,6 +43,7 @@ class StepInputs:
     chunks: torch.Tensor  # [4, n]
     decode_start: np.ndarray  # [R + 1], decode items of request r are [decode_start[r], decode_start[r + 1])
     chunk_start: np.ndarray
+    chunk_keys: np.ndarray  # [n], of each chunk item
     no_limit: torch.Tensor  # a count that no row reaches
 
     @classmethod
@@ -62,14 +63,15 @@ class StepInputs:
             batch.input_ids, batch.positions, np.repeat(batch.slots, counts), batch.logits_rows, updates, decode, chunks
         ]  # fmt: skip
         sent = upload.send(arrays)
-        return cls(batch, *sent, starts[0], starts[1], no_limit)
+        return cls(batch, *sent, starts[0], starts[1], chunks[1] + chunks[3], no_limit)
 
     def lane(self, start: int, stop: int) -> Lane:
         """Requests [start, stop) of the batch."""
         tokens = self.batch.tokens(start, stop)
+        begin, end = self.chunk_start[start], self.chunk_start[stop]
         items = (
             self._items(self.decode, self.decode_start[start], self.decode_start[stop], True),
-            self._items(self.chunks, self.chunk_start[start], self.chunk_start[stop], False),
+            self._items(self.chunks, begin, end, False, int(self.chunk_keys[begin:end].max(initial=0))),
         )
         return Lane(self.positions[tokens], self.slots[tokens], self.no_limit, items, tokens.start)
 
@@ -85,8 +87,8 @@ class StepInputs:
         lane.split = torch.full((1,), first, dtype=torch.int32, device=lane.slots.device)
         return lane
 
-    def _items(self, items: torch.Tensor, start: int, stop: int, is_decode: bool) -> Items:
-        return Items(*items[:, start:stop], count=self.no_limit, is_decode=is_decode)
+    def _items(self, items: torch.Tensor, start: int, stop: int, is_decode: bool, max_keys: int | None = None) -> Items:
+        return Items(*items[:, start:stop], count=self.no_limit, is_decode=is_decode, max_keys=max_keys)
 
 
 def _moved(slots: torch.Tensor, first: int, offset: int) -> torch.Tensor:
