@@ -7,12 +7,9 @@ import math
 import torch
 
 from server.engine.batch import ForwardBatch
+from server.engine.logprobs import MAX_ROWS, token_logprobs
 from server.engine.request import Request, RequestOutput, TokenLogprobs
-from server.engine.sampler import token_logprobs
 from server.model.executor import Executor
-
-# Rows that go through the head at once: bounds the [rows, vocabulary] float32 scratch.
-_ROWS = 128
 
 
 class PromptScores:
@@ -37,13 +34,11 @@ class PromptScores:
             scores = self._scores.setdefault(request.request_id, [None])
             del scores[begin + 1 :]  # a preempted request computes its prompt again
             known = len(scores)
-            for start in range(0, count, _ROWS):
-                rows = hidden[first + start : first + min(start + _ROWS, count)]
+            for start in range(0, count, MAX_ROWS):
+                rows = hidden[first + start : first + min(start + MAX_ROWS, count)]
                 logits = executor.logits(rows, len(rows) if first < head_rows else 0)
-                logprobs = torch.log_softmax(logits, dim=-1)
-                for i in range(len(rows)):
-                    token = request.prompt_token_ids[begin + start + i + 1]
-                    scores.append(token_logprobs(logprobs[i], token, wanted))
+                tokens = request.token_ids(begin + start + 1, begin + start + 1 + len(rows))
+                scores += token_logprobs(logits, tokens, [wanted] * len(rows))
             if any(math.isnan(score.logprob) for score in scores[known:]):
                 faulty.append(request)
         return faulty

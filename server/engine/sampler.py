@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from server.engine.request import Request, SampledToken, TokenLogprobs
+from server.engine.logprobs import token_logprobs
+from server.engine.penalties import SeenTokens, has_penalties, penalise
+from server.engine.request import Request, SampledToken
+from server.engine.transfer import send
 
 # Wide enough that a nucleus rarely needs a full sort of the vocabulary, which costs as much as a small model's step.
 _NUCLEUS_WIDTH = 256
@@ -30,13 +33,11 @@ Draw = Callable[[torch.Tensor, list[DrawArguments]], list[int]]
 
 @dataclass(slots=True)
 class SamplerState:
-    """Per request: its random numbers and what it has generated so far (for penalties)."""
+    """Per request: its random numbers, and for penalties the tokens it has seen."""
 
     random: random.Random
     returned: list[float] = field(default_factory=list)  # numbers that were drawn but not used; the next is the last
-    prompt_ids: torch.Tensor | None = None  # unique prompt tokens, for the repetition penalty
-    counts: dict[int, int] = field(default_factory=dict)  # generated token -> how often
-    num_counted: int = 0
+    seen: SeenTokens | None = None
 
 
 class Sampler:
@@ -49,24 +50,22 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
         """logits float32 [S, V], row i for requests[i]; modified in place. Returns a token (and logprobs) per row."""
-        raw = self._raw_logprobs(logits, requests)
-        for row, request in enumerate(requests):
-            if needs_processing(request):
-                self._process(logits[row], request)
+        # Rows that want equally many of the likeliest tokens stand together.
+        scored = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
+        scored.sort(key=lambda row: requests[row].sampling.logprobs)
+        raw = logits[send(np.array(scored), logits.device)] if scored else None
+        self._process(logits, requests)
         if self._native_draw is None and all(request.sampling.is_greedy for request in requests):
             tokens = logits.argmax(dim=-1).tolist()
         else:
             tokens = self._draw(logits, requests)
-        scores = {row: token_logprobs(raw[row], tokens[row], requests[row].sampling.logprobs) for row in raw}
-        return [SampledToken(token, scores.get(row)) for row, token in enumerate(tokens)]
-
-    # --- logprobs
-
-    def _raw_logprobs(self, logits: torch.Tensor, requests: list[Request]) -> dict[int, torch.Tensor]:
-        rows = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
-        if not rows:
-            return {}
-        return dict(zip(rows, torch.log_softmax(logits[rows], dim=-1), strict=True))
+        sampled = [SampledToken(token) for token in tokens]
+        if scored:
+            wanted = [requests[row].sampling.logprobs for row in scored]
+            scores = token_logprobs(raw, [tokens[row] for row in scored], wanted)
+            for row, score in zip(scored, scores, strict=True):
+                sampled[row].logprobs = score
+        return sampled
 
     # --- what the request asks of its logits
 
@@ -77,8 +76,23 @@ class Sampler:
             request.sampler_state = SamplerState(source)
         return request.sampler_state
 
-    def _process(self, row: torch.Tensor, request: Request) -> None:
-        """Apply masks, bias and penalties to one row [V] in place."""
+    def _process(self, logits: torch.Tensor, requests: list[Request]) -> None:
+        """Apply masks, bias and penalties to logits [S, V] in place."""
+        for row, request in enumerate(requests):
+            if needs_processing(request):
+                self._constrain(logits[row], request)
+        penalised = [(row, r, self._seen(r)) for row, r in enumerate(requests) if has_penalties(r)]
+        if penalised:
+            penalise(logits, penalised)
+
+    def _seen(self, request: Request) -> SeenTokens:
+        state = self.state(request)
+        if state.seen is None:
+            state.seen = SeenTokens()
+        return state.seen
+
+    def _constrain(self, row: torch.Tensor, request: Request) -> None:
+        """Apply masks and bias to one row [V] in place."""
         sampling = request.sampling
         if request.grammar is not None:
             mask = np.unpackbits(request.grammar.bitmask().view(np.uint8), bitorder="little")[: len(row)]
@@ -100,26 +114,6 @@ class Sampler:
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=row.device)
             row[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device)
-        if _has_penalties(request):
-            self._penalise(row, request)
-
-    def _penalise(self, row: torch.Tensor, request: Request) -> None:
-        """CTRL's repetition penalty over prompt and output; OpenAI's presence and frequency penalties over output."""
-        sampling, state = request.sampling, self.state(request)
-        for token in request.output_token_ids[state.num_counted :]:
-            state.counts[token] = state.counts.get(token, 0) + 1
-        state.num_counted = len(request.output_token_ids)
-        generated = torch.tensor(list(state.counts), dtype=torch.long, device=row.device)
-        if sampling.repetition_penalty != 1.0:
-            if state.prompt_ids is None:
-                state.prompt_ids = torch.tensor(sorted(set(request.prompt_token_ids)), dtype=torch.long)
-            seen = torch.cat((state.prompt_ids.to(row.device), generated)).unique()
-            values = row[seen]
-            factor = sampling.repetition_penalty
-            row[seen] = torch.where(values > 0, values / factor, values * factor)
-        if state.counts and (sampling.presence_penalty or sampling.frequency_penalty):
-            counts = torch.tensor(list(state.counts.values()), dtype=row.dtype, device=row.device)
-            row[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
     # --- the draw
 
@@ -211,16 +205,6 @@ class Sampler:
         return torch.minimum(index, last)
 
 
-def token_logprobs(row: torch.Tensor, token: int, num_top: int | None) -> TokenLogprobs:
-    """Logprob and rank of `token` and the `num_top` likeliest (-1: all) from one row of log-probabilities [V]."""
-    value = row[token]
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        values, ids = row.topk(row.shape[0] if num_top < 0 else num_top)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token, value.item(), int((row > value).sum()) + 1, top)
-
-
 def is_plain_greedy(request: Request) -> bool:
     """Whether the likeliest token is all that the request wants of its logits."""
     return request.sampling.is_greedy and request.sampling.logprobs is None and not needs_processing(request)
@@ -234,13 +218,8 @@ def needs_processing(request: Request) -> bool:
         or sampling.bad_words_ids
         or len(request.output_token_ids) < sampling.min_tokens
         or sampling.logit_bias
-        or _has_penalties(request)
+        or has_penalties(request)
     )
-
-
-def _has_penalties(request: Request) -> bool:
-    sampling = request.sampling
-    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
