@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 Message = dict[str, str]
+REPEAT_NGRAM = 4  # tokens of a run that counts as repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class PackedRows(Dataset):
         return PackedRows(*(t[:first] for t in tensors)), PackedRows(*(t[first:] for t in tensors))
 
 
-def repeated(ids: Sequence[int], length: int = 4) -> list[bool]:
+def repeated(ids: Sequence[int], length: int = REPEAT_NGRAM) -> list[bool]:
     """Which tokens complete a run of `length` that has occurred before."""
     seen: set[tuple[int, ...]] = set()
     found = []
@@ -155,8 +156,8 @@ def pack(
             own, counts = encode(documents[index], tokenizer, loss_on)
             ids += [*own, separator]
             mask += [*counts, False]
-            said_by = documents[index].said_by or 0
-            repeats += [*(said_by * again for again in repeated(own)), 0]
+            said_by = documents[index].said_by
+            repeats += [*(said_by * again for again in repeated(own)), 0] if said_by else [0] * (len(own) + 1)
             if len(ids) >= tokens:
                 break
         if len(ids) == before:

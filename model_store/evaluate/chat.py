@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from model_store.distill.data import REPEAT_NGRAM, repeated
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import lend_size
 from model_store.evaluate.measure import ratio_of_sums
@@ -20,7 +21,6 @@ from model_store.evaluate.measure import ratio_of_sums
 # (size, prompts as token ids, most new tokens, temperature = 0, repetition_penalty = 1) -> answers as token ids, with
 # the end token if drawn
 Generate = Callable[..., list[list[int]]]
-_REPEAT_NGRAM = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ class Answers:
 
 def is_repetitive(tokens: Sequence[int]) -> bool:
     """More than half of an answer's 4-grams have occurred in it before (answers under 16 tokens never count)."""
-    grams = [tuple(tokens[i : i + _REPEAT_NGRAM]) for i in range(len(tokens) - _REPEAT_NGRAM + 1)]
-    return len(tokens) >= 16 and len(set(grams)) < 0.5 * len(grams)
+    return len(tokens) >= 16 and sum(repeated(tokens)) > 0.5 * (len(tokens) - REPEAT_NGRAM + 1)
 
 
 def transformers_generate(model: ElasticModel, end_tokens: set[int], batch_size: int = 16) -> Generate:
