@@ -83,7 +83,7 @@ def main() -> None:
     spec, path = loaded.spec, pair.elasticity.path(size)
     weight_bytes = sum(sum(t.nbytes for t in loaded.layers[layer].tensors()) for layer in path.layers)
     head_bytes = loaded.ends["teacher"].head.nbytes
-    weight_item = loaded.ends["teacher"].head.dtype.itemsize
+    weight_item = executor.bytes_per_weight
     parameters = weight_bytes / weight_item
     table = Table(title=f"{size} layers, milliseconds, median of {arguments.repeats}")
     for column in ("step", "all", "tok/s", "limit", "of limit", "restless", *executor.times()):

@@ -95,7 +95,8 @@ def _command(kind: str, variant: str) -> tuple[list[str], dict[str, str]]:
         }  # fmt: skip
         return [python_of("vllm"), str(HERE / "worker_vllm.py"), str(checkpoint(size))], env
     if kind == "limit":
-        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(_weight_bytes())], {}
+        share = 0.75 if variant == "compressed" else 1.0  # of the bytes, where weights lie in twelve bits
+        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(int(share * _weight_bytes()) // 4 * 4)], {}
     model = gguf(MIXED[-1], quantised=variant == "q8_0")
     return [python_of("llamacpp"), str(HERE / "worker_llamacpp.py"), str(model)], {}
 
@@ -116,7 +117,7 @@ def _decode(run: Run, names: list[str], num: int, prompt: int = 64, **extra: Any
 
 def measure_decode(run: Run) -> None:
     for num in (1, 16, 64):
-        names = ["boomerang", "vllm"] + (["llamacpp", "limit"] if num == 1 else [])
+        names = ["boomerang", "vllm"] + (["llamacpp", "limit", "limit:compressed"] if num == 1 else [])
         run.add(f"decode, {num} request{'s' * (num > 1)}", _decode(run, names, num), "tokens/s")
 
 

@@ -163,6 +163,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         page_size=settings.page_size,
         kv_cache_bytes=kv_bytes,
         state_bytes=state_bytes,
+        compress_weights=settings.weight_compression == "auto",
         enable_prefix_caching=settings.enable_prefix_caching,
         executor=settings.executor,
         enforce_eager=settings.enforce_eager,

@@ -36,8 +36,10 @@ FORMAT = 2
 Group = tuple[int, int, int, str]
 
 
-def profile_of(pair: LoadedPair, shared_stations: frozenset[int] = frozenset()) -> CostProfile:
-    """Bytes and shapes of a loaded pair; `shared_stations` as the executor runs it."""
+def profile_of(
+    pair: LoadedPair, shared_stations: frozenset[int] = frozenset(), bytes_per_weight: float | None = None
+) -> CostProfile:
+    """Bytes and shapes of a loaded pair; `shared_stations` and `bytes_per_weight` as the executor has them."""
     spec, elasticity = pair.spec, pair.elasticity
     num_layers = elasticity.num_teacher_layers
     item = pair.ends["teacher"].final_norm_weight.dtype.itemsize  # of K and V; weights may be quantized
@@ -56,7 +58,7 @@ def profile_of(pair: LoadedPair, shared_stations: frozenset[int] = frozenset()) 
         head_bytes=pair.ends["teacher"].head.nbytes,
         kv_bytes=2 * spec.num_kv_heads * spec.head_dim * item,
         attention_flops=4 * spec.num_heads * spec.head_dim,
-        weight_bytes_per_parameter=float(pair.ends["teacher"].head.dtype.itemsize),
+        weight_bytes_per_parameter=bytes_per_weight or float(pair.ends["teacher"].head.dtype.itemsize),
         shared_head=pair.ends["teacher"].head is pair.ends["student"].head,
         shared_stations=shared_stations,
     )
@@ -269,7 +271,8 @@ def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, sec
 
     `folder` is where calibrations are kept (None: nowhere).
     """
-    profile = profile_of(pair, engine.executor.shared_stations)
+    executor = engine.executor
+    profile = profile_of(pair, executor.shared_stations, getattr(executor, "bytes_per_weight", None))
     path = None if folder is None else folder / f"{calibration_key(engine, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:

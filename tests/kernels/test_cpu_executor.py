@@ -25,13 +25,14 @@ def portable_of(pair: LoadedPair, page_size: int = PAGE) -> TorchExecutor:
     return TorchExecutor(pair, page_size=page_size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "compressed"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatch):
+def test_same_logits_as_the_portable_executor(family, kind, variant, monkeypatch):
     monkeypatch.setenv(VARIANT_VARIABLE, variant)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # threads must not disturb each other
-    config = EngineConfig(page_size=PAGE, max_model_len=320)
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    config = EngineConfig(page_size=PAGE, max_model_len=320, compress_weights=kind == "compressed")
     native = create(make_pair(family, dtype), config)
     if isinstance(native, str):
         pytest.skip(native)
@@ -43,16 +44,18 @@ def test_same_logits_as_the_portable_executor(family, dtype, variant, monkeypatc
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 32])  # part of a line of K at a time, and whole ones
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "compressed"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_many_rows_go_layer_by_layer_in_chunks(family, dtype, variant, page_size, monkeypatch):
+def test_many_rows_go_layer_by_layer_in_chunks(family, kind, variant, page_size, monkeypatch):
     """Enough tokens that each thread takes rows, of requests whose chunks meet within pages, and beside them too few;
     whole panels and a depth that is cut in pieces, the last of which is not filled."""
     monkeypatch.setenv(VARIANT_VARIABLE, variant)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     changes = {"hidden_size": 96, "intermediate_size": 1290, "head_dim": 48 if family == "qwen3" else 32}
-    native = create(make_pair(family, dtype, **changes), EngineConfig(page_size=page_size, max_model_len=320))
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    config = EngineConfig(page_size=page_size, max_model_len=320, compress_weights=kind == "compressed")
+    native = create(make_pair(family, dtype, **changes), config)
     if isinstance(native, str):
         pytest.skip(native)
     pair = make_pair(family, dtype, **changes)

@@ -175,9 +175,9 @@ void weigh_values(const AttentionItem<T>& item, const PageShape<T>& shape, int p
         for (int r = 0, size; r < rows; r += size) {
             size = block_size<T>(rows - r);
             if (page == item.first_page)
-                block<T, false>(terms, pages, size, acc + long(r) * Dp + d, Dp, tiles);
+                block<false>(terms, pages, size, acc + long(r) * Dp + d, Dp, tiles);
             else
-                block<T, true>(terms, pages, size, acc + long(r) * Dp + d, Dp, tiles);
+                block<true>(terms, pages, size, acc + long(r) * Dp + d, Dp, tiles);
             for (int i = 0; i < pages; i++) terms[i].x += size * long(weights_ld), terms[i].ahead = {};
         }
     }
@@ -209,7 +209,7 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
                     // V of these tokens is wanted soon; with many queries other items have fetched it.
                     const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 && item.num_tokens == 1 ? kUnitStep * kLine<T> : 0};
                     const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units(), ahead};
-                    block<T>(&term, 1, size, scores + long(r) * columns + i * Pp + n, columns, tiles);
+                    block<false>(&term, 1, size, scores + long(r) * columns + i * Pp + n, columns, tiles);
                 }
         }
         // Columns that row r sees of this block: positions first to first_position + r / G.

@@ -70,7 +70,7 @@ bool attend_many(const AttentionItem<T>& item, const PageShape<T>& shape, Attent
                     const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units()};
                     const int share = chunks_for(done.rows, shape.k_units() / kUnitStep);
                     float* to = scores + turn * kScores;
-                    block<T>(&term, 1, size, to, kPanel, tiles, [&] { to_weights(share); });
+                    block<false>(&term, 1, size, to, kPanel, tiles, [&] { to_weights(share); });
                     to_weights(kBlockRows<T>);
                     done = {r, size, (page + i) * P + n, std::min(kPanel, P - n), i * Pp + n, to};
                 }

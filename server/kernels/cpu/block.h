@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 
+#include "compressed.h"
 #include "panels.h"
 
 namespace boomerang {
@@ -20,6 +21,10 @@ struct ActivationOf<bf16> {
 };
 template <>
 struct ActivationOf<int8> {
+    using type = bf16;
+};
+template <>
+struct ActivationOf<bf12> {
     using type = bf16;
 };
 #endif
@@ -50,6 +55,7 @@ struct Term {
     const char* panel;
     int units;
     Ahead ahead = {};
+    Beside<W> beside = {};
 };
 
 // One unit of 16 channels as the processor multiplies it: `load` from a line, `fma` with one unit of a row of x.
@@ -74,21 +80,20 @@ struct Operand<bf16> {
     }
 };
 // int8 is exact in bfloat16: sign and two bytes looked up by magnitude.
-struct WideLine {
-    __m512i half[2];
-};
-inline WideLine widen_int8(const char* line) {
-    alignas(64) static const struct Tables {
-        uint8_t high[128], low[128];
-        Tables() {
-            for (int i = 0; i < 128; i++) {
-                const float value = float(i);
-                uint32_t bits;
-                std::memcpy(&bits, &value, 4);
-                high[i] = uint8_t(bits >> 24), low[i] = uint8_t(bits >> 16);
-            }
+struct Int8Tables {
+    uint8_t high[128] = {}, low[128] = {};
+    constexpr Int8Tables() {
+        for (int i = 1, power = 0; i < 128; i++) {
+            if (i >> (power + 1)) power++;
+            const int bits = (127 + power) << 7 | (i << (7 - power) & 127);
+            high[i] = uint8_t(bits >> 8), low[i] = uint8_t(bits);
         }
-    } tables;
+    }
+};
+alignas(64) constexpr Int8Tables kInt8Tables;  // known to the compiler: nothing to look after in a loop
+
+inline WideLine widen_int8(const char* line) {
+    const Int8Tables& tables = kInt8Tables;
     const __m512i w = _mm512_loadu_si512(line), magnitude = _mm512_abs_epi8(w);
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), magnitude, _mm512_load_si512(tables.low + 64));
     const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), magnitude, _mm512_load_si512(tables.high + 64));
@@ -96,10 +101,7 @@ inline WideLine widen_int8(const char* line) {
     return {{_mm512_unpacklo_epi8(low, top), _mm512_unpackhi_epi8(low, top)}};
 }
 template <>
-struct Operand<int8> {
-    __m512i w;
-    F16 fma(F16 sum, const bf16* x) const { return Operand<bf16>{w}.fma(sum, x); }
-};
+struct Operand<int8> : Operand<bf16> {};
 #else
 template <>
 struct Operand<bf16> {
@@ -110,26 +112,48 @@ struct Operand<bf16> {
     F16 fma(F16 sum, const float* x) const { return fma16(set16(x[1]), odd, fma16(set16(x[0]), even, sum)); }
 };
 template <>
-struct Operand<int8> {
-    F16 even, odd;
-    F16 fma(F16 sum, const float* x) const { return fma16(set16(x[1]), odd, fma16(set16(x[0]), even, sum)); }
-};
+struct Operand<int8> : Operand<bf16> {};
 #endif
+template <>
+struct Operand<bf12> : Operand<bf16> {};
 
-// Halves [first, first + H) of a line as operands.
-template <class W, int H>
-inline void load_line(const char* line, int first, Operand<W>* w) {
-    for (int h = 0; h < H; h++) w[h] = Operand<W>::load(line + (first + h) * (kLine<W> / 2));
-}
-template <int H>
-inline void load_line(const char* line, int first, Operand<int8>* w) {
+// Halves [first, first + H) of line `index` as operands, of lines that follow each other.
+template <class W>
+struct Lines {
+    explicit Lines(const Term<W>&) {}
+    template <int H>
+    void load(const char* lines, int index, int first, Operand<W>* w) const {
+        for (int h = 0; h < H; h++) w[h] = Operand<W>::load(lines + index * kLine<W> + (first + h) * (kLine<W> / 2));
+    }
+};
+template <>
+struct Lines<int8> {
+    explicit Lines(const Term<int8>&) {}
+    template <int H>
+    void load(const char* lines, int index, int first, Operand<int8>* w) const {
+        const char* line = lines + index * kLine<int8>;
 #ifdef __AVX512BF16__
-    const WideLine wide = widen_int8(line);
-    for (int h = 0; h < H; h++) w[h] = {wide.half[first + h]};
+        const WideLine wide = widen_int8(line);
+        for (int h = 0; h < H; h++) w[h].w = wide.half[H == 2 ? h : first + h];
 #else
-    for (int h = 0; h < H; h++) w[h] = {even_int8(line, first + h), odd_int8(line, first + h)};
+        for (int h = 0; h < H; h++) w[h].even = even_int8(line, first + h), w[h].odd = odd_int8(line, first + h);
 #endif
-}
+    }
+};
+template <>
+struct Lines<bf12> {
+    Bases base;
+    explicit Lines(const Term<bf12>& term) : base(term.beside.exponents) {}
+    template <int H>
+    void load(const char* lines, int index, int first, Operand<bf12>* w) const {
+        const WideLine wide = widen_bf12(lines, index, base);
+#ifdef __AVX512BF16__
+        for (int h = 0; h < H; h++) w[h].w = wide.half[H == 2 ? h : first + h];
+#else
+        for (int h = 0; h < H; h++) w[h].even = even_words(wide, first + h), w[h].odd = odd_words(wide, first + h);
+#endif
+    }
+};
 
 #ifdef __AVX512F__
 constexpr int kHalves = 2, kRegisterRows = 12;
@@ -137,9 +161,21 @@ constexpr int kHalves = 2, kRegisterRows = 12;
 constexpr int kHalves = 1, kRegisterRows = 4;  // with sixteen registers half a panel is all that fits
 #endif
 
+// The products of line `index` with its unit of R rows of x.
+template <class W, int R, int H>
+inline void add_line(F16 (&acc)[R][H], const Lines<W>& lines, const char* from, int index, int first_half, const Act<W>* x, long ldx) {
+    Operand<W> w[H];
+    lines.template load<H>(from, index, first_half, w);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int h = 0; h < H; h++) acc[r][h] = w[h].fma(acc[r][h], x + r * ldx + index * kPerUnit<W>);
+}
+
 // R rows; S sums per output, so that enough of them are on their way at once; H halves of the panel at a time.
 template <class W, int R, int S, int H>
 void block_rows(const Term<W>* terms, int num_terms, int first_half, float* out, long ld, bool add) {
+    constexpr int L = std::max(S, kLinesTogether<W>);
     F16 acc[S][R][H];
     for (int s = 0; s < S; s++)
         for (int r = 0; r < R; r++)
@@ -147,25 +183,21 @@ void block_rows(const Term<W>* terms, int num_terms, int first_half, float* out,
     for (const Term<W>* t = terms; t < terms + num_terms; t++) {
         const char *line = t->panel, *next = t->ahead.from;
         const Act<W>* x = t->x;
-        const int share = first_half == 0 ? t->ahead.bytes * S / kUnitStep : 0;  // not twice
-        for (int u = 0; u < t->units; u += S, line += S * kLine<W>, x += S * kPerUnit<W>) {
+        const int share = first_half == 0 ? t->ahead.bytes * L / kUnitStep : 0;  // not twice
+        const Lines<W> lines(*t);
+        for (int u = 0; u < t->units; u += L, line += L * kLine<W>, x += L * kPerUnit<W>) {
             // Spread out: a burst of prefetches holds up the loads behind it.
             if (kPastSecondLevel && t->ahead.once)
                 for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_NTA);
             else
                 for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
             next += share;
+            if constexpr (S == 1) {  // gcc keeps sums in memory that two lines of a loop share
+                add_line<W, R, H>(acc[0], lines, line, 0, first_half, x, t->ldx);
+                if constexpr (L == 2) add_line<W, R, H>(acc[0], lines, line, 1, first_half, x, t->ldx);
+            } else {
 #pragma GCC unroll 4
-            for (int s = 0; s < S; s++) {
-                Operand<W> w[H];
-                if constexpr (sizeof(W) == 1)
-                    load_line<H>(line + s * kLine<W>, first_half, w);
-                else
-                    load_line<W, H>(line + s * kLine<W>, first_half, w);
-#pragma GCC unroll 12
-                for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-                    for (int h = 0; h < H; h++) acc[s][r][h] = w[h].fma(acc[s][r][h], x + r * t->ldx + s * kPerUnit<W>);
+                for (int l = 0; l < L; l++) add_line<W, R, H>(acc[l], lines, line, l, first_half, x, t->ldx);
             }
         }
     }
@@ -228,12 +260,14 @@ struct Nothing {
 
 // `add`: to what is there. `between`: called once for every kUnitStep units while tiles are at work, which leave the vector
 // units idle; never where there are no tiles.
-template <class W, bool add = false, class Between = Nothing>
+template <bool add, class W, class Between = Nothing>
 inline void block(const Term<W>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between = {}) {
     if constexpr (kHasTiles<W>) {
         if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, out, ld, tiles, between);
     }
     block_in_registers<W>(terms, num_terms, rows, out, ld, add);
+    if constexpr (kIsCompressed<W>)
+        for (int i = 0; i < num_terms; i++) add_rest(terms[i].beside, terms[i].x, terms[i].ldx, rows, out, ld);
 }
 
 }  // namespace boomerang

@@ -124,9 +124,10 @@ class Engine {
         mark_ = now;
     }
 
-    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale}; }
+    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale, w.exponents, w.rest_start, w.rest}; }
     static BsWeights from_panel(const BsWeights& w, int panel, int K) {
-        return {static_cast<const char*>(w.data) + long(panel) * units_of<W>(K) * kLine<W>, w.scale ? w.scale + panel * kPanel : nullptr};
+        return {static_cast<const char*>(w.data) + long(panel) * units_of<W>(K) * kLine<W>, w.scale ? w.scale + panel * kPanel : nullptr,
+                w.exponents ? w.exponents + panel * kLineWeights : nullptr, w.rest_start ? w.rest_start + panel : nullptr, w.rest};
     }
     static const float* scale_of(const BsWeights& w, int n) { return w.scale ? w.scale + n : nullptr; }
 
@@ -323,7 +324,7 @@ class Engine {
                 if (end.embed)
                     convert_row(static_cast<const T*>(end.embed) + long(step_->input_ids[t]) * s_.hidden, to, s_.hidden);
                 else
-                    unpack_row<W>(weights(end.packed_embed, s_.vocab, s_.hidden), step_->input_ids[t], to);
+                    unpack_row(weights(end.packed_embed, s_.vocab, s_.hidden), step_->input_ids[t], to, W{});
                 if (!end.positions) continue;
                 const T* position = static_cast<const T*>(end.positions) + long(step_->positions[t]) * s_.hidden;
                 for (int i = 0; i < s_.hidden; i++) to[i] += to_float(position[i]);

@@ -67,8 +67,8 @@ class NativeExecutor:
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
-        self._weights = PackedWeights(pair, lib, self.num_threads)
-        weight_type = self._weights.dtype
+        self._weights = PackedWeights(pair, lib, self.num_threads, config.compress_weights)
+        self.bytes_per_weight = self._weights.bytes_per_weight
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers
@@ -81,7 +81,7 @@ class NativeExecutor:
             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, vocab=spec.vocab_size,
             layer_norm=spec.norm == "layer", activation=_ACTIVATIONS[spec.activation], gated=spec.gated_mlp,
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
-            type=_TYPES[self.dtype], weight_type=_TYPES[weight_type],
+            type=_TYPES[self.dtype], weight_type=self._weights.type,
             factor_type=_TYPES[self._differences.dtype], eps=spec.norm_eps, scale=spec.attention_scale,
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
@@ -102,6 +102,8 @@ class NativeExecutor:
 
     def describe(self) -> str:
         kinds = [str(self.dtype).removeprefix("torch.")]
+        if self._weights.is_compressed:
+            kinds.append("weights compressed without loss to 12 bits")
         if self._weights.dtype != self.dtype:
             kinds.append(f"{str(self._weights.dtype).removeprefix('torch.')} weights")
         text = f"native C++ ({self.variant}) on cpu, {', '.join(kinds)}, {self.num_threads} threads, "

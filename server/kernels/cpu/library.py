@@ -10,11 +10,11 @@ from server.kernels.cpu import build
 
 # Forces one variant; for tests and for measuring what a variant is worth.
 VARIANT_VARIABLE = "BOOMERANG_CPU_VARIANT"
-FLOAT, BF16, INT8 = 0, 1, 2  # BsType
+FLOAT, BF16, INT8, BF12 = 0, 1, 2, 3  # BsType
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("scale", c_void_p)]
+    _fields_ = [(name, c_void_p) for name in ("data", "scale", "exponents", "rest_start", "rest")]
 
 
 class Layer(ctypes.Structure):
@@ -76,7 +76,9 @@ class Step(ctypes.Structure):
 
 class Pack(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("source", "target", "source_scale", "scale")),
+        *((name, c_void_p) for name in (
+            "source", "target", "source_scale", "scale", "exponents", "rest_start", "rest",
+        )),
         *((name, c_int32) for name in ("N", "K", "gated", "type")),
     ]  # fmt: skip
 
@@ -125,6 +127,7 @@ def load(variant: str) -> ctypes.CDLL:
     library.bs_packed_bytes.argtypes = [c_int32] * 4
     library.bs_packed_channels.restype = c_int64
     library.bs_packed_channels.argtypes = [c_int32] * 2
+    library.bs_measure.argtypes = [POINTER(Pack), c_int32, c_int32]
     library.bs_pack.argtypes = [POINTER(Pack), c_int32, c_int32]
     library.bs_page_bytes.restype = c_int64
     library.bs_page_bytes.argtypes = [POINTER(Spec)]

@@ -4,6 +4,8 @@
 #include <thread>
 #include <vector>
 
+#include "buffer.h"
+#include "compressed.h"
 #include "panels.h"
 #include "step.h"
 
@@ -15,9 +17,8 @@ inline int64_t packed_bytes(int N, int K, bool gated) {
 }
 
 template <class W>
-void pack_panel(const BsPack& m, int panel) {
+void pack_panel(const BsPack& m, int panel, W* target) {
     const int units = units_of<W>(m.K);
-    W* target = static_cast<W*>(m.target) + long(panel) * units * kPanel * kPerUnit<W>;
     const W* rows[kPanel];
     for (int i = 0; i < kPanel; i++) {
         const int row = source_row(panel * kPanel + i, m.N, m.gated);
@@ -34,10 +35,9 @@ void pack_panel(const BsPack& m, int panel) {
 #ifdef __AVX512F__
 // Whole units of four bytes change places, 16 x 16 at a time. The server is not ready before its weights are packed.
 template <class T>
-void pack_panel_fast(const BsPack& m, int panel) {
+void pack_panel_fast(const BsPack& m, int panel, char* target) {
     const int units = units_of<T>(m.K), whole = m.K / kPerUnit<T>;
-    if (m.K % kPerUnit<T>) return pack_panel<T>(m, panel);
-    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<T>;
+    if (m.K % kPerUnit<T>) return pack_panel<T>(m, panel, reinterpret_cast<T*>(target));
     for (int half = 0; half < kPanel; half += 16) {
         const T* rows[16];
         for (int i = 0; i < 16; i++) {
@@ -57,9 +57,8 @@ void pack_panel_fast(const BsPack& m, int panel) {
 // Two units of int8 are four bytes: 16 x 16 of those change places for each half of the panel, then their words are sorted
 // into two lines (panel_offset says how a line lies).
 template <>
-inline void pack_panel_fast<int8>(const BsPack& m, int panel) {
+inline void pack_panel_fast<int8>(const BsPack& m, int panel, char* target) {
     const int units = units_of<int8>(m.K);
-    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<int8>;
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     auto put = [&](int unit, __m512i low, __m512i high) {
         const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
@@ -123,9 +122,8 @@ void load_columns(const BsPack& m, int panel, int eight, int start, __m256i* blo
 
 // As with AVX-512, 8 x 8 units of four bytes at a time.
 template <class T>
-void pack_panel_fast(const BsPack& m, int panel) {
+void pack_panel_fast(const BsPack& m, int panel, char* target) {
     const int units = units_of<T>(m.K);
-    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<T>;
     for (int u = 0; u < units; u += 8)
         for (int eight = 0; eight < kPanel / 8; eight++) {
             __m256i block[8];
@@ -136,9 +134,8 @@ void pack_panel_fast(const BsPack& m, int panel) {
 
 // Two units are four bytes: channels 0 to 7 and 16 to 23 make the first half of each line, the others the second.
 template <>
-inline void pack_panel_fast<int8>(const BsPack& m, int panel) {
+inline void pack_panel_fast<int8>(const BsPack& m, int panel, char* target) {
     const int units = units_of<int8>(m.K);
-    char* target = static_cast<char*>(m.target) + long(panel) * units * kLine<int8>;
     // Within four channels: their words of the even unit, then those of the odd one.
     const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     for (int u = 0; u < units; u += 16)
@@ -156,17 +153,30 @@ inline void pack_panel_fast<int8>(const BsPack& m, int panel) {
 }
 #endif
 
+template <class W>
+inline char* panel_of(const BsPack& m, int panel) {
+    return static_cast<char*>(m.target) + long(panel) * units_of<W>(m.K) * kLine<W>;
+}
+
 inline void pack_one(const BsPack& m, int panel) {
-    if (m.type == BS_FLOAT) return pack_panel_fast<float>(m, panel);
-    if (m.type == BS_BF16) return pack_panel_fast<bf16>(m, panel);
+    if (m.type == BS_FLOAT) return pack_panel_fast<float>(m, panel, panel_of<float>(m, panel));
+    if (m.type == BS_BF16) return pack_panel_fast<bf16>(m, panel, panel_of<bf16>(m, panel));
+    if (m.type == BS_BF12) {
+        static thread_local Buffer<bf16> wide;
+        bf16* lines = wide.at_least(size_t(units_of<bf16>(m.K)) * kLineWeights);
+        pack_panel_fast<bf16>(m, panel, reinterpret_cast<char*>(lines));
+        return compress_panel(m, panel, lines);
+    }
     for (int i = panel * kPanel; i < (panel + 1) * kPanel; i++) {
         const int row = source_row(i, m.N, m.gated);
         m.scale[i] = row < 0 ? 0.0f : m.source_scale[row];
     }
-    pack_panel_fast<int8>(m, panel);
+    pack_panel_fast<int8>(m, panel, panel_of<int8>(m, panel));
 }
 
-inline void pack_all(const BsPack* matrices, int count, int num_threads) {
+// each(matrix, panel) for all panels, on several threads.
+template <class Each>
+inline void for_panels(const BsPack* matrices, int count, int num_threads, Each&& each) {
     constexpr int kPanelsAtOnce = 16;
     std::vector<std::pair<int, int>> work;  // (matrix, first panel)
     for (int i = 0; i < count; i++)
@@ -176,7 +186,7 @@ inline void pack_all(const BsPack* matrices, int count, int num_threads) {
         for (size_t i; (i = next.fetch_add(1)) < work.size();) {
             const BsPack& m = matrices[work[i].first];
             const int end = std::min(num_panels(m.N, m.gated), work[i].second + kPanelsAtOnce);
-            for (int p = work[i].second; p < end; p++) pack_one(m, p);
+            for (int p = work[i].second; p < end; p++) each(m, p);
         }
         _mm_sfence();
     };
@@ -186,9 +196,26 @@ inline void pack_all(const BsPack* matrices, int count, int num_threads) {
     for (auto& thread : threads) thread.join();
 }
 
+inline void pack_all(const BsPack* matrices, int count, int num_threads) { for_panels(matrices, count, num_threads, pack_one); }
+
+inline void measure_all(const BsPack* matrices, int count, int num_threads) {
+    for_panels(matrices, count, num_threads, [](const BsPack& m, int panel) { m.rest_start[panel + 1] = measure_panel(m, panel); });
+    for (int i = 0; i < count; i++) {
+        int32_t* start = matrices[i].rest_start;
+        *start = 0;
+        for (int p = 0; p < num_panels(matrices[i].N, matrices[i].gated); p++) start[p + 1] += start[p];
+    }
+}
+
 // Row `n` of a packed [N, K] as float.
+inline void unpack_row(const Weights& w, int n, float* out, bf12) {
+    for (int k = 0; k < w.K; k++) out[k] = to_float(weight_at(w, n, k));
+    for (const BsRest* rest = w.rest + w.rest_start[n / kPanel]; rest != w.rest + w.rest_start[n / kPanel + 1]; rest++)
+        if (rest->channel == n % kPanel) out[rest->input] = to_float(bf16{rest->bits});
+}
+
 template <class W>
-inline void unpack_row(const Weights& w, int n, float* out) {
+inline void unpack_row(const Weights& w, int n, float* out, W) {
     const int units = units_of<W>(w.K);
     const W* data = reinterpret_cast<const W*>(w.data);
     int k = 0;

@@ -2,7 +2,8 @@
 
 Streaming hundreds of megabytes per step through 4 KiB pages misses the TLB all the time. Matrices lie in the order in
 which a step reads them. A packed tensor keeps its identity, only its storage becomes a part of the arena (in the shape
-of the panels), so what was shared stays shared and nothing exists twice.
+of the panels), so what was shared stays shared and nothing exists twice. bfloat16 can be kept in twelve bits
+(compressed.h): the same numbers in three quarters of the bytes.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ class _Source:
 class PackedWeights:
     """Packs all matrices of a pair: layers, heads, and embeddings that are also heads."""
 
-    def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int) -> None:
+    def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int, compress: bool = False) -> None:
+        """`compress` keeps bfloat16 matrices in twelve bits; others are packed as they are."""
         self._lib, self._num_threads = lib, num_threads
         self.dtype = pair.ends["teacher"].head.dtype  # of all packed weights: the pair's, or int8
+        self.is_compressed = compress and self.dtype == torch.bfloat16
+        self.type = library.BF12 if self.is_compressed else _TYPES[self.dtype]
+        self.bytes_per_weight = 1.5 if self.is_compressed else float(self.dtype.itemsize)
+        self._beside: list[torch.Tensor] = []  # exponents and rest of compressed matrices
         self._where: dict[int, library.Weights] = {}  # by address of the tensor's (packed) storage
         groups = [[getattr(layer, name) for name in MATRICES] for _, layer in sorted(pair.layers.items())]
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
@@ -63,12 +69,12 @@ class PackedWeights:
         return self._where.get(_start(matrix))
 
     def num_bytes(self) -> int:
-        return self._arena.nbytes + self._scales.nbytes
+        return self._arena.nbytes + self._scales.nbytes + sum(tensor.nbytes for tensor in self._beside)
 
     def _measure(self, matrix: Matrix, is_gated: bool) -> _Source:
         assert matrix.dtype == self.dtype
         n, k = matrix.shape
-        num_bytes = self._lib.bs_packed_bytes(n, k, is_gated, _TYPES[self.dtype])
+        num_bytes = self._lib.bs_packed_bytes(n, k, is_gated, self.type)
         return _Source(matrix, is_gated, num_bytes, self._lib.bs_packed_channels(n, is_gated))
 
     def _pack(self, group: list[_Source], offset: int, channel: int, everyone: list[torch.Tensor]) -> tuple[int, int]:
@@ -80,16 +86,36 @@ class PackedWeights:
             fill(item, m.matrix, target, scale, m.is_gated)
             targets.append((m, target, scale))
             offset, channel = offset + m.num_bytes, channel + m.num_channels
+        if self.is_compressed:
+            self._measure_exponents(items, group)
         self._lib.bs_pack(items, len(group), self._num_threads)
-        for m, target, scale in targets:
+        for (m, target, scale), item in zip(targets, items, strict=True):
             address = _start(m.matrix)
             packed = target.view(self.dtype).view(m.num_channels // 32, -1, 32)
             for tensor in [t for t in everyone if t.data_ptr() == address]:
                 tensor.data = packed
             if isinstance(m.matrix, Int8Matrix):
                 m.matrix.scale.data = scale
-            self._where[packed.data_ptr()] = packed_weights(target, scale)
+            self._where[packed.data_ptr()] = library.Weights(
+                item.target, item.scale, item.exponents, item.rest_start, item.rest
+            )
         return offset, channel
+
+    def _measure_exponents(self, items: ctypes.Array, group: list[_Source]) -> None:
+        """Find the exponents that the codes of a group's matrices stand for, and room for the weights without a code."""
+        starts = []
+        for item, m in zip(items, group, strict=True):
+            num_panels = m.num_channels // 32
+            exponents = torch.empty(num_panels, 64, dtype=torch.uint8)
+            start = torch.empty(num_panels + 1, dtype=torch.int32)
+            item.type, item.exponents, item.rest_start = self.type, exponents.data_ptr(), start.data_ptr()
+            starts.append(start)
+            self._beside += [exponents, start]
+        self._lib.bs_measure(items, len(group), self._num_threads)
+        for item, start in zip(items, starts, strict=True):
+            rest = torch.empty(int(start[-1]), 2, dtype=torch.int32)  # BsRest
+            item.rest = rest.data_ptr()
+            self._beside.append(rest)
 
 
 def fill(item: library.Pack, matrix: Matrix, target: torch.Tensor, scale: torch.Tensor, is_gated: bool = False) -> None:

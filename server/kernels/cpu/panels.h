@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "simd.h"
+#include "step.h"
 
 namespace boomerang {
 
@@ -56,11 +57,15 @@ inline long panel_offset(int n, int k, int units) {
     return (long(n / kPanel) * units + k / kPerUnit<W>) * kPanel * kPerUnit<W> + long(n % kPanel) * kPerUnit<W> + k % kPerUnit<W>;
 }
 
-// Weights of one product, packed. `scale` (int8 only) has one factor per channel of the panels.
+// Weights of one product, packed. `scale` (int8 only) has one factor per channel of the panels; what follows it is for
+// compressed ones only (compressed.h).
 struct Weights {
     const char* data = nullptr;
     int N = 0, K = 0;
     const float* scale = nullptr;
+    const uint8_t* exponents = nullptr;
+    const int32_t* rest_start = nullptr;
+    const BsRest* rest = nullptr;
 };
 
 // Row of the checkpoint's matrix that is channel n of the panels, -1 for padding. In a gated MLP a panel holds 16 of

@@ -1,6 +1,7 @@
 // Products of activations with packed weights, cut into panels; what becomes of the sums is the caller's `sink`.
 #pragma once
 #include "block.h"
+#include "buffer.h"
 
 namespace boomerang {
 
@@ -43,6 +44,16 @@ constexpr long kGroupBytes = 1 << 20;
 // Units of the pieces that the depth of a product is cut into.
 inline int piece_of(int units) { return round_up(chunks_for(units, chunks_for(units, kMostUnits)), kUnitStep); }
 
+// So many rows take compressed panels as they are: AVX-512 widens them beside the products, for each block again. With
+// more, with tiles, or where a line does not fit into the registers, the panel is widened once for all blocks. Measured.
+#ifdef __AVX512F__
+template <class W>
+constexpr int kDirectRows = kHasTiles<W> ? 1 : 6 * kRegisterRows;
+#else
+template <class W>
+constexpr int kDirectRows = 1;
+#endif
+
 // How a part is walked through: groups of rows, pieces of the panels' depth, panels, blocks of rows. With several blocks
 // deep panels are cut, and each piece is gone through for all panels, so that both operands stay in the caches.
 template <class W>
@@ -59,7 +70,14 @@ struct Walk {
         group = std::max<int>(1, kGroupBytes / row_bytes / kBlockRows<W>) * kBlockRows<W>;
     }
 
-    // body(term, rows, first row, panel, first unit)
+    static const bf16* widened(const char* panel, int units, const Beside<bf12>& side) {
+        static thread_local Buffer<bf16> buffer;
+        bf16* to = buffer.at_least(size_t(units) * kLineWeights);
+        widen_panel(panel, units, side, to);
+        return to;
+    }
+
+    // body(term, rows, first row, panel, first unit). The terms of widened panels are of bfloat16.
     template <class Body>
     void run(TileState& tiles, Body&& body) const {
         const long panel_bytes = long(units_of<W>(w.K)) * kLine<W>;
@@ -75,10 +93,20 @@ struct Walk {
                         next = data + part.panel0 * panel_bytes + (from + length) * long(kLine<W>);
                     else if (p + 1 == part.panel1 && part.then)
                         next = part.then;
+                    const Beside<W> side = beside<W>(w, p, part.unit0 + from, length);
+                    const bf16* wide = nullptr;
+                    if constexpr (kIsCompressed<W>)
+                        if (m1 - m0 > kDirectRows<W>) wide = widened(panel, length, side);
                     for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
                         rows = block_size<W>(m1 - m);
                         const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index) : Ahead{};
-                        body(Term<W>{x.x + m * x.ldx + from * kPerUnit<W>, x.ldx, panel, length, ahead}, rows, m, p, from);
+                        const Act<W>* of = x.x + m * x.ldx + from * kPerUnit<W>;
+                        if constexpr (kIsCompressed<W>)
+                            if (wide) {
+                                body(Term<bf16>{of, x.ldx, reinterpret_cast<const char*>(wide), length, ahead}, rows, m, p, from);
+                                continue;
+                            }
+                        body(Term<W>{of, x.ldx, panel, length, ahead, side}, rows, m, p, from);
                     }
                 }
             }
@@ -90,13 +118,14 @@ struct Walk {
 template <bool add, class W>
 void multiply_into(const Rows<W>& x, const Weights& w, const Part& part, float* y, long ldy) {
     TileState tiles;
-    Walk<W>(x, w, part, true).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int from) {
+    auto one = [&](const auto& term, int rows, int m, int p, int from) {
         float* to = y + m * ldy + p * kPanel;
         if (add || from)
-            block<W, true>(&term, 1, rows, to, ldy, tiles);
+            block<true>(&term, 1, rows, to, ldy, tiles);
         else
-            block<W, false>(&term, 1, rows, to, ldy, tiles);
-    });
+            block<false>(&term, 1, rows, to, ldy, tiles);
+    };
+    Walk<W>(x, w, part, true).run(tiles, one);
 }
 
 // sink(row, rows, panel, sums): sums [rows][32] of one panel for rows [row, row + rows), a block or a part of it.
@@ -117,9 +146,9 @@ void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink)
         done.row += rows, done.rows -= rows, done.sums += rows * kPanel;
     };
     float* to = sums;
-    Walk<W>(x, w, part, false).run(tiles, [&](const Term<W>& term, int rows, int m, int p, int) {
+    Walk<W>(x, w, part, false).run(tiles, [&](const auto& term, int rows, int m, int p, int) {
         const int share = chunks_for(done.rows, term.units / kUnitStep);
-        block<W>(&term, 1, rows, to, kPanel, tiles, [&] { hand_over(share); });
+        block<false>(&term, 1, rows, to, kPanel, tiles, [&] { hand_over(share); });
         hand_over(kBlockRows<W>);
         done = {m, rows, p, to};
         if (kHasTiles<W> && rows >= kTileRows)

@@ -131,4 +131,16 @@ inline __m256 odd_word8(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_e
 inline F16 even_int8(const char* line, int half) { return {even_word8(words_of_int8(line, half, 0)), even_word8(words_of_int8(line, half, 1))}; }
 inline F16 odd_int8(const char* line, int half) { return {odd_word8(words_of_int8(line, half, 0)), odd_word8(words_of_int8(line, half, 1))}; }
 
+// The words of a line of 32 channels, two inputs each: [half][eight].
+struct WideLine {
+    __m256i words[2][2];
+};
+inline F16 even_words(const WideLine& wide, int half) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide.words[half][0], 16)), _mm256_castsi256_ps(_mm256_slli_epi32(wide.words[half][1], 16))};
+}
+inline F16 odd_words(const WideLine& wide, int half) {
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(wide.words[half][0], upper)), _mm256_castsi256_ps(_mm256_and_si256(wide.words[half][1], upper))};
+}
+
 }  // namespace boomerang

@@ -51,6 +51,13 @@ inline __m512i words_of_int8(const char* line, int half) {
 inline F16 even_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words_of_int8(line, half), 16), 16)); }
 inline F16 odd_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(words_of_int8(line, half), 16)); }
 
+// The words of a line of 32 channels, two inputs each, by halves.
+struct WideLine {
+    __m512i half[2];
+};
+inline F16 even_words(const WideLine& wide, int half) { return _mm512_castsi512_ps(_mm512_slli_epi32(wide.half[half], 16)); }
+inline F16 odd_words(const WideLine& wide, int half) { return _mm512_castsi512_ps(_mm512_and_epi32(wide.half[half], _mm512_set1_epi32(int(0xffff0000)))); }
+
 // The 16 values as bfloat16, rounded to nearest even.
 inline __m256i narrow16(F16 x) {
 #ifdef __AVX512BF16__

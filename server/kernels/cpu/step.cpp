@@ -59,10 +59,17 @@ int32_t bs_prepare() {
 }
 
 int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type) {
-    return type == BS_FLOAT ? packed_bytes<float>(N, K, gated) : type == BS_BF16 ? packed_bytes<bf16>(N, K, gated) : packed_bytes<int8>(N, K, gated);
+    switch (type) {
+        case BS_FLOAT: return packed_bytes<float>(N, K, gated);
+        case BS_BF16: return packed_bytes<bf16>(N, K, gated);
+        case BS_INT8: return packed_bytes<int8>(N, K, gated);
+        default: return packed_bytes<bf12>(N, K, gated);
+    }
 }
 
 int64_t bs_packed_channels(int32_t N, int32_t gated) { return int64_t(num_panels(N, gated)) * kPanel; }
+
+void bs_measure(const BsPack* matrices, int32_t count, int32_t num_threads) { measure_all(matrices, count, num_threads); }
 
 void bs_pack(const BsPack* matrices, int32_t count, int32_t num_threads) { pack_all(matrices, count, num_threads); }
 
@@ -75,6 +82,7 @@ void* bs_create(const BsSpec* spec, const BsLayer* layers, const BsDifference* d
     auto make = [&](auto* none) -> Handle* { return new std::remove_pointer_t<decltype(none)>(*spec, layers, differences, num_layers, ends, num_threads); };
     if (spec->type != BS_BF16) return make(static_cast<TypedHandle<float, float>*>(nullptr));
     if (spec->weight_type == BS_BF16) return make(static_cast<TypedHandle<bf16, bf16>*>(nullptr));
+    if (spec->weight_type == BS_BF12) return make(static_cast<TypedHandle<bf16, bf12>*>(nullptr));
     return make(static_cast<TypedHandle<bf16, int8>*>(nullptr));
 }
 

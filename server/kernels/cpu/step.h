@@ -1,17 +1,29 @@
 // The plain C interface between Python and the kernels. Pointers come from tensors that Python keeps alive.
 //
-// T is the pair's type (float32 or bfloat16): norms, biases, KV. W is the type of packed weights: T, or int8.
+// T is the pair's type (float32 or bfloat16): norms, biases, KV. W is the type of packed weights: T, int8, or compressed
+// bfloat16 (compressed.h).
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-enum BsType : int32_t { BS_FLOAT = 0, BS_BF16 = 1, BS_INT8 = 2 };
+enum BsType : int32_t { BS_FLOAT = 0, BS_BF16 = 1, BS_INT8 = 2, BS_BF12 = 3 };
 
-// Packed weights (see bs_pack); `scale` for int8 only: one float per channel of the panels.
+// A weight whose exponent has no code: input, channel within its panel, and what it is.
+struct BsRest {
+    int32_t input;
+    uint16_t channel, bits;
+};
+
+// Packed weights (see bs_pack). `scale` for int8 only: one float per channel of the panels. The others for BS_BF12 only:
+// `exponents` [panels, 64] in the order of a line, `rest` in the order of panels and inputs, that of panel p from
+// rest_start[p] to rest_start[p + 1].
 struct BsWeights {
     const void* data;
     const float* scale;
+    const uint8_t* exponents;
+    const int32_t* rest_start;
+    const BsRest* rest;
 };
 
 // Null where a family has none. Everything but the BsWeights is T.
@@ -73,12 +85,16 @@ struct BsStep {
     float* out;                   // [num_rows, hidden]
 };
 
-// One matrix to pack: `source` [N, K] to `target`, both of `type`; for int8 also its scales [N], to one per channel.
+// One matrix to pack: `source` [N, K] to `target`, of `type` (BS_BF12: from bfloat16); for int8 also its scales [N], to one
+// per channel. For BS_BF12 bs_measure fills `exponents` and `rest_start` [panels + 1], whose last says how long `rest` is.
 struct BsPack {
     const void* source;
     void* target;
     const float* source_scale;
     float* scale;
+    uint8_t* exponents;
+    int32_t* rest_start;
+    BsRest* rest;
     int32_t N, K, gated, type;
 };
 
@@ -94,6 +110,7 @@ int32_t bs_prepare();
 // Bytes of a packed matrix, and its number of scales (channels with padding).
 int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type);
 int64_t bs_packed_channels(int32_t N, int32_t gated);
+void bs_measure(const struct BsPack* matrices, int32_t count, int32_t num_threads);
 void bs_pack(const struct BsPack* matrices, int32_t count, int32_t num_threads);
 // Bytes of K (or V) of one page.
 int64_t bs_page_bytes(const struct BsSpec* spec);

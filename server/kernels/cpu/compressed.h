@@ -1,0 +1,194 @@
+// bfloat16 in twelve bits, exactly: eight for sign and mantissa, four for the exponent.
+//
+// Weights of one output channel have few different exponents. A code of 1 to 15 is added to the channel's base, so that the
+// largest exponent and the fourteen below it are covered; code 0 stands for exponent 0 (zeros, subnormal numbers). What is
+// smaller still, about one weight in 10,000 of a normal distribution, is 0 in the panels, and `rest` says what it is: the
+// products of those few are added to the sums. So a product reads three quarters of the bytes, of the same numbers.
+//
+// Lines lie in pairs: 64 bytes of signs and mantissas for each, then 64 of codes, the first line's in the low halves of the
+// bytes. Within a line weights lie as int8 does (panel_offset): interleaving bytes widens it to its halves.
+#pragma once
+#include <algorithm>
+
+#include "panels.h"
+#include "step.h"
+
+namespace boomerang {
+
+struct bf12 {
+    uint8_t sign_and_mantissa;
+};
+constexpr int kCodes = 16, kLineWeights = 2 * kPanel;
+template <>
+constexpr int kLine<bf12> = kLineWeights * 3 / 2;
+
+template <class W>
+constexpr bool kIsCompressed = false;
+template <>
+constexpr bool kIsCompressed<bf12> = true;
+template <class W>
+constexpr int kLinesTogether = kIsCompressed<W> ? 2 : 1;
+
+// What a panel needs beside its lines; nothing but for compressed weights.
+template <class W>
+struct Beside {};
+template <>
+struct Beside<bf12> {
+    const uint8_t* exponents = nullptr;                // [64], in the order of a line
+    const BsRest *rest = nullptr, *rest_end = nullptr;  // of the inputs that the block takes
+    int first_input = 0;                               // of the block, where `rest` counts from the panel's
+};
+
+// Of `units` units of a panel, from `unit` on.
+template <class W>
+inline Beside<W> beside(const Weights& w, int panel, int unit, int units) {
+    if constexpr (kIsCompressed<W>) {
+        const int first = unit * kPerUnit<W>, last = first + units * kPerUnit<W>;
+        const BsRest *begin = w.rest + w.rest_start[panel], *end = w.rest + w.rest_start[panel + 1];
+        auto before = [](const BsRest& rest, int input) { return rest.input < input; };
+        if (begin != end) {
+            begin = std::lower_bound(begin, end, first, before);
+            end = std::lower_bound(begin, end, last, before);
+        }
+        return {w.exponents + panel * kLineWeights, begin, end, first};
+    }
+    return {};
+}
+
+#ifdef __AVX512F__
+
+struct Bases {
+    __m512i of;
+    explicit Bases(const uint8_t* exponents) : of(_mm512_loadu_si512(exponents)) {}
+};
+
+// The words of line `index` of those that begin with the pair `lines`, by halves.
+inline WideLine widen_bf12(const char* lines, int index, const Bases& base) {
+    const char* pair = lines + index / 2 * 2 * kLine<bf12>;
+    const __m512i sign_and_mantissa = _mm512_loadu_si512(pair + index % 2 * kLineWeights), both = _mm512_loadu_si512(pair + 2 * kLineWeights);
+    const __m512i code = _mm512_and_si512(index % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(kCodes - 1));
+    const __m512i exponent = _mm512_maskz_add_epi8(_mm512_test_epi8_mask(code, code), code, base.of);
+    // Bytes of the words: sign and upper bits of the exponent; its lowest bit and mantissa.
+    const __m512i seven = _mm512_set1_epi8(0x7f);
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(exponent, 1), sign_and_mantissa, seven, 0xe4);  // seven ? first : second
+    const __m512i low = _mm512_ternarylogic_epi32(_mm512_slli_epi16(exponent, 7), sign_and_mantissa, seven, 0xd8);   // seven ? second : first
+    return {{_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)}};
+}
+inline void store_wide(char* to, const WideLine& wide) {
+    for (int half = 0; half < 2; half++) _mm512_storeu_si512(to + 64 * half, wide.half[half]);
+}
+
+#else
+
+struct Bases {
+    __m256i of[2];
+    explicit Bases(const uint8_t* exponents) {
+        for (int i = 0; i < 2; i++) of[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(exponents) + i);
+    }
+};
+
+inline WideLine widen_bf12(const char* lines, int index, const Bases& base) {
+    const char* pair = lines + index / 2 * 2 * kLine<bf12>;
+    WideLine wide;
+    for (int i = 0; i < 2; i++) {
+        const __m256i sign_and_mantissa = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair + index % 2 * kLineWeights) + i);
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair + 2 * kLineWeights) + i);
+        const __m256i code = _mm256_and_si256(index % 2 ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(kCodes - 1));
+        const __m256i none = _mm256_cmpeq_epi8(code, _mm256_setzero_si256());
+        const __m256i exponent = _mm256_andnot_si256(none, _mm256_add_epi8(code, base.of[i]));
+        const __m256i seven = _mm256_set1_epi8(0x7f);
+        const __m256i high = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(exponent, 1), seven), _mm256_andnot_si256(seven, sign_and_mantissa));
+        const __m256i low = _mm256_or_si256(_mm256_andnot_si256(seven, _mm256_slli_epi16(exponent, 7)), _mm256_and_si256(sign_and_mantissa, seven));
+        wide.words[0][i] = _mm256_unpacklo_epi8(low, high);
+        wide.words[1][i] = _mm256_unpackhi_epi8(low, high);
+    }
+    return wide;
+}
+inline void store_wide(char* to, const WideLine& wide) {
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 2; i++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * half) + i, wide.words[half][i]);
+}
+
+#endif
+
+// `units` units of a panel as bfloat16, with what is in `rest`.
+inline void widen_panel(const char* lines, int units, const Beside<bf12>& beside, bf16* to) {
+    const Bases base(beside.exponents);
+    for (int u = 0; u < units; u++) store_wide(reinterpret_cast<char*>(to) + long(u) * kLine<bf16>, widen_bf12(lines, u, base));
+    for (const BsRest* rest = beside.rest; rest != beside.rest_end; rest++) to[panel_offset<bf16>(rest->channel, rest->input - beside.first_input, units)].bits = rest->bits;
+}
+
+// Adds the products of what is in `rest`; out [rows, ld] are the block's sums.
+template <class X>
+inline void add_rest(const Beside<bf12>& beside, const X* x, long ldx, int rows, float* out, long ld) {
+    for (const BsRest* rest = beside.rest; rest != beside.rest_end; rest++) {
+        const float weight = to_float(bf16{rest->bits});
+        for (int r = 0; r < rows; r++) out[r * ld + rest->channel] += weight * to_float(x[r * ldx + rest->input - beside.first_input]);
+    }
+}
+
+// --- packing
+
+inline int exponent_of(bf16 x) { return x.bits >> 7 & 255; }
+// Of a channel whose largest exponent is `largest`.
+inline int base_of(int largest) { return std::max(largest - (kCodes - 1), 0); }
+inline bool is_rest(bf16 x, int base) { return exponent_of(x) != 0 && exponent_of(x) <= base; }
+
+// Where channel i, input j of a unit lies in a line.
+inline int place_in_line(int i, int j) { return int(panel_offset<bf12>(i, j, kUnitStep)) % kLine<bf12>; }
+
+// Bases of a panel's channels, and how many of its weights go to `rest`.
+inline int measure_panel(const BsPack& m, int panel) {
+    int count = 0;
+    for (int i = 0; i < kPanel; i++) {
+        const int row = source_row(panel * kPanel + i, m.N, m.gated);
+        const bf16* values = row < 0 ? nullptr : static_cast<const bf16*>(m.source) + long(row) * m.K;
+        int largest = 0;
+        for (int k = 0; values && k < m.K; k++) largest = std::max<int>(largest, values[k].bits & 0x7f80);
+        const int base = base_of(largest >> 7);
+        for (int k = 0; values && k < m.K; k++) count += is_rest(values[k], base);
+        for (int j = 0; j < 2; j++) m.exponents[long(panel) * kLineWeights + place_in_line(i, j)] = uint8_t(base);
+    }
+    return count;
+}
+
+// From a panel of bfloat16 lines.
+inline void compress_panel(const BsPack& m, int panel, const bf16* wide) {
+    const int units = units_of<bf12>(m.K);
+    uint8_t* to = static_cast<uint8_t*>(m.target) + long(panel) * units * kLine<bf12>;
+    const uint8_t* base = m.exponents + long(panel) * kLineWeights;
+    BsRest* rest = m.rest + m.rest_start[panel];
+    for (int u = 0; u < units; u += 2, to += 2 * kLine<bf12>) {
+        uint8_t codes[2][kLineWeights];
+        for (int second = 0; second < 2; second++, wide += kLineWeights) {
+            uint8_t *line = to + second * kLineWeights, *code = codes[second], any = 0;
+            for (int four = 0; four < 4; four++)
+                for (int half = 0; half < 2; half++)
+                    for (int i = 0; i < 8; i++) {
+                        const int at = 16 * four + 8 * half + i;
+                        const uint16_t bits = wide[32 * half + 8 * four + i].bits;
+                        const uint8_t exponent = uint8_t(bits >> 7), sign_and_mantissa = uint8_t((bits >> 8 & 0x80) | (bits & 0x7f));
+                        const bool out = exponent != 0 && exponent <= base[at];
+                        any |= out;
+                        line[at] = out ? 0 : sign_and_mantissa;
+                        code[at] = out || exponent == 0 ? 0 : uint8_t(exponent - base[at]);
+                    }
+            if (!any) continue;
+            for (int j = 0; j < 2; j++)
+                for (int i = 0; i < kPanel; i++)
+                    if (is_rest(wide[2 * i + j], base[place_in_line(i, j)])) *rest++ = {2 * (u + second) + j, uint16_t(i), wide[2 * i + j].bits};
+        }
+        for (int at = 0; at < kLineWeights; at++) to[2 * kLineWeights + at] = uint8_t(codes[0][at] | codes[1][at] << 4);
+    }
+}
+
+// Input k of channel n.
+inline bf16 weight_at(const Weights& w, int n, int k) {
+    const int panel = n / kPanel, u = k / 2, at = place_in_line(n % kPanel, k % 2);
+    const uint8_t* pair = reinterpret_cast<const uint8_t*>(w.data) + (long(panel) * units_of<bf12>(w.K) + u / 2 * 2) * kLine<bf12>;
+    const int both = pair[2 * kLineWeights + at], code = u % 2 ? both >> 4 : both & 15, bits = pair[u % 2 * kLineWeights + at];
+    const int exponent = code ? code + w.exponents[panel * kLineWeights + at] : 0;
+    return {uint16_t((bits & 0x80) << 8 | exponent << 7 | (bits & 0x7f))};
+}
+
+}  // namespace boomerang
