@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
 
     from model_store.assembly import Elasticity
     from model_store.distill.cpu_attention import use_matmul_attention
-    from model_store.distill.data import answer_prompts, pack, read_documents
+    from model_store.distill.data import answer_prompts, check_speakers, pack, read_documents
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.recipe import PRESETS, kept_layers, with_overrides
     from model_store.distill.start import order_of, start_from
@@ -115,6 +115,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         speak = _speaker(args, generate, tokenizer, model.elasticity.sizes[-1])
         documents = answer_prompts(documents, speak, args.self_generate)
     documents = [document for document in documents if not document.needs_answer]
+    check_speakers(documents, model.elasticity.sizes, are_needed=bool(args.tokens and preset.unlikelihood))
     calibration = args.calibration_rows * args.row_tokens
     rows = pack(documents, tokenizer, int(args.tokens) + calibration, args.row_tokens, args.loss_on, args.seed)
     if len(rows) < args.calibration_rows + bool(args.tokens):

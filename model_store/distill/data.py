@@ -57,6 +57,8 @@ def read_documents(path: Path) -> Iterator[Document]:
 def _document(row: dict[str, Any], path: Path, number: int) -> Document:
     clean = lambda text: text.replace("<|endoftext|>", "").strip()  # noqa: E731 - several public sets carry it as text
     said_by = row.get("said_by")
+    if said_by is not None and (not isinstance(said_by, int) or isinstance(said_by, bool) or said_by < 1):
+        raise ValueError(f"--data: {path.name} line {number}: said_by is a number of layers, not {said_by!r}")
     if isinstance(row.get("text"), str):
         return Document(text=row["text"], said_by=said_by)
     if isinstance(row.get("prompt"), str):
@@ -67,6 +69,17 @@ def _document(row: dict[str, Any], path: Path, number: int) -> Document:
     if row.get("messages"):
         return Document(messages=tuple(row["messages"]), said_by=said_by)
     raise ValueError(f"--data: {path.name} line {number} has none of text, prompt, messages")
+
+
+def check_speakers(documents: Iterable[Document], sizes: Sequence[int], are_needed: bool) -> None:
+    """ValueError if a document was said by a size that there is not, or none by any where `are_needed`."""
+    speakers = {document.said_by for document in documents} - {None}
+    if unknown := speakers - {*sizes}:
+        raise ValueError(f"--data: said_by {min(unknown)} is no size of the pair ({sizes[0]} to {sizes[-1]} layers)")
+    if are_needed and not speakers:
+        raise ValueError(
+            "--unlikelihood: no document of --data has said_by, the size whose words it is: it would do nothing"
+        )
 
 
 def answer_prompts(

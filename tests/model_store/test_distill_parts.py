@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from model_store.assembly import Elasticity
 from model_store.distill.cpu_attention import matmul_attention
-from model_store.distill.data import Document, pack
+from model_store.distill.data import Document, check_speakers, pack, read_documents
 from model_store.distill.elastic import ElasticModel, LossWeights
 from model_store.distill.head_loss import head_loss
 from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
@@ -235,3 +235,21 @@ def test_every_family_trains_beside_a_bfloat16_teacher_at_any_mixture_of_sizes(f
             assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.student.parameters())
             losses.setdefault(dtype, []).append(out["loss"].item())
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+@pytest.mark.parametrize("said_by", ["16", 0, -3, 1.5, True])
+def test_who_said_it_is_a_number_of_layers(said_by, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two", "said_by": said_by}) + "\n")
+    with pytest.raises(ValueError, match=r"data.jsonl line 2: said_by is a number of layers"):
+        list(read_documents(file))
+
+
+def test_who_said_it_is_a_size_of_the_pair():
+    plain, said = Document(text="one"), Document(text="two", said_by=16)
+    check_speakers([plain, said], range(16, 31), are_needed=True)
+    check_speakers([plain], range(16, 31), are_needed=False)
+    with pytest.raises(ValueError, match=r"said_by 16 is no size of the pair \(18 to 36 layers\)"):
+        check_speakers([said], range(18, 37), are_needed=False)
+    with pytest.raises(ValueError, match="--unlikelihood: no document of --data has said_by"):
+        check_speakers([plain], range(16, 31), are_needed=True)

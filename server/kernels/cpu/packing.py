@@ -102,7 +102,7 @@ class PackedWeights:
         return offset, channel
 
     def _measure_exponents(self, items: ctypes.Array, group: list[_Source]) -> None:
-        """Find the exponents that the codes of a group's matrices stand for, and room for the weights without a code."""
+        """Find the exponents that the codes of a group stand for, and make room for the weights without a code."""
         starts = []
         for item, m in zip(items, group, strict=True):
             num_panels = m.num_channels // 32
