@@ -13,6 +13,16 @@ from model_store.spec import ModelSpec
 from model_store.weights import END_PARTS
 
 
+def twelve_bit_bytes(num_rows: int, width: int) -> int:
+    """Bytes of a bfloat16 matrix as the native executor compresses it (server/kernels/cpu/compressed.h): panels of 32
+    rows, inputs by 32, 1.5 bytes for each weight, 64 for the exponents of a panel. Weights without a code, one in some
+    10,000, take 8 bytes more and are not counted."""
+    return -(-num_rows // 32) * (-(-width // 32) * 32 * 48 + 64)
+
+
+_MATRIX_BYTES = {"int8": int8_bytes, "12 bits": twelve_bit_bytes}
+
+
 class Footprint:
     """Counts every tensor once, however many sizes or sides refer to it."""
 
@@ -51,7 +61,8 @@ class Footprint:
     def num_bytes(self, sizes: Collection[int], dtype: torch.dtype, quantization: str | None = None) -> int:
         """Bytes of weights in memory that serving exactly `sizes` needs.
 
-        Quantised are the matrices of layers, heads, and embeddings that are tied to a head; differences lie as stored.
+        `quantization` "int8", or "12 bits" for bfloat16 that was compressed without loss, is that of the matrices of
+        layers, heads, and embeddings that are tied to a head; differences lie as stored.
         """
         used = {layer for size in sizes for layer in self.elasticity.path(size).layers}
         extra = sum(num_bytes for layer, num_bytes in self.differences.items() if layer in used)
@@ -65,7 +76,8 @@ class Footprint:
         )
         shapes = [*spec.matrix_shapes.values()] * len(self._layers(sizes))
         shapes += [(spec.vocab_size, spec.hidden_size)] * num_ends
-        return plain - sum(n * k * dtype.itemsize - int8_bytes(n, k) for n, k in shapes)
+        matrix_bytes = _MATRIX_BYTES[quantization]
+        return plain - sum(n * k * dtype.itemsize - matrix_bytes(n, k) for n, k in shapes)
 
     def _layers(self, sizes: Collection[int]) -> set[int]:
         """Global ids of the distinct layers."""

@@ -83,7 +83,8 @@ class Pair:
     ) -> list[dict[str, Any]]:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality.
 
-        The bytes are those of the form that runs: `low_rank` and `quantization` as for `load`.
+        The bytes are those of the form that runs: `low_rank` and `quantization` as for `load`; "12 bits" where an
+        executor has compressed bfloat16.
         """
         rows = self._footprint.size_table(dtype, quantization)
         if low_rank:

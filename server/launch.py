@@ -221,7 +221,8 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
     low_rank = keeps_low_rank(settings, pair, dtype)
-    infos = size_infos(pair.size_table(dtype, low_rank, settings.quantization))
+    form = getattr(engine.executor, "weight_form", settings.quantization)
+    infos = size_infos(pair.size_table(dtype, low_rank, form))
     names = settings.served_model_name or (pair.name,)
     catalog = Catalog(
         names=tuple(dict.fromkeys(names)),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.footprint import twelve_bit_bytes
 from model_store.loaded import LoadedPair
 from server.engine.config import EngineConfig
 from server.kernels.cpu.build import VARIANTS
@@ -95,6 +96,9 @@ def test_bytes(monkeypatch):
     found = executors(monkeypatch, "avx512_bf16", lambda: make_pair("llama", torch.bfloat16, hidden_size=512))
     compressed, plain = (native._weights.num_bytes() for native in found)
     assert 0.75 < compressed / plain < 0.77
+    shapes = [shape for _ in range(10) for shape in found[0].spec.matrix_shapes.values()] + 2 * [(331, 512)]
+    lists = sum(tensor.nbytes for tensor in found[0]._weights._beside if tensor.dtype == torch.int32)
+    assert sum(twelve_bit_bytes(*shape) for shape in shapes) == compressed - lists
     assert "12 bits" in found[0].describe() and "12 bits" not in found[1].describe()
 
 

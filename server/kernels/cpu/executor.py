@@ -69,6 +69,7 @@ class NativeExecutor:
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
         self._weights = PackedWeights(pair, lib, self.num_threads, config.compress_weights)
         self.bytes_per_weight = self._weights.bytes_per_weight
+        self.weight_form = "12 bits" if self._weights.is_compressed else pair.quantization
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers
