@@ -91,6 +91,27 @@ def test_embeddings_and_steps(variant, gated, monkeypatch):
             assert (compressed - plain).norm() <= 5e-3 * plain.norm()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_without_a_code_in_deep_products(variant, monkeypatch):
+    """All that counts of a matrix deeper than the pieces that tiles take it in: beside a large weight, whose input is
+    zero, the others have no code."""
+
+    def make() -> LoadedPair:
+        pair = make_pair("llama", torch.bfloat16, hidden_size=96, intermediate_size=1290, head_dim=32)
+        for layer in pair.layers.values():
+            layer.up_weight[0] = 0.0
+            layer.down_weight[:, 0] = 2.0**20
+        return pair
+
+    outputs = []
+    for native in executors(monkeypatch, variant, make):
+        steps = make_steps(native._pair.elasticity, [[213, 150, 141, 90, 60], [1, 2, 40, 29, 1], [1, 0, 0, 0, 0]])
+        native.allocate_kv(steps[0].block_tables.size)
+        outputs.append([native.forward(batch).clone() for batch in steps])
+    for compressed, plain in zip(*outputs, strict=True):
+        assert (compressed - plain).norm() <= 5e-3 * plain.norm()
+
+
 def test_bytes(monkeypatch):
     """Three quarters, and one base per channel and input of a line."""
     found = executors(monkeypatch, "avx512_bf16", lambda: make_pair("llama", torch.bfloat16, hidden_size=512))

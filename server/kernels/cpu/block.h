@@ -262,7 +262,7 @@ struct Nothing {
 // units idle; never where there are no tiles.
 template <bool add, class W, class Between = Nothing>
 inline void block(const Term<W>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between = {}) {
-    if constexpr (kHasTiles<W>) {
+    if constexpr (kHasTiles<W> && !kIsCompressed<W>) {  // compressed panels come here for single rows only (kDirectRows)
         if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, out, ld, tiles, between);
     }
     block_in_registers<W>(terms, num_terms, rows, out, ld, add);
