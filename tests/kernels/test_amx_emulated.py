@@ -1,6 +1,7 @@
 """The AMX kernels on any processor with AVX512-BF16, their tile instructions emulated: what the other variants pass."""
 
 import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,12 @@ def test_low_rank_students(variant, quantise, tmp_path):
     make_model("llama", 6, seed=1, tied=True).save_pretrained(tmp_path / "teacher")
     write_student(tmp_path / "student", tmp_path / "teacher", quantise=quantise)
     test_low_rank_lanes.test_bfloat16_stays_close(tmp_path, "native")
+
+
+def test_the_real_instructions_compile():
+    """The emulation has its own flags; a build of the real ones that fails would only be passed over."""
+    if (cxx := build.compiler()) is None:
+        pytest.skip("no C++ compiler")
+    flags = [*build.FLAGS, "-O0", "-fsyntax-only", *build.VARIANTS["amx"].flags]
+    result = subprocess.run([cxx, *flags, str(build.SOURCES / "step.cpp")], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
