@@ -62,11 +62,12 @@ def main() -> None:
     parser.add_argument("--variant", help="force a variant of the kernels")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization")
+    parser.add_argument("--weight-compression", default="auto", choices=("auto", "off"))
     parser.add_argument("--only", help="names of steps, separated by semicolons")
     arguments = parser.parse_args()
     if arguments.variant:
         os.environ["BOOMERANG_CPU_VARIANT"] = arguments.variant
-    settings = Settings(executor="native", dtype=arguments.dtype)
+    settings = Settings(executor="native", dtype=arguments.dtype, weight_compression=arguments.weight_compression)
     pair, dtype = open_settings_pair(settings), getattr(torch, arguments.dtype)
     loaded = pair.load(dtype, "cpu", quantization=arguments.quantization)
     config = dataclasses.replace(

@@ -95,8 +95,8 @@ def _command(kind: str, variant: str) -> tuple[list[str], dict[str, str]]:
         }  # fmt: skip
         return [python_of("vllm"), str(HERE / "worker_vllm.py"), str(checkpoint(size))], env
     if kind == "limit":
-        share = 0.75 if variant == "compressed" else 1.0  # of the bytes, where weights lie in twelve bits
-        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(int(share * _weight_bytes()) // 4 * 4)], {}
+        form = "12 bits" if variant == "compressed" else None
+        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(_weight_bytes(form))], {}
     model = gguf(MIXED[-1], quantised=variant == "q8_0")
     return [python_of("llamacpp"), str(HERE / "worker_llamacpp.py"), str(model)], {}
 
@@ -183,10 +183,10 @@ def measure_sizes(run: Run) -> None:
     run.add("the same, memory (each engine reserves 1 GiB for KV)", {k: v / 1e9 for k, v in memory.items()}, "GB")
 
 
-def _weight_bytes() -> int:
+def _weight_bytes(form: str | None) -> int:
     from model_store.pair import open_pair
 
-    return max(row["weight_bytes"] for row in open_pair().size_table())
+    return max(row["weight_bytes"] for row in open_pair().size_table(quantization=form))
 
 
 def _machine() -> dict[str, str]:

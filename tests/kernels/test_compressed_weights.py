@@ -10,7 +10,7 @@ from server.engine.config import EngineConfig
 from server.kernels.cpu.build import VARIANTS
 from server.kernels.cpu.executor import NativeExecutor, create
 from server.kernels.cpu.library import VARIANT_VARIABLE
-from tests.kernels.steps import make_pair, make_steps
+from tests.kernels.steps import make_pair, make_steps, quantised
 
 
 def wild(*shape: int) -> torch.Tensor:
@@ -125,8 +125,6 @@ def test_bytes(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_what_is_not_bfloat16_is_left_alone(kind):
-    from tests.kernels.steps import quantised
-
     pair = make_pair("llama", torch.float32) if kind == "float32" else quantised(make_pair("llama", torch.bfloat16))
     native = create(pair, EngineConfig(page_size=32, max_model_len=320))
     if isinstance(native, str):

@@ -100,6 +100,9 @@ inline WideLine widen_int8(const char* line) {
     const __m512i top = _mm512_ternarylogic_epi32(high, w, _mm512_set1_epi8(char(0x80)), 0xf8);  // high | (w & 0x80)
     return {{_mm512_unpacklo_epi8(low, top), _mm512_unpackhi_epi8(low, top)}};
 }
+inline void widen_panel(const char* lines, int units, const Beside<int8>&, bf16* to) {
+    for (int u = 0; u < units; u++) store_wide(reinterpret_cast<char*>(to) + long(u) * kLine<bf16>, widen_int8(lines + long(u) * kLine<int8>));
+}
 template <>
 struct Operand<int8> : Operand<bf16> {};
 #else
@@ -262,7 +265,7 @@ struct Nothing {
 // units idle; never where there are no tiles.
 template <bool add, class W, class Between = Nothing>
 inline void block(const Term<W>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between = {}) {
-    if constexpr (kHasTiles<W> && !kIsCompressed<W>) {  // compressed panels come here for single rows only (kDirectRows)
+    if constexpr (kHasTiles<W> && sizeof(W) == 2) {  // narrower ones come here for single rows only (kDirectRows)
         if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, out, ld, tiles, between);
     }
     block_in_registers<W>(terms, num_terms, rows, out, ld, add);

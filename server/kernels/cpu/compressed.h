@@ -152,6 +152,33 @@ inline int measure_panel(const BsPack& m, int panel) {
     return count;
 }
 
+// One line of bfloat16 by its parts, all in the order of a compressed line. Returns whether there is a weight without a code.
+#ifdef __AVX512F__
+inline bool compress_line(const bf16* wide, const uint8_t* base, uint8_t* sign_and_mantissa, uint8_t* codes) {
+    const __m512i first = _mm512_loadu_si512(wide), second = _mm512_loadu_si512(wide + 32), bases = _mm512_loadu_si512(base), byte = _mm512_set1_epi16(255);
+    const __m512i low = _mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte));
+    const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8));
+    const __m512i exponent = _mm512_ternarylogic_epi32(_mm512_add_epi8(high, high), _mm512_srli_epi16(low, 7), _mm512_set1_epi8(1), 0xd8);
+    const __mmask64 has_code = _mm512_cmpgt_epu8_mask(exponent, bases), out = _mm512_test_epi8_mask(exponent, exponent) & ~has_code;
+    _mm512_storeu_si512(sign_and_mantissa, _mm512_maskz_mov_epi8(~out, _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(0x7f), 0xe4)));
+    _mm512_storeu_si512(codes, _mm512_maskz_sub_epi8(has_code, exponent, bases));
+    return out != 0;
+}
+#else
+inline bool compress_line(const bf16* wide, const uint8_t* base, uint8_t* sign_and_mantissa, uint8_t* codes) {
+    uint8_t any = 0;
+    for (int i = 0; i < kPanel; i++)
+        for (int j = 0; j < 2; j++) {
+            const bf16 x = wide[2 * i + j];
+            const int at = place_in_line(i, j), exponent = exponent_of(x), out = is_rest(x, base[at]);
+            any |= out;
+            sign_and_mantissa[at] = out ? 0 : uint8_t((x.bits >> 8 & 0x80) | (x.bits & 0x7f));
+            codes[at] = exponent > base[at] ? uint8_t(exponent - base[at]) : 0;
+        }
+    return any != 0;
+}
+#endif
+
 // From a panel of bfloat16 lines.
 inline void compress_panel(const BsPack& m, int panel, const bf16* wide) {
     const int units = units_of<bf12>(m.K);
@@ -161,19 +188,7 @@ inline void compress_panel(const BsPack& m, int panel, const bf16* wide) {
     for (int u = 0; u < units; u += 2, to += 2 * kLine<bf12>) {
         uint8_t codes[2][kLineWeights];
         for (int second = 0; second < 2; second++, wide += kLineWeights) {
-            uint8_t *line = to + second * kLineWeights, *code = codes[second], any = 0;
-            for (int four = 0; four < 4; four++)
-                for (int half = 0; half < 2; half++)
-                    for (int i = 0; i < 8; i++) {
-                        const int at = 16 * four + 8 * half + i;
-                        const uint16_t bits = wide[32 * half + 8 * four + i].bits;
-                        const uint8_t exponent = uint8_t(bits >> 7), sign_and_mantissa = uint8_t((bits >> 8 & 0x80) | (bits & 0x7f));
-                        const bool out = exponent != 0 && exponent <= base[at];
-                        any |= out;
-                        line[at] = out ? 0 : sign_and_mantissa;
-                        code[at] = out || exponent == 0 ? 0 : uint8_t(exponent - base[at]);
-                    }
-            if (!any) continue;
+            if (!compress_line(wide, base, to + second * kLineWeights, codes[second])) continue;
             for (int j = 0; j < 2; j++)
                 for (int i = 0; i < kPanel; i++)
                     if (is_rest(wide[2 * i + j], base[place_in_line(i, j)])) *rest++ = {2 * (u + second) + j, uint16_t(i), wide[2 * i + j].bits};

@@ -34,7 +34,8 @@ void pack_panel(const BsPack& m, int panel, W* target) {
 
 #ifdef __AVX512F__
 // Whole units of four bytes change places, 16 x 16 at a time. The server is not ready before its weights are packed.
-template <class T>
+// `once`: what is written is not read soon, and goes past the caches.
+template <class T, bool once = true>
 void pack_panel_fast(const BsPack& m, int panel, char* target) {
     const int units = units_of<T>(m.K), whole = m.K / kPerUnit<T>;
     if (m.K % kPerUnit<T>) return pack_panel<T>(m, panel, reinterpret_cast<T*>(target));
@@ -49,7 +50,10 @@ void pack_panel_fast(const BsPack& m, int panel, char* target) {
             for (int i = 0; i < 16; i++)
                 block[i] = rows[i] ? _mm512_maskz_loadu_epi32(tail16(whole - u), rows[i] + u * kPerUnit<T>) : _mm512_setzero_si512();
             transpose16(block);
-            for (int i = 0; i < 16; i++) _mm512_stream_si512(reinterpret_cast<__m512i*>(target + long(u + i) * kLine<T> + half * 4), block[i]);
+            for (int i = 0; i < 16; i++) {
+                auto* to = reinterpret_cast<__m512i*>(target + long(u + i) * kLine<T> + half * 4);
+                once ? _mm512_stream_si512(to, block[i]) : _mm512_store_si512(to, block[i]);
+            }
         }
     }
 }
@@ -121,7 +125,7 @@ void load_columns(const BsPack& m, int panel, int eight, int start, __m256i* blo
 }
 
 // As with AVX-512, 8 x 8 units of four bytes at a time.
-template <class T>
+template <class T, bool once = true>
 void pack_panel_fast(const BsPack& m, int panel, char* target) {
     const int units = units_of<T>(m.K);
     for (int u = 0; u < units; u += 8)
@@ -164,7 +168,7 @@ inline void pack_one(const BsPack& m, int panel) {
     if (m.type == BS_BF12) {
         static thread_local Buffer<bf16> wide;
         bf16* lines = wide.at_least(size_t(units_of<bf16>(m.K)) * kLineWeights);
-        pack_panel_fast<bf16>(m, panel, reinterpret_cast<char*>(lines));
+        pack_panel_fast<bf16, false>(m, panel, reinterpret_cast<char*>(lines));
         return compress_panel(m, panel, lines);
     }
     for (int i = panel * kPanel; i < (panel + 1) * kPanel; i++) {

@@ -44,14 +44,17 @@ constexpr long kGroupBytes = 1 << 20;
 // Units of the pieces that the depth of a product is cut into.
 inline int piece_of(int units) { return round_up(chunks_for(units, chunks_for(units, kMostUnits)), kUnitStep); }
 
-// So many rows take compressed panels as they are: AVX-512 widens them beside the products, for each block again. With
-// more, with tiles, or where a line does not fit into the registers, the panel is widened once for all blocks. Measured.
+// So many rows take panels as they are: those of int8 and compressed ones are widened beside the products, for each block
+// again. With more the panel is widened once for all blocks, as tiles need it. Measured.
+constexpr int kAllRows = 1 << 30;
+template <class W>
+constexpr int kDirectRows = sizeof(W) == 1 && kHasTiles<W> ? 1 : kAllRows;
 #ifdef __AVX512F__
-template <class W>
-constexpr int kDirectRows = kHasTiles<W> ? 1 : 6 * kRegisterRows;
+template <>
+constexpr int kDirectRows<bf12> = kHasTiles<bf12> ? 1 : 6 * kRegisterRows;
 #else
-template <class W>
-constexpr int kDirectRows = 1;
+template <>
+constexpr int kDirectRows<bf12> = 1;  // a line does not fit into the registers
 #endif
 
 // How a part is walked through: groups of rows, pieces of the panels' depth, panels, blocks of rows. With several blocks
@@ -70,7 +73,7 @@ struct Walk {
         group = std::max<int>(1, kGroupBytes / row_bytes / kBlockRows<W>) * kBlockRows<W>;
     }
 
-    static const bf16* widened(const char* panel, int units, const Beside<bf12>& side) {
+    static const bf16* widened(const char* panel, int units, const Beside<W>& side) {
         static thread_local Buffer<bf16> buffer;
         bf16* to = buffer.at_least(size_t(units) * kLineWeights);
         widen_panel(panel, units, side, to);
@@ -95,13 +98,13 @@ struct Walk {
                         next = part.then;
                     const Beside<W> side = beside<W>(w, p, part.unit0 + from, length);
                     const bf16* wide = nullptr;
-                    if constexpr (kIsCompressed<W>)
+                    if constexpr (kDirectRows<W> < kAllRows)
                         if (m1 - m0 > kDirectRows<W>) wide = widened(panel, length, side);
                     for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
                         rows = block_size<W>(m1 - m);
                         const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index) : Ahead{};
                         const Act<W>* of = x.x + m * x.ldx + from * kPerUnit<W>;
-                        if constexpr (kIsCompressed<W>)
+                        if constexpr (kDirectRows<W> < kAllRows)
                             if (wide) {
                                 body(Term<bf16>{of, x.ldx, reinterpret_cast<const char*>(wide), length, ahead}, rows, m, p, from);
                                 continue;

@@ -111,15 +111,15 @@ inline void store_every_second16(bf16* p, int first, F16 x) {
     for (int i = 0; i < 16; i++) p[2 * i + first] = row[i];
 }
 
-// Every second of 32 bfloat16 values from p on.
+// Every second of 32 bfloat16 values, and of those from p on.
 inline __m256i at8(const char* p, int eight) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + eight); }
-inline F16 even_bf16(const char* p) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(at8(p, 0), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(at8(p, 1), 16))};
-}
-inline F16 odd_bf16(const char* p) {
+inline F16 even_of(__m256i low, __m256i high) { return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))}; }
+inline F16 odd_of(__m256i low, __m256i high) {
     const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
-    return {_mm256_castsi256_ps(_mm256_and_si256(at8(p, 0), upper)), _mm256_castsi256_ps(_mm256_and_si256(at8(p, 1), upper))};
+    return {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
 }
+inline F16 even_bf16(const char* p) { return even_of(at8(p, 0), at8(p, 1)); }
+inline F16 odd_bf16(const char* p) { return odd_of(at8(p, 0), at8(p, 1)); }
 // The same of a half of a line of int8 (panel_offset says how it lies); `eight` channels of it.
 inline __m256i words_of_int8(const char* line, int half, int eight) {
     const __m128i* from = reinterpret_cast<const __m128i*>(line) + 2 * eight;
@@ -135,12 +135,7 @@ inline F16 odd_int8(const char* line, int half) { return {odd_word8(words_of_int
 struct WideLine {
     __m256i words[2][2];
 };
-inline F16 even_words(const WideLine& wide, int half) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide.words[half][0], 16)), _mm256_castsi256_ps(_mm256_slli_epi32(wide.words[half][1], 16))};
-}
-inline F16 odd_words(const WideLine& wide, int half) {
-    const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
-    return {_mm256_castsi256_ps(_mm256_and_si256(wide.words[half][0], upper)), _mm256_castsi256_ps(_mm256_and_si256(wide.words[half][1], upper))};
-}
+inline F16 even_words(const WideLine& wide, int half) { return even_of(wide.words[half][0], wide.words[half][1]); }
+inline F16 odd_words(const WideLine& wide, int half) { return odd_of(wide.words[half][0], wide.words[half][1]); }
 
 }  // namespace boomerang

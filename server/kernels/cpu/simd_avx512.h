@@ -38,11 +38,11 @@ inline F16 load16(const bf16* p, Mask mask) {
 inline void store16(float* p, F16 x) { _mm512_storeu_ps(p, x); }
 inline void store16(float* p, F16 x, Mask mask) { _mm512_mask_storeu_ps(p, mask, x); }
 
-// Every second of 32 bfloat16 values from p on.
-inline F16 even_bf16(const char* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
-inline F16 odd_bf16(const char* p) {
-    return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))));
-}
+// Every second of 32 bfloat16 values, and of those from p on.
+inline F16 even_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+inline F16 odd_of(__m512i words) { return _mm512_castsi512_ps(_mm512_and_epi32(words, _mm512_set1_epi32(int(0xffff0000)))); }
+inline F16 even_bf16(const char* p) { return even_of(_mm512_loadu_si512(p)); }
+inline F16 odd_bf16(const char* p) { return odd_of(_mm512_loadu_si512(p)); }
 // The same of a half of a line of int8 (panel_offset says how it lies).
 inline __m512i words_of_int8(const char* line, int half) {
     const __m512i eights = _mm512_setr_epi64(half, half + 2, half + 4, half + 6, 0, 0, 0, 0);
@@ -55,8 +55,8 @@ inline F16 odd_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm5
 struct WideLine {
     __m512i half[2];
 };
-inline F16 even_words(const WideLine& wide, int half) { return _mm512_castsi512_ps(_mm512_slli_epi32(wide.half[half], 16)); }
-inline F16 odd_words(const WideLine& wide, int half) { return _mm512_castsi512_ps(_mm512_and_epi32(wide.half[half], _mm512_set1_epi32(int(0xffff0000)))); }
+inline F16 even_words(const WideLine& wide, int half) { return even_of(wide.half[half]); }
+inline F16 odd_words(const WideLine& wide, int half) { return odd_of(wide.half[half]); }
 
 // The 16 values as bfloat16, rounded to nearest even.
 inline __m256i narrow16(F16 x) {

@@ -1,6 +1,5 @@
 // Blocks of up to 32 rows on AMX tiles (bfloat16 products of 16 x 32 by 32 x 16).
 #pragma once
-#include "buffer.h"
 #include "panels.h"
 
 namespace boomerang {
@@ -11,12 +10,11 @@ template <class W>
 constexpr bool kHasTiles = sizeof(W) < 4;
 constexpr int kTileRows = 2;  // fewer rows are left to registers
 
-// How this thread's tiles are configured, and panels of int8 as bfloat16. Lives as long as one chunk of work: another
-// library may configure tiles in between.
+// How this thread's tiles are configured. Lives as long as one chunk of work: another library may configure tiles in
+// between.
 struct TileState {
     int rows = -1;
-    bool panel_stays = false;    // several blocks of rows use a panel: it is what the first-level cache should hold
-    const char* panels[2] = {};  // that `widened` holds, one per term
+    bool panel_stays = false;  // several blocks of rows use a panel: it is what the first-level cache should hold
 
     // Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights. Tiles have no more rows than there are.
     void configure(int wanted) {
@@ -106,25 +104,6 @@ inline void block_in_tiles(const Term<bf16>* terms, int num_terms, int rows, flo
         tile_block<true, true, add>(terms, num_terms, out, ld, between);
     else
         tile_block<true, false, add>(terms, num_terms, out, ld, between);
-}
-
-// A panel is widened once for all blocks of rows that follow each other.
-template <bool add, class Between>
-inline void block_in_tiles(const Term<int8>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between) {
-    static thread_local Buffer<char> widened[2];
-    Term<bf16> wide[2];
-    for (int i = 0; i < num_terms; i++) {
-        const Term<int8>& t = terms[i];
-        char* to = widened[i].at_least(size_t(t.units) * kLine<bf16>);
-        wide[i] = {t.x, t.ldx, to, t.units, t.ahead};
-        if (tiles.panels[i] == t.panel) continue;
-        tiles.panels[i] = t.panel;
-        for (int u = 0; u < t.units; u++) {
-            const WideLine wide = widen_int8(t.panel + long(u) * kLine<int8>);
-            for (int half = 0; half < 2; half++) _mm512_store_si512(to + long(u) * kLine<bf16> + 64 * half, wide.half[half]);
-        }
-    }
-    block_in_tiles<add>(wide, num_terms, rows, out, ld, tiles, between);
 }
 
 #else
