@@ -29,14 +29,13 @@ import httpx
 import psutil
 
 from benchmarks.local_server import LocalServer
+from benchmarks.trace_client import ask, play
 from server.engine.request import Budget
 from server.sizing.jobs import Job, Record
 from server.sizing.traces import read_trace, shape_trace
 
 TRACE = Path(__file__).parent / "traces" / "azure_conv_2023.csv"
 POLICIES = {"teacher": "teacher", "student": "student", "auto": "auto"}
-VOCAB = 40000  # prompts are random token ids below this: no prefix is shared
-GIVE_UP = 30.0  # seconds after the last arrival; what is unfinished by then has missed its limits
 
 
 def main() -> None:
@@ -123,13 +122,7 @@ def measured_rate(args: argparse.Namespace, plan: dict[str, Any], rate: float, w
 async def measure_idle(url: str, prompt_tokens: int) -> dict[str, float]:
     """Medians of five requests at full size, one after the other; the first is not counted."""
     rng = random.Random(1)
-    async with httpx.AsyncClient(timeout=120) as client:
-        rows = []
-        for index in range(6):
-            job = Job(0.0, prompt_tokens, 24)
-            rows.append(await ask(client, url, job, "teacher", rng, time.perf_counter()))
-            if not index:
-                rows.clear()
+    rows = [await ask(url, Job(0.0, prompt_tokens, 24), "teacher", rng) for _ in range(6)][1:]
     return {
         "ttft": statistics.median(row.ttft for row in rows),
         "tpot": statistics.median(row.tpot for row in rows),
@@ -139,16 +132,15 @@ async def measure_idle(url: str, prompt_tokens: int) -> dict[str, float]:
 async def keep_busy(url: str, max_prompt: int, max_output: int) -> None:
     """Let the cost model learn from steps as they are while serving: beside this client, sampling, other threads."""
     rng = random.Random(2)
-    async with httpx.AsyncClient(timeout=120) as client:
-        for concurrency in (1, 4, 16, 40):
-            gate = asyncio.Semaphore(concurrency)
+    for concurrency in (1, 4, 16, 40):
+        gate = asyncio.Semaphore(concurrency)
 
-            async def one(size: str, gate: asyncio.Semaphore = gate) -> None:
-                async with gate:
-                    job = Job(0.0, rng.randint(16, max_prompt), rng.randint(8, max_output))
-                    await ask(client, url, job, size, rng, time.perf_counter())
+        async def one(size: str, gate: asyncio.Semaphore = gate) -> None:
+            async with gate:
+                job = Job(0.0, rng.randint(16, max_prompt), rng.randint(8, max_output))
+                await ask(url, job, size, rng)
 
-            await asyncio.gather(*(one(rng.choice(("teacher", "student", "23L"))) for _ in range(3 * concurrency)))
+        await asyncio.gather(*(one(rng.choice(("teacher", "student", "23L"))) for _ in range(3 * concurrency)))
 
 
 def jobs_of(plan: dict[str, Any], load: float, rows: list[Job] | None = None) -> list[Job]:
@@ -202,66 +194,6 @@ def run_one(args: argparse.Namespace, plan: dict[str, Any], load: float, policy:
         "steps": step_figures(before, after),
         "calibration": calibration(server),
     }
-
-
-async def play(url: str, jobs: list[Job], size: str) -> list[Record]:
-    """Every request is sent at its time, whatever became of those before it."""
-    rng = random.Random(0)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(timeout=None, limits=limits) as client:
-        begun = time.perf_counter() + 0.2
-        tasks = []
-        for job in jobs:
-            await asyncio.sleep(max(begun + job.arrival - time.perf_counter(), 0.0))
-            tasks.append(asyncio.ensure_future(ask(client, url, job, size, rng, begun + job.arrival)))
-        _, late = await asyncio.wait(tasks, timeout=GIVE_UP)
-        for task in late:
-            task.cancel()
-        done = await asyncio.gather(*tasks, return_exceptions=True)
-    nan = float("nan")
-    return [
-        item if isinstance(item, Record) else Record(job, 0, "unfinished", nan, nan, nan, 0, 0, 599)
-        for job, item in zip(jobs, done, strict=True)
-    ]
-
-
-async def ask(client: httpx.AsyncClient, url: str, job: Job, size: str, rng: random.Random, intended: float) -> Record:
-    """One streamed completion; times count from when it should have been sent."""
-    body: dict[str, Any] = {
-        "prompt": [rng.randrange(1000, VOCAB) for _ in range(job.prompt_tokens)],
-        "max_tokens": job.output_tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        "size": size,
-        "stream_options": {"include_usage": True},
-    }
-    if size == "auto":  # pinned servers are not told: they could do nothing about it
-        slo = {"ttft_ms": job.budget.ttft, "tpot_ms": job.budget.tpot}
-        body["slo"] = {name: 1000 * limit for name, limit in slo.items() if limit is not None}
-    first = last = None
-    reason, layers, count = "", 0, 0
-    async with client.stream("POST", url + "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            await response.aread()
-            nan = float("nan")
-            return Record(job, 0, "refused", nan, nan, nan, 0, 0, response.status_code)
-        layers = int(response.headers["x-boomerang-size"].rstrip("L"))
-        reason = response.headers["x-boomerang-size-reason"]
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            now = time.perf_counter()
-            event = json.loads(line[6:])
-            if event.get("model"):
-                layers = int(event["model"].rpartition(":")[2].rstrip("L"))  # the last one, if it changed on the way
-            if event.get("usage"):
-                count = event["usage"]["completion_tokens"]
-            elif event.get("choices"):
-                first = first or now
-                last = now
-    tpot = (last - first) / (count - 1) if count > 1 else 0.0
-    return Record(job, layers, reason, first - intended, tpot, last - intended, 0, 0)
 
 
 # --- what is kept of a run

@@ -35,7 +35,8 @@ def simulate(
     rows: list[Job] | None = None, settings: PolicyConfig | None = None,
 ) -> list[Record]:  # fmt: skip
     """The requests of a run (or `rows` in their place) through the simulator, on the machine of `calibration`."""
-    from benchmarks.trace import GIVE_UP, jobs_of
+    from benchmarks.trace import jobs_of
+    from benchmarks.trace_client import GIVE_UP
 
     machine = from_json(calibration)
     sizes = machine.profile.elasticity.sizes
