@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.config import EngineConfig
+from server.engine.request import Budget
 from server.engine.size_policy import LargestSize
 from server.sizing.calibrate import from_json
 from server.sizing.jobs import Job, Record
@@ -48,14 +49,16 @@ def simulate(
             return LargestSize()
         return BudgetPolicy(machine.fresh(), quality=quality, config=settings)
 
-    jobs = jobs_of(plan, load, rows)
+    jobs, budget = jobs_of(plan, load, rows), Budget(ttft=plan["ttft"], tpot=plan["tpot"])
     if policy != "auto":
-        for job in jobs:
-            job.sizes = (sizes[-1] if policy == "teacher" else sizes[0],)
+        for job in jobs:  # as in the real run, a pinned server is not told of limits: its queue is first come, first served
+            job.sizes, job.budget = (sizes[-1] if policy == "teacher" else sizes[0],), Budget()
     pages = KV_BYTES // (machine.profile.kv_bytes * config.page_size)
     spec = ReplicaSpec(config, machine, pages, make_policy, noise=NOISE, delivery=DELIVERY)
     records = Simulator(spec, 1).run(jobs).records
-    for record in records:  # the real client leaves at this time
+    for record in records:
+        record.job.budget = budget
+        # The real client leaves at this time.
         if not record.error_status and record.job.arrival + record.e2e > jobs[-1].arrival + GIVE_UP:
             record.error_status = 599
     return records

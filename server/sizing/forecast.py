@@ -81,7 +81,7 @@ class Forecaster:
     ) -> Forecast:
         """`rate` requests/s of `prompt` and `output` tokens; `limit`: TPOT that chunks of prompt respect."""
         cost = self.cost
-        scale = cost.correction["decode"]
+        scale, prompt_scale = cost.correction["decode"], cost.prompt_scale
         knots, g, g_slopes, h, h_slopes = cost.step_curves
         context = cost.decode_context * (prompt + 0.5 * output) + cost.request_layers
         attention, head_first = cost.prefill_context * 0.5 * prompt**2, cost.head_seconds_of(1.0)
@@ -106,7 +106,7 @@ class Forecaster:
                     i = bisect(knots, n + piece) - 1
                     more = g[i] + (n + piece - knots[i]) * g_slopes[i] - alone
                 step = (around + weight * alone + per_row * n) * scale
-                prefill = per_token * more + beside
+                prefill = (per_token * more + beside) * prompt_scale
                 busy = rate * prefill
                 tpot = step / (1.0 - (busy if busy < 0.95 else 0.95))
                 new = answers * tpot

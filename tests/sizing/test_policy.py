@@ -184,3 +184,29 @@ def test_a_forecast_counts_the_tokens_of_large_steps():
     steps = {"limit": None, "max_num_seqs": 64, "max_tokens": 16384, "tokens_of_kv": 10**7}
     ttft = policy.forecaster.settle(0.01, float(prompt), 8.0, **steps).ttft[-1]
     assert ttft > size * (float(cost.layer_seconds(prompt)) + cost.prefill_context * 0.5 * prompt**2)
+
+
+def test_prompts_are_predicted_with_the_correction_of_steps_that_have_some():
+    """What measured steps say about prompts must reach decisions at once, not with the next fit."""
+
+    def predict(correction: float) -> tuple[float, float, int, float]:
+        replica = make_replica()
+        now = 0.0
+        for _ in range(8):
+            replica.scheduler.add(make_request(16, 1000, budget={"tpot": 0.05}))
+        for _ in range(20):
+            now, _ = replica.run_step(now)
+        policy, scheduler = replica.policy, replica.scheduler
+        policy.cost.correction.update(dict.fromkeys(policy.cost.correction, 1.0) | {"mixed": correction})
+        request = make_request(512, budget={"ttft": 1.0, "tpot": 0.05}, arrival_time=now)
+        view = policy.outlook.view(policy.table.all, request, scheduler, now)
+        steps = {"limit": 0.05, "max_num_seqs": 64, "max_tokens": 256, "tokens_of_kv": 10**6}
+        forecast = policy.forecaster.settle(1.0, 512.0, 8.0, **steps)
+        pace = policy.pace(scheduler, now)
+        scheduler.waiting.push(request)
+        return view.ttft[-1], forecast.ttft[-1], pace.layer_tokens, policy.outlook.drain_seconds(scheduler)
+
+    ttft, forecast, tokens, drain = predict(1.0)
+    slow_ttft, slow_forecast, slow_tokens, slow_drain = predict(1.5)
+    assert slow_ttft > 1.3 * ttft and slow_forecast > 1.3 * forecast and slow_tokens < 0.8 * tokens
+    assert slow_drain == pytest.approx(1.5 * drain)
