@@ -46,6 +46,7 @@ PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2
 ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 HTTP_FINE = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60)
+_MOST_UNBOOKED = 64  # steps; beyond that the engine books them itself
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 
 
@@ -263,9 +264,14 @@ class Metrics:
     # --- engine thread
 
     def on_step(self, stats: StepStats) -> None:
-        """Steps are booked a few at a time: after the weights have passed through the caches, the first of a series
-        of bookings takes three times as long as the others. A scrape books what is left."""
+        """Steps are booked by the event loop, while the next one computes, and a few at a time: after the weights have
+        passed through the caches, the first of a series takes three times as long as the others. A scrape books what
+        is left."""
         self._steps.append(stats)
+        if len(self._steps) >= _MOST_UNBOOKED:
+            self._book_steps()
+
+    def book_steps(self) -> None:
         if len(self._steps) >= 8:
             self._book_steps()
 

@@ -1,7 +1,7 @@
 """The engine's asyncio face: one thread runs steps, the event loop submits requests and reads their outputs.
 
 Everything that crosses over is a plain object. Per step there is a single wake-up of the event loop, however many
-requests advanced.
+requests advanced; where the executor can, it gives it from outside the interpreter (an eventfd, `doorbell`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -81,7 +82,9 @@ class AsyncEngine:
         self._streams: dict[str, OutputStream] = {}
         self._inbox: deque[Request | str] = deque()  # requests to add, ids to abort
         self._unsent: list[RequestOutput] = []
-        engine.before_model = self._flush
+        self._outbox: deque[list[RequestOutput]] = deque()  # on their way to the event loop
+        self._bell: int | None = None  # an eventfd on which the event loop waits
+        engine.before_model = self._hand_over
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -92,6 +95,9 @@ class AsyncEngine:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        if hasattr(self.engine.executor, "doorbell"):
+            self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._loop.add_reader(self._bell, self._answer)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,6 +109,10 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 30)
+        if self._bell is not None and not self.is_alive:
+            self._loop.remove_reader(self._bell)
+            os.close(self._bell)
+            self._bell = None
 
     def submit(self, request: Request) -> OutputStream:
         """Hand a request to the engine. Its first output is its admission or its refusal."""
@@ -152,9 +162,11 @@ class AsyncEngine:
                 with self._wake:
                     while not self._inbox and not self.engine.has_work and not self._stopping:
                         self._wake.wait()
-                    inbox, self._inbox = self._inbox, deque()
+                    inbox = self._inbox
+                    if inbox:
+                        self._inbox = deque()
                     stopping = self._stopping
-                outputs = self._drain(inbox)
+                outputs = self._drain(inbox) if inbox else []
                 if stopping:
                     self._publish(outputs)
                     self._flush()
@@ -166,7 +178,7 @@ class AsyncEngine:
                     outputs += self.engine.step()
                     self._step_started = None
                 self._publish(outputs)
-                if not self.engine.scheduler.running:
+                if self._outbox or not self.engine.scheduler.running:
                     self._flush()
                 if not self.engine.scheduler.running and self.engine.has_work and not outputs:
                     # Only a policy that holds requests back leads here; look again soon, or when something arrives.
@@ -219,10 +231,22 @@ class AsyncEngine:
         """
         self._unsent += outputs
 
+    def _hand_over(self) -> None:
+        """The step is about to leave Python: it wakes the event loop as soon as it computes."""
+        if self._bell is None:
+            self._flush()
+        elif self._unsent:
+            self._outbox.append(self._unsent)
+            self._unsent = []
+            self.engine.executor.doorbell = self._bell
+
     def _flush(self) -> None:
+        """Wake the event loop now, if there is anything for it."""
         if self._unsent:
-            outputs, self._unsent = self._unsent, []
-            self._loop_call(self._deliver, outputs)
+            self._outbox.append(self._unsent)
+            self._unsent = []
+        if self._outbox:
+            self._loop_call(self._deliver)
 
     def _loop_call(self, function: Callable, *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
@@ -230,13 +254,21 @@ class AsyncEngine:
 
     # --- event loop
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream.put(output)
-                if output.is_finished:
-                    del self._streams[output.request_id]
+    def _answer(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while self._outbox:
+            for output in self._outbox.popleft():
+                stream = self._streams.get(output.request_id)
+                if stream is not None:
+                    stream.put(output)
+                    if output.is_finished:
+                        del self._streams[output.request_id]
+        if self.engine.metrics_sink is not None:
+            self.engine.metrics_sink.book_steps()
 
     def _fail_all(self) -> None:
         """Whatever ended the thread, nobody may wait for it."""

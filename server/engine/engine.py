@@ -166,15 +166,16 @@ class Engine:
         if faults:
             faulty = [request for request, _ in planned.scheduled if request.request_id in faults]
             planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in faults]
-        before = [(request, request.num_computed_tokens) for request, _ in planned.scheduled]
+        num_prompt = 0 if batch.layout else _num_prompt_tokens(planned.scheduled)
         num_generated = sum(1 + len(token.following) for token in sampled.values())
         outputs = self.scheduler.update(planned, sampled)
         self.runner.prompt_scores.attach(outputs)
-        self._forget([request for request, _ in planned.scheduled if request.is_finished], outputs)
+        if finished := [request for request, _ in planned.scheduled if request.is_finished]:
+            self._forget(finished, outputs)
         self._count_decisions(outputs)
         try:
             times = (started, model_start, model_end, drafting)
-            self._observe(planned, batch, before, times, gap, num_generated)
+            self._observe(planned, batch, times, gap, num_prompt, num_generated)
         except Exception:  # the step is booked: what only watches it must not undo that
             logger.exception("a step could not be observed")
         self._clock.lap("book")
@@ -260,19 +261,18 @@ class Engine:
         self,
         planned: SchedulerOutput,
         batch: ForwardBatch,
-        before: list[tuple[Request, int]],
         times: tuple[float, float, float, float],
         gap: Gap,
+        num_prompt: int,
         num_generated: int,
     ) -> None:
         started, model_start, model_end, drafting = times
         self.scheduler.policy.observe_step(batch, model_end - model_start, model_end)
         if self.metrics_sink is None:
             return
-        num_prompt = sum(
-            max(0, min(computed + count, request.num_prompt_tokens) - computed)
-            for (request, count), (_, computed) in zip(planned.scheduled, before, strict=True)
-        )
+        num_first = 0
+        if not batch.layout:  # with one, everybody had a token before
+            num_first = sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled)
         self.metrics_sink.on_step(
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,
@@ -282,7 +282,7 @@ class Engine:
                 model_time=drafting + model_end - model_start,
                 gap=gap,
                 num_preempted=planned.num_preempted,
-                num_first_tokens=sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled),
+                num_first_tokens=num_first,
             )
         )
 
@@ -309,3 +309,11 @@ class Engine:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
+
+
+def _num_prompt_tokens(scheduled: Scheduled) -> int:
+    """Tokens of prompts, not of answers, that a plan computes; before it is booked."""
+    return sum(
+        max(0, min(request.num_computed_tokens + count, request.num_prompt_tokens) - request.num_computed_tokens)
+        for request, count in scheduled
+    )

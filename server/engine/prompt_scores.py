@@ -45,6 +45,8 @@ class PromptScores:
 
     def attach(self, outputs: list[RequestOutput]) -> None:
         """Give each request's scores to its first output."""
+        if not self._scores:
+            return
         for output in outputs:
             if output.request_id in self._scores and (output.new_token_ids or output.is_finished):
                 output.prompt_logprobs = self._scores.pop(output.request_id)

@@ -43,6 +43,10 @@ class MetricsSink(Protocol):
     """Who hears of steps and requests. Subclass it to hear of some only: the rest does nothing."""
 
     def on_step(self, stats: StepStats) -> None: ...
+
+    def book_steps(self) -> None:
+        """Called off the engine's thread while it computes: the time for what `on_step` has put off."""
+
     def on_request_finished(self, request: Request) -> None: ...
     def on_size_decision(self, decision: SizeDecision) -> None: ...
 

@@ -281,12 +281,12 @@ class BudgetPolicy(SizePolicy):
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """Learn from a step of `seconds` in the model that ended at `end` on the scheduler's clock.
 
-        Short steps are learned from a few at a time: after a step's weights have passed through the caches the first
+        Short steps are learned from some at a time: after a step's weights have passed through the caches the first
         one costs 0.15 ms, the others a tenth of that.
         """
         self._unlearned.append((batch, seconds))
         self._unlearned_seconds += seconds
-        if len(self._unlearned) >= 8 or self._unlearned_seconds >= 0.05:
+        if len(self._unlearned) >= 32 or self._unlearned_seconds >= 0.1:
             self._learn()
         if end is not None:
             if self._last_end is not None:

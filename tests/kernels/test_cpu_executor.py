@@ -1,6 +1,7 @@
 """The native executor against the portable one: random layers of odd shapes, mixed sizes, chunks and shuffled pages."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -103,3 +104,27 @@ def test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch):
     portable = TorchExecutor(pair, page_size=32)
     steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 50, 1]])
     assert_same_logits(native, portable, steps, 0.03)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_doorbell_is_rung_once_by_the_step_that_was_asked_to(threads, monkeypatch):
+    """The event loop waits on it: not rung, answers would be late; rung twice, it would wake for nothing."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    config = EngineConfig(page_size=PAGE, max_model_len=320)
+    native = create(make_pair("llama", torch.float32), config)
+    if isinstance(native, str):
+        pytest.skip(native)
+    batches = make_steps(make_pair("llama", torch.float32).elasticity, [[3, 2], [1, 1], [1, 1]])
+    native.allocate_kv(4096)
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        for index, batch in enumerate(batches):
+            native.doorbell = bell if index == 1 else -1
+            native.forward(batch)
+            native.greedy(torch.zeros(2, native.spec.hidden_size), 2)
+            if index == 1:
+                assert os.eventfd_read(bell) == 1
+            with pytest.raises(BlockingIOError):
+                os.eventfd_read(bell)
+    finally:
+        os.close(bell)

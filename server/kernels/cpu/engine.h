@@ -29,7 +29,7 @@ class Engine {
         hidden_.at_least(tokens * stream_ld());
         q_.at_least(tokens * s_.num_heads * pages_.padded_dim);
         attended_.at_least(tokens * attended_ld());
-        pool_.begin();
+        pool_.begin(step.doorbell);
         mark_ = Clock::now();
         embed();
         for (const int32_t* restore = step.restores; restore != step.restores + 2 * step.num_restores; restore += 2) {

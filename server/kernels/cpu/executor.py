@@ -53,6 +53,7 @@ class NativeExecutor:
     """Implements `server.model.executor.Executor`. Takes over the pair: its matrices are packed in their place."""
 
     name = "native"
+    doorbell = -1  # an eventfd that the next `forward` rings once it computes, outside the interpreter
 
     def __init__(
         self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str]
@@ -140,6 +141,7 @@ class NativeExecutor:
         out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
         step.input_ids, step.positions = batch.input_ids.ctypes.data, batch.positions.ctypes.data
         step.out = out.data_ptr()
+        step.doorbell, self.doorbell = self.doorbell, -1
         self._lib.bs_step(self._engine, self._step_pointer)
         return out
 

@@ -63,7 +63,7 @@ class Spec(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in (
-            "num_tokens", "num_requests", "num_segments", "num_rows", "embed_cut", "norm_cut",
+            "num_tokens", "num_requests", "num_segments", "num_rows", "embed_cut", "norm_cut", "doorbell", "reserved",
         )),
         *((name, c_void_p) for name in (
             "program", "input_ids", "positions", "query_start", "slots", "block_tables",

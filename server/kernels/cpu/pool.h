@@ -33,12 +33,18 @@ class Pool {
     int num_threads() const { return num_threads_; }
 
     // Workers spin between `begin` and `end`, so that the loops of one step follow each other without system calls.
-    void begin() {
-        if (num_threads_ == 1) return;
+    // `doorbell`: an eventfd to be rung once the step is under way, or -1. A worker does it, so that the system call and
+    // whoever it wakes cost the calling thread nothing.
+    void begin(int doorbell = -1) {
+        doorbell_.store(doorbell);
+        if (num_threads_ == 1) return ring();
         active_.store(1);
         if (num_asleep_.load()) wake();
     }
-    void end() { active_.store(0, std::memory_order_release); }
+    void end() {
+        active_.store(0, std::memory_order_release);
+        ring();  // in case no worker came
+    }
 
     // body(chunk, thread) for every chunk in [0, num_chunks).
     template <class Body>
@@ -68,6 +74,14 @@ class Pool {
     };
     static constexpr int kRing = 4;
     static constexpr int kLinger = 4000;  // pauses before a worker sleeps: the head follows the layers at once
+
+    void ring() {
+        if (doorbell_.load(std::memory_order_relaxed) < 0) return;
+        const int doorbell = doorbell_.exchange(-1);
+        const uint64_t one = 1;
+        if (doorbell >= 0 && write(doorbell, &one, sizeof one) < 0) {
+        }  // its counter is full: it has been rung
+    }
 
     static void pause(int spin) {
         if (spin < 2000)
@@ -115,6 +129,7 @@ class Pool {
         int spin = 0;
         while (!stopping_) {
             if (active_.load(std::memory_order_acquire)) {
+                ring();
                 if (take_chunks(thread))
                     spin = 0;
                 else
@@ -146,6 +161,7 @@ class Pool {
     alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> active_{0};
     std::atomic<int> num_asleep_{0};
+    std::atomic<int> doorbell_{-1};
     std::atomic<uint32_t> futex_{0};
     std::atomic<bool> stopping_{false};
 };

@@ -69,6 +69,7 @@ struct BsSpec {
 // others that of end 1; of the wanted rows [0, norm_cut) take the norm of end 0.
 struct BsStep {
     int32_t num_tokens, num_requests, num_segments, num_rows, embed_cut, norm_cut;
+    int32_t doorbell, reserved;   // an eventfd to ring as soon as the step computes, or -1
     const int32_t* program;       // [num_segments, 5]
     const int32_t* input_ids;     // [T]
     const int32_t* positions;     // [T]
