@@ -52,14 +52,16 @@ def main() -> None:
     from server.engine.engine import Engine
 
     pair, dtype = open_pair(), torch.bfloat16
-    teacher = pair.union_bytes(pair.elasticity.sizes[-1:], dtype)
-    print(f"teacher alone: {teacher / 2**20:.1f} MiB of weights")
     engines, batches, times = {}, {}, {}
     for form, low_rank in (("expanded", False), ("difference", True)):
         config = EngineConfig(executor=args.executor, max_num_seqs=16, max_model_len=1024)
         engines[form] = Engine(pair.load(dtype, low_rank=low_rank), config)
-        num_bytes = pair.union_bytes(pair.elasticity.sizes, dtype, low_rank)
-        print(f"{form}: {num_bytes / 2**20:.1f} MiB, {num_bytes / teacher:.3f} of the teacher's")
+        kept_as = getattr(engines[form].executor, "weight_form", None)  # bytes are those of the form that runs
+        teacher, both = (
+            pair.union_bytes(sizes, dtype, low_rank, kept_as)
+            for sizes in (pair.elasticity.sizes[-1:], pair.elasticity.sizes)
+        )
+        print(f"{form} ({kept_as or dtype}): {both / 2**20:.1f} MiB, {both / teacher:.3f} of the teacher's")
         for mix, (small, full) in MIXES.items():
             batches[form, mix] = decode_batch(engines[form], small, full, args.context)
             times[form, mix] = []
