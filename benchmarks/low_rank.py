@@ -57,11 +57,10 @@ def main() -> None:
         config = EngineConfig(executor=args.executor, max_num_seqs=16, max_model_len=1024)
         engines[form] = Engine(pair.load(dtype, low_rank=low_rank), config)
         kept_as = getattr(engines[form].executor, "weight_form", None)  # bytes are those of the form that runs
-        teacher, both = (
-            pair.union_bytes(sizes, dtype, low_rank, kept_as)
-            for sizes in (pair.elasticity.sizes[-1:], pair.elasticity.sizes)
-        )
-        print(f"{form} ({kept_as or dtype}): {both / 2**20:.1f} MiB, {both / teacher:.3f} of the teacher's")
+        sizes = pair.elasticity.sizes
+        teacher, both = (pair.union_bytes(of, dtype, low_rank, kept_as) for of in (sizes[-1:], sizes))
+        share = f"{both / teacher:.3f} of the teacher's {teacher / 2**20:.1f}"
+        print(f"{form} ({kept_as or dtype}): {both / 2**20:.1f} MiB, {share}")
         for mix, (small, full) in MIXES.items():
             batches[form, mix] = decode_batch(engines[form], small, full, args.context)
             times[form, mix] = []
