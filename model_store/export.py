@@ -38,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patch-order", choices=("last_to_first", "first_to_last"), help="use this order, not the pair's own")
     add("--size", required=True, help="layers, as 24L or 24")
     add("--out", type=Path, required=True, help="folder to write; it must not exist or be empty")
-    add("--gguf", type=Path, help="also write this GGUF file (Llama-named families)")
+    add("--gguf", type=Path, help="also write this GGUF file (llama, qwen2, qwen3)")
     add("--gguf-pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the tensors written [bfloat16]")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+        help="of the tensors written, in the GGUF file too [bfloat16]")  # fmt: skip
     add("--no-verify", action="store_true", help="skip loading the result and comparing its logits")
     add("--store", help="folder of the local model store")
 
@@ -77,7 +78,10 @@ def parse_size(text: str, pair: Pair) -> int:
 
 
 def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") -> None:
-    """Write config, safetensors, tokenizer files and model card of one size into `folder` (atomically)."""
+    """Write config, safetensors, tokenizer files and model card of one size into `folder` (atomically).
+
+    ExportError for a weight that float16 cannot hold.
+    """
     from model_store.gguf_import import _write_tensors
 
     folder = Path(folder)
@@ -89,6 +93,8 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in _tensors(pair, size, dtype):
+                if dtype == "float16" and not tensor.isfinite().all():
+                    raise ExportError(f"--dtype float16: {name} has values beyond its range: take bfloat16 or float32")
                 names.append(name)
                 yield name, tensor
 

@@ -1,4 +1,4 @@
-"""An exported checkpoint folder as a GGUF file for llama.cpp, through the gguf package (bfloat16, not quantised)."""
+"""An exported checkpoint folder as a GGUF file for llama.cpp, through the gguf package (in its dtype, not quantised)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,33 @@ from model_store.gguf_import import import_gguf
 from model_store.spec import ModelSpec
 from model_store.weights import weight_files
 
+# What the matrices are in a file of each dtype, and what such a file calls itself.
+_TYPES = {
+    "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 
 def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
-    """Write the checkpoint in `folder` as `file`. ExportError for a family or tokenizer this writer does not know."""
+    """Write the checkpoint in `folder` as `file`, matrices in the dtype that its config names, vectors in float32.
+
+    ExportError for a family, a dtype or a tokenizer that this writer does not know.
+    """
     config = json.loads((folder / "config.json").read_text())
     family = config.get("model_type")
     if family not in _ARCHITECTURES:
         raise ExportError(f"--gguf writes {', '.join(_ARCHITECTURES)}, not {family}")
+    if (dtype := config.get("dtype")) not in _TYPES:
+        raise ExportError(f"--gguf writes {', '.join(_TYPES)}, not {dtype}")
     spec = ModelSpec.from_hf_config(config)
     if spec.rope_scaling:
         raise ExportError("--gguf: scaled rotary positions are not written; convert the folder with llama.cpp's script")
     architecture = _ARCHITECTURES[family]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(f"{folder.name}")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(_TYPES[dtype][1])
     writer.add_vocab_size(spec.vocab_size)
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(spec.max_position_embeddings)
@@ -54,7 +65,7 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
                 target = names.get_name(stem)
                 if target is None:
                     raise ExportError(f"--gguf: llama.cpp has no name for the tensor {name}")
-                _add_tensor(writer, f"{target}.{kind}", handle.get_tensor(name), stem, family, spec)
+                _add_tensor(writer, f"{target}.{kind}", handle.get_tensor(name), dtype, stem, family, spec)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -62,7 +73,7 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
 
 
 def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, value: torch.Tensor, stem: str, family: str, spec: ModelSpec
+    writer: gguf.GGUFWriter, name: str, value: torch.Tensor, dtype: str, stem: str, family: str, spec: ModelSpec
 ) -> None:
     if family == "llama" and stem.endswith(("q_proj", "k_proj")):
         heads = spec.num_heads if stem.endswith("q_proj") else spec.num_kv_heads
@@ -71,8 +82,8 @@ def _add_tensor(
     if value.ndim == 1:  # llama.cpp wants vectors in float32
         writer.add_tensor(name, value.float().numpy())
         return
-    raw = value.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    writer.add_tensor(name, raw.reshape(value.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    raw = value.to(getattr(torch, dtype)).contiguous().view(torch.uint8).numpy()  # bytes: numpy has no bfloat16
+    writer.add_tensor(name, raw.reshape(value.shape[0], -1), raw_dtype=_TYPES[dtype][0])
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], pre: str | None) -> None:
@@ -129,7 +140,7 @@ def verify_gguf(folder: Path, file: Path) -> None:
     """Read the file back as a model is imported, and compare every tensor. ExportError names the first that differs."""
     with tempfile.TemporaryDirectory() as scratch:
         back = Path(scratch)
-        import_gguf(file, back, progress=False)
+        import_gguf(file, back, progress=False, dtype=torch.float32)  # every dtype written is exact in float32
         ours, theirs = _all_tensors(folder), _all_tensors(back)
         if ours.keys() != theirs.keys():
             raise ExportError(f"{file.name} lacks or adds tensors: {sorted(ours.keys() ^ theirs.keys())[:5]}")

@@ -47,8 +47,8 @@ _ARCHITECTURES = {
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
 
 
-def import_gguf(path: Path, folder: Path, progress: bool = True) -> None:
-    """Write config.json, safetensors (bfloat16), generation config and tokenizer files into `folder`.
+def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write config.json, safetensors (in `dtype`), generation config and tokenizer files into `folder`.
 
     Peak memory is one shard of 4 GiB. Raises StoreError for a file that cannot be read or turned into a model that
     this server runs exactly.
@@ -63,13 +63,13 @@ def import_gguf(path: Path, folder: Path, progress: bool = True) -> None:
         known = ", ".join(_ARCHITECTURES)
         raise StoreError(f"{path.name}: GGUF architecture {architecture!r} is not supported (supported: {known})")
     try:
-        config = _config(architecture, values, reader)
+        config = _config(architecture, values, reader, str(dtype).removeprefix("torch."))
         spec = ModelSpec.from_hf_config(config)
     except KeyError as error:
         raise StoreError(f"{path.name} lacks the metadata key {error}") from error
     except SpecError as error:
         raise StoreError(f"{path.name}: {error}") from error
-    _write_tensors(folder, _tensors(architecture, spec, reader, path.name, progress))
+    _write_tensors(folder, ((n, t.to(dtype)) for n, t in _tensors(architecture, spec, reader, path.name, progress)))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokens = {f"{key}_token_id": values.get(f"tokenizer.ggml.{name}_token_id") for key, name in _SPECIAL.items()}
     ends = [tokens["eos_token_id"], values.get("tokenizer.ggml.eot_token_id")]
@@ -90,7 +90,7 @@ def _value(field: Any) -> Any:
     return value
 
 
-def _config(architecture: str, values: dict[str, Any], reader: gguf.GGUFReader) -> dict[str, Any]:
+def _config(architecture: str, values: dict[str, Any], reader: gguf.GGUFReader, dtype: str) -> dict[str, Any]:
     """The Hugging Face config that the metadata describe. KeyError for a key that must be there."""
 
     def key(name: str, *default: Any) -> Any:
@@ -103,7 +103,7 @@ def _config(architecture: str, values: dict[str, Any], reader: gguf.GGUFReader) 
     hidden, vocab = int(shape[0]), int(shape[1])
     heads, layers = key("attention.head_count"), key("block_count")
     config = {
-        "architectures": [class_name], "model_type": model_type, "dtype": "bfloat16", "vocab_size": vocab,
+        "architectures": [class_name], "model_type": model_type, "dtype": dtype, "vocab_size": vocab,
         "tie_word_embeddings": "output.weight" not in names,
     }  # fmt: skip
     for name, gguf_name in _SPECIAL.items():
@@ -160,7 +160,7 @@ def _rope_scaling(key: Callable, names: set[str], reader: gguf.GGUFReader) -> di
 def _tensors(
     architecture: str, spec: ModelSpec, reader: gguf.GGUFReader, file_name: str, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and bfloat16 tensor of every weight, in Hugging Face's names and layouts."""
+    """Name and float32 tensor of every weight, in Hugging Face's names and layouts."""
     _, _, names, prefix = _ARCHITECTURES[architecture]
     for tensor in tqdm(reader.tensors, desc=f"dequantising {file_name}", unit="tensor", disable=not progress):
         if tensor.name == "rope_freqs.weight":
@@ -177,7 +177,7 @@ def _tensors(
         elif architecture == "gpt2" and layer is not None and kind == "weight" and array.ndim == 2:
             array = array.T  # Conv1D
         name = f"{prefix}{layer}.{names[part]}.{kind}" if layer is not None else f"{names[part]}.{kind}"
-        yield name, torch.from_numpy(np.require(array, requirements="CW")).to(torch.bfloat16)
+        yield name, torch.from_numpy(np.require(array, requirements="CW"))
 
 
 def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
