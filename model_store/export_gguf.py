@@ -1,4 +1,4 @@
-"""An exported checkpoint folder as a GGUF file for llama.cpp, through the gguf package (in its dtype, not quantised)."""
+"""An exported checkpoint folder as a GGUF file for llama.cpp, through the gguf package (its dtype, not quantised)."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from model_store.distill.data import Message
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.recipe import Preset
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-single", action=flag, default=None, help="train one-layer blocks too [recipe]")
     add("--optimizer", choices=("muon", "adamw"), help="[recipe]")
     add("--compile", action="store_true", help="fuse the layers with torch.compile: minutes to start, faster steps")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of each process [auto]")
     add("--seed", type=int, default=0)
     add("--save-steps", type=int, default=200, help="steps between checkpoints that --resume continues from")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
@@ -73,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
-    """Distil and write the pair. `generate` is the teacher in an engine (--self-generate), else transformers'."""
+    """Distil and write the pair. `generate` is the teacher in an engine (--self-generate), else transformers'.
+
+    Started by torchrun, every process does this on a share of each step's rows, and the first one writes.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -81,6 +86,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from model_store.distill.cpu_attention import use_matmul_attention
     from model_store.distill.data import answer_prompts, check_speakers, pack, read_documents
     from model_store.distill.elastic import ElasticModel
+    from model_store.distill.processes import agreed, has_bf16, is_first, training_arguments
     from model_store.distill.recipe import PRESETS, kept_layers, with_overrides
     from model_store.distill.start import order_of, start_from
     from model_store.evaluate import end_tokens
@@ -92,16 +98,17 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         raise ValueError("--rank and --store-rank share embedding and head with the teacher: add --no-train-ends")
     if args.order == "start" and not args.start_from:
         raise ValueError("--order start: there is no --start-from to take it from")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    arguments = training_arguments(args, preset)
+    device = arguments.device
     set_seed(args.seed)
     teacher_path = resolve(args.teacher, args.store) if args.teacher else default_teacher(args.store)
     tokenizer = AutoTokenizer.from_pretrained(teacher_path, local_files_only=True)
-    dtype = torch.bfloat16 if _has_bf16(device) else torch.float32
+    dtype = torch.bfloat16 if has_bf16(device.type == "cpu") else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(teacher_path, dtype=dtype, local_files_only=True).to(device)
     kept = kept_layers(args.keep, teacher.config.num_hidden_layers)
     first_order = "first_to_last" if args.order == "first" else "last_to_first"
     elasticity = getattr(Elasticity, first_order)(teacher.config.num_hidden_layers, kept)
-    if device == "cpu":
+    if device.type == "cpu":
         use_matmul_attention(teacher, args.row_tokens)
     model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
 
@@ -113,67 +120,71 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     if args.self_generate:
         generate = generate or transformers_generate(model, end_tokens(model, tokenizer))
         speak = _speaker(args, generate, tokenizer, model.elasticity.sizes[-1])
-        documents = answer_prompts(documents, speak, args.self_generate)
+        documents = agreed(lambda: answer_prompts(documents, speak, args.self_generate))
     documents = [document for document in documents if not document.needs_answer]
     check_speakers(documents, model.elasticity.sizes, are_needed=bool(args.tokens and preset.unlikelihood))
     calibration = args.calibration_rows * args.row_tokens
     rows = pack(documents, tokenizer, int(args.tokens) + calibration, args.row_tokens, args.loss_on, args.seed)
     if len(rows) < args.calibration_rows + bool(args.tokens):
         raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
-    print(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens", file=sys.stderr)
+    _say(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens")
 
     calibrating, rows = rows.split(args.calibration_rows)
     held = [ids.to(device) for ids in calibrating.ids.split(16)]
     started = time.time()
-    _train(model, rows, held, preset, args, device)
-    _choose_order(model, held, args.order, rows=16)
-    _write(args, model, preset, tokenizer, teacher_path, held, time.time() - started)
+    _train(model, rows, held, preset, args, arguments)
+    if is_first():
+        _choose_order(model, held, args.order, rows=16)
+        _write(args, model, preset, tokenizer, teacher_path, held, time.time() - started)
+    arguments.distributed_state.destroy_process_group()
     return 0
 
 
-def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: argparse.Namespace, device: str) -> None:
-    from transformers import TrainingArguments
+def _train(
+    model: ElasticModel, rows: Any, held: list, preset: Preset, args: argparse.Namespace, arguments: TrainingArguments
+) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from model_store.distill.elastic import LossWeights
     from model_store.distill.head_loss import compile_head_loss
     from model_store.distill.low_rank import make_low_rank
+    from model_store.distill.processes import agreed, as_in_first, is_first
     from model_store.distill.trainer import CurveFile, DistillTrainer, SizeSampler
     from model_store.distill.warm_start import fit_by_least_squares
     from model_store.distill.write import write_config
 
     checkpoints = args.out / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    write_config(checkpoints, model)  # so that a run can start from the checkpoints of one that was cut short
-    last = get_last_checkpoint(str(checkpoints)) if args.resume and checkpoints.is_dir() else None
     order_file = checkpoints / "order.json"
-    if args.resume and order_file.is_file():
-        _set_thresholds(model, json.loads(order_file.read_text()))
+
+    def found() -> tuple[str | None, list[int] | None]:
+        """The checkpoint to continue from and the thresholds of its run."""
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_config(checkpoints, model)  # so that a run can start from the checkpoints of one that was cut short
+        if not args.resume:
+            return None, None
+        return get_last_checkpoint(str(checkpoints)), _read_order(order_file)
+
+    last, thresholds = agreed(found)
+    if thresholds is not None:
+        _set_thresholds(model, thresholds)
     elif last is None and (preset.warm_start or args.start_from):
         if preset.warm_start:
             fit_by_least_squares(model, held, progress=_say)
         # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
         _choose_order(model, held, args.order, rows=6)
-        order_file.write_text(json.dumps(list(model.elasticity.thresholds)))
+        _set_thresholds(model, agreed(lambda: list(model.elasticity.thresholds)))
+        if is_first():
+            order_file.write_text(json.dumps(list(model.elasticity.thresholds)))
     factors = make_low_rank(model, args.rank, _moments(model, held)) if args.rank else None
+    as_in_first([*model.parameters(), *(side for f in factors or [] for side in (f.a, f.b))])
     if not args.tokens:
         return
-    matrices = preset.optimizer == "muon"
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints), max_steps=_steps(args), per_device_train_batch_size=args.batch_rows,
-        gradient_accumulation_steps=args.accumulate, max_grad_norm=1.0 if preset.optimizer == "adamw" else 0.0,
-        learning_rate=args.lr or (1e-3 if matrices and not factors else 3e-4), weight_decay=args.weight_decay,
-        adam_beta2=0.95, lr_scheduler_type=args.schedule,
-        lr_scheduler_kwargs=_schedule_options(args), warmup_steps=max(1, _steps(args) // 50),
-        bf16=_has_bf16(device), use_cpu=device == "cpu", logging_steps=max(1, min(10, _steps(args) // 20)),
-        save_steps=args.save_steps, save_total_limit=2, seed=args.seed, remove_unused_columns=False, report_to="none",
-        ddp_find_unused_parameters=True, dataloader_pin_memory=device != "cpu",
-    )  # fmt: skip
     trainer = DistillTrainer(
         model=model, args=arguments, train_dataset=rows,
         sampler=SizeSampler(model.elasticity, preset, args.seed),
         weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share, preset.unlikelihood),
-        matrix_optimizer=matrices, factors=factors, callbacks=[CurveFile(args.out / "training_curve.jsonl")],
+        matrix_optimizer=preset.optimizer == "muon", factors=factors,
+        callbacks=[CurveFile(args.out / "training_curve.jsonl")],
     )  # fmt: skip
     model.compile_layers(args.compile)
     compile_head_loss(args.compile)
@@ -182,32 +193,17 @@ def _train(model: ElasticModel, rows: Any, held: list, preset: Preset, args: arg
     compile_head_loss(False)
 
 
-def _schedule_options(args: argparse.Namespace) -> dict[str, Any]:
-    if args.schedule != "warmup_stable_decay":
-        return {}
-    return {"num_decay_steps": max(1, round(_steps(args) * args.decay_share)), "decay_type": "linear"}
-
-
 def _moments(model: ElasticModel, held: list) -> dict:
     """Second moments of the inputs of every student linear, along paths of several sizes."""
     import torch
 
+    from model_store.distill.processes import has_bf16
     from model_store.distill.write import input_moments
 
     paths = [model.elasticity.path(size).teacher_stations for size in model.elasticity.sizes[:-1:8]]
     device = held[0].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=_has_bf16(device)):
+    with torch.autocast(device, torch.bfloat16, enabled=has_bf16(device == "cpu")):
         return input_moments(model, held[:2], paths)
-
-
-def _steps(args: argparse.Namespace) -> int:
-    return max(1, int(args.tokens) // (args.batch_rows * args.accumulate * args.row_tokens))
-
-
-def _has_bf16(device: str) -> bool:
-    import torch
-
-    return device != "cpu" or torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
 
 
 def _choose_order(model: ElasticModel, held: list, order: str, rows: int) -> None:
@@ -227,6 +223,10 @@ def _choose_order(model: ElasticModel, held: list, order: str, rows: int) -> Non
     worse = is_monotone(by_size)
     _say(f"order {found}; KL on other text {', '.join(f'{size}: {value:.3f}' for size, value in by_size.items())}")
     _say(f"it does not fall at {worse}" if worse else "it falls at every added layer")
+
+
+def _read_order(file: Path) -> list[int] | None:
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _set_thresholds(model: ElasticModel, thresholds: list[int]) -> None:
@@ -285,4 +285,7 @@ def _write(
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    from model_store.distill.processes import is_first
+
+    if is_first():
+        print(line, file=sys.stderr, flush=True)

@@ -121,6 +121,11 @@ class ElasticModel(nn.Module):
 
     # --- pieces
 
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is, and token ids must be."""
+        return self.body.ends.embed.weight.device
+
     def side(self, on_teacher: bool) -> Ends:
         own = None if on_teacher else self.ends
         if own is None:

@@ -32,7 +32,7 @@ def kl_of_paths(
     last, cached, trails = teacher, [], []
     for ids in batches:
         states = model.teacher_states(ids)
-        picked = torch.arange(stride - 1, ids.shape[1], stride)
+        picked = torch.arange(stride - 1, ids.shape[1], stride, device=ids.device)
         cached.append((ids, states, picked, F.log_softmax(model.logits(states[-1][:, picked]).float(), -1)))
         trails.append(states)
 

@@ -112,7 +112,11 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:  # fmt: skip
         ids, mask = inputs["input_ids"], inputs["loss_mask"]
-        sizes, thresholds = self.size_sampler(self.state.global_step, len(ids))
+        # The sizes of all processes' rows are drawn together, so that a step is the same however many share it; every
+        # so-manieth is this one's, and each has small and large ones.
+        count, own = self.args.world_size, self.args.process_index
+        sizes, thresholds = self.size_sampler(self.state.global_step, len(ids) * count)
+        sizes = sizes[own::count]
         out = model(ids, mask, sizes, thresholds, self.loss_weights, inputs["repeats"])
         names = ("kl", "ce", "align", "pure", *(["unlikely"] if self.loss_weights.unlikelihood else []))
         self._parts = {name: float(out[name]) for name in names}
@@ -131,7 +135,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= {name: round(value, 5) for name, value in self._parts.items()}
-            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             logs["tokens"] = self.state.global_step * rows * self.train_dataset[0]["input_ids"].numel()
         super().log(logs, *args, **kwargs)
 

@@ -106,7 +106,7 @@ def low_rank_factors(
     rank = min(rank, *difference.shape)
     root = None
     if moment is not None:
-        ridge = 1e-2 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        ridge = 1e-2 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         root = torch.linalg.cholesky(moment.double() + ridge)
     weighted = difference if root is None else difference @ root
     if len(difference) <= difference.shape[1]:

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs that may overlap (default 0)")
     add("--speed", action="store_true", help="also time each size: tokens per second of one request")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    add("--device", default="cpu")
+    add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     add("--report", type=Path, help="folder for quality.md, quality.svg and quality.html")
     add("--no-store", action="store_true", help="do not write quality.json into the pair")
     add("--store", help="folder of the local model store")
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from transformers import AutoTokenizer
 
     from model_store.distill.from_pair import load_elastic
+    from model_store.distill.processes import pick_device
     from model_store.evaluate.chat import transformers_generate
     from model_store.evaluate.measure import is_monotone
     from model_store.evaluate.overlap import check_overlap, read_texts
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
 
     if args.text is None and args.chat is None and not args.speed:
         raise ValueError("nothing to measure: give --text, --chat, --speed or several of them")
+    device = pick_device(args.device)
     pair = open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)
     sizes = _sizes(args.sizes, pair.elasticity.sizes)
     provenance: dict[str, Any] = {"dtype": args.dtype, "patch_order": pair.patch_order}
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     if args.training_data:
         checked = held_out + (args.chat.read_text().splitlines() if args.chat else [])
         provenance["overlap_13gram"] = check_overlap(checked, args.training_data, args.allow_overlap)
-    model = load_elastic(pair, getattr(torch, args.dtype), args.device)
+    model = load_elastic(pair, getattr(torch, args.dtype), device)
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
 
     rows: dict[int, dict[str, Any]] = {size: {} for size in sizes}

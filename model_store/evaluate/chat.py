@@ -63,8 +63,9 @@ def transformers_generate(model: ElasticModel, end_tokens: set[int], batch_size:
                 ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch])
                 mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
                 out = lent.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling,
-                    eos_token_id=sorted(end_tokens), pad_token_id=pad, use_cache=True,
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                    max_new_tokens=max_new_tokens, **sampling, eos_token_id=sorted(end_tokens), pad_token_id=pad,
+                    use_cache=True,
                 )  # fmt: skip
                 answers += [_until_end(row[longest:].tolist(), end_tokens) for row in out]
         return answers

@@ -49,7 +49,7 @@ def score(
     scores = {size: Scores() for size in sizes}
     paths = {size: model.elasticity.path(size) for size in sizes}
     for number, ids in enumerate(sequences):
-        start = starts[number] if starts else 1
+        start, ids = starts[number] if starts else 1, ids.to(model.device)
         batch, target = ids[None], ids[start:]
         states = model.teacher_states(batch)
         rope = model.rope(states[0])
