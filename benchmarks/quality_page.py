@@ -24,6 +24,15 @@ DATA, IMAGES = ROOT / "docs" / "data", ROOT / "docs" / "images"
 PAGES = (ROOT / "docs" / "quality.md", ROOT / "docs" / "stochastic_patching.md")
 CHAT = ROOT / "benchmarks" / "quality_chat_prompts.txt"
 AIMS = {16: (2.5, 1.6), 22: (1.8, 1.35), 28: (1.15, 1.08)}  # multiples of the teacher's perplexity: two cores, a GPU
+# Best of the first session's trials: perplexity (the teacher's was 25.6) with its run, KL with its run.
+TRIALS = {
+    16: (87.4, "plain", 1.25, "plain"), 17: (113.7, "plain, first-to-last", 1.55, "plain, first-to-last"),
+    19: (69.9, "third", 1.06, "third"), 22: (52.8, "third", 0.81, "third"),
+    24: (66.7, "plain, first-to-last", 1.01, "plain, first-to-last"), 25: (40.4, "third", 0.57, "third"),
+    27: (52.3, "plain, first-to-last", 0.72, "plain, first-to-last"),
+    28: (33.8, "third", 0.37, "plain, first-to-last"), 29: (31.3, "plain, first-to-last", 0.23, "plain, first-to-last"),
+}  # fmt: skip
+TRIAL_TEACHER = 25.6
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(?P<old>.*?)(<!-- end -->)", re.DOTALL)
 
 Sizes = dict[int, dict[str, Any]]
@@ -79,7 +88,7 @@ def tables() -> dict[str, str]:
     earlier = json.loads((DATA / "earlier_students.json").read_text())
     found = {
         "aims": aims(sizes), "overlap": overlap(quality["measured"]), "text": text_table(sizes),
-        "chat": chat_table(sizes),
+        "chat": chat_table(sizes), "trials": trials_table(sizes),
         "history": history(earlier, sizes), "pair_orders": orders_table(sizes, quality.get("orders", {})),
     }  # fmt: skip
     return found | recipes_report.tables(DATA)
@@ -123,7 +132,9 @@ def aims(sizes: Sizes) -> str:
 
 
 def overlap(measured: dict[str, Any]) -> str:
-    share = measured["overlap_13gram"]
+    found = measured.get("text_overlap", {"share": measured.get("overlap_13gram")})
+    if (share := found["share"]) is None:
+        return "Whether the held-out text occurs in the training text was not checked.\n"
     return f"Of the held-out text's runs of 13 words {share:.4%} also occur in the training text (common phrases).\n"
 
 
@@ -167,6 +178,19 @@ def history(earlier: dict[str, dict[str, list[float]]], sizes: Sizes) -> str:
         pairs = [column.get(size) for column in (*earlier.values(), now)]
         rows.append([size, *(f"{pair[0]:.2f}x / {pair[1]:.3f}" if pair else "-" for pair in pairs)])
     return _lines(" | ".join(["layers", *names, "this one"]), rows)
+
+
+def trials_table(sizes: Sizes) -> str:
+    rows = [
+        [
+            str(size), f"{perplexity / TRIAL_TEACHER:.2f}x ({run})", f"{kl:.2f} ({kl_run})",
+            f"{sizes[size]['perplexity_ratio']:.2f}x", f"{sizes[size]['kl']:.3f}",
+        ]
+        for size, (perplexity, run, kl, kl_run) in TRIALS.items()
+    ]  # fmt: skip
+    return _lines(
+        "layers | best trial, x teacher's | best trial, KL | default pair, x teacher's | default pair, KL", rows
+    )
 
 
 def orders_table(sizes: Sizes, orders: dict[str, dict[str, dict[str, Any]]]) -> str:

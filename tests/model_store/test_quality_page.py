@@ -35,3 +35,11 @@ def test_gains_are_told_per_order_for_the_draws_that_have_both_students():
     assert found["KLPatch: first"] == {"16": {"kl": -0.5}, "17": {"kl": 0.0}} and len(found) == 3
     assert recipes_report.verdict(found).splitlines()[1].endswith("lower at 1 of 2 sizes, mean difference -0.250")
     assert recipes_report.gains(draws, "cosine", "plain") == {}
+
+
+def test_the_overlap_is_that_of_the_text_or_said_to_be_unknown():
+    said = "Of the held-out text's runs of 13 words 0.0040% also occur"
+    assert quality_page.overlap({"overlap_13gram": 4e-5}).startswith(said)
+    checked = {"share": 4e-5, "checked": 50_000, "against": ["training_text.npz"]}
+    assert quality_page.overlap({"text_overlap": checked}).startswith(said)
+    assert "not checked" in quality_page.overlap({})
