@@ -67,10 +67,13 @@ class OfflineEngine:
 
 
 def pair_generator(args: Any, longest: int = 2048) -> Generate:
-    """Answers by the pair that the arguments of `evaluate` name; loaded at the first call."""
+    """Answers by the pair that the arguments of `evaluate` name; it is loaded, in their order, at the first call."""
     from model_store.pair import open_pair
 
-    pair = lambda: open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)  # noqa: E731
+    def pair() -> Pair:
+        order = {"patch_order": args.patch_order} if args.thresholds is None else {"thresholds": args.thresholds}
+        return open_pair(args.teacher, args.student, **order, store=args.store)
+
     return _lazy(pair, Settings(dtype=args.dtype, device=args.device), longest)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -129,6 +130,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
     _say(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens")
 
+    if is_first():
+        _note_text(args, documents)
     calibrating, rows = rows.split(args.calibration_rows)
     held = [ids.to(device) for ids in calibrating.ids.split(16)]
     started = time.time()
@@ -191,6 +194,19 @@ def _train(
     trainer.train(resume_from_checkpoint=last)
     model.compile_layers(False)
     compile_head_loss(False)
+
+
+def _note_text(args: argparse.Namespace, documents: list) -> None:
+    """Leave a fingerprint of the training text, and of what --start-from was trained on, beside the checkpoints."""
+    from model_store.evaluate.overlap import FINGERPRINT_FILE, Fingerprint, fingerprint_of
+
+    text, checkpoints = Fingerprint.of(documents), args.out / "checkpoints"
+    for folder in dict.fromkeys(args.start_from):
+        text.merge(fingerprint_of(folder) or Fingerprint.of_unknown(folder.resolve().name))
+    if args.resume and (earlier := fingerprint_of(checkpoints)):
+        text.merge(earlier)  # --data may be another now
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    text.save(checkpoints / FINGERPRINT_FILE)
 
 
 def _moments(model: ElasticModel, held: list) -> dict:
@@ -260,6 +276,7 @@ def _write(
     import dataclasses
 
     from model_store.distill.write import write_full, write_low_rank, write_manifest
+    from model_store.evaluate.overlap import FINGERPRINT_FILE
 
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -279,6 +296,7 @@ def _write(
     else:
         write_full(args.out, model)
         tokenizer.save_pretrained(args.out)
+    shutil.copyfile(args.out / "checkpoints" / FINGERPRINT_FILE, args.out / FINGERPRINT_FILE)
     write_manifest(args.out, model, manifest)
     teacher = args.teacher or teacher_path
     print(f"wrote {args.out}\nserve it: boomerang serve --teacher {teacher} --student {args.out}")

@@ -36,29 +36,29 @@ class Document:
         return bool(self.messages) and self.messages[-1]["role"] != "assistant"
 
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a file, or of every file it knows in a folder. ValueError names the line that has none."""
+def read_documents(path: Path, option: str = "--data") -> Iterator[Document]:
+    """Documents of a file, or of every file it knows in a folder. ValueError names the `option` and a line without."""
     if path.is_dir():
         for file in sorted(path.iterdir()):
             if file.name.endswith((".txt", ".jsonl", ".jsonl.gz")):
-                yield from read_documents(file)
+                yield from read_documents(file, option)
         return
     if not path.is_file():
-        raise ValueError(f"--data: {path} does not exist")
+        raise ValueError(f"{option}: {path} does not exist")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         yield Document(text=path.read_text(errors="replace"))
         return
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            yield _document(json.loads(line), path, number)
+            yield _document(json.loads(line), f"{option}: {path.name} line {number}")
 
 
-def _document(row: dict[str, Any], path: Path, number: int) -> Document:
+def _document(row: dict[str, Any], place: str) -> Document:
     clean = lambda text: text.replace("<|endoftext|>", "").strip()  # noqa: E731 - several public sets carry it as text
     said_by = row.get("said_by")
     if said_by is not None and (not isinstance(said_by, int) or isinstance(said_by, bool) or said_by < 1):
-        raise ValueError(f"--data: {path.name} line {number}: said_by is a number of layers, not {said_by!r}")
+        raise ValueError(f"{place}: said_by is a number of layers, not {said_by!r}")
     if isinstance(row.get("text"), str):
         return Document(text=row["text"], said_by=said_by)
     if isinstance(row.get("prompt"), str):
@@ -68,7 +68,7 @@ def _document(row: dict[str, Any], path: Path, number: int) -> Document:
         return Document(messages=tuple(messages), said_by=said_by)
     if row.get("messages"):
         return Document(messages=tuple(row["messages"]), said_by=said_by)
-    raise ValueError(f"--data: {path.name} line {number} has none of text, prompt, messages")
+    raise ValueError(f"{place} has none of text, prompt, messages")
 
 
 def check_speakers(documents: Iterable[Document], sizes: Sequence[int], are_needed: bool) -> None:

@@ -26,8 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--teacher", help="folder, GGUF file or hub id (default: the default pair's)")
     add("--student", help="folder or hub id of the student")
-    add("--patch-order", choices=("last_to_first", "first_to_last"), help="measure this order, not the pair's own")
-    add("--compare-orders", action="store_true", help="also last-to-first and first-to-last, beside the pair's own")
+    orders = ("last_to_first", "first_to_last", "klpatch")
+    add("--patch-order", choices=orders, help="measure this order, not the pair's own; klpatch: the one found on "
+        "--calibration")  # fmt: skip
+    add("--compare-orders", action="store_true", help="also last-to-first and first-to-last, beside the pair's own; "
+        "with --calibration, KLPatch too")  # fmt: skip
+    add("--calibration", type=Path, help="text, not the held-out one, on which a KLPatch order is searched")
+    add("--adopt-order", action="store_true", help="make the order of --patch-order the pair's own (in its pair.json)")
     add("--text", type=Path, help="held-out text file; figures are taken on its first windows")
     add("--windows", type=int, default=16, help="windows of the text to use (default %(default)s)")
     add("--window-tokens", type=int, default=512, help="tokens of a window (default %(default)s)")
@@ -37,14 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.1, help="the chat checks count repeating answers under this "
         "penalty too (default %(default)s; 1: they do not)")  # fmt: skip
     add("--sizes", help="sizes to measure, as 16,20,30 (default: all)")
-    add("--training-data", type=Path, nargs="*", default=[], help="files trained on; refuses overlap with --text")
-    add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs that may overlap (default 0)")
+    add("--training-data", type=Path, nargs="*", default=[], help="files trained on: --text and --chat must not be in "
+        "them, nor in the text of which `distill` left a fingerprint with the pair")  # fmt: skip
+    add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs, and of shorter texts, that may be in "
+        "the training text (default %(default).0f)")  # fmt: skip
     add("--speed", action="store_true", help="also time each size: tokens per second of one request")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     add("--report", type=Path, help="folder for quality.md, quality.svg and quality.html")
     add("--no-store", action="store_true", help="do not write quality.json into the pair")
     add("--store", help="folder of the local model store")
+    parser.set_defaults(thresholds=None)  # of the order that `run` searches
 
 
 def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
@@ -54,25 +62,29 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
 
     from model_store.distill.from_pair import load_elastic
     from model_store.distill.processes import pick_device
-    from model_store.evaluate.chat import transformers_generate
+    from model_store.evaluate.chat import chat_prompts, transformers_generate
     from model_store.evaluate.measure import is_monotone
-    from model_store.evaluate.overlap import check_overlap, read_texts
+    from model_store.evaluate.orders import adopt, compare_orders, open_with_order, search_order
+    from model_store.evaluate.overlap import read_texts
     from model_store.evaluate.report import markdown, table, write_report
-    from model_store.pair import open_pair
 
     if args.text is None and args.chat is None and not args.speed:
         raise ValueError("nothing to measure: give --text, --chat, --speed or several of them")
     device = pick_device(args.device)
-    pair = open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)
-    sizes = _sizes(args.sizes, pair.elasticity.sizes)
-    provenance: dict[str, Any] = {"dtype": args.dtype, "patch_order": pair.patch_order}
-    held_out = list(read_texts(args.text)) if args.text else []
-    if args.training_data:
-        checked = held_out + (args.chat.read_text().splitlines() if args.chat else [])
-        provenance["overlap_13gram"] = check_overlap(checked, args.training_data, args.allow_overlap)
+    pair, is_own = open_with_order(args)
+    held_out = list(read_texts(args.text, "--text")) if args.text else []
+    prompts = chat_prompts(args.chat, args.chat_limit) if args.chat else []
+    provenance: dict[str, Any] = {"dtype": args.dtype} | _overlaps(pair, args, held_out, prompts)
     model = load_elastic(pair, getattr(torch, args.dtype), device)
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
 
+    found = search_order(model, tokenizer, args) if args.calibration else None
+    if args.patch_order == "klpatch":
+        args.thresholds = list(found.thresholds)  # for the engine that answers, too
+        pair, is_own = open_with_order(args)
+        model.elasticity = pair.elasticity
+    sizes = _sizes(args.sizes, pair.elasticity.sizes)
+    provenance["patch_order"] = pair.patch_order
     rows: dict[int, dict[str, Any]] = {size: {} for size in sizes}
     if args.text:
         ids = tokenizer("\n\n".join(held_out), add_special_tokens=False).input_ids
@@ -83,9 +95,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         provenance["chat"] = f"{args.chat.name}, {args.chat_limit} messages, greedy, at most {args.max_new_tokens}"
         if args.repetition_penalty != 1:
             provenance["repetition_penalty"] = args.repetition_penalty
-        chat = measure_chat(
-            model, sizes, tokenizer, args.chat, args.chat_limit, args.max_new_tokens, args.repetition_penalty, generate
-        )
+        chat = measure_chat(model, sizes, tokenizer, prompts, args.max_new_tokens, args.repetition_penalty, generate)
         for size, row in chat.items():
             rows[size].update(row)
     if args.speed:
@@ -99,15 +109,49 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         worse = is_monotone({size: row["kl"] for size, row in rows.items()})
         falls = "KL to the teacher falls at every added layer."
         print("\n" + (f"KL to the teacher does not fall at {', '.join(map(str, worse))} layers." if worse else falls))
-    orders = _other_orders(pair, model, sizes, ids, args) if args.compare_orders and args.text else {}
+    orders = compare_orders(model, sizes, ids, args, found) if args.compare_orders and args.text else {}
     for name, other in orders.items():
         print(f"\n{name}\n\n{markdown(table(other))}")
     if args.report:
-        notes = [f"{key}: {value}" for key, value in provenance.items()]
+        notes = [f"{key}: {_note(value)}" for key, value in provenance.items()]
         write_report(args.report, f"{pair.name}, quality by size", notes, rows, orders)
     if not args.no_store:
-        store_quality(pair, rows, provenance, orders)
+        if args.adopt_order and not is_own:
+            adopt(pair, args.patch_order)
+            is_own = True
+        if is_own:
+            store_quality(pair, rows, provenance, orders)
+        else:  # `sizes` of quality.json are read as those of the pair's own order
+            store_quality(pair, {}, {}, {args.patch_order: rows} | orders)
     return 0
+
+
+def _overlaps(pair: Pair, args: argparse.Namespace, held_out: list[str], prompts: list[str]) -> dict[str, Any]:
+    """Where --text and --chat were looked for and what share of them was found; OverlapError if it is too much.
+
+    They are looked for in the text that an order is searched on, too.
+    """
+    from model_store.evaluate.overlap import check_overlap, fingerprint_of
+
+    known = fingerprint_of(pair.student_path)
+    training = [*args.training_data, *([args.calibration] if args.calibration else [])]
+    if not args.training_data and known is None:
+        _say("what the pair was trained on is not known here: overlap with it is not checked (--training-data)")
+    elif known is not None and known.unknown:
+        _say(f"the training started from {', '.join(known.unknown)}: what those were trained on is not checked")
+    found = {}
+    for name, texts in (("text", held_out), ("chat", prompts)):
+        if texts and (overlap := check_overlap(f"--{name}", texts, training, known, args.allow_overlap)):
+            found[f"{name}_overlap"] = overlap
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _note(value: Any) -> str:
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _sizes(text: str | None, known: Sequence[int]) -> list[int]:
@@ -138,17 +182,16 @@ def measure_text(
 
 
 def measure_chat(
-    model: Any, sizes: Sequence[int], tokenizer: Any, path: Path, limit: int, max_new_tokens: int,
+    model: Any, sizes: Sequence[int], tokenizer: Any, messages: Sequence[str], max_new_tokens: int,
     repetition_penalty: float = 1.0, generate: Generate | None = None,
 ) -> dict[int, dict[str, float]]:  # fmt: skip
-    """Divergence on the teacher's own answers, and what each size's own answers look like."""
+    """Divergence on the teacher's own answers to users' messages, and what each size's own answers look like."""
     import torch
     from tqdm import tqdm
 
-    from model_store.evaluate.chat import Answers, chat_prompts, compare, share, transformers_generate
+    from model_store.evaluate.chat import Answers, compare, share, transformers_generate
     from model_store.evaluate.measure import score, summary
 
-    messages = chat_prompts(path, limit)
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": m}], add_generation_prompt=True, return_dict=False)
         for m in messages
@@ -187,19 +230,6 @@ def _add_costs(pair: Pair, rows: dict[int, dict[str, Any]], dtype: Any) -> None:
             rows[entry["size"]]["weight_bytes"] = entry["weight_bytes"]
 
 
-def _other_orders(
-    pair: Pair, model: Any, sizes: Sequence[int], ids: Sequence[int], args: argparse.Namespace
-) -> dict[str, dict[int, dict[str, float]]]:
-    from model_store.assembly import Elasticity
-
-    own, measured = model.elasticity, {}
-    for order in ("last_to_first", "first_to_last"):
-        model.elasticity = getattr(Elasticity, order)(pair.spec.num_layers, own.kept)
-        measured[order] = measure_text(model, sizes, ids, args.window_tokens, args.windows)
-    model.elasticity = own
-    return measured
-
-
 def measure_speed(
     generate: Generate, sizes: Sequence[int], tokenizer: Any, num_new: int = 64, repeats: int = 3
 ) -> dict[int, float]:
@@ -225,11 +255,16 @@ def store_quality(
 ) -> Path:  # fmt: skip
     """Write quality.json beside the student: what `open_pair` reads back as `Pair.quality`.
 
-    Figures of an earlier call that this one did not take stay; `orders` are the same sizes in other patch orders.
+    Figures of an earlier call that this one did not take stay; `orders` are the same sizes in other patch orders. Text
+    or prompts that replace an earlier call's bring what is known of their overlap with the training text, or nothing.
     """
     file = pair.student_path / QUALITY_FILE
     known = json.loads(file.read_text()) if file.is_file() else {}
-    content = {"measured": known.get("measured", {}) | provenance, "sizes": _merged(known.get("sizes", {}), rows)}
+    measured = known.get("measured", {})
+    for kind in provenance.keys() & {"text", "chat"}:
+        for stale in (f"{kind}_overlap", "overlap_13gram"):  # the latter: of both, by earlier versions
+            measured.pop(stale, None)
+    content = {"measured": measured | provenance, "sizes": _merged(known.get("sizes", {}), rows)}
     if other := known.get("orders", {}) | {name: _merged({}, found) for name, found in (orders or {}).items()}:
         content["orders"] = other
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,89 @@
+"""Patch orders of a pair that exists: searched, compared, adopted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from model_store.assembly import Elasticity
+
+if TYPE_CHECKING:
+    from model_store.distill.elastic import ElasticModel
+    from model_store.pair import Pair
+
+_CALIBRATION_WINDOWS = 8  # of the length of --window-tokens
+
+
+def open_with_order(args: argparse.Namespace) -> tuple[Pair, bool]:
+    """The pair in the order to be measured, and whether that is its own. ValueError for options that do not fit.
+
+    A KLPatch order is known once `args.thresholds` is set; until then the pair has its own.
+    """
+    from model_store.pair import open_pair
+
+    if args.patch_order == "klpatch" and args.calibration is None:
+        raise ValueError("--patch-order klpatch: name the text to search the order on with --calibration")
+    if args.calibration is not None and args.patch_order != "klpatch" and not (args.compare_orders and args.text):
+        raise ValueError(
+            "--calibration: no order is searched without --patch-order klpatch, or --compare-orders and --text"
+        )
+    if args.adopt_order and (args.patch_order is None or args.no_store):
+        raise ValueError("--adopt-order: name the order with --patch-order, and leave out --no-store")
+    named = None if args.patch_order == "klpatch" else args.patch_order
+    pair = open_pair(args.teacher, args.student, patch_order=named, thresholds=args.thresholds, store=args.store)
+    own = open_pair(args.teacher, args.student, store=args.store).elasticity
+    return pair, pair.elasticity.thresholds == own.thresholds
+
+
+def search_order(model: ElasticModel, tokenizer: Any, args: argparse.Namespace) -> Elasticity:
+    """The KLPatch order on the first windows of --calibration, found as `distill` finds it."""
+    import torch
+
+    from model_store.distill.order import greedy_order, kl_of_paths
+    from model_store.evaluate.measure import windows
+    from model_store.evaluate.overlap import read_texts
+
+    text = "\n\n".join(read_texts(args.calibration, "--calibration"))
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    batch = torch.stack(windows(ids, args.window_tokens, _CALIBRATION_WINDOWS)).to(model.device)
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    own = model.elasticity
+    found = greedy_order(own, kl_of_paths(model, [batch]), "up", say)
+    return Elasticity.from_order(own.num_teacher_layers, own.kept, found)
+
+
+def compare_orders(
+    model: ElasticModel, sizes: Sequence[int], ids: Sequence[int], args: argparse.Namespace, found: Elasticity | None
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Figures on the held-out text in the fixed orders and in the one that was `found`, by order and size."""
+    from model_store.evaluate import measure_text
+
+    own, measured = model.elasticity, {}
+    orders = {name: getattr(Elasticity, name) for name in ("last_to_first", "first_to_last")}
+    others = {name: make(own.num_teacher_layers, own.kept) for name, make in orders.items()}
+    if found is not None and args.patch_order != "klpatch":
+        others["klpatch"] = found
+    for name, order in others.items():
+        model.elasticity = order
+        shared = [size for size in sizes if size in order.sizes]  # blocks of unequal lengths give each order its own
+        measured[name] = measure_text(model, shared, ids, args.window_tokens, args.windows)
+    model.elasticity = own
+    return measured
+
+
+def adopt(pair: Pair, name: str) -> None:
+    """Write the order of `pair`, called `name`, into its pair.json; figures of sizes in the one before are dropped."""
+    from model_store.evaluate import QUALITY_FILE
+    from model_store.weights import END_PARTS
+
+    manifest_file, quality_file = pair.student_path / "pair.json", pair.student_path / QUALITY_FILE
+    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
+    manifest = {key: value for key, value in manifest.items() if key.removesuffix("_threshold") not in END_PARTS}
+    manifest |= {"patch_order": name, "thresholds": list(pair.elasticity.thresholds)}
+    manifest_file.write_text(json.dumps(manifest, indent=1) + "\n")
+    if quality_file.is_file():
+        quality = json.loads(quality_file.read_text()) | {"measured": {}, "sizes": {}}
+        quality_file.write_text(json.dumps(quality, indent=1) + "\n")
