@@ -68,9 +68,9 @@ def measure(args: argparse.Namespace) -> int:
     from server.cli import main as boomerang
 
     if args.measure:
-        text = ["--text", str(args.text), "--windows", "8", "--compare-orders"]
+        text = ["--text", str(args.text), "--windows", "8", "--compare-orders", "--allow-overlap", "0.0001"]
         if args.training_data:
-            text += ["--training-data", *map(str, args.training_data), "--allow-overlap", "0.0001"]
+            text += ["--training-data", *map(str, args.training_data)]
         if status := boomerang(["evaluate", *text, "--chat", str(CHAT), "--max-new-tokens", "48"]):
             return status
     return boomerang(["evaluate", "--speed"]) if args.speed else 0
