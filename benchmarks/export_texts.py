@@ -1,10 +1,11 @@
-"""Does an exported size say what the server says at that size? Greedy texts of our engine, transformers, llama.cpp.
+"""Does an exported size say what the server says at that size? Greedy texts of our server, transformers, llama.cpp.
 
     python -m benchmarks.export_texts --size 22L [--llama-python PYTHON]
 
-Exports the size (checkpoint and GGUF), lets all three answer the same chat prompts greedily in float32 (llama.cpp
-from the bfloat16 GGUF; it rounds activations on the way) and prints how many answers are equal token by token, and
-where the others first differ. `--llama-python` is the interpreter of an environment with llama-cpp-python.
+Exports the size (checkpoint and GGUF), lets all three answer the same chat prompts greedily and prints how many
+answers are equal token by token, and where the others first differ. All in `--dtype`: the server, over HTTP with the
+size in the request, the checkpoint, and the matrices of the GGUF file. `--llama-python` is the interpreter of an
+environment with llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.local_server import LocalServer
 from model_store.pair import open_pair
 from server.cli import main as boomerang
-from server.config import Settings
-from server.offline import OfflineEngine
 
 PROMPTS = Path(__file__).parent / "quality_chat_prompts.txt"
 _LLAMA = """
@@ -48,35 +49,50 @@ def main() -> None:
     parser.add_argument("--size", default="22L")
     parser.add_argument("--teacher")
     parser.add_argument("--student")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--llama-python", type=Path, help="interpreter that has llama-cpp-python")
     args = parser.parse_args()
     pair = open_pair(args.teacher, args.student)
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path)
-    size = int(args.size.removesuffix("L"))
     lines = PROMPTS.read_text().splitlines()[: args.prompts]
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": m}], add_generation_prompt=True, return_dict=False)
         for m in lines
     ]
-    engine = OfflineEngine(pair, Settings(dtype="float32", device="cpu"), 1024)
-    ours = engine.generate(size, prompts, args.tokens)
+    given = {"--teacher": args.teacher, "--student": args.student}
+    names = [part for option, value in given.items() if value for part in (option, value)]
+    with LocalServer([*names, "--dtype", args.dtype]) as server:
+        ours = _server(server.url, args.size, prompts, args.tokens)
+    ends = {tokenizer.eos_token_id}
     with tempfile.TemporaryDirectory() as scratch:
         folder, file = Path(scratch) / "checkpoint", Path(scratch) / "model.gguf"
-        given = {"--teacher": args.teacher, "--student": args.student}
-        names = [part for option, value in given.items() if value for part in (option, value)]
-        if boomerang(["export", *names, "--size", args.size, "--out", str(folder), "--gguf", str(file)]):
+        options = ["--size", args.size, "--dtype", args.dtype, "--out", str(folder), "--gguf", str(file)]
+        if boomerang(["export", *names, *options]):
             sys.exit(1)
-        _compare("transformers", ours, _transformers(folder, prompts, args.tokens, engine.ends), tokenizer)
+        dtype = getattr(torch, args.dtype)
+        _compare("transformers", ours, _transformers(folder, dtype, prompts, args.tokens, ends), tokenizer)
         if args.llama_python:
-            theirs = _llama(args.llama_python, file, prompts, args.tokens, engine.ends)
+            theirs = _llama(args.llama_python, file, prompts, args.tokens, ends)
             _compare("llama.cpp", ours, theirs, tokenizer)
 
 
+def _server(url: str, size: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    answers = []
+    for prompt in prompts:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "size": size, "return_token_ids": True}
+        answer = httpx.post(url + "/v1/completions", json=body, timeout=120).raise_for_status().json()
+        assert answer["model"].endswith(f":{size}"), answer["model"]
+        answers.append(answer["choices"][0]["token_ids"])
+    return answers
+
+
 @torch.no_grad()
-def _transformers(folder: Path, prompts: list[list[int]], tokens: int, ends: set[int]) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def _transformers(
+    folder: Path, dtype: torch.dtype, prompts: list[list[int]], tokens: int, ends: set[int]
+) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     answers = []
     for prompt in prompts:
         out = model.generate(
