@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.recipes` and `benchmarks.second_family`, from the results kept in docs/data."""
+"""Tables and plots of `benchmarks.recipes`, `.schedules` and `.second_family`, from the results kept in docs/data."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ COMPARED = (  # this one's KL minus that one's
     ("stochastic", "plain"), ("stochastic-klpatch", "plain"), ("published-objective", "plain"),
     ("stochastic-rank-160", "stochastic"),
 )  # fmt: skip
+SCHEDULES = {  # name in benchmarks.schedules -> in tables and plots, in this order
+    "start": "start, not trained",
+    "plain": "student alone",
+    "pure-0.75": "a quarter of the rows patched",
+    "pure-0.5": "half",
+    "pure-0.25": "three quarters",
+    "even-sizes": "half, sizes evenly",
+    "small-sizes": "half, mostly small sizes",
+    "no-noise": "half, order never shuffled",
+    "plain-then-patching": "alone, then half",
+    "patching-then-plain": "half, then alone",
+    "cosine-then-patching": "cosine alone, then half",
+}
 SECOND_FAMILY = ("second_family", "second_family_six")  # results of benchmarks.second_family: nine, six layers kept
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[dict[str, Any]], str]
@@ -51,6 +64,10 @@ def tables(data: Path) -> dict[str, str]:
         found["recipes_long"] = by_line(
             {f"{TITLES[n]}: {order}": rows for n, s in students for order, rows in _by_order(s).items()}
         )
+    if students := _schedules(data):
+        found["schedules"] = by_line(students, lambda row: f"{row['kl']:.3f}")
+        gains_over_plain = _over_plain(students)
+        found["schedule_gains"] = by_line(gains_over_plain, _difference) + verdict(gains_over_plain)
     for name in SECOND_FAMILY:
         if results := _read(data / f"{name}.json"):
             table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
@@ -78,6 +95,8 @@ def plots(data: Path) -> dict[str, str]:
         found["recipes_long.svg"] = plot_svg(
             {TITLES[n]: _sizes(s["orders"]["klpatch"]) for n, s in _in_order(results["students"])}
         )
+    if students := _schedules(data):
+        found["schedules.svg"] = schedules_svg(_over_plain(students))
     for name in SECOND_FAMILY:
         if results := _read(data / f"{name}.json"):
             found[f"{name}.svg"] = plot_svg({student: _sizes(rows) for student, rows in results.items()})
@@ -174,6 +193,19 @@ def gains_svg(found: dict[str, Rows]) -> str:
     return svg_text(figure)
 
 
+def schedules_svg(found: dict[str, Rows]) -> str:
+    """KL of each schedule minus that of the student trained alone, by size."""
+    figure, axis = svg_pyplot().subplots(figsize=(8, 4.4))
+    for name, rows in found.items():
+        sizes = sorted(map(int, rows))
+        axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="layers", ylabel="KL, minus that of: student alone")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return svg_text(figure)
+
+
 def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:
     """KL of the smallest size on training rows by tokens seen, as SVG; curves without it are left out."""
     figure, axis = svg_pyplot().subplots(figsize=(6.5, 3.8))
@@ -189,6 +221,19 @@ def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:
 
 def _read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _schedules(data: Path) -> dict[str, Rows]:
+    """Every schedule's sizes by its title; nothing without results."""
+    students = (_read(data / "schedules.json") or {"students": {}})["students"]
+    return {title: students[name]["sizes"] for name, title in SCHEDULES.items() if name in students}
+
+
+def _over_plain(students: dict[str, Rows]) -> dict[str, Rows]:
+    """KL minus that of the student trained alone, for the trained ones."""
+    base = students[SCHEDULES["plain"]]
+    others = {title: rows for title, rows in students.items() if title not in (SCHEDULES["start"], SCHEDULES["plain"])}
+    return {title: {size: gain(base[size], row) for size, row in rows.items()} for title, rows in others.items()}
 
 
 def _in_order(students: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
