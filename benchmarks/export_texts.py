@@ -83,7 +83,7 @@ def _server(url: str, size: str, prompts: list[list[int]], tokens: int) -> list[
     for prompt in prompts:
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "size": size, "return_token_ids": True}
         answer = httpx.post(url + "/v1/completions", json=body, timeout=120).raise_for_status().json()
-        assert answer["model"].endswith(f":{size}"), answer["model"]
+        assert answer["model"].endswith(f":{size.removesuffix('L')}L"), answer["model"]
         answers.append(answer["choices"][0]["token_ids"])
     return answers
 

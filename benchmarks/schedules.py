@@ -3,9 +3,10 @@
     python -m benchmarks.schedules --data base.jsonl --text wikitext2_valid.txt --out schedules [--only plain ...]
 
 The start is the closed-form fit of the pruned layers with the KLPatch order found on it, and every student is trained
-towards and measured along that order: students differ in their schedule alone, not in what an order search found. A
-schedule of two phases gives each half of the tokens and a learning rate that falls to zero. What is done is kept in OUT
-and not done again; several calls with different --only may share OUT. Five to ten minutes a student on a free core.
+towards and measured along that order: students differ in their schedule, not in what an order search found. A schedule
+of two phases gives each half of the tokens, rows of its own and a learning rate that falls to zero. What is done is
+kept in OUT and not done again; once `start` is there, calls with different --only may share OUT. Five to ten minutes a
+student on a free core.
 """
 
 from __future__ import annotations
@@ -50,13 +51,19 @@ def main() -> None:
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.out / "measured").mkdir(parents=True, exist_ok=True)
+    settings = {key: getattr(args, key) for key in ("tokens", "windows", "seed")} | {"text": args.text.name}
+    kept = args.out / "settings.json"
+    if kept.is_file() and json.loads(kept.read_text()) != settings:
+        raise SystemExit(f"--out {args.out} holds students of other settings: {kept.read_text()}")
+    kept.write_text(json.dumps(settings))
     for name in args.only:
         file = args.out / "measured" / f"{name}.json"
         if not file.is_file():
-            file.write_text(json.dumps(measure(args, train(args, name))) + "\n")
+            rows = json.dumps(measure(args, train(args, name)))
+            file.with_suffix(".part").write_text(rows + "\n")
+            file.with_suffix(".part").rename(file)  # another call may be reading the folder
         print(f"{name}: done", file=sys.stderr, flush=True)
         found = {path.stem: json.loads(path.read_text()) for path in (args.out / "measured").glob("*.json")}
-        settings = {key: getattr(args, key) for key in ("tokens", "windows", "seed")} | {"text": args.text.name}
         students = {name: {"phases": SCHEDULES[name], "sizes": found[name]} for name in SCHEDULES if name in found}
         content = {"settings": settings, "students": students}
         (args.out / "schedules.json").write_text(json.dumps(content, indent=1) + "\n")

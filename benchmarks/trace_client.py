@@ -72,6 +72,12 @@ class Exchange:
         finally:
             writer.close()
 
+    def _next_event(self) -> Any:
+        try:
+            return self.connection.next_event()
+        except h11.RemoteProtocolError:  # it ended in the middle
+            return h11.PAUSED
+
     def record(self) -> Record:
         """What became of it; status 599 if the answer is not whole."""
         first = last = None
@@ -79,7 +85,7 @@ class Exchange:
         text = b""
         for now, data in self.received:
             self.connection.receive_data(data)
-            while (event := self.connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+            while (event := self._next_event()) not in (h11.NEED_DATA, h11.PAUSED):
                 if isinstance(event, h11.Response):
                     headers = {name: value.decode() for name, value in event.headers}
                     status = event.status_code
@@ -116,7 +122,7 @@ async def ask(url: str, job: Job, size: str, rng: random.Random) -> Record:
     host = urllib.parse.urlsplit(url).netloc
     exchange = Exchange.of(host, job, size, rng)
     exchange.intended = time.perf_counter()
-    await exchange.run(host)
+    await asyncio.wait_for(exchange.run(host), 120)
     return exchange.record()
 
 

@@ -51,9 +51,8 @@ def simulate(
 
     jobs, budget = jobs_of(plan, load, rows), Budget(ttft=plan["ttft"], tpot=plan["tpot"])
     if policy != "auto":
-        for (
-            job
-        ) in jobs:  # as in the real run, a pinned server is not told of limits: its queue is first come, first served
+        # As in the real run, a pinned server is not told of limits: its queue is first come, first served.
+        for job in jobs:
             job.sizes, job.budget = (sizes[-1] if policy == "teacher" else sizes[0],), Budget()
     pages = KV_BYTES // (machine.profile.kv_bytes * config.page_size)
     spec = ReplicaSpec(config, machine, pages, make_policy, noise=NOISE, delivery=DELIVERY)

@@ -168,11 +168,11 @@ def _train(
         return get_last_checkpoint(str(checkpoints)), _read_order(order_file)
 
     last, thresholds = agreed(found)
+    if last is None and preset.warm_start:  # the fit is in no file until the first checkpoint
+        fit_by_least_squares(model, held, progress=_say)
     if thresholds is not None:
         _set_thresholds(model, thresholds)
     elif last is None and (preset.warm_start or args.start_from):
-        if preset.warm_start:
-            fit_by_least_squares(model, held, progress=_say)
         # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
         _choose_order(model, held, args.order, rows=6)
         _set_thresholds(model, agreed(lambda: list(model.elasticity.thresholds)))

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         if is_own:
             store_quality(pair, rows, provenance, orders)
         else:  # `sizes` of quality.json are read as those of the pair's own order
-            store_quality(pair, {}, {}, {args.patch_order: rows} | orders)
+            store_quality(pair, {}, {}, orders | {args.patch_order: rows})
     return 0
 
 

@@ -66,6 +66,7 @@ def compare_orders(
     others = {name: make(own.num_teacher_layers, own.kept) for name, make in orders.items()}
     if found is not None and args.patch_order != "klpatch":
         others["klpatch"] = found
+    others.pop(args.patch_order, None)  # measured already
     for name, order in others.items():
         model.elasticity = order
         shared = [size for size in sizes if size in order.sizes]  # blocks of unequal lengths give each order its own

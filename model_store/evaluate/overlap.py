@@ -181,6 +181,7 @@ def check_overlap(
     units, first = np.unique(np.concatenate([np.empty(0, np.uint64), *own]), return_index=True)
     is_short = np.repeat(short, [len(part) for part in own])[first]
     found, checked = np.zeros(len(units), bool), np.full(len(units), bool(training))
+    sampled, known_to_be = np.zeros(len(units), bool), np.zeros(len(units), bool)
 
     for path in training:
         for document in read_documents(path, "--training-data"):
@@ -190,8 +191,11 @@ def check_overlap(
                 found[places[units[places] == hashes]] = True
     if known is not None:
         for sketch, kind in ((known.runs, ~is_short), (known.short, is_short)):
-            checked |= kind & (units <= sketch.bound)
-            found |= kind & np.isin(units, sketch.hashes)
+            sampled |= kind & (units <= sketch.bound)
+            known_to_be |= kind & np.isin(units, sketch.hashes)
+        # A sample's share must not drown in all that files were searched for: the larger of both counts.
+        if known_to_be.sum() * max(checked.sum(), 1) > found.sum() * max(sampled.sum(), 1) or not training:
+            found, checked = known_to_be, sampled
     against = [path.name for path in training] + ([FINGERPRINT_FILE] if known is not None else [])
     share = float(found.sum() / max(checked.sum(), 1))
     if share > allowed:

@@ -178,7 +178,7 @@ class AsyncEngine:
                     outputs += self.engine.step()
                     self._step_started = None
                 self._publish(outputs)
-                if self._outbox or not self.engine.scheduler.running:
+                if self._is_unrung or not self.engine.scheduler.running:
                     self._flush()
                 if not self.engine.scheduler.running and self.engine.has_work and not outputs:
                     # Only a policy that holds requests back leads here; look again soon, or when something arrives.
@@ -240,11 +240,18 @@ class AsyncEngine:
             self._unsent = []
             self.engine.executor.doorbell = self._bell
 
+    @property
+    def _is_unrung(self) -> bool:
+        """Whether a step went by that should have rung and did not: it failed before it computed."""
+        return self._bell is not None and self.engine.executor.doorbell >= 0
+
     def _flush(self) -> None:
         """Wake the event loop now, if there is anything for it."""
         if self._unsent:
             self._outbox.append(self._unsent)
             self._unsent = []
+        if self._bell is not None:
+            self.engine.executor.doorbell = -1
         if self._outbox:
             self._loop_call(self._deliver)
 

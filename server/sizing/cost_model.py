@@ -146,10 +146,9 @@ class CostModel:
 
     # --- parts of the formula, for whoever reasons about steps that do not exist yet
 
-    @property
-    def prompt_scale(self) -> float:
-        """The correction of what prompts take: they mostly run beside rows that decode."""
-        return self.correction["mixed"]
+    def prompt_scale(self, rows: float) -> float:
+        """The correction of what prompts take beside `rows` that decode."""
+        return self.correction["mixed" if rows else "prefill"]
 
     def layer_seconds(self, tokens: np.ndarray | float) -> np.ndarray:
         """g: one layer of weight 1 over `tokens` tokens; 0 for none. Any shape."""

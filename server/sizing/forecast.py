@@ -81,7 +81,7 @@ class Forecaster:
     ) -> Forecast:
         """`rate` requests/s of `prompt` and `output` tokens; `limit`: TPOT that chunks of prompt respect."""
         cost = self.cost
-        scale, prompt_scale = cost.correction["decode"], cost.prompt_scale
+        scale, prompt_scale = cost.correction["decode"], cost.prompt_scale(1)
         knots, g, g_slopes, h, h_slopes = cost.step_curves
         context = cost.decode_context * (prompt + 0.5 * output) + cost.request_layers
         attention, head_first = cost.prefill_context * 0.5 * prompt**2, cost.head_seconds_of(1.0)
@@ -162,12 +162,12 @@ class Forecaster:
             rows = min(max(self.cost.tokens_within(per_layer), 1.0), rows)
         g = self.cost.layer_seconds_of
         step = self.cost.fixed + self.cost.overhead + g(rows) * self._weights[-1]
-        output = self.demand.mean_output * step / rows
+        output = self.demand.mean_output * step * self.cost.correction["decode"] / rows
         total, tokens, alone = own, own * prompt, g(rows)
         for name in others:
             rate, length = self.demand.rate(name, now, self.sigmas)
             piece = min(max(length, 1.0), config.max_num_batched_tokens)
-            more = g(rows + piece) - alone
+            more = (g(rows + piece) - alone) * self.cost.prompt_scale(rows)
             work = length * more / piece * self._weights[-1] + output
             rate = min(rate, weight(name) / total_weight / work)
             total += rate

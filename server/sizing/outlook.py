@@ -89,7 +89,7 @@ class Outlook:
         limit_tokens = config.max_num_batched_tokens
         rate = self._token_rate(total, min(max(prompt + backlog / self._full_weight, 1.0), limit_tokens))
         rate_or_less = max(rate, 1e-12)
-        attention = cost.prefill_context * 0.5 * prompt * prompt * cost.prompt_scale
+        attention = cost.prefill_context * 0.5 * prompt * prompt * cost.prompt_scale(total)
         full_step = limit_tokens * self._full_weight
         beside = cost.fixed + cost.overhead
         first = cost.head_seconds_of(1)
@@ -211,7 +211,7 @@ class Outlook:
             return None
         # A step with prompts is predicted with a correction of its own, for its decode rows too.
         without = decode / self.cost.correction["decode"]
-        per_layer = max(allowed / self.cost.prompt_scale - without, 0.0) / self._full_weight
+        per_layer = max(allowed / self.cost.prompt_scale(load.num_rows) - without, 0.0) / self._full_weight
         rows = load.num_rows
         tokens = self.cost.tokens_within(float(self.cost.layer_seconds(rows)) + per_layer) - rows
         budget = int(max(tokens, self.min_chunk) * self.cost.profile.elasticity.num_teacher_layers)
@@ -256,7 +256,7 @@ class Outlook:
     def change_seconds(self, num_tokens: int, num_layers: int, rate: float) -> float:
         """What a change of size costs: the text so far, at `rate` seconds per token and layer, on the layers that it
         has to be computed on (those of the new size, less those below a hidden state that was kept)."""
-        attention = self.cost.prefill_context * self.cost.prompt_scale * 0.5 * num_tokens
+        attention = self.cost.prefill_context * self.cost.prompt_scale(1) * 0.5 * num_tokens
         return num_tokens * num_layers * (rate + attention)
 
     def drain_seconds(self, scheduler: Scheduler) -> float:
@@ -277,7 +277,7 @@ class Outlook:
     def _token_rate(self, rows: float, tokens: float) -> float:
         """Seconds per token and layer of `tokens` more tokens in a step that has `rows` already."""
         g = self.cost.layer_seconds_of
-        return (g(rows + tokens) - g(rows)) / max(tokens, 1.0) * self.cost.prompt_scale
+        return (g(rows + tokens) - g(rows)) / max(tokens, 1.0) * self.cost.prompt_scale(rows)
 
 
 class _Curve:

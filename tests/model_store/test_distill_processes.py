@@ -82,3 +82,14 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(names, tmp_path, form)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     whole, resumed = (json.loads((tmp_path / name / "pair.json").read_text()) for name in ("whole", "cut"))
     assert whole["thresholds"] == resumed["thresholds"]
+
+
+def test_a_run_cut_short_before_its_first_checkpoint_is_fitted_again(names, tmp_path):
+    """The order is kept before training begins, the fit is not: it must not be taken for done."""
+    arguments = ["distill", *names, "--tokens", "0", "--warm-start", "--order", "last"]
+    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "checkpoints" / "order.json", tmp_path / "cut" / "checkpoints")
+    assert main([*arguments, "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

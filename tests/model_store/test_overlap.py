@@ -82,6 +82,8 @@ def test_a_fingerprint_of_much_text_is_small_and_tells_of_a_sample(tmp_path, mon
     with pytest.raises(OverlapError, match=FINGERPRINT_FILE):
         check_overlap("--text", held_out, [], known)
     assert check_overlap("--text", held_out[1:], [], known)["share"] == 0.0
+    (tmp_path / "other.txt").write_text(words(200, 50))  # searched for everything, it must not thin out the sample
+    assert check_overlap("--text", held_out, [tmp_path / "other.txt"], known, allowed=1.0)["share"] == found["share"]
 
     whole = Fingerprint.of(Document(text=text) for text in texts)
     parts = Fingerprint.of(Document(text=text) for text in texts[:3])
