@@ -162,9 +162,7 @@ class AsyncEngine:
                 with self._wake:
                     while not self._inbox and not self.engine.has_work and not self._stopping:
                         self._wake.wait()
-                    inbox = self._inbox
-                    if inbox:
-                        self._inbox = deque()
+                    inbox, self._inbox = self._inbox, deque()
                     stopping = self._stopping
                 outputs = self._drain(inbox) if inbox else []
                 if stopping:
