@@ -180,14 +180,9 @@ def gains_svg(found: dict[str, Rows]) -> str:
     """KL of patching minus KL of plain by size: a panel per order, a line per draw."""
     figure, axes = svg_pyplot().subplots(1, len(ORDERS), figsize=(5 * len(ORDERS), 3.8), sharey=True)
     for axis, order in zip(axes, ORDERS.values(), strict=True):
-        for name, rows in found.items():
-            if name.startswith(f"{order}: "):
-                sizes = sorted(map(int, rows))
-                values = [rows[str(s)]["kl"] for s in sizes]
-                axis.plot(sizes, values, marker="o", markersize=3, linewidth=1.2, label=name.split(": ")[1])
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="layers", title=f"along {order}")
-        axis.grid(alpha=0.3)
+        own = {name: rows for name, rows in found.items() if name.startswith(f"{order}: ")}
+        _gain_lines(axis, {name.split(": ")[1]: rows for name, rows in own.items()})
+        axis.set(title=f"along {order}")
     axes[0].set(ylabel="KL, patching minus plain")
     axes[0].legend(fontsize=7)
     return svg_text(figure)
@@ -196,14 +191,20 @@ def gains_svg(found: dict[str, Rows]) -> str:
 def schedules_svg(found: dict[str, Rows]) -> str:
     """KL of each schedule minus that of the student trained alone, by size."""
     figure, axis = svg_pyplot().subplots(figsize=(8, 4.4))
+    _gain_lines(axis, found)
+    axis.set(ylabel="KL, minus that of: student alone")
+    axis.legend(fontsize=7)
+    return svg_text(figure)
+
+
+def _gain_lines(axis: Any, found: dict[str, Rows]) -> None:
+    """Differences of KL by size around a line at 0, a line per name."""
     for name, rows in found.items():
         sizes = sorted(map(int, rows))
         axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="layers", ylabel="KL, minus that of: student alone")
+    axis.set(xlabel="layers")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    return svg_text(figure)
 
 
 def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:

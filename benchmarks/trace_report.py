@@ -107,8 +107,8 @@ def print_report(plan: dict[str, Any], results: list[dict[str, Any]], plot_to: P
             flush=True,
         )
     print("\n| load | policy | steps | predicted against measured step time: median / p95 error, by kind "
-          "| schedule, share of step | between model calls | cores taken by others |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+          "| schedule, share of step | between model calls | cores: load generator | others |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
     for result in results:
         steps = result["steps"]
         errors = ", ".join(
@@ -120,7 +120,7 @@ def print_report(plan: dict[str, Any], results: list[dict[str, Any]], plot_to: P
         print(
             f"| {result['load']:g} | {result['policy']} | {steps['steps']:.0f} | {errors} "
             f"| {100 * steps['schedule_seconds'] / busy:.2f} % | {100 * steps['gap_seconds'] / busy:.2f} % "
-            f"| {result.get('others', 0.0):.2f} |"
+            f"| {result.get('client', 0.0):.2f} | {result.get('others', 0.0):.2f} |"
         )
     if plot_to is not None:
         records = rows[plot_load, "auto"]

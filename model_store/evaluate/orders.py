@@ -64,7 +64,7 @@ def compare_orders(
     own, measured = model.elasticity, {}
     orders = {name: getattr(Elasticity, name) for name in ("last_to_first", "first_to_last")}
     others = {name: make(own.num_teacher_layers, own.kept) for name, make in orders.items()}
-    if found is not None and args.patch_order != "klpatch":
+    if found is not None:
         others["klpatch"] = found
     others.pop(args.patch_order, None)  # measured already
     for name, order in others.items():

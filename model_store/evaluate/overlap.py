@@ -180,24 +180,26 @@ def check_overlap(
     short = np.array([len(_WORD.findall(text)) < NGRAM_WORDS for text in texts], bool)
     units, first = np.unique(np.concatenate([np.empty(0, np.uint64), *own]), return_index=True)
     is_short = np.repeat(short, [len(part) for part in own])[first]
-    found, checked = np.zeros(len(units), bool), np.full(len(units), bool(training))
-    sampled, known_to_be = np.zeros(len(units), bool), np.zeros(len(units), bool)
-
+    counts = []  # by source: which were found there, of which
+    found = np.zeros(len(units), bool)
     for path in training:
         for document in read_documents(path, "--training-data"):
             for hashes in _trained(document):
                 places = np.searchsorted(units, hashes)
                 places, hashes = places[places < len(units)], hashes[places < len(units)]
                 found[places[units[places] == hashes]] = True
+    if training:
+        counts.append((found, np.ones(len(units), bool)))
     if known is not None:
+        found, checked = np.zeros(len(units), bool), np.zeros(len(units), bool)
         for sketch, kind in ((known.runs, ~is_short), (known.short, is_short)):
-            sampled |= kind & (units <= sketch.bound)
-            known_to_be |= kind & np.isin(units, sketch.hashes)
-        # A sample's share must not drown in all that files were searched for: the larger of both counts.
-        if known_to_be.sum() * max(checked.sum(), 1) > found.sum() * max(sampled.sum(), 1) or not training:
-            found, checked = known_to_be, sampled
+            checked |= kind & (units <= sketch.bound)
+            found |= kind & np.isin(units, sketch.hashes)
+        counts.append((found, checked))
+    # The larger share: that of a sample must not drown in all that files were searched for.
+    found, checked = max(counts, key=lambda count: _share(*count))
     against = [path.name for path in training] + ([FINGERPRINT_FILE] if known is not None else [])
-    share = float(found.sum() / max(checked.sum(), 1))
+    share = _share(found, checked)
     if share > allowed:
         example = _first_found(texts, set(units[found].tolist()))
         raise OverlapError(
@@ -206,6 +208,10 @@ def check_overlap(
             "of the training data, measure on other text, or set --allow-overlap"
         )
     return {"share": share, "checked": int(checked.sum()), "against": against}
+
+
+def _share(found: np.ndarray, checked: np.ndarray) -> float:
+    return float(found.sum() / max(checked.sum(), 1))
 
 
 def _first_found(texts: Sequence[str], found: set[int]) -> str:
