@@ -202,7 +202,7 @@ def _split(layer: Any, pair: Pair) -> Iterator[tuple[str, torch.Tensor]]:
 
 def model_card(pair: Pair, size: int) -> str:
     """README.md of an export: what it is made of, its licence, and what it was measured to be worth."""
-    manifest_file = pair.student_path / "pair.json"
+    manifest_file = pair.notes_path / "pair.json"
     manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
     path, num_teacher = pair.elasticity.path(size), pair.elasticity.num_teacher_layers
     origin = [str(i) if i < num_teacher else f"S{i - num_teacher}" for i in path.layers]

@@ -46,6 +46,7 @@ class Pair:
     name: str
     teacher_path: Path
     student_path: Path
+    notes_path: Path  # of pair.json, quality.json and the like: the student's folder, or that of its GGUF file
     spec: ModelSpec
     elasticity: Elasticity
     patch_order: str  # "last_to_first", "first_to_last", or "thresholds" for a measured one
@@ -245,7 +246,6 @@ def open_pair(
             raise PairError(f"no student is known for the teacher {str(teacher)!r}: name one with --student")
         student = known.student or DEFAULT_PAIR_DIR
     student_path = resolve(student, store)
-    # What a student says about itself lies in its folder, or beside its GGUF file.
     notes = Path(student).expanduser().parent if str(student).endswith(".gguf") else student_path
     manifest = _read_json(notes / "pair.json") or {}
     teacher = teacher or manifest.get("teacher") or published.DEFAULT_TEACHER
@@ -268,6 +268,7 @@ def open_pair(
         name=name or manifest.get("name") or default_name,
         teacher_path=teacher_path,
         student_path=student_path,
+        notes_path=notes,
         spec=spec,
         elasticity=elasticity,
         patch_order=order,

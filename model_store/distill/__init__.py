@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-single", action=flag, default=None, help="train one-layer blocks too [recipe]")
     add("--optimizer", choices=("muon", "adamw"), help="[recipe]")
     add("--compile", action="store_true", help="fuse the layers with torch.compile: minutes to start, faster steps")
+    add("--licence", help="of the student, for its model card and those of its exports (as Apache-2.0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of each process [auto]")
     add("--seed", type=int, default=0)
     add("--save-steps", type=int, default=200, help="steps between checkpoints that --resume continues from")
@@ -198,11 +199,12 @@ def _train(
 
 def _note_text(args: argparse.Namespace, documents: list) -> None:
     """Leave a fingerprint of the training text, and of what --start-from was trained on, beside the checkpoints."""
+    from model_store.distill.start import source_name
     from model_store.evaluate.overlap import FINGERPRINT_FILE, Fingerprint, fingerprint_of
 
     text, checkpoints = Fingerprint.of(documents), args.out / "checkpoints"
     for folder in dict.fromkeys(args.start_from):
-        text.merge(fingerprint_of(folder) or Fingerprint.of_unknown(folder.resolve().name))
+        text.merge(fingerprint_of(folder) or Fingerprint.of_unknown(source_name(folder)))
     if args.resume and (earlier := fingerprint_of(checkpoints)):
         text.merge(earlier)  # --data may be another now
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -275,20 +277,23 @@ def _write(
 ) -> None:  # fmt: skip
     import dataclasses
 
+    from model_store.distill.start import source_name
     from model_store.distill.write import write_full, write_low_rank, write_manifest
     from model_store.evaluate.overlap import FINGERPRINT_FILE
 
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
-    places = ("store", "out", "teacher", "data", "start_from", "resume")
+    places = ("store", "out", "teacher", "data", "start_from", "resume", "licence")
     options = {k: v for k, v in vars(args).items() if not callable(v) and k not in places}
     manifest = {
         "name": args.out.name, "teacher": args.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
         "patch_order": ORDERS.get(args.order, args.order), "command": "boomerang distill", "options": options,
         "recipe": dataclasses.asdict(preset), "data": [path.name for path in args.data],
-        "start_from": [path.name for path in args.start_from],
+        "start_from": [source_name(path) for path in args.start_from],
         "tokens": int(args.tokens), "seconds": round(seconds),
     }  # fmt: skip
+    if args.licence:
+        manifest["licence"] = args.licence
     if rank := args.rank or args.store_rank:
         # A student trained in this rank loses nothing by the cut, whatever the moments.
         moments = None if args.rank else _moments(model, held)

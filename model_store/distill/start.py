@@ -60,6 +60,12 @@ def order_of(folder: Path, kept: Sequence[int]) -> list[int]:
     return found
 
 
+def source_name(folder: Path) -> str:
+    """What a source is called in records: a checkpoint with the run it is of."""
+    folder = folder.absolute()
+    return "/".join(folder.parts[-3:]) if folder.name.startswith("checkpoint-") else folder.name
+
+
 def _config_of(folder: Path) -> Path:
     places = [place / "student_config.json" for place in (folder, folder.parent)]
     config = next((place for place in places if place.is_file()), None)

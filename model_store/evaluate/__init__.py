@@ -133,7 +133,7 @@ def _overlaps(pair: Pair, args: argparse.Namespace, held_out: list[str], prompts
     """
     from model_store.evaluate.overlap import check_overlap, fingerprint_of
 
-    known = fingerprint_of(pair.student_path)
+    known = fingerprint_of(pair.notes_path)
     training = [*args.training_data, *([args.calibration] if args.calibration else [])]
     if not args.training_data and known is None:
         _say("what the pair was trained on is not known here: overlap with it is not checked (--training-data)")
@@ -258,7 +258,7 @@ def store_quality(
     Figures of an earlier call that this one did not take stay; `orders` are the same sizes in other patch orders. Text
     or prompts that replace an earlier call's bring what is known of their overlap with the training text, or nothing.
     """
-    file = pair.student_path / QUALITY_FILE
+    file = pair.notes_path / QUALITY_FILE
     known = json.loads(file.read_text()) if file.is_file() else {}
     measured = known.get("measured", {})
     for kind in provenance.keys() & {"text", "chat"}:

@@ -80,7 +80,7 @@ def adopt(pair: Pair, name: str) -> None:
     from model_store.evaluate import QUALITY_FILE
     from model_store.weights import END_PARTS
 
-    manifest_file, quality_file = pair.student_path / "pair.json", pair.student_path / QUALITY_FILE
+    manifest_file, quality_file = pair.notes_path / "pair.json", pair.notes_path / QUALITY_FILE
     manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
     manifest = {key: value for key, value in manifest.items() if key.removesuffix("_threshold") not in END_PARTS}
     manifest |= {"patch_order": name, "thresholds": list(pair.elasticity.thresholds)}

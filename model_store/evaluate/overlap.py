@@ -22,7 +22,7 @@ from model_store.distill.data import Document, read_documents
 
 NGRAM_WORDS = 13  # as is usual since GPT-3 (arXiv 2005.14165, appendix C)
 FINGERPRINT_FILE = "training_text.npz"
-KEPT_HASHES = 1 << 17  # of each kind: 1 MiB; text of up to 131,072 runs is kept whole
+KEPT_HASHES = 1 << 16  # of each kind: half a MiB; text of up to 65,536 runs is kept whole
 _BATCH = 1 << 20  # hashes that wait to be sorted in
 _WORD = re.compile(r"[^\W_]+")
 _ALL = np.uint64(2**64 - 1)

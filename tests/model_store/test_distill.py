@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from model_store.distill.start import source_name
 from model_store.pair import open_pair
 from server.cli import main
 from server.offline import OfflineEngine
@@ -59,7 +61,7 @@ def test_a_student_may_start_from_another(teacher, text, tmp_path, capsys):
     common = ["--teacher", str(teacher), "--data", str(text), "--row-tokens", "64", "--batch-rows", "4"]
     common += ["--device", "cpu", "--calibration-rows", "4", "--store-rank", "8", "--no-warm-start"]
     assert main(["distill", *common, "--tokens", "1500", "--order", "first", "--out", str(tmp_path / "a")]) == 0
-    common += ["--start-from", str(tmp_path / "a"), "--order", "start"]
+    common += ["--start-from", str(tmp_path / "a"), "--order", "start", "--licence", "CC0-1.0"]
     assert main(["distill", *common, "--tokens", "0", "--out", str(tmp_path / "b")]) == 0
     first, second = (load_file(tmp_path / name / "student_lowrank.safetensors") for name in "ab")
     name = "model.layers.0.mlp.down_proj.lora_"
@@ -67,6 +69,8 @@ def test_a_student_may_start_from_another(teacher, text, tmp_path, capsys):
     assert a.norm() > 0 and (a - b).norm() < 0.02 * a.norm()
     a, b = (json.loads((tmp_path / name / "pair.json").read_text()) for name in "ab")
     assert b["start_from"] == ["a"] and b["thresholds"] == a["thresholds"]
+    assert b["licence"] == "CC0-1.0" and "licence" not in a  # goes into the model cards of exports
+    assert source_name(Path("run") / "checkpoints" / "checkpoint-9") == "run/checkpoints/checkpoint-9"
     assert main(["distill", *common, "--tokens", "0", "--keep", "0,2,3,5", "--out", str(tmp_path / "c")]) == 1
     assert "--order start" in capsys.readouterr().err
 

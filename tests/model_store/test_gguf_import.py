@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_store import gguf_import
+from model_store.evaluate import store_quality
+from model_store.evaluate.orders import adopt
 from model_store.gguf_import import import_gguf
 from model_store.pair import PairError, open_pair
 from model_store.sources import import_gguf_file, resolve
@@ -135,3 +137,10 @@ def test_a_pair_of_gguf_files(tmp_path):
     (tmp_path / "student_config.json").write_text('{"copied_teacher_layers": [0, 2, 4, 5]}')
     pair = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
     assert pair.load(torch.bfloat16).sizes == (4, 5, 6)
+    # What is found out about it is written where it is read: beside the file, not into the converted copy.
+    other = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf", patch_order="first_to_last")
+    assert other.elasticity.thresholds != pair.elasticity.thresholds
+    adopt(other, "first_to_last")
+    store_quality(other, {4: {"kl": 0.5}}, {})
+    reopened = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
+    assert reopened.elasticity.thresholds == other.elasticity.thresholds and reopened.quality == {4: {"kl": 0.5}}

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from model_store.default_pair import fingerprint
 from model_store.distill.data import Document
 from model_store.evaluate import overlap, store_quality
 from model_store.evaluate.overlap import FINGERPRINT_FILE, Fingerprint, OverlapError, check_overlap, fingerprint_of
@@ -140,3 +141,16 @@ def test_what_is_known_of_overlap_is_that_of_the_text_measured(teacher, student,
     assert measured("text", one).keys() == {"dtype", "text", "text_overlap"}
     assert measured("chat", one).keys() == {"dtype", "text", "text_overlap", "chat", "chat_overlap"}
     assert measured("text").keys() == {"dtype", "text", "chat", "chat_overlap"}
+
+
+def test_the_default_pair_brings_a_fingerprint_of_what_it_was_trained_on(tmp_path):
+    known = fingerprint_of(ROOT / "model_store" / "default_pair")
+    assert known is not None and known.unknown == ("the student of part 7",)
+    assert len(known.runs.hashes) == overlap.KEPT_HASHES and len(known.short.hashes) > 10_000
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in (SENTENCE, words(3, 50))))
+    fingerprint.main([str(data), "--unknown", "a", "b", "--out", str(tmp_path)])
+    found = fingerprint_of(tmp_path)
+    assert found.unknown == ("a", "b")
+    with pytest.raises(OverlapError, match="6 of 6"):
+        check_overlap("--text", [SENTENCE], [], found)
