@@ -71,7 +71,8 @@ def measure(args: argparse.Namespace) -> int:
         text = ["--text", str(args.text), "--windows", "8", "--compare-orders", "--allow-overlap", "0.0001"]
         if args.training_data:
             text += ["--training-data", *map(str, args.training_data)]
-        if status := boomerang(["evaluate", *text, "--chat", str(CHAT), "--max-new-tokens", "48"]):
+        chat = ["--chat", str(CHAT), "--chat-limit", "128", "--max-new-tokens", "120"]
+        if status := boomerang(["evaluate", *text, *chat]):
             return status
     return boomerang(["evaluate", "--speed"]) if args.speed else 0
 
@@ -132,10 +133,11 @@ def aims(sizes: Sizes) -> str:
 
 
 def overlap(measured: dict[str, Any]) -> str:
-    found = measured.get("text_overlap", {"share": measured.get("overlap_13gram")})
-    if (share := found["share"]) is None:
+    if not (text := measured.get("text_overlap")):
         return "Whether the held-out text occurs in the training text was not checked.\n"
-    return f"Of the held-out text's runs of 13 words {share:.4%} also occur in the training text (common phrases).\n"
+    said = f"Of the held-out text's runs of 13 words {text['share']:.4%} also occur in the training text"
+    chat = measured.get("chat_overlap", {"share": 0.0})["share"]
+    return f"{said} (common phrases), of the chat prompts {f'{chat:.1%}' if chat else 'none'}.\n"
 
 
 def text_table(sizes: Sizes) -> str:

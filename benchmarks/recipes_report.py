@@ -1,47 +1,48 @@
-"""Tables and plots of `benchmarks.recipes`, `.schedules` and `.second_family`, from the results kept in docs/data."""
+"""Tables and plots of `benchmarks.recipes` and `.second_family`, from the results kept in docs/data."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from model_store.evaluate.report import markdown, plot_svg, svg_pyplot, svg_text
 
-TITLES = {  # name in benchmarks.recipes -> in tables and plots, in this order
+PLAIN, PATCHED = "plain", "pure-0.5"
+TITLES = {  # name in benchmarks.recipes -> in tables and plots
     "pruned": "pruned, not trained",
-    "warm-start": "warm start, not trained",
-    "plain-from-pruned": "KL + cosine, from pruned layers",
+    "start": "closed-form fit, not trained",
     "published": "published recipe",
-    "published-objective": "published losses, our optimizer",
+    "published-losses": "published losses, our optimizer",
     "cosine": "cosine alone",
-    "plain": "KL + cosine, no patching",
-    "stochastic": "stochastic patching",
-    "stochastic-klpatch": "stochastic patching, towards KLPatch",
-    "stochastic-rank-160": "stochastic patching, rank 160",
-}
-ORDERS = {"klpatch": "KLPatch", "last_to_first": "last-to-first", "first_to_last": "first-to-last"}
-DRAWS = {"recipes.json": "first draw", "recipes_second.json": "second draw"}  # of training text; file -> title
-COMPARED = (  # this one's KL minus that one's
-    ("stochastic", "plain"), ("stochastic-klpatch", "plain"), ("published-objective", "plain"),
-    ("stochastic-rank-160", "stochastic"),
-)  # fmt: skip
-SCHEDULES = {  # name in benchmarks.schedules -> in tables and plots, in this order
-    "start": "start, not trained",
-    "plain": "student alone",
-    "pure-0.75": "a quarter of the rows patched",
-    "pure-0.5": "half",
-    "pure-0.25": "three quarters",
+    PLAIN: "KL + cosine, student alone",
+    PATCHED: "patching, half of the rows",
+    "stored-at-160": "whole layers (Muon), cut down to rank 160 afterwards",
+    "rank-160": "rank 160 (AdamW)",
+    "whole-adamw": "whole layers (AdamW)",
+    "start-at-160": "the fit cut down to rank 160, not trained",
+    "pure-0.75": "patching, a quarter",
+    "pure-0.25": "patching, three quarters",
     "even-sizes": "half, sizes evenly",
     "small-sizes": "half, mostly small sizes",
-    "no-noise": "half, order never shuffled",
+    "no-noise": "half, fixed order",
+    "quarter-small-fixed": "patching, a quarter, mostly small sizes, fixed order",
+    "eighth-small-fixed": "patching, an eighth, mostly small sizes, fixed order",
     "plain-then-patching": "alone, then half",
     "patching-then-plain": "half, then alone",
     "cosine-then-patching": "cosine alone, then half",
 }
-SECOND_FAMILY = ("second_family", "second_family_six")  # results of benchmarks.second_family: nine, six layers kept
+RECIPES = ("pruned", "start", "published", "published-losses", "cosine", PLAIN, PATCHED, "eighth-small-fixed")
+RANKS = ("start", "start-at-160", PATCHED, "stored-at-160", "whole-adamw", "rank-160")
+SCHEDULES = (
+    "eighth-small-fixed", "quarter-small-fixed", "pure-0.75", PATCHED, "pure-0.25", "even-sizes", "small-sizes",
+    "no-noise", "plain-then-patching", "patching-then-plain", "cosine-then-patching",
+)  # fmt: skip
+ORDERS = {"served": "KLPatch", "last_to_first": "last-to-first", "first_to_last": "first-to-last"}
+DRAWS = {"recipes.json": "first draw", "recipes_second.json": "second draw"}  # of rows and order: file -> title
+SECOND_FAMILY = ("second_family", "second_family_seed_1", "second_family_mild")  # results of benchmarks.second_family
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[dict[str, Any]], str]
 
@@ -49,25 +50,22 @@ Cell = Callable[[dict[str, Any]], str]
 def tables(data: Path) -> dict[str, str]:
     """Generated tables by name."""
     found = {}
-    for file, name in (("recipes.json", "recipes"), ("recipes_second.json", "recipes_second")):
-        if results := _read(data / file):
-            students = _in_order(results["students"])
-            found[name] = by_line({TITLES[n]: s["orders"]["klpatch"] for n, s in students})
-            orders = {f"{TITLES[n]}: {order}": rows for n, s in students for order, rows in _by_order(s).items()}
-            found[name.replace("recipes", "recipe_orders")] = by_line(orders)
-    draws = {title: results["students"] for file, title in DRAWS.items() if (results := _read(data / file))}
-    for this, that in COMPARED:
-        if found_gains := gains(draws, this, that):
-            found[f"gain_{this}".replace("-", "_")] = by_line(found_gains, _difference) + verdict(found_gains)
-    if results := _read(data / "recipes_long.json"):
-        students = _in_order(results["students"])
-        found["recipes_long"] = by_line(
-            {f"{TITLES[n]}: {order}": rows for n, s in students for order, rows in _by_order(s).items()}
-        )
-    if students := _schedules(data):
-        found["schedules"] = by_line(students, lambda row: f"{row['kl']:.3f}")
-        gains_over_plain = _over_plain(students)
-        found["schedule_gains"] = by_line(gains_over_plain, _difference) + verdict(gains_over_plain)
+    if students := _students(data / "recipes.json"):
+        found["recipes"] = comparison(_text(students, RECIPES))
+        found["recipes_chat"] = comparison(_chat(students, RECIPES), _kl)
+        found["recipe_orders"] = by_line(_along(students, ("last_to_first", "first_to_last")), _kl)
+        trained = RECIPES[2:]
+        for name, rows in (("recipe_gains", _text), ("recipe_gains_chat", _chat)):
+            found[name] = by_line(gains(rows(students, trained), TITLES[PLAIN]), _difference)
+        for name, rows in (("rank_gains", _text), ("rank_gains_chat", _chat)):
+            found[name] = by_line(gains(rows(students, RANKS[2:]), TITLES["whole-adamw"]), _difference)
+        found["ranks"] = comparison(_text(students, RANKS))
+        found["ranks_chat"] = comparison(_chat(students, RANKS), _kl)
+        found["schedules"] = by_line(_text(students, ("start", PLAIN, *SCHEDULES)), _kl)
+        over_plain = gains(_text(students, (PLAIN, *SCHEDULES)), TITLES[PLAIN])
+        found["schedule_gains"] = by_line(over_plain, _difference) + verdict(over_plain)
+    if draws := _draws(data):
+        found["draws"] = by_line(draws, _difference) + verdict(draws)
     for name in SECOND_FAMILY:
         if results := _read(data / f"{name}.json"):
             table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
@@ -78,25 +76,14 @@ def tables(data: Path) -> dict[str, str]:
 def plots(data: Path) -> dict[str, str]:
     """Plots by file name, as SVG."""
     found = {}
-    for file, name in (("recipes.json", "recipes"), ("recipes_second.json", "recipes_second")):
-        if results := _read(data / file):
-            students = [item for item in _in_order(results["students"]) if item[0] != "pruned"]
-            found[f"{name}.svg"] = recipes_svg({n: _sizes(s["orders"]["klpatch"]) for n, s in students})
-            found[f"{name}_training.svg"] = curves_svg({TITLES[n]: s["curve"] for n, s in students})
-    if results := _read(data / "recipes.json"):
-        by_order = [(n, s) for n, s in _in_order(results["students"]) if n in ("plain", "stochastic")]
-        found["recipe_orders.svg"] = plot_svg(
-            {f"{TITLES[n]}, {order}": _sizes(rows) for n, s in by_order for order, rows in _by_order(s).items()}
-        )
-    draws = {title: results["students"] for file, title in DRAWS.items() if (results := _read(data / file))}
-    if len(patching := gains(draws, "stochastic", "plain")) > len(ORDERS):
-        found["recipe_gains.svg"] = gains_svg(patching)
-    if results := _read(data / "recipes_long.json"):
-        found["recipes_long.svg"] = plot_svg(
-            {TITLES[n]: _sizes(s["orders"]["klpatch"]) for n, s in _in_order(results["students"])}
-        )
-    if students := _schedules(data):
-        found["schedules.svg"] = schedules_svg(_over_plain(students))
+    if students := _students(data / "recipes.json"):
+        drawn = [name for name in RECIPES if name != "pruned"]
+        found["recipes.svg"] = recipes_svg(_text(students, drawn), _chat(students, drawn))
+        trained = {TITLES[name]: students[name]["curve"] for name in RECIPES if name in students}
+        found["recipes_training.svg"] = curves_svg(trained)
+        found["schedules.svg"] = gains_svg(gains(_text(students, (PLAIN, *SCHEDULES)), TITLES[PLAIN]))
+    if draws := _draws(data):
+        found["draws.svg"] = gains_svg(draws)
     for name in SECOND_FAMILY:
         if results := _read(data / f"{name}.json"):
             found[f"{name}.svg"] = plot_svg({student: _sizes(rows) for student, rows in results.items()})
@@ -123,15 +110,14 @@ def _grid(columns: dict[str, Rows], cell: Cell | None) -> list[list[str]]:
     return lines
 
 
-def gains(draws: dict[str, dict[str, Any]], this: str, that: str) -> dict[str, Rows]:
-    """By patch order and draw: the difference of two students' KL at every size, for draws that have both."""
-    found: dict[str, Rows] = {}
-    for order, title in ORDERS.items():
-        for draw, students in draws.items():
-            if this in students and that in students:
-                ours, theirs = (students[name]["orders"][order] for name in (this, that))
-                found[f"{title}: {draw}"] = {size: gain(theirs[size], row) for size, row in ours.items()}
-    return found
+def gains(students: dict[str, Rows], base: str) -> dict[str, Rows]:
+    """KL of every other student minus that of `base`, by size; nothing without `base`."""
+    if base not in students:
+        return {}
+    return {
+        name: {size: gain(students[base][size], row) for size, row in rows.items()}
+        for name, rows in students.items() if name != base
+    }  # fmt: skip
 
 
 def gain(that: dict[str, Any], this: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +130,7 @@ def gain(that: dict[str, Any], this: dict[str, Any]) -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Rows]) -> str:
-    """In words, per order and draw: at how many sizes the KL is lower, and the mean difference."""
+    """In words, per line: at how many sizes the KL is lower, and the mean difference."""
     lines = []
     for name, rows in found.items():
         differences = [row["kl"] for row in rows.values()]
@@ -153,58 +139,39 @@ def verdict(found: dict[str, Rows]) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
+def _kl(row: dict[str, Any]) -> str:
+    return f"{row['kl']:.3f}"
+
+
 def _difference(row: dict[str, Any]) -> str:
     return f"{row['kl']:+.3f}" + (f" ± {row['kl_ci']:.3f}" if "kl_ci" in row else "")
 
 
-def recipes_svg(students: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """KL by size on a logarithmic axis, and as a multiple of one student's, which shows the small differences."""
-    base = next((name for name in ("plain", "stochastic") if name in students), None)
-    figure, (left, right) = svg_pyplot().subplots(1, 2, figsize=(12, 4.6))
-    for name, rows in students.items():
-        sizes = sorted(rows)
-        left.plot(sizes, [rows[s]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=TITLES[name])
-        if base:
-            ratio = [rows[s]["kl"] / students[base][s]["kl"] for s in sizes]
-            right.plot(sizes, ratio, marker="o", markersize=3, linewidth=1.2)
-    left.set_yscale("log")
-    left.set(xlabel="layers", title="KL to the teacher, nats per token")
-    right.set(xlabel="layers", title=f"KL, multiple of: {TITLES.get(base or '', '-')}", ylim=(0.6, 1.6))
-    for axis in (left, right):
+def recipes_svg(text: dict[str, Rows], chat: dict[str, Rows]) -> str:
+    """KL by size on logarithmic axes, on text and on chat."""
+    figure, axes = svg_pyplot().subplots(1, 2, figsize=(12, 4.6))
+    for axis, title, columns in zip(axes, ("held-out text", "the teacher's answers"), (text, chat), strict=True):
+        for name, rows in columns.items():
+            sizes = sorted(map(int, rows))
+            axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
+        axis.set_yscale("log")
+        axis.set(xlabel="layers", title=f"KL to the teacher on {title}, nats per token")
         axis.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    return svg_text(figure)
-
-
-def gains_svg(found: dict[str, Rows]) -> str:
-    """KL of patching minus KL of plain by size: a panel per order, a line per draw."""
-    figure, axes = svg_pyplot().subplots(1, len(ORDERS), figsize=(5 * len(ORDERS), 3.8), sharey=True)
-    for axis, order in zip(axes, ORDERS.values(), strict=True):
-        own = {name: rows for name, rows in found.items() if name.startswith(f"{order}: ")}
-        _gain_lines(axis, {name.split(": ")[1]: rows for name, rows in own.items()})
-        axis.set(title=f"along {order}")
-    axes[0].set(ylabel="KL, patching minus plain")
     axes[0].legend(fontsize=7)
     return svg_text(figure)
 
 
-def schedules_svg(found: dict[str, Rows]) -> str:
-    """KL of each schedule minus that of the student trained alone, by size."""
+def gains_svg(found: dict[str, Rows]) -> str:
+    """KL of each minus that of the student trained alone, by size."""
     figure, axis = svg_pyplot().subplots(figsize=(8, 4.4))
-    _gain_lines(axis, found)
-    axis.set(ylabel="KL, minus that of: student alone")
-    axis.legend(fontsize=7)
-    return svg_text(figure)
-
-
-def _gain_lines(axis: Any, found: dict[str, Rows]) -> None:
-    """Differences of KL by size around a line at 0, a line per name."""
     for name, rows in found.items():
         sizes = sorted(map(int, rows))
         axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="layers")
+    axis.set(xlabel="layers", ylabel="KL, minus that of: student alone")
     axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return svg_text(figure)
 
 
 def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:
@@ -224,25 +191,35 @@ def _read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def _schedules(data: Path) -> dict[str, Rows]:
-    """Every schedule's sizes by its title; nothing without results."""
-    students = (_read(data / "schedules.json") or {"students": {}})["students"]
-    return {title: students[name]["sizes"] for name, title in SCHEDULES.items() if name in students}
+def _students(file: Path) -> dict[str, Any]:
+    return (_read(file) or {"students": {}})["students"]
 
 
-def _over_plain(students: dict[str, Rows]) -> dict[str, Rows]:
-    """KL minus that of the student trained alone, for the trained ones."""
-    base = students[SCHEDULES["plain"]]
-    others = {title: rows for title, rows in students.items() if title not in (SCHEDULES["start"], SCHEDULES["plain"])}
-    return {title: {size: gain(base[size], row) for size, row in rows.items()} for title, rows in others.items()}
+def _text(students: dict[str, Any], names: Iterable[str]) -> dict[str, Rows]:
+    """Each student's sizes by its title, along the order that is served."""
+    return {TITLES[name]: students[name]["orders"]["served"] for name in names if name in students}
 
 
-def _in_order(students: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, students[name]) for name in TITLES if name in students]
+def _chat(students: dict[str, Any], names: Iterable[str]) -> dict[str, Rows]:
+    return {TITLES[name]: students[name]["chat"] for name in names if name in students and students[name]["chat"]}
 
 
-def _by_order(student: dict[str, Any]) -> dict[str, Rows]:
-    return {ORDERS[order]: rows for order, rows in student["orders"].items()}
+def _along(students: dict[str, Any], orders: Iterable[str]) -> dict[str, Rows]:
+    """By title and order, those that were measured along it."""
+    return {
+        f"{TITLES[name]}: {ORDERS[order]}": student["orders"][order]
+        for order in orders for name, student in students.items() if order in student["orders"]
+    }  # fmt: skip
+
+
+def _draws(data: Path) -> dict[str, Rows]:
+    """Per draw: KL of the patched students minus that of the one trained alone, on text; of those in all draws."""
+    draws = {title: found for file, title in DRAWS.items() if (found := _students(data / file))}
+    if len(draws) < len(DRAWS):
+        return {}
+    shared = [name for name in (PLAIN, *SCHEDULES) if all(name in students for students in draws.values())]
+    found = {title: gains(_text(students, shared), TITLES[PLAIN]) for title, students in draws.items()}
+    return {f"{name}: {title}": found[title][name] for name in map(TITLES.get, shared[1:]) for title in found if name}
 
 
 def _sizes(rows: Rows) -> dict[int, dict[str, Any]]:
