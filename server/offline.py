@@ -40,10 +40,10 @@ class OfflineEngine:
 
     def generate(
         self, size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float = 1.0, first_seed: int = 0,
     ) -> list[list[int]]:  # fmt: skip
-        """One answer per prompt. ValueError if a prompt leaves no room for an answer or the size was not loaded
-        (`--memory-budget`), RuntimeError if a step failed."""
+        """One answer per prompt, prompt i sampled with the seed `first_seed` + i. ValueError if a prompt leaves no room
+        for an answer or the size was not loaded (`--memory-budget`), RuntimeError if a step failed."""
         from server.engine.request import Request, SamplingParams
 
         if size not in self.engine.sizes:
@@ -54,7 +54,7 @@ class OfflineEngine:
         for number, prompt in enumerate(prompts):
             sampling = SamplingParams(
                 max_tokens=min(max_new_tokens, self.engine.config.max_model_len - len(prompt)),
-                temperature=temperature, repetition_penalty=repetition_penalty, seed=number,
+                temperature=temperature, repetition_penalty=repetition_penalty, seed=first_seed + number,
                 eos_token_ids=frozenset(self.ends),
             )  # fmt: skip
             requests.append(Request(f"{self._calls}-{number}", list(prompt), sampling, sizes=(size,)))

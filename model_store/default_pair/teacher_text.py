@@ -1,7 +1,8 @@
 """Training text by the teacher itself: python -m model_store.default_pair.teacher_text base.jsonl --out own.jsonl.
 
 Two kinds: prose that the teacher continues from an encyclopaedic first line found in the training text, and answers to
-questions about the subjects of those lines. What the teacher says is what the student must learn to say, and nobody
+questions, about the subjects of those lines or (`--own-questions`) the teacher's own: given the start of a user's turn
+it writes one (Magpie, arXiv 2406.08464). What the teacher says is what the student must learn to say, and nobody
 else's rights are in it. With `--size` a smaller size speaks instead: text on which it learns what the teacher would
 have said where it goes wrong itself, and (`distill --unlikelihood`) not to repeat itself. Prints how many answers do.
 """
@@ -14,6 +15,7 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from model_store.default_pair.training_text import REQUESTS, TOPICS
 
@@ -49,12 +51,25 @@ def prompts(subjects: list[str], count: int, rng: random.Random) -> list[str]:
     return chosen
 
 
+def own_questions(engine: Any, tokenizer: Any, size: int, count: int, seed: int) -> list[str]:
+    """Up to `count` different questions, of twice as many samples that continue the start of a user's turn."""
+    mark = "QUESTION"
+    opening = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False).split(mark)[0]
+    ids = tokenizer(opening, add_special_tokens=False).input_ids
+    asked = engine.generate(size, [ids] * (2 * count), 64, 1.0, first_seed=100_000 * seed)
+    texts = [
+        tokenizer.decode(new, skip_special_tokens=True).strip() for new in asked if new[-1] in tokenizer.all_special_ids
+    ]
+    return [text for text in dict.fromkeys(texts) if len(text.split()) > 3][:count]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path, help=".jsonl as training_text writes it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--articles", type=int, default=900)
     parser.add_argument("--answers", type=int, default=2000)
+    parser.add_argument("--own-questions", action="store_true", help="answer the teacher's own questions")
     parser.add_argument("--tokens", type=int, default=400, help="longest article or answer")
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--size", type=int, help="layers of the size that speaks (default: the teacher)")
@@ -72,9 +87,13 @@ def main() -> None:
     rng = random.Random(args.seed)
     found = openings([row.get("text") or row["prompt"] for row in map(json.loads, args.text.open())])
     rng.shuffle(found)
-    asked = prompts([subject for subject, _ in found], args.answers, rng)
     pair = open_pair(None, args.student)
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
+    engine, teacher = OfflineEngine(pair, Settings(), 1024), pair.elasticity.sizes[-1]
+    if args.own_questions:
+        asked = own_questions(engine, tokenizer, teacher, args.answers, args.seed)
+    else:
+        asked = prompts([subject for subject, _ in found], args.answers, rng)
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False)
         for p in asked
@@ -82,8 +101,7 @@ def main() -> None:
     starts = [tokenizer(opening).input_ids for _, opening in found[: args.articles]]
     jobs = [("text", None, ids) for ids in starts] + [("chat", p, ids) for p, ids in zip(asked, chats, strict=True)]
     rng.shuffle(jobs)
-    engine = OfflineEngine(pair, Settings(), 1024)
-    size = args.size or pair.elasticity.sizes[-1]
+    size = args.size or teacher
     began, made, answers, repeating = time.monotonic(), 0, 0, 0
     with args.out.open("w") as out:
         for first in range(0, len(jobs), 128):
@@ -95,7 +113,7 @@ def main() -> None:
                     row = {"text": tokenizer.decode(ids) + text}
                 else:
                     row = {"prompt": prompt, "response": text.strip()}
-                if size < pair.elasticity.sizes[-1]:
+                if size < teacher:
                     row["said_by"] = size
                 out.write(json.dumps(row) + "\n")
                 made += len(new)
