@@ -116,7 +116,7 @@ def main() -> None:
 def write(file: Path, content: Any) -> None:
     """As a whole, because another call may be reading the folder."""
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(json.dumps(content) + "\n")
     part.rename(file)
 
 
@@ -155,7 +155,8 @@ def measure(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
         for size in sizes:
             row = found[size]
             kl = [round(total / tokens, 5) for total, tokens in zip(row.kl, row.tokens, strict=True)]
-            table[size] = summary(row, found[top]) | {"kl_windows": kl}
+            figures = {key: round(value, 5) for key, value in summary(row, found[top]).items()}
+            table[size] = figures | {"kl_windows": kl}
         return table
 
     pair = open_pair(None, folder)
