@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.local_server import LocalServer
+from model_store.evaluate.chat import chat_prompts, prompt_ids
 from model_store.pair import open_pair
 from server.cli import main as boomerang
 
@@ -56,11 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     pair = open_pair(args.teacher, args.student)
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path)
-    lines = PROMPTS.read_text().splitlines()[: args.prompts]
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": m}], add_generation_prompt=True, return_dict=False)
-        for m in lines
-    ]
+    prompts = prompt_ids(tokenizer, chat_prompts(PROMPTS, args.prompts))
     given = {"--teacher": args.teacher, "--student": args.student}
     names = [part for option, value in given.items() if value for part in (option, value)]
     with LocalServer([*names, "--dtype", args.dtype]) as server:

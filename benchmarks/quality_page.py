@@ -136,8 +136,10 @@ def overlap(measured: dict[str, Any]) -> str:
     if not (text := measured.get("text_overlap")):
         return "Whether the held-out text occurs in the training text was not checked.\n"
     said = f"Of the held-out text's runs of 13 words {text['share']:.4%} also occur in the training text"
-    chat = measured.get("chat_overlap", {"share": 0.0})["share"]
-    return f"{said} (common phrases), of the chat prompts {f'{chat:.1%}' if chat else 'none'}.\n"
+    said += " (common phrases)"
+    if chat := measured.get("chat_overlap"):
+        said += ", of the chat prompts " + (f"{chat['share']:.1%}" if chat["share"] else "none")
+    return f"{said}.\n"
 
 
 def text_table(sizes: Sizes) -> str:

@@ -189,16 +189,11 @@ def measure(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]
 def teacher_answers(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[dict[str, list[int]]]:
     """Prompts and greedy answers as token ids, made once."""
     from model_store.evaluate import end_tokens
-    from model_store.evaluate.chat import chat_prompts, transformers_generate
+    from model_store.evaluate.chat import chat_prompts, prompt_ids, transformers_generate
 
     file = args.out / "answers.json"
     if not file.is_file():
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
-            for text in chat_prompts(CHAT, 32)
-        ]
+        prompts = prompt_ids(tokenizer, chat_prompts(CHAT, 32))
         speak = transformers_generate(model, end_tokens(model, tokenizer))
         answers = speak(model.elasticity.num_teacher_layers, prompts, args.answer_tokens)
         write(file, [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])

@@ -62,7 +62,7 @@ def tables(data: Path) -> dict[str, str]:
         found["ranks"] = comparison(_text(students, RANKS))
         found["ranks_chat"] = comparison(_chat(students, RANKS), _kl)
         found["schedules"] = by_line(_text(students, ("start", PLAIN, *SCHEDULES)), _kl)
-        over_plain = gains(_text(students, (PLAIN, *SCHEDULES)), TITLES[PLAIN])
+        over_plain = _over_plain(students)
         found["schedule_gains"] = by_line(over_plain, _difference) + verdict(over_plain)
     if draws := _draws(data):
         found["draws"] = by_line(draws, _difference) + verdict(draws)
@@ -81,7 +81,7 @@ def plots(data: Path) -> dict[str, str]:
         found["recipes.svg"] = recipes_svg(_text(students, drawn), _chat(students, drawn))
         trained = {TITLES[name]: students[name]["curve"] for name in RECIPES if name in students}
         found["recipes_training.svg"] = curves_svg(trained)
-        found["schedules.svg"] = gains_svg(gains(_text(students, (PLAIN, *SCHEDULES)), TITLES[PLAIN]))
+        found["schedules.svg"] = gains_svg(_over_plain(students))
     if draws := _draws(data):
         found["draws.svg"] = gains_svg(draws)
     for name in SECOND_FAMILY:
@@ -151,12 +151,9 @@ def recipes_svg(text: dict[str, Rows], chat: dict[str, Rows]) -> str:
     """KL by size on logarithmic axes, on text and on chat."""
     figure, axes = svg_pyplot().subplots(1, 2, figsize=(12, 4.6))
     for axis, title, columns in zip(axes, ("held-out text", "the teacher's answers"), (text, chat), strict=True):
-        for name, rows in columns.items():
-            sizes = sorted(map(int, rows))
-            axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
+        _kl_lines(axis, columns)
         axis.set_yscale("log")
-        axis.set(xlabel="layers", title=f"KL to the teacher on {title}, nats per token")
-        axis.grid(alpha=0.3)
+        axis.set(title=f"KL to the teacher on {title}, nats per token")
     axes[0].legend(fontsize=7)
     return svg_text(figure)
 
@@ -164,14 +161,20 @@ def recipes_svg(text: dict[str, Rows], chat: dict[str, Rows]) -> str:
 def gains_svg(found: dict[str, Rows]) -> str:
     """KL of each minus that of the student trained alone, by size."""
     figure, axis = svg_pyplot().subplots(figsize=(8, 4.4))
-    for name, rows in found.items():
-        sizes = sorted(map(int, rows))
-        axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
+    _kl_lines(axis, found)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="layers", ylabel="KL, minus that of: student alone")
-    axis.grid(alpha=0.3)
+    axis.set(ylabel="KL, minus that of: student alone")
     axis.legend(fontsize=7)
     return svg_text(figure)
+
+
+def _kl_lines(axis: Any, columns: dict[str, Rows]) -> None:
+    """KL by size, a line per name."""
+    for name, rows in columns.items():
+        sizes = sorted(map(int, rows))
+        axis.plot(sizes, [rows[str(s)]["kl"] for s in sizes], marker="o", markersize=3, linewidth=1.2, label=name)
+    axis.set(xlabel="layers")
+    axis.grid(alpha=0.3)
 
 
 def curves_svg(curves: dict[str, Sequence[dict[str, float]]]) -> str:
@@ -213,13 +216,15 @@ def _along(students: dict[str, Any], orders: Iterable[str]) -> dict[str, Rows]:
 
 
 def _draws(data: Path) -> dict[str, Rows]:
-    """Per draw: KL of the patched students minus that of the one trained alone, on text; of those in all draws."""
-    draws = {title: found for file, title in DRAWS.items() if (found := _students(data / file))}
-    if len(draws) < len(DRAWS):
-        return {}
-    shared = [name for name in (PLAIN, *SCHEDULES) if all(name in students for students in draws.values())]
-    found = {title: gains(_text(students, shared), TITLES[PLAIN]) for title, students in draws.items()}
-    return {f"{name}: {title}": found[title][name] for name in map(TITLES.get, shared[1:]) for title in found if name}
+    """Per schedule that all draws have, and draw: `_over_plain`."""
+    draws = {title: _over_plain(_students(data / file)) for file, title in DRAWS.items()}
+    shared = [name for name in map(TITLES.__getitem__, SCHEDULES) if all(name in found for found in draws.values())]
+    return {f"{name}: {title}": found[name] for name in shared for title, found in draws.items()}
+
+
+def _over_plain(students: dict[str, Any]) -> dict[str, Rows]:
+    """Per schedule: KL minus that of the student trained alone, on text."""
+    return gains(_text(students, (PLAIN, *SCHEDULES)), TITLES[PLAIN])
 
 
 def _sizes(rows: Rows) -> dict[int, dict[str, Any]]:

@@ -52,7 +52,7 @@ def read(path: Path | None) -> list[str]:
     """Documents of a file; without one, the modules of the standard library."""
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
-        files = (file for file in sorted(library.rglob("*.py")) if not _LEFT_OUT & set(file.parts))
+        files = (file for file in sorted(library.rglob("*.py")) if not _LEFT_OUT & {*file.relative_to(library).parts})
         return [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     if path.name.endswith(".gz"):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -71,8 +71,8 @@ def save_tokenizer(folder: Path, texts: list[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
 
 
-def train_teacher(folder: Path, texts: list[str], args: argparse.Namespace) -> float:
-    """Train from scratch with a plain loop; returns the mean loss of the last steps, in nats per token.
+def train_teacher(folder: Path, texts: list[str], args: argparse.Namespace) -> None:
+    """Train from scratch with a plain loop.
 
     A model as small and as briefly trained as this one hardly depends on its depth: from the family's own initial
     weights each later layer adds a small part to the residual stream, and half of the layers can be left out for less
@@ -119,7 +119,6 @@ def train_teacher(folder: Path, texts: list[str], args: argparse.Namespace) -> f
         if step % 50 == 49:
             print(f"teacher: step {step + 1}, loss {sum(recent[-50:]) / 50:.3f}", file=sys.stderr, flush=True)
     model.to(torch.bfloat16).save_pretrained(folder)
-    return sum(recent[-50:]) / len(recent[-50:])
 
 
 def write_pruned(teacher: Path, folder: Path, keep: str) -> None:
@@ -144,8 +143,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=1.2e6, help="of each distillation")
     parser.add_argument("--seed", type=int, default=0)
     known = ["pruned", *STUDENTS]
-    parser.add_argument("--students", nargs="+", choices=known, default=known[:5], metavar="NAME",
-                        help=f"of {', '.join(known)} (default {' '.join(known[:5])})")  # fmt: skip
+    parser.add_argument("--students", nargs="+", choices=known, default=known[:-1], metavar="NAME",
+                        help=f"of {', '.join(known)} (default: all but the last)")  # fmt: skip
     parser.add_argument("--order", choices=("last_to_first", "first_to_last"), help="not each student's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

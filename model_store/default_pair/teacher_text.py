@@ -79,7 +79,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from model_store.evaluate.chat import is_repetitive
+    from model_store.evaluate.chat import is_repetitive, prompt_ids
     from model_store.pair import open_pair
     from server.config import Settings
     from server.offline import OfflineEngine
@@ -94,10 +94,7 @@ def main() -> None:
         asked = own_questions(engine, tokenizer, teacher, args.answers, args.seed)
     else:
         asked = prompts([subject for subject, _ in found], args.answers, rng)
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, return_dict=False)
-        for p in asked
-    ]
+    chats = prompt_ids(tokenizer, asked)
     starts = [tokenizer(opening).input_ids for _, opening in found[: args.articles]]
     jobs = [("text", None, ids) for ids in starts] + [("chat", p, ids) for p, ids in zip(asked, chats, strict=True)]
     rng.shuffle(jobs)

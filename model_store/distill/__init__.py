@@ -283,8 +283,8 @@ def _write(
 
     model.eval()
     args.out.mkdir(parents=True, exist_ok=True)
-    places = ("store", "out", "teacher", "data", "start_from", "resume", "licence")
-    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in places}
+    elsewhere = ("store", "out", "teacher", "data", "start_from", "resume", "licence")  # in the manifest, or in none
+    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in elsewhere}
     manifest = {
         "name": args.out.name, "teacher": args.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
         "patch_order": ORDERS.get(args.order, args.order), "command": "boomerang distill", "options": options,

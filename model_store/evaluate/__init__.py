@@ -189,13 +189,10 @@ def measure_chat(
     import torch
     from tqdm import tqdm
 
-    from model_store.evaluate.chat import Answers, compare, share, transformers_generate
+    from model_store.evaluate.chat import Answers, compare, prompt_ids, share, transformers_generate
     from model_store.evaluate.measure import score, summary
 
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": m}], add_generation_prompt=True, return_dict=False)
-        for m in messages
-    ]
+    prompts = prompt_ids(tokenizer, messages)
     ends = end_tokens(model, tokenizer)
     generate = generate or transformers_generate(model, ends)
     top = model.elasticity.sizes[-1]

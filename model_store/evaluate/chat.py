@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,6 +88,12 @@ def chat_prompts(path: Path, limit: int) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} has no prompts")
     return prompts[:limit]
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[str]) -> list[list[int]]:
+    """Each user message as the token ids that ask the model for its answer."""
+    turns = ([{"role": "user", "content": message}] for message in messages)
+    return [tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
 
 
 def compare(answers: dict[int, Answers], teacher: int) -> dict[int, dict[str, float]]:
