@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ce", type=float, help="weight of the cross-entropy [recipe]")
     add("--kl", type=float, help="weight of the KL to the teacher [recipe]")
     add("--align", type=float, help="weight of the mean cosine distance [recipe]")
-    add("--unlikelihood", type=float, help="weight at tokens with which a size's own words repeat [recipe]")
+    add("--unlikelihood", type=float, help="weight at loops in a size's own words (said_by) [recipe]")
     add("--position-share", type=float, help="share of positions that get logits [recipe]")
     add("--pure-share", type=float, help="share of rows that run the student alone; 1 turns patching off [recipe]")
     add("--small-bias", type=float, help="1: the other rows' sizes spread evenly; more: towards small ones [recipe]")

@@ -2,13 +2,14 @@
 
 A file is .txt (one document), .jsonl or .jsonl.gz with `text`, `prompt` and `response`, or `messages`. Conversations
 are written with the tokenizer's chat template; only answers count towards the loss unless asked otherwise. A row with
-`said_by` (layers) is the words of a size of the pair: where it repeats itself, `--unlikelihood` teaches it and those
-below it not to.
+`said_by` (layers) is the words of a size of the pair: where it runs into a loop, `--unlikelihood` teaches every size
+not to.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 
 Message = dict[str, str]
 REPEAT_NGRAM = 4  # tokens of a run that counts as repeated
+LOOP_TOKENS = 8  # as many repeated tokens on end are a loop: fewer are names and turns of phrase
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +102,20 @@ def answer_prompts(
 
 
 class PackedRows(Dataset):
-    """Rows [n, T] of token ids, of what counts, and of the size that repeats itself with a token (0: none does)."""
+    """Rows [n, T] of token ids, of what counts, and of what stands in a loop of a size's own words."""
 
-    def __init__(self, ids: torch.Tensor, mask: torch.Tensor, repeats: torch.Tensor) -> None:
-        self.ids, self.mask, self.repeats = ids, mask, repeats
+    def __init__(self, ids: torch.Tensor, mask: torch.Tensor, loops: torch.Tensor) -> None:
+        self.ids, self.mask, self.loops = ids, mask, loops
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "loss_mask": self.mask[index], "repeats": self.repeats[index]}
+        return {"input_ids": self.ids[index], "loss_mask": self.mask[index], "loops": self.loops[index]}
 
     def split(self, first: int) -> tuple[PackedRows, PackedRows]:
         """The first rows and the others."""
-        tensors = (self.ids, self.mask, self.repeats)
+        tensors = (self.ids, self.mask, self.loops)
         return PackedRows(*(t[:first] for t in tensors)), PackedRows(*(t[first:] for t in tensors))
 
 
@@ -126,6 +128,12 @@ def repeated(ids: Sequence[int], length: int = REPEAT_NGRAM) -> list[bool]:
         found.append(len(gram) == length and gram in seen)
         seen.add(gram)
     return found
+
+
+def looping(ids: Sequence[int]) -> list[bool]:
+    """Which tokens stand among `LOOP_TOKENS` or more repeated ones on end."""
+    runs = ((again, len(list(run))) for again, run in itertools.groupby(repeated(ids)))
+    return [again and length >= LOOP_TOKENS for again, length in runs for _ in range(length)]
 
 
 def encode(document: Document, tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool]]:
@@ -160,7 +168,7 @@ def pack(
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     ids: list[int] = []
     mask: list[bool] = []
-    repeats: list[int] = []
+    loops: list[bool] = []
     order = list(range(len(documents)))
     while len(ids) < tokens:
         before = len(ids)
@@ -169,8 +177,7 @@ def pack(
             own, counts = encode(documents[index], tokenizer, loss_on)
             ids += [*own, separator]
             mask += [*counts, False]
-            said_by = documents[index].said_by
-            repeats += [*(said_by * again for again in repeated(own)), 0] if said_by else [0] * (len(own) + 1)
+            loops += [*(looping(own) if documents[index].said_by else [False] * len(own)), False]
             if len(ids) >= tokens:
                 break
         if len(ids) == before:
@@ -179,4 +186,4 @@ def pack(
     if len(ids) < row_tokens:
         raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
     size = min(rows, len(ids) // row_tokens) * row_tokens
-    return PackedRows(*(torch.tensor(kind[:size]).view(-1, row_tokens) for kind in (ids, mask, repeats)))
+    return PackedRows(*(torch.tensor(kind[:size]).view(-1, row_tokens) for kind in (ids, mask, loops)))

@@ -57,7 +57,7 @@ def body_of(model: PreTrainedModel) -> Body:
 class LossWeights:
     """Weights of cross-entropy, KL(teacher || student) and mean cosine distance; share of positions with logits.
 
-    `unlikelihood`, if not 0, takes the place of the first two at tokens with which a size of the pair repeats itself.
+    `unlikelihood`, if not 0, takes the place of the first two at tokens in a loop of a size's own words.
     """
 
     ce: float = 0.0
@@ -230,12 +230,12 @@ class ElasticModel(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, loss_mask: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
-        weights: LossWeights, repeats: torch.Tensor | None = None,
+        weights: LossWeights, loops: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Losses of one batch [B, T], row b at `sizes[b]` (ascending). `loss_mask` [B, T]: tokens that count.
 
-        `repeats` [B, T] has the size that repeated itself with a token, 0 for all others: rows up to that size learn
-        not to say it. The teacher is no model there: it carries on a repetition that it reads.
+        `loops` [B, T] marks tokens with which a size repeats itself: with `unlikelihood` no row learns to say them. The
+        teacher is no model there: it carries on a loop that it reads.
 
         Returns the weighted `loss` and its unweighted parts; the KL also apart for rows of the smallest size (`pure`).
         """
@@ -247,9 +247,8 @@ class ElasticModel(nn.Module):
         rows = len(hidden)
         counts = loss_mask[:rows, 1:][:, picked].float()
         unlikely = None
-        if weights.unlikelihood and repeats is not None:
-            own_size = torch.tensor(sizes[:rows], device=repeats.device)[:, None]
-            unlikely = counts * (repeats[:rows, 1:][:, picked] >= own_size)
+        if weights.unlikelihood and loops is not None:
+            unlikely = counts * loops[:rows, 1:][:, picked]
             counts = counts - unlikely
         total = loss_mask[:, 1:][:, picked].float().sum().clamp_min(1.0)
         loss = weights.align * alignment

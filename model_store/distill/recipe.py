@@ -22,7 +22,7 @@ class Preset:
     train_ends: bool
     train_single: bool
     optimizer: str
-    unlikelihood: float = 0.0  # weight at tokens with which a size of the pair repeats itself
+    unlikelihood: float = 0.0  # weight at tokens in a loop of a size's own words
 
 
 PRESETS = {

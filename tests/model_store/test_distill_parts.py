@@ -68,25 +68,28 @@ class NumberTokenizer:
         return SimpleNamespace(input_ids=[int(word) for word in text.split()])
 
 
-def test_only_a_sizes_own_repetition_is_made_unlikely():
-    loop = "1 2 3 4 5 1 2 3 4 5 6"
-    for said_by in (None, 16):
-        rows = pack([Document(text=loop, said_by=said_by)], NumberTokenizer(), 12, 12, "all", 0)
-        assert rows.repeats[0].tolist() == [0] * 8 + [said_by or 0] * 2 + [0] * 2
+def test_only_loops_in_a_sizes_own_words_are_marked():
+    phrase = "1 2 3 4 5 6 1 2 3 4 5 6 1 2 9"  # five tokens on end complete a run of four for the second time
+    for text, said_by, marked in (
+        (phrase, 16, []), (f"{phrase} {phrase}", None, []), (f"{phrase} {phrase}", 16, range(18, 30)),
+    ):  # fmt: skip
+        length = len(text.split())
+        rows = pack([Document(text=text, said_by=said_by)], NumberTokenizer(), length, length, "all", 0)
+        assert rows.loops[0].nonzero().flatten().tolist() == list(marked)
 
 
-def test_rows_up_to_the_size_that_repeated_itself_no_longer_follow_the_teacher(tmp_path):
+def test_at_loops_no_row_follows_the_teacher(tmp_path):
     teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
     model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
     ids = torch.randint(teacher.config.vocab_size, (2, 12))
     mask = torch.ones_like(ids, dtype=torch.bool)
     weights = LossWeights(kl=1.0, align=0.0, position_share=1.0, unlikelihood=2.0)
-    run = lambda repeats: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, repeats)  # noqa: E731
-    none, smallest, both = (run(torch.full_like(ids, size)) for size in (0, 3, 4))
+    run = lambda loops: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, loops)  # noqa: E731
+    none, first, all_ = (run(loops.expand_as(mask)) for loops in (~mask, torch.arange(12) < 6, mask))
     torch.testing.assert_close(none["loss"].detach(), none["kl"])
-    assert none["unlikely"] == 0 and both["kl"] == 0
-    torch.testing.assert_close(both["loss"].detach(), 2 * both["unlikely"])
-    assert smallest["pure"] == 0 and 0 < smallest["kl"] < none["kl"]
+    assert none["unlikely"] == 0 and all_["kl"] == all_["pure"] == 0
+    torch.testing.assert_close(all_["loss"].detach(), 2 * all_["unlikely"])
+    assert 0 < first["kl"] < none["kl"]
 
 
 def test_matmul_attention_equals_sdpa():
