@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, nargs="+", required=True, help=".txt, .jsonl or .jsonl.gz files or folders of them")
     add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
     add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
+    add("--start-weights", type=float, nargs="+", default=[], metavar="W", help="or their sum with these weights, 1 in "
+        "all; a negative one leads away from that student")  # fmt: skip
     add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
     orders = ("last", "first", "klpatch", "start")
     add(
@@ -115,7 +117,9 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
 
     if args.start_from:
-        start_from(model, args.start_from)
+        start_from(model, args.start_from, args.start_weights)
+    elif args.start_weights:
+        raise ValueError("--start-weights: there is no --start-from whose weights they would be")
     if args.order == "start":
         _set_thresholds(model, order_of(args.start_from[0], kept))
     documents = [document for path in args.data for document in read_documents(path)]

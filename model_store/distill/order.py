@@ -86,15 +86,21 @@ def greedy_order(
     divergence: Callable[[Sequence[bool]], float],
     direction: str = "up",
     progress: Callable[[str], None] = lambda line: None,
+    places: int | None = None,
 ) -> list[int]:
     """Stations with more than one teacher layer, in the order in which they become the teacher's.
 
     "up" starts at the student and adds the best block (KLPatch); "down" starts at the teacher and takes away the
     block that is missed least, which favours the large sizes. One-layer stations are on the teacher's side throughout.
+
+    `places`: how many are searched, the first ones ("up") or the last ones ("down"); all others keep the order that
+    they have among themselves in `elasticity`.
     """
-    left = [s.index for s in elasticity.stations if s.num_layers > 1]
-    chosen: list[int] = []
-    while left:
+    own = sorted((s.index for s in elasticity.stations if s.num_layers > 1), key=elasticity.thresholds.__getitem__)
+    if direction == "down":
+        own = own[::-1]
+    left, chosen = list(own), []
+    while left and (places is None or len(chosen) < places):
 
         def tried(candidate: int) -> float:
             moved = {*chosen, candidate}
@@ -106,4 +112,5 @@ def greedy_order(
         chosen.append(best)
         left.remove(best)
         progress(f"{len(chosen)} blocks: station {best}, KL {scores[best]:.4f}")
+    chosen += left
     return chosen if direction == "up" else chosen[::-1]

@@ -2,7 +2,9 @@
 
 A source is a pair's student folder (whole layers or low-rank differences, with student_config.json beside them), or a
 checkpoint of a run of `distill` that was cut short. With several sources a layer is their mean: fine-tuned from one
-ancestor, means are often better than either.
+ancestor, means are often better than either. Weights that sum to one may also be negative: 1.5 of a student and -0.5
+of the one it was trained from goes half as far again in the direction of that training ("task arithmetic", Ilharco et
+al., arXiv 2212.04089).
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from model_store.lowrank import LOW_RANK_FILE
 _LAYERS = "model.layers."
 
 
-def start_from(model: ElasticModel, folders: Sequence[Path]) -> dict[int, int]:
-    """Load the student's layers in place; returns how many sources each station had. ValueError if none fits."""
+def start_from(model: ElasticModel, folders: Sequence[Path], weights: Sequence[float] | None = None) -> dict[int, int]:
+    """Load the student's layers in place; returns how many sources each station had. ValueError if none fits.
+
+    `weights`: one per folder, 1 in all (default: a mean of those that have the layer); every folder must have it then.
+    """
+    if weights and (len(weights) != len(folders) or abs(sum(weights) - 1) > 1e-6):
+        raise ValueError(f"--start-weights: {len(folders)} numbers that sum to 1, one for each of --start-from")
     found: dict[int, list[dict[str, torch.Tensor]]] = {int(key): [] for key in model.student}
     blocks = {(s.start, s.stop): s.index for s in model.elasticity.stations}
     for folder in folders:
@@ -40,8 +47,14 @@ def start_from(model: ElasticModel, folders: Sequence[Path]) -> dict[int, int]:
         raise ValueError("--start-from: no layer there stands for a block of this student (see --keep)")
     with torch.no_grad():
         for station, layers in found.items():
+            if weights and layers and len(layers) < len(folders):
+                raise ValueError(f"--start-weights: not all of --start-from have the layer of station {station}")
             if layers:
-                mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
+                shares = weights or [1] * len(layers)
+                mean = {
+                    name: sum(share * layer[name] for share, layer in zip(shares, layers, strict=True)) / sum(shares)
+                    for name in layers[0]
+                }
                 model.student[str(station)].load_state_dict(mean)
     return {station: len(layers) for station, layers in found.items()}
 

@@ -31,7 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration")  # fmt: skip
     add("--compare-orders", action="store_true", help="also last-to-first and first-to-last, beside the pair's own; "
         "with --calibration, KLPatch too")  # fmt: skip
-    add("--calibration", type=Path, help="text, not the held-out one, on which a KLPatch order is searched")
+    add("--calibration", type=Path, nargs="+", help="files of text or conversations, not the held-out ones, on which a "
+        "KLPatch order is searched")  # fmt: skip
+    add("--calibration-windows", type=int, default=8, help="windows of each of them to use (default %(default)s)")
+    add("--search", choices=("up", "down"), default="up", help="from the student up, or from the teacher down, which "
+        "favours the large sizes (default %(default)s)")  # fmt: skip
+    add("--search-places", type=int, metavar="N", help="search the first N blocks that are added (--search down: the "
+        "last N); the others stay in the pair's own order")  # fmt: skip
     add("--adopt-order", action="store_true", help="make the order of --patch-order the pair's own (in its pair.json)")
     add("--text", type=Path, help="held-out text file; figures are taken on its first windows")
     add("--windows", type=int, default=16, help="windows of the text to use (default %(default)s)")
@@ -47,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-overlap", type=float, default=0.0, help="share of 13-word runs, and of shorter texts, that may be in "
         "the training text (default %(default).0f)")  # fmt: skip
     add("--speed", action="store_true", help="also time each size: tokens per second of one request")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default %(default)s)")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     add("--report", type=Path, help="folder for quality.md, quality.svg and quality.html")
     add("--no-store", action="store_true", help="do not write quality.json into the pair")
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from transformers import AutoTokenizer
 
     from model_store.distill.from_pair import load_elastic
-    from model_store.distill.processes import pick_device
+    from model_store.distill.processes import has_bf16, pick_device
     from model_store.evaluate.chat import chat_prompts, transformers_generate
     from model_store.evaluate.measure import is_monotone
     from model_store.evaluate.orders import adopt, compare_orders, open_with_order, search_order
@@ -76,6 +82,11 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     prompts = chat_prompts(args.chat, args.chat_limit) if args.chat else []
     provenance: dict[str, Any] = {"dtype": args.dtype} | _overlaps(pair, args, held_out, prompts)
     model = load_elastic(pair, getattr(torch, args.dtype), device)
+    if args.dtype == "bfloat16" and not has_bf16(device == "cpu"):
+        # Such a processor takes ten times as long for products of bfloat16 matrices. The weights stay rounded.
+        model.teacher.float()
+        model.float()
+        provenance |= {"products": "float32"} if args.text or args.chat else {}
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
 
     found = search_order(model, tokenizer, args) if args.calibration else None
@@ -134,7 +145,7 @@ def _overlaps(pair: Pair, args: argparse.Namespace, held_out: list[str], prompts
     from model_store.evaluate.overlap import check_overlap, fingerprint_of
 
     known = fingerprint_of(pair.notes_path)
-    training = [*args.training_data, *([args.calibration] if args.calibration else [])]
+    training = [*args.training_data, *(args.calibration or [])]
     if not args.training_data and known is None:
         _say("what the pair was trained on is not known here: overlap with it is not checked (--training-data)")
     elif known is not None and known.unknown:
@@ -259,6 +270,7 @@ def store_quality(
     known = json.loads(file.read_text()) if file.is_file() else {}
     measured = known.get("measured", {})
     for kind in provenance.keys() & {"text", "chat"}:
+        measured.pop("products", None)
         for stale in (f"{kind}_overlap", "overlap_13gram"):  # the latter: of both, by earlier versions
             measured.pop(stale, None)
     content = {"measured": measured | provenance, "sizes": _merged(known.get("sizes", {}), rows)}

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from model_store.distill.elastic import ElasticModel
     from model_store.pair import Pair
 
-_CALIBRATION_WINDOWS = 8  # of the length of --window-tokens
-
 
 def open_with_order(args: argparse.Namespace) -> tuple[Pair, bool]:
     """The pair in the order to be measured, and whether that is its own. ValueError for options that do not fit.
@@ -30,6 +28,10 @@ def open_with_order(args: argparse.Namespace) -> tuple[Pair, bool]:
         raise ValueError(
             "--calibration: no order is searched without --patch-order klpatch, or --compare-orders and --text"
         )
+    if (args.search != "up" or args.search_places is not None) and args.calibration is None:
+        raise ValueError("--search, --search-places: no order is searched without --calibration")
+    if args.search_places is not None and args.search_places < 1:
+        raise ValueError(f"--search-places: {args.search_places} is not a number of blocks from 1 up")
     if args.adopt_order and (args.patch_order is None or args.no_store):
         raise ValueError("--adopt-order: name the order with --patch-order, and leave out --no-store")
     named = None if args.patch_order == "klpatch" else args.patch_order
@@ -39,20 +41,28 @@ def open_with_order(args: argparse.Namespace) -> tuple[Pair, bool]:
 
 
 def search_order(model: ElasticModel, tokenizer: Any, args: argparse.Namespace) -> Elasticity:
-    """The KLPatch order on the first windows of --calibration, found as `distill` finds it."""
+    """The KLPatch order on the first windows of every file of --calibration, found as `distill` finds it, or from the
+    teacher down (--search), or for some places only (--search-places)."""
     import torch
 
+    from model_store.distill.data import encode, read_documents
     from model_store.distill.order import greedy_order, kl_of_paths
     from model_store.evaluate.measure import windows
-    from model_store.evaluate.overlap import read_texts
 
-    text = "\n\n".join(read_texts(args.calibration, "--calibration"))
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    batch = torch.stack(windows(ids, args.window_tokens, _CALIBRATION_WINDOWS)).to(model.device)
+    found: list[torch.Tensor] = []
+    separator = tokenizer("\n\n", add_special_tokens=False).input_ids
+    for file in args.calibration:
+        ids: list[int] = []
+        for document in read_documents(file, "--calibration"):
+            ids += [*(separator if ids else []), *encode(document, tokenizer, "all")[0]]
+            if len(ids) >= args.calibration_windows * args.window_tokens:
+                break
+        found += windows(ids, args.window_tokens, args.calibration_windows)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    divergence = kl_of_paths(model, [torch.stack(found).to(model.device)])
     own = model.elasticity
-    found = greedy_order(own, kl_of_paths(model, [batch]), "up", say)
-    return Elasticity.from_order(own.num_teacher_layers, own.kept, found)
+    order = greedy_order(own, divergence, args.search, say, args.search_places)
+    return Elasticity.from_order(own.num_teacher_layers, own.kept, order)
 
 
 def compare_orders(

@@ -108,6 +108,20 @@ def test_what_is_measured_later_is_added_to_what_is_known(teacher, text, tmp_pat
     assert all(row["kl"] >= 0 and row["tokens_per_second"] > 0 for row in sizes.values())
 
 
+def test_a_processor_without_bfloat16_multiplies_rounded_weights_in_float32(teacher, text, tmp_path, monkeypatch):
+    found = {}
+    for capable in (False, True):
+        monkeypatch.setattr("model_store.distill.processes.has_bf16", lambda on_cpu, capable=capable: capable)
+        student = shutil.copytree(teacher.parent / "student", tmp_path / str(capable))
+        arguments = ["evaluate", "--teacher", str(teacher), "--student", str(student), "--sizes", "4"]
+        assert main([*arguments, "--text", str(text), "--windows", "4", "--window-tokens", "64"]) == 0
+        found[capable] = json.loads((student / "quality.json").read_text())
+    assert found[False]["measured"]["products"] == "float32" and "products" not in found[True]["measured"]
+    narrow, wide = (found[capable]["sizes"]["4"] for capable in (True, False))
+    assert narrow["kl"] != wide["kl"] == pytest.approx(narrow["kl"], rel=0.05)
+    assert wide["perplexity"] == pytest.approx(narrow["perplexity"], rel=0.02)
+
+
 def test_evaluate_lets_our_engine_answer_chat_prompts(teacher, tmp_path, capsys):
     chat = tmp_path / "chat.txt"
     chat.write_text("Hello?\nWhat is a fox?\n")

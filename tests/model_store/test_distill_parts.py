@@ -21,7 +21,7 @@ from model_store.distill.low_rank import LowRankOptimizer, make_low_rank
 from model_store.distill.order import greedy_order, kl_of_paths
 from model_store.distill.recipe import PRESETS
 from model_store.distill.start import start_from
-from model_store.distill.trainer import SizeSampler
+from model_store.distill.trainer import MatrixOptimizer, SizeSampler
 from model_store.distill.write import low_rank_factors, write_config
 from model_store.evaluate.chat import Answers, compare, wilson_interval
 from tests.api.tiny import make_pair
@@ -103,7 +103,8 @@ def test_matmul_attention_equals_sdpa():
 def test_start_from_takes_layers_of_the_same_block_and_means_them(tmp_path):
     teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)  # 6 layers
     model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
-    shifts = {"a": ([0, 2, 4], 1.0), "b": ([0, 2, 4, 5], 3.0)}  # "b" has blocks {0,1}, {2,3}, {4}, {5}
+    # "b" has blocks {0,1}, {2,3}, {4}, {5}
+    shifts = {"a": ([0, 2, 4], 1.0), "b": ([0, 2, 4, 5], 3.0), "c": ([0, 2, 4], 2.0)}
     for name, (kept, shift) in shifts.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -115,8 +116,34 @@ def test_start_from_takes_layers_of_the_same_block_and_means_them(tmp_path):
     for station, start, shift in ((0, 0, 2.0), (1, 2, 2.0), (2, 4, 1.0)):
         own = model.student[str(station)].mlp.down_proj.weight
         torch.testing.assert_close(own, teacher.model.layers[start].mlp.down_proj.weight + shift)
+    start_from(model, [tmp_path / "c", tmp_path / "a"], [1.5, -0.5])  # half as far again, away from "a"
+    for station, start in ((0, 0), (1, 2), (2, 4)):
+        own = model.student[str(station)].mlp.down_proj.weight
+        torch.testing.assert_close(own, teacher.model.layers[start].mlp.down_proj.weight + 2.5)
+    with pytest.raises(ValueError, match="not all of --start-from have the layer of station 2"):
+        start_from(model, [tmp_path / "a", tmp_path / "b"], [0.5, 0.5])
+    for weights in ([1.0], [0.5, 0.4], [1.5, -0.5, 0.0]):
+        with pytest.raises(ValueError, match="--start-weights: 2 numbers that sum to 1"):
+            start_from(model, [tmp_path / "a", tmp_path / "c"], weights)
     with pytest.raises(ValueError, match="student_config"):
         start_from(model, [tmp_path])
+
+
+def test_muon_in_float32_steps_as_torchs_own_does(monkeypatch):
+    steps = {}
+    for capable in (True, False):
+        monkeypatch.setattr("model_store.distill.trainer.has_bf16", lambda on_cpu, capable=capable: capable)
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((24, 40), (40, 24), (24,))]
+        optimizer = MatrixOptimizer(parameters, 1e-3, 0.0)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        steps[capable] = [parameter.detach() for parameter in parameters]
+    for own, torchs in zip(steps[False], steps[True], strict=True):
+        assert (own - torchs).norm() < 0.02 * torchs.norm() != 0
+    assert not torch.equal(steps[False][0], steps[True][0])  # so that torch's does not go unpatched unnoticed
 
 
 def test_small_bias_draws_more_small_sizes_and_keeps_all():
@@ -219,6 +246,20 @@ def test_kl_of_paths_keeps_states_without_changing_a_figure(tmp_path, own_ends):
     model.run_station = lambda index, *rest: runs.append(index) or run(index, *rest)
     assert sorted(greedy_order(model.elasticity, kl)) == [0, 1, 2]
     assert len(runs) < 5 * 3  # five paths are tried, three stations each
+
+
+@pytest.mark.parametrize(
+    ("direction", "places", "expected"),
+    [
+        ("up", None, [3, 2, 1, 0]), ("down", None, [3, 2, 1, 0]),  # the costliest first; missed least, so last
+        ("up", 1, [3, 1, 0, 2]), ("up", 2, [3, 2, 1, 0]), ("down", 1, [1, 3, 2, 0]), ("down", 9, [3, 2, 1, 0]),
+    ],
+)  # fmt: skip
+def test_a_search_of_some_places_leaves_the_others_in_their_order(direction, places, expected):
+    kept, cost = [0, 2, 4, 6], [1, 2, 3, 4]  # what a block costs while it is the student's
+    own = Elasticity.from_order(8, kept, [1, 3, 0, 2])
+    divergence = lambda sides: sum(c for c, on_teacher in zip(cost, sides, strict=True) if not on_teacher)  # noqa: E731
+    assert greedy_order(own, divergence, direction, places=places) == expected
 
 
 @pytest.mark.parametrize("own_ends", [False, True])

@@ -88,9 +88,33 @@ def test_a_searched_order_is_adopted(teacher, student, texts, tmp_path):
     assert json.loads((student / "pair.json").read_text())["patch_order"] == "klpatch"
 
 
+def test_an_order_is_searched_on_several_files_and_in_some_places(teacher, student, texts, tmp_path, capsys):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(
+        "".join(json.dumps({"prompt": f"What is {i}?", "response": "A number. " * 20}) + "\n" for i in "123")
+    )
+    _, other = best_first(teacher, student, texts[1], tmp_path)
+    (student / "pair.json").write_text(json.dumps({"name": "mine", "thresholds": other}))
+    arguments = ["evaluate", "--teacher", str(teacher), "--student", str(student), *WINDOWS, "--text", texts[0]]
+    arguments += ["--patch-order", "klpatch", "--calibration", texts[1], str(chat), "--search", "down"]
+    arguments += ["--calibration-windows", "2", "--adopt-order"]
+    assert main([*arguments, "--search-places", "1"]) == 0
+    (searched,) = (line for line in capsys.readouterr().err.splitlines() if " blocks: station " in line)
+    assert quality(student)["measured"]["text_overlap"]["against"] == ["calibration.txt", "chat.jsonl"]
+    thresholds = open_pair(teacher, student).elasticity.thresholds
+    assert sorted(thresholds[:2]) == [5, 6]
+    assert main(arguments) == 0  # every place: with two blocks the first decides
+    assert open_pair(teacher, student).elasticity.thresholds == thresholds
+    assert searched in capsys.readouterr().err
+    assert main([*arguments, "--search", "up"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--search", "down"], "--search, --search-places: no order is searched without --calibration"),
+        (["--search-places", "2"], "--search, --search-places: no order is searched without --calibration"),
+        (["--patch-order", "klpatch", "--calibration", "TEXT", "--search-places", "0"], "--search-places: 0 is not"),
         (["--patch-order", "klpatch"], "--patch-order klpatch: name the text"),
         (["--calibration", "TEXT"], "--calibration: no order is searched"),
         (["--adopt-order"], "--adopt-order: name the order"),
