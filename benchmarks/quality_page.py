@@ -90,8 +90,10 @@ def tables() -> dict[str, str]:
     found = {
         "aims": aims(sizes), "overlap": overlap(quality["measured"]), "text": text_table(sizes),
         "chat": chat_table(sizes), "trials": trials_table(sizes),
-        "history": history(earlier, sizes), "pair_orders": orders_table(sizes, quality.get("orders", {})),
+        "history": history(earlier, sizes),
     }  # fmt: skip
+    if orders := quality.get("orders"):
+        found["pair_orders"] = orders_table(sizes, orders)
     return found | recipes_report.tables(DATA)
 
 
