@@ -87,7 +87,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Muon (torch.optim.Muon) orthogonalises each update; with its step scaled to AdamW's typical size one learning rate
     serves both, except that vectors (norms) take a tenth: in small models a few of their entries carry massive
     activations and break at the matrices' rate. Products of matrices are float32 where the processor has no bfloat16:
-    there its steps would take twelve times as long.
+    there bfloat16 takes some ten times as long.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
