@@ -76,6 +76,11 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
 
     if args.text is None and args.chat is None and not args.speed:
         raise ValueError("nothing to measure: give --text, --chat, --speed or several of them")
+    for name in ("windows", "calibration_windows", "chat_limit", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.window_tokens < 2:
+        raise ValueError("--window-tokens must be at least 2: a window's first token has nothing to be predicted from")
     device = pick_device(args.device)
     pair, is_own = open_with_order(args)
     held_out = list(read_texts(args.text, "--text")) if args.text else []

@@ -120,6 +120,9 @@ def test_an_order_is_searched_on_several_files_and_in_some_places(teacher, stude
         (["--adopt-order"], "--adopt-order: name the order"),
         (["--adopt-order", "--patch-order", "last_to_first", "--no-store"], "--adopt-order: name the order"),
         (["--compare-orders", "--calibration", "TEXT"], "--text: "),  # searched on the held-out text itself
+        (["--windows", "0"], "--windows must be at least 1"),
+        (["--calibration", "TEXT", "--compare-orders", "--calibration-windows", "0"], "--calibration-windows must be"),
+        (["--window-tokens", "1"], "--window-tokens must be at least 2"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, teacher, student, texts, capsys):
