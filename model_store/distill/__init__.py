@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store-rank", type=int, default=0, help="train whole layers, store differences of this rank")
     add("--int8", action="store_true", help="store low-rank factors as int8 with a scale per row")
     add("--calibration-rows", type=int, default=96, help="rows for warm start and patch order (default %(default)s)")
-    add("--ce", type=float, help="weight of the cross-entropy [recipe]")
+    add("--ce", type=float, help="weight of the cross-entropy, not taken on said_by documents [recipe]")
     add("--kl", type=float, help="weight of the KL to the teacher [recipe]")
     add("--align", type=float, help="weight of the mean cosine distance [recipe]")
     add("--unlikelihood", type=float, help="weight at loops in a size's own words (said_by) [recipe]")

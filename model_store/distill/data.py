@@ -2,8 +2,9 @@
 
 A file is .txt (one document), .jsonl or .jsonl.gz with `text`, `prompt` and `response`, or `messages`. Conversations
 are written with the tokenizer's chat template; only answers count towards the loss unless asked otherwise. A row with
-`said_by` (layers) is the words of a size of the pair: where it runs into a loop, `--unlikelihood` teaches every size
-not to.
+`said_by` (layers) is the words of a size of the pair: no cross-entropy is taken on it (it would learn to say
+what it says already, and to stop where the answer was cut), and where it runs into a loop, `--unlikelihood` teaches
+every size not to.
 """
 
 from __future__ import annotations
@@ -102,20 +103,21 @@ def answer_prompts(
 
 
 class PackedRows(Dataset):
-    """Rows [n, T] of token ids, of what counts, and of what stands in a loop of a size's own words."""
+    """Rows [n, T] of token ids, of what counts, of a size's own words, and of loops in these."""
 
-    def __init__(self, ids: torch.Tensor, mask: torch.Tensor, loops: torch.Tensor) -> None:
-        self.ids, self.mask, self.loops = ids, mask, loops
+    def __init__(self, ids: torch.Tensor, mask: torch.Tensor, said: torch.Tensor, loops: torch.Tensor) -> None:
+        self.ids, self.mask, self.said, self.loops = ids, mask, said, loops
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "loss_mask": self.mask[index], "loops": self.loops[index]}
+        names = {"input_ids": self.ids, "loss_mask": self.mask, "said": self.said, "loops": self.loops}
+        return {name: rows[index] for name, rows in names.items()}
 
     def split(self, first: int) -> tuple[PackedRows, PackedRows]:
         """The first rows and the others."""
-        tensors = (self.ids, self.mask, self.loops)
+        tensors = (self.ids, self.mask, self.said, self.loops)
         return PackedRows(*(t[:first] for t in tensors)), PackedRows(*(t[first:] for t in tensors))
 
 
@@ -168,6 +170,7 @@ def pack(
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
     ids: list[int] = []
     mask: list[bool] = []
+    said: list[bool] = []
     loops: list[bool] = []
     order = list(range(len(documents)))
     while len(ids) < tokens:
@@ -177,6 +180,7 @@ def pack(
             own, counts = encode(documents[index], tokenizer, loss_on)
             ids += [*own, separator]
             mask += [*counts, False]
+            said += [documents[index].said_by is not None] * (len(own) + 1)
             loops += [*(looping(own) if documents[index].said_by else [False] * len(own)), False]
             if len(ids) >= tokens:
                 break
@@ -186,4 +190,4 @@ def pack(
     if len(ids) < row_tokens:
         raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
     size = min(rows, len(ids) // row_tokens) * row_tokens
-    return PackedRows(*(torch.tensor(kind[:size]).view(-1, row_tokens) for kind in (ids, mask, loops)))
+    return PackedRows(*(torch.tensor(kind[:size]).view(-1, row_tokens) for kind in (ids, mask, said, loops)))

@@ -230,12 +230,13 @@ class ElasticModel(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, loss_mask: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[int],
-        weights: LossWeights, loops: torch.Tensor | None = None,
+        weights: LossWeights, loops: torch.Tensor | None = None, said: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Losses of one batch [B, T], row b at `sizes[b]` (ascending). `loss_mask` [B, T]: tokens that count.
 
         `loops` [B, T] marks tokens with which a size repeats itself: with `unlikelihood` no row learns to say them. The
-        teacher is no model there: it carries on a loop that it reads.
+        teacher is no model there: it carries on a loop that it reads. `said` [B, T] marks all own words of a size: no
+        cross-entropy is taken on them.
 
         Returns the weighted `loss` and its unweighted parts; the KL also apart for rows of the smallest size (`pure`).
         """
@@ -250,6 +251,7 @@ class ElasticModel(nn.Module):
         if weights.unlikelihood and loops is not None:
             unlikely = counts * loops[:rows, 1:][:, picked]
             counts = counts - unlikely
+        truths = counts if said is None else counts * ~said[:rows, 1:][:, picked]
         total = loss_mask[:, 1:][:, picked].float().sum().clamp_min(1.0)
         loss = weights.align * alignment
         kl = ce = pure = against = loss.new_zeros(())
@@ -267,11 +269,12 @@ class ElasticModel(nn.Module):
                     reference[part].flatten(0, 1), teacher.head.weight, (counts[part] / total).flatten(),
                     weights.kl, weights.ce,
                     None if unlikely is None else (unlikely[part] * weights.unlikelihood / total).flatten(),
+                    (truths[part] / total).flatten(),
                 )  # fmt: skip
                 loss = loss + own
                 per_token.append(parts)
             kl_of, ce_of, own_of = (torch.cat(parts).view_as(counts) for parts in zip(*per_token, strict=True))
-            kl_of, ce_of = kl_of * counts, ce_of * counts
+            kl_of, ce_of = kl_of * counts, ce_of * truths
             kl, ce = kl_of.sum() / total, ce_of.sum() / total
             if unlikely is not None:
                 against = (own_of * unlikely).sum() / unlikely.sum().clamp_min(1.0)

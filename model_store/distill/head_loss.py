@@ -20,22 +20,22 @@ _CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in float32; smaller one
 
 def _of_logits(
     logits: torch.Tensor, reference: torch.Tensor | None, target: torch.Tensor, counts: torch.Tensor,
-    kl_weight: float, ce_weight: float, unlikely: torch.Tensor | None,
+    kl_weight: float, ce_weight: torch.Tensor | None, unlikely: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """KL, cross-entropy and unlikelihood [n] of logits [n, V], and the weighted loss's gradient, in their dtype."""
     ours = F.log_softmax(logits, -1, dtype=torch.float32)
     ce = -ours.gather(-1, target)[:, 0]
     likely = ours.exp()
-    slope = likely * (kl_weight + ce_weight)
+    slope = likely * kl_weight
     kl = torch.zeros_like(ce)
     if reference is not None:
         theirs = F.log_softmax(reference, -1, dtype=torch.float32)
         wanted = theirs.exp()
         kl = (wanted * (theirs - ours)).sum(-1)
         slope = slope - wanted * kl_weight
-    if ce_weight:
-        slope = slope.scatter_add(-1, target, torch.full_like(target, -ce_weight, dtype=slope.dtype))
     slope = slope * counts
+    if ce_weight is not None:
+        slope = (slope + likely * ce_weight).scatter_add(-1, target, -ce_weight)
     against = torch.zeros_like(ce)
     if unlikely is not None:
         # d/dz of -log(1 - p) is p / (1 - p) times dp/dz / p; both factors stay bounded as p nears 1.
@@ -59,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None,
-        reference_weight: torch.Tensor, counts: torch.Tensor, kl_weight: float, ce_weight: float,
+        reference_weight: torch.Tensor, counts: torch.Tensor, kl_weight: float, ce_weight: torch.Tensor | None,
         unlikely: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         size = max(1, _CHUNK_ELEMENTS // len(weight))
@@ -75,7 +75,8 @@ class _HeadLoss(torch.autograd.Function):
             x = hidden[part].to(compute)
             theirs = reference[part].to(compute) @ reference_weight.T if reference is not None else None
             kl[part], ce[part], against[part], slope = _chunk(
-                x @ head.T, theirs, targets[part, None], counts[part, None], kl_weight, ce_weight,
+                x @ head.T, theirs, targets[part, None], counts[part, None], kl_weight,
+                None if ce_weight is None else ce_weight[part, None],
                 None if unlikely is None else unlikely[part, None],
             )  # fmt: skip
             grad[part] = (slope @ head).to(grad.dtype)
@@ -84,7 +85,9 @@ class _HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(grad, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(kl, ce, against)
-        loss = ((kl_weight * kl + ce_weight * ce) * counts).sum()
+        loss = (kl_weight * kl * counts).sum()
+        if ce_weight is not None:
+            loss = loss + (ce * ce_weight).sum()
         if unlikely is not None:
             loss = loss + (against * unlikely).sum()
         return loss, kl, ce, against
@@ -99,17 +102,19 @@ class _HeadLoss(torch.autograd.Function):
 def head_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor,
     reference_weight: torch.Tensor, counts: torch.Tensor, kl_weight: float, ce_weight: float,
-    unlikely: torch.Tensor | None = None,
+    unlikely: torch.Tensor | None = None, truths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Weighted loss (a scalar with gradient) and, without gradient, per position [N] in nats: KL, CE, unlikelihood.
 
     `hidden` and `reference` [N, E] are the normed last states of student and teacher, `weight` and `reference_weight`
-    [V, E] their heads, `targets` [N] the next tokens, `counts` [N] each position's share in the loss, `unlikely` [N]
-    the weight with which its target is made unlikely. Products run in the teacher's dtype.
+    [V, E] their heads, `targets` [N] the next tokens, `counts` [N] each position's share in the loss, `truths` [N] its
+    share in the cross-entropy if that is another, `unlikely` [N] the weight with which its target is made unlikely.
+    Products run in the teacher's dtype.
     """
     if not kl_weight:
         reference = None
+    ce_shares = float(ce_weight) * (counts if truths is None else truths) if ce_weight else None
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLoss.apply(
-            hidden, weight, targets, reference, reference_weight, counts, float(kl_weight), float(ce_weight), unlikely
+            hidden, weight, targets, reference, reference_weight, counts, float(kl_weight), ce_shares, unlikely
         )

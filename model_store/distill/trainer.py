@@ -148,7 +148,7 @@ class DistillTrainer(Trainer):
         count, own = self.args.world_size, self.args.process_index
         sizes, thresholds = self.size_sampler(self.state.global_step, len(ids) * count)
         sizes = sizes[own::count]
-        out = model(ids, mask, sizes, thresholds, self.loss_weights, inputs["loops"])
+        out = model(ids, mask, sizes, thresholds, self.loss_weights, inputs["loops"], inputs["said"])
         names = ("kl", "ce", "align", "pure", *(["unlikely"] if self.loss_weights.unlikelihood else []))
         self._parts = {name: float(out[name]) for name in names}
         return (out["loss"], out) if return_outputs else out["loss"]

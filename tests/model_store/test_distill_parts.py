@@ -29,8 +29,9 @@ from tests.tiny_pairs import FAMILIES, make_model
 
 
 @pytest.mark.parametrize("against", [0.0, 0.6])
+@pytest.mark.parametrize("own_truths", [False, True])
 @pytest.mark.parametrize(("kl_weight", "ce_weight"), [(1.0, 0.0), (0.7, 0.4), (0.0, 1.0)])
-def test_head_loss_equals_the_plain_formula(kl_weight, ce_weight, against, monkeypatch):
+def test_head_loss_equals_the_plain_formula(kl_weight, ce_weight, own_truths, against, monkeypatch):
     monkeypatch.setattr("model_store.distill.head_loss._CHUNK_ELEMENTS", 3 * 50)  # several chunks, the last one short
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
@@ -40,11 +41,14 @@ def test_head_loss_equals_the_plain_formula(kl_weight, ce_weight, against, monke
     kl = (theirs.exp() * (theirs - ours)).sum(-1)
     ce = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
     unlikelihood = -(1 - ours.exp().gather(1, targets[:, None])[:, 0]).log()
-    expected = ((kl_weight * kl + ce_weight * ce) * counts + unlikelihood * unlikely).sum()
+    truths = torch.rand(7) if own_truths else None
+    true_shares = counts if truths is None else truths
+    expected = (kl_weight * kl * counts + ce_weight * ce * true_shares + unlikelihood * unlikely).sum()
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
     loss, _, ce_of, _ = head_loss(
-        hidden, weight, targets, reference, teacher_weight, counts, kl_weight, ce_weight, unlikely if against else None
-    )
+        hidden, weight, targets, reference, teacher_weight, counts, kl_weight, ce_weight,
+        unlikely if against else None, truths,
+    )  # fmt: skip
     found = torch.autograd.grad(3 * loss, (hidden, weight))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ce_of, ce.detach())
@@ -76,6 +80,7 @@ def test_only_loops_in_a_sizes_own_words_are_marked():
         length = len(text.split())
         rows = pack([Document(text=text, said_by=said_by)], NumberTokenizer(), length, length, "all", 0)
         assert rows.loops[0].nonzero().flatten().tolist() == list(marked)
+        assert rows.said.all() if said_by else not rows.said.any()
 
 
 def test_at_loops_no_row_follows_the_teacher(tmp_path):
@@ -90,6 +95,19 @@ def test_at_loops_no_row_follows_the_teacher(tmp_path):
     assert none["unlikely"] == 0 and all_["kl"] == all_["pure"] == 0
     torch.testing.assert_close(all_["loss"].detach(), 2 * all_["unlikely"])
     assert 0 < first["kl"] < none["kl"]
+
+
+def test_no_cross_entropy_on_a_sizes_own_words(tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
+    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
+    ids = torch.randint(teacher.config.vocab_size, (2, 12))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    weights = LossWeights(ce=1.0, kl=1.0, align=0.0, position_share=1.0)
+    run = lambda said: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, None, said)  # noqa: E731
+    whole, none, first, all_ = (run(said) for said in (None, ~mask, (torch.arange(12) < 6).expand_as(mask), mask))
+    assert whole["loss"] == none["loss"] and none["ce"] > first["ce"] > all_["ce"] == 0
+    torch.testing.assert_close(all_["loss"].detach(), none["kl"])
+    torch.testing.assert_close(first["loss"].detach(), first["kl"] + first["ce"])
 
 
 def test_matmul_attention_equals_sdpa():
