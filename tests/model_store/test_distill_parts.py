@@ -83,11 +83,17 @@ def test_only_loops_in_a_sizes_own_words_are_marked():
         assert rows.said.all() if said_by else not rows.said.any()
 
 
-def test_at_loops_no_row_follows_the_teacher(tmp_path):
-    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
+def small_batch(folder):
+    """(elastic model, two rows of ids, their mask of ones)."""
+    teacher = AutoModelForCausalLM.from_pretrained(make_pair(folder)[0], dtype=torch.float32)
     model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
     ids = torch.randint(teacher.config.vocab_size, (2, 12))
     mask = torch.ones_like(ids, dtype=torch.bool)
+    return model, ids, mask
+
+
+def test_at_loops_no_row_follows_the_teacher(tmp_path):
+    model, ids, mask = small_batch(tmp_path)
     weights = LossWeights(kl=1.0, align=0.0, position_share=1.0, unlikelihood=2.0)
     run = lambda loops: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, loops)  # noqa: E731
     none, first, all_ = (run(loops.expand_as(mask)) for loops in (~mask, torch.arange(12) < 6, mask))
@@ -98,10 +104,7 @@ def test_at_loops_no_row_follows_the_teacher(tmp_path):
 
 
 def test_no_cross_entropy_on_a_sizes_own_words(tmp_path):
-    teacher = AutoModelForCausalLM.from_pretrained(make_pair(tmp_path)[0], dtype=torch.float32)
-    model = ElasticModel(teacher, Elasticity.last_to_first(6, [0, 2, 4]))
-    ids = torch.randint(teacher.config.vocab_size, (2, 12))
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    model, ids, mask = small_batch(tmp_path)
     weights = LossWeights(ce=1.0, kl=1.0, align=0.0, position_share=1.0)
     run = lambda said: model(ids, mask, [3, 4], model.elasticity.thresholds, weights, None, said)  # noqa: E731
     whole, none, first, all_ = (run(said) for said in (None, ~mask, (torch.arange(12) < 6).expand_as(mask), mask))

@@ -1,4 +1,4 @@
-"""The mixture of loops and text that the last part of the default student read."""
+"""The mixture of a size's loops and text from elsewhere: shares, and the seed."""
 
 from model_store.default_pair.loop_text import mixed
 
