@@ -1,7 +1,8 @@
 """Training text against loops: python -m model_store.default_pair.loop_text SAID.jsonl ... --out FILE.
 
-Of what sizes of the pair said greedily (`teacher_text --size`) it takes the answers that collapse into repetition; the
-rest, text to learn from as a whole, is drawn from articles, and from passages and conversations of the base text.
+Of what sizes of the pair said greedily (`teacher_text --size`) it takes the answers that collapse into repetition, and
+others if asked; the rest, text to learn from as a whole, is drawn from articles, and from passages and conversations of
+the base text.
 """
 
 from __future__ import annotations
@@ -28,10 +29,7 @@ def mixed(
     loops: list[Record] = []
     others: list[Record] = []
     for record in said:
-        if is_repetitive(encode(record["response"])):
-            loops.append(record)
-        else:
-            others.append({name: value for name, value in record.items() if name != "said_by"})
+        (loops if is_repetitive(encode(record["response"])) else others).append(record)
     rng.shuffle(others)
     rows = loops + others[: int(plain * len(loops))]
     passages = [record for record in base if "text" in record]
@@ -77,8 +75,8 @@ def main() -> None:
         args.characters, args.share_of_articles, args.plain, args.seed,
     )  # fmt: skip
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loops = sum("said_by" in row for row in rows)
-    print(f"{len(rows)} documents, {loops} of them loops, {sum(map(_length, rows))} characters")
+    spoken = sum("said_by" in row for row in rows)
+    print(f"{len(rows)} documents, {spoken} of them the sizes' own answers, {sum(map(_length, rows))} characters")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--position-share", type=float, help="share of positions that get logits [recipe]")
     add("--pure-share", type=float, help="share of rows that run the student alone; 1 turns patching off [recipe]")
     add("--small-bias", type=float, help="1: the other rows' sizes spread evenly; more: towards small ones [recipe]")
+    add("--row-sizes", help="sizes of the other rows instead, each as often as named: 28,28,29")
     add("--order-noise", type=float, help="how much the order is shuffled at each step, in ranks [recipe]")
     flag = argparse.BooleanOptionalAction
     add("--warm-start", action=flag, default=None, help="closed-form fit before training [recipe]")
@@ -91,15 +92,17 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from model_store.distill.data import answer_prompts, check_speakers, pack, read_documents
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.processes import agreed, has_bf16, is_first, training_arguments
-    from model_store.distill.recipe import PRESETS, kept_layers, with_overrides
+    from model_store.distill.recipe import PRESETS, kept_layers, row_sizes, with_overrides
     from model_store.distill.start import order_of, start_from
     from model_store.evaluate import end_tokens
     from model_store.evaluate.chat import transformers_generate
     from model_store.sources import default_teacher, resolve
 
-    preset = with_overrides(PRESETS[args.recipe], vars(args))
+    preset = with_overrides(PRESETS[args.recipe], vars(args) | {"row_sizes": row_sizes(args.row_sizes)})
     if preset.train_ends and (args.rank or args.store_rank):
         raise ValueError("--rank and --store-rank share embedding and head with the teacher: add --no-train-ends")
+    if args.row_sizes and args.small_bias is not None:
+        raise ValueError("--row-sizes draws evenly from its list: leave --small-bias out, or --row-sizes")
     if args.order == "start" and not args.start_from:
         raise ValueError("--order start: there is no --start-from to take it from")
     arguments = training_arguments(args, preset)
@@ -116,6 +119,9 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         use_matmul_attention(teacher, args.row_tokens)
     model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
 
+    with_student = model.elasticity.sizes[:-1]
+    if unknown := {*preset.row_sizes} - {*with_student}:
+        raise ValueError(f"--row-sizes: {min(unknown)} is no size with student layers, as {with_student} are")
     if args.start_from:
         start_from(model, args.start_from, args.start_weights)
     elif args.start_weights:

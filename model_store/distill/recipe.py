@@ -23,6 +23,7 @@ class Preset:
     train_single: bool
     optimizer: str
     unlikelihood: float = 0.0  # weight at tokens in a loop of a size's own words
+    row_sizes: tuple[int, ...] = ()  # what the other rows draw from evenly; none: every size between the ends
 
 
 PRESETS = {
@@ -63,6 +64,14 @@ def kept_layers(rule: str, num_layers: int) -> list[int]:
     if kept != sorted(set(kept)) or kept[0] != 0 or kept[-1] >= num_layers or len(kept) >= num_layers:
         raise ValueError(f"--keep {rule}: give ascending layers of 0..{num_layers - 1}, starting with 0, not all")
     return kept
+
+
+def row_sizes(text: str | None) -> tuple[int, ...] | None:
+    """The sizes that --row-sizes names, as "28,28,29"; None if it is not given."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--row-sizes {text!r} is not a list of sizes, as 28,28,29") from error
 
 
 def with_overrides(preset: Preset, values: dict[str, Any]) -> Preset:

@@ -23,24 +23,26 @@ class SizeSampler:
     """Which size each row of a step runs, and in which nested order; a pure function of seed and step.
 
     `pure_share` of the rows run the student alone, the others sizes spread over the rest (stratified, so that every
-    step sees small and large ones; `small_bias` > 1 draws more small ones). `order_noise` > 0 shuffles the order a
-    little at each step, so that no block is only ever seen in one company: rank + uniform(0, order_noise) decides. 0
-    trains the served order exactly.
+    step sees small and large ones; `small_bias` > 1 draws more small ones), or over `row_sizes` if there are any, where
+    one that stands there twice is drawn twice as often. `order_noise` > 0 shuffles the order a little at each step, so
+    that no block is only ever seen in one company: rank + uniform(0, order_noise) decides. 0 trains the served order
+    exactly.
     """
 
     def __init__(self, elasticity: Elasticity, preset: Preset, seed: int) -> None:
         self.elasticity, self.seed = elasticity, seed
         self.pure_share, self.order_noise = preset.pure_share, preset.order_noise
-        self.small_bias = preset.small_bias
+        self.bias = 1.0 if preset.row_sizes else preset.small_bias
+        self.between = sorted(preset.row_sizes) or elasticity.sizes[1:-1] or elasticity.sizes[:1]
 
     def __call__(self, step: int, rows: int) -> tuple[list[int], list[int]]:
         """(ascending size per row, thresholds of the step's order)."""
         rng = random.Random(self.seed * 1_000_003 + step)
         own, sizes = self.elasticity, self.elasticity.sizes
         pure = min(rows, int(self.pure_share * rows + rng.random()))
-        between = sizes[1:-1] or sizes[:1]
         others = rows - pure
-        picks = [between[int(((j + rng.random()) / others) ** self.small_bias * len(between))] for j in range(others)]
+        count = len(self.between)
+        picks = [self.between[int(((j + rng.random()) / others) ** self.bias * count)] for j in range(others)]
         thresholds = list(own.thresholds)
         if self.order_noise:
             blocks = [s.index for s in own.stations if s.num_layers > 1]

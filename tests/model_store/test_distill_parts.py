@@ -171,7 +171,7 @@ def test_small_bias_draws_more_small_sizes_and_keeps_all():
     elasticity = Elasticity.last_to_first(30, [*range(0, 30, 2), 29])
     means = {}
     for bias in (1.0, 2.0):
-        preset = SimpleNamespace(pure_share=0.25, small_bias=bias, order_noise=0.0)
+        preset = SimpleNamespace(pure_share=0.25, small_bias=bias, order_noise=0.0, row_sizes=())
         drawn = [SizeSampler(elasticity, preset, 0)(step, 16)[0] for step in range(200)]
         assert all(sizes == sorted(sizes) and sizes.count(16) >= 4 for sizes in drawn)
         others = [size for sizes in drawn for size in sizes[4:]]
@@ -179,6 +179,9 @@ def test_small_bias_draws_more_small_sizes_and_keeps_all():
         means[bias] = sum(others) / len(others)
     assert means[2.0] < means[1.0] - 1
     assert PRESETS["published"].pure_share == 1.0
+    preset = SimpleNamespace(pure_share=0.25, small_bias=1.7, order_noise=0.0, row_sizes=(29, 28, 28, 20))
+    sampler = SizeSampler(elasticity, preset, 0)
+    assert all(sampler(step, 16)[0] == [16] * 4 + [20] * 3 + [28] * 6 + [29] * 3 for step in range(20))
 
 
 def test_chat_figures_carry_intervals():
