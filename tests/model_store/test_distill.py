@@ -77,7 +77,8 @@ def test_a_student_may_start_from_another(teacher, text, tmp_path, capsys):
 
 def test_row_sizes_train_the_layers_of_these_sizes_alone(teacher, text, tmp_path, capsys):
     common = ["distill", "--teacher", str(teacher), "--data", str(text), "--row-tokens", "64", "--batch-rows", "4"]
-    common += "--device cpu --calibration-rows 4 --no-warm-start --pure-share 0 --order-noise 0".split()
+    common += ["--device", "cpu", "--calibration-rows", "4", "--no-warm-start"]
+    common += ["--pure-share", "0", "--order-noise", "0"]
     assert main([*common, "--tokens", "0", "--order", "last", "--out", str(tmp_path / "a")]) == 0
     common += ["--start-from", str(tmp_path / "a"), "--order", "start", "--tokens", "1500"]
     changed = {}
