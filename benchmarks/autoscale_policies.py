@@ -19,11 +19,11 @@ from statistics import mean
 
 from deploy.autoscaler.decision import ScalingPolicy
 from deploy.autoscaler.simulated import SimulatedAutoscaler
-from server.engine.config import EngineConfig
-from server.engine.request import Budget
-from server.sizing.devices import DEVICES, PAIRS, roofline_cost_model
+from server.core.config import EngineConfig
+from server.core.request import Budget
+from server.cost.devices import DEVICES, PAIRS, roofline_cost_model
+from server.simulation.simulator import ClusterState, Job, ReplicaSpec, Result, Simulator
 from server.sizing.policy import BudgetPolicy
-from server.sizing.simulator import ClusterState, Job, ReplicaSpec, Result, Simulator
 
 
 def trace(rate: float, seconds: float, budget: Budget, seed: int = 0) -> Iterator[Job]:

@@ -29,9 +29,9 @@ import torch
 
 from benchmarks.random_pair import SHAPES, random_pair, transformers_config
 from model_store.loaded import LoadedPair
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
+from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.engine.request import Request, SamplingParams
 
 
 def timed(device: torch.device, function: Callable[[], Any], repeats: int) -> float:

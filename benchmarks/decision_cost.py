@@ -14,12 +14,12 @@ import statistics
 import time
 
 from model_store.assembly import Elasticity
-from server.engine.config import EngineConfig
-from server.engine.request import Budget, Request, SamplingParams
-from server.sizing.cost_profile import CostProfile
-from server.sizing.devices import DEVICES, roofline_cost_model
+from server.core.config import EngineConfig
+from server.core.request import Budget, Request, SamplingParams
+from server.cost.devices import DEVICES, roofline_cost_model
+from server.cost.profile import CostProfile
+from server.simulation.replica import Replica, ReplicaSpec
 from server.sizing.policy import BudgetPolicy
-from server.sizing.replica import Replica, ReplicaSpec
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 
 from model_store.pair import Pair, open_pair
 from server.config import Settings
+from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.engine.request import Request, SamplingParams
-from server.launch import engine_config
+from server.loading import engine_config
 
 WINDOW = 512
 

@@ -22,7 +22,7 @@ MIXES = {"1 small": (1, 0), "1 full": (0, 1), "16 small": (16, 0), "8 small + 8 
 
 def decode_batch(engine, num_small: int, num_full: int, context: int):
     """A decode step of such requests, with pages of the engine's pool that are not given back."""
-    from server.engine.request import Request, SamplingParams
+    from server.core.request import Request, SamplingParams
 
     rng = np.random.default_rng(0)
     scheduled = []
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_store.pair import open_pair
-    from server.engine.config import EngineConfig
+    from server.core.config import EngineConfig
     from server.engine.engine import Engine
 
     pair, dtype = open_pair(), torch.bfloat16

@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks.trace import TRACE
 from benchmarks.trace_report import getter, qualities, rate_of_teacher, simulate
+from server.simulation.report import summarise
+from server.simulation.traces import read_trace
 from server.sizing.policy import PolicyConfig
-from server.sizing.report import summarise
-from server.sizing.traces import read_trace
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def play(plan: dict[str, Any], rows: list, rate: float, settings: dict[str, float]) -> dict[str, float]:
-    """`server.sizing.report.summarise` of one slice at `rate` under `auto` with these settings."""
+    """`server.simulation.report.summarise` of one slice at `rate` under `auto` with these settings."""
     records = simulate(plan | {"rate": rate}, 1.0, "auto", plan["calibration"], rows, PolicyConfig(**settings))
     return summarise(records, plan["sizes"][-1], getter(qualities(plan)["kl"]))
 

@@ -20,9 +20,9 @@ import torch
 def main() -> None:
     from model_store.assembly import Elasticity
     from model_store.pair import open_pair
-    from server.engine.config import EngineConfig
+    from server.core.config import EngineConfig
+    from server.core.request import Request, SamplingParams
     from server.engine.engine import Engine
-    from server.engine.request import Request, SamplingParams
     from server.engine.stats import MetricsSink
 
     pair = open_pair()

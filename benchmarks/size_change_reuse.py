@@ -51,9 +51,9 @@ def print_layers() -> None:
 def measure(repeats: int) -> None:
     import torch
 
-    from server.engine.config import EngineConfig
+    from server.core.config import EngineConfig
+    from server.core.request import Request, SamplingParams
     from server.engine.engine import Engine
-    from server.engine.request import Request, SamplingParams
 
     pairs = {
         "its own": ((16, 30), (16, 22), (22, 16), (28, 30), (30, 28)),

@@ -21,7 +21,7 @@ PROMPTS = Path(__file__).with_name("quality_chat_prompts.txt")
 
 def decode_seconds(engine, prompts: list[list[int]], output_len: int, size: int) -> float:
     """Seconds from the first token of all to the last."""
-    from server.engine.request import Request, SamplingParams
+    from server.core.request import Request, SamplingParams
 
     sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
     requests = [Request(f"r{i}", prompt, sampling, sizes=(size,)) for i, prompt in enumerate(prompts)]
@@ -45,11 +45,11 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_store.pair import open_pair
-    from server.api.tokenizer import ServingTokenizer
-    from server.engine.config import EngineConfig
-    from server.engine.drafts import DraftPool
+    from server.api.generate.tokenizer import ServingTokenizer
+    from server.core.config import EngineConfig
     from server.engine.engine import Engine
-    from server.engine.speculation import Speculator
+    from server.engine.extras.drafts import DraftPool
+    from server.engine.extras.speculation import Speculator
 
     pair = open_pair()
     tokenizer = ServingTokenizer.from_folder(pair.tokenizer_path)

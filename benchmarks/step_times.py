@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import Settings
+from server.cost.calibrate import batches
 from server.engine.engine import Engine
-from server.launch import engine_config, open_settings_pair
-from server.sizing.calibrate import batches
+from server.loading import engine_config, open_settings_pair
 
 SHAPES = {  # name: (requests, tokens each, context before)
     "decode 1": (1, 1, 128), "decode 1, context 1024": (1, 1, 1024), "decode 4": (4, 1, 128),

@@ -30,9 +30,9 @@ import psutil
 
 from benchmarks.local_server import LocalServer
 from benchmarks.trace_client import ask, play
-from server.engine.request import Budget
-from server.sizing.jobs import Job, Record
-from server.sizing.traces import read_trace, shape_trace
+from server.core.request import Budget
+from server.simulation.jobs import Job, Record
+from server.simulation.traces import read_trace, shape_trace
 
 TRACE = Path(__file__).parent / "traces" / "azure_conv_2023.csv"
 POLICIES = {"teacher": "teacher", "student": "student", "auto": "auto"}
@@ -233,7 +233,7 @@ def scrape(url: str) -> dict[str, float]:
 
 def calibration(server: LocalServer) -> dict[str, Any] | None:
     """What the cost model of a server that has stopped had learned; None without one."""
-    found = re.findall(r"cost model: kept in (\S+\.json)", "".join(server.log))
+    found = re.findall(r"cost model: kept in (\S+\.json)", "".join(server.observe.log))
     return json.loads(Path(found[-1]).read_text()) if found else None
 
 

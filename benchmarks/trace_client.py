@@ -16,7 +16,7 @@ from typing import Any
 
 import h11
 
-from server.sizing.jobs import Job, Record
+from server.simulation.jobs import Job, Record
 
 VOCAB = 40000  # prompts are random token ids below this: no prefix is shared
 GIVE_UP = 30.0  # seconds after the last arrival; what is unfinished by then has missed its limits

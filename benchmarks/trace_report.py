@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from server.engine.config import EngineConfig
-from server.engine.request import Budget
-from server.engine.size_policy import LargestSize
-from server.sizing.calibrate import from_json
-from server.sizing.jobs import Job, Record
+from server.core.config import EngineConfig
+from server.core.request import Budget
+from server.core.size_policy import LargestSize
+from server.cost.calibrate import from_json
+from server.simulation.jobs import Job, Record
+from server.simulation.report import plot, summarise
+from server.simulation.simulator import ReplicaSpec, Simulator
 from server.sizing.policy import BudgetPolicy, PolicyConfig
 from server.sizing.quality import quality_by_size
-from server.sizing.report import plot, summarise
-from server.sizing.simulator import ReplicaSpec, Simulator
 
 KV_BYTES = 4 << 30
 DELIVERY = 0.002  # seconds from a step's end to the client, and from the client to the queue

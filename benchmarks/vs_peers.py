@@ -190,7 +190,7 @@ def _weight_bytes(form: str | None) -> int:
 
 
 def _machine() -> dict[str, str]:
-    from server.sizing.calibrate import processor_name
+    from server.cost.calibrate import processor_name
 
     return {
         "processor": processor_name(), "date": datetime.date.today().isoformat(), "python": platform.python_version(),

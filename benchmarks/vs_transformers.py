@@ -40,8 +40,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from model_store.pair import open_pair
-    from server.bench_latency import measure
-    from server.engine.config import EngineConfig
+    from server.commands.bench import measure
+    from server.core.config import EngineConfig
     from server.engine.engine import Engine
 
     pair = open_pair()

@@ -14,7 +14,7 @@ _MODULES = {
     "distill": ("make a student for a teacher", "model_store.distill"),
     "evaluate": ("measure what every size is worth", "model_store.evaluate"),
     "export": ("write one size as an ordinary checkpoint", "model_store.export"),
-    "simulate": ("replay a trace against a simulated cluster", "server.sizing.simulate_cli"),
+    "simulate": ("replay a trace against a simulated cluster", "server.commands.simulate"),
 }
 # Commands of the model store that let our engine speak: which function of server.offline makes their second argument.
 _GENERATORS = {"distill": "teacher_generator", "evaluate": "pair_generator"}
@@ -146,17 +146,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.model and not arguments.teacher:
         arguments.teacher = arguments.model
     settings = load_settings(arguments)
-    from server.log import configure
+    from server.observe.log import configure
 
     configure(settings.uvicorn_log_level, settings.log_format)
-    from server.launch import serve
+    from server.loading import serve
 
     return serve(settings)
 
 
 def _pull(arguments: argparse.Namespace) -> int:
     from model_store.sources import DEFAULT_TEACHER, pull
-    from server.log import configure
+    from server.observe.log import configure
 
     configure()
     for model in arguments.models or [DEFAULT_TEACHER]:
@@ -165,8 +165,8 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _sizes(arguments: argparse.Namespace) -> int:
-    from server.log import configure
-    from server.sizes_table import print_sizes
+    from server.commands.sizes import print_sizes
+    from server.observe.log import configure
 
     settings = load_settings(arguments)
     configure("warning")
@@ -174,8 +174,8 @@ def _sizes(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from server.chat_cli import run_chat
-    from server.log import configure
+    from server.commands.chat import run_chat
+    from server.observe.log import configure
 
     settings = load_settings(arguments)
     configure("warning")
@@ -183,8 +183,8 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _bench_latency(arguments: argparse.Namespace) -> int:
-    from server.bench_latency import run_latency
-    from server.log import configure
+    from server.commands.bench import run_latency
+    from server.observe.log import configure
 
     settings = load_settings(arguments)
     configure("warning")

@@ -25,9 +25,9 @@ class OfflineEngine:
     def __init__(self, pair: Pair, settings: Settings, max_model_len: int) -> None:
         import dataclasses
 
-        from server.api.tokenizer import ServingTokenizer
+        from server.api.generate.tokenizer import ServingTokenizer
         from server.engine.engine import Engine
-        from server.launch import engine_config, load_pair, pick_device, pick_dtype
+        from server.loading import engine_config, load_pair, pick_device, pick_dtype
 
         dtype, device = pick_dtype(settings), pick_device(settings)
         loaded = load_pair(settings, pair, dtype, device)
@@ -44,7 +44,7 @@ class OfflineEngine:
     ) -> list[list[int]]:  # fmt: skip
         """One answer per prompt, prompt i sampled with the seed `first_seed` + i. ValueError if a prompt leaves no room
         for an answer or the size was not loaded (`--memory-budget`), RuntimeError if a step failed."""
-        from server.engine.request import Request, SamplingParams
+        from server.core.request import Request, SamplingParams
 
         if size not in self.engine.sizes:
             reason = self.engine.missing_sizes.get(size, "the pair has no such size")

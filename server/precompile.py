@@ -15,11 +15,11 @@ from pathlib import Path
 # What brings in the libraries that a start needs; tests/test_startup.py notices when one is missing.
 MODULES = (
     "server.cli",
-    "server.launch",
-    "server.api.serving",
+    "server.loading",
+    "server.api.generate.serving",
     "server.engine.engine",
     "server.kernels.cpu.executor",
-    "server.sizing.calibrate",
+    "server.cost.calibrate",
     "server.sizing.policy",
     "uvicorn.lifespan.on",
     "uvicorn.loops.uvloop",

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
-from server.bench_latency import run_latency
+from server.commands.bench import run_latency
+from server.commands.sizes import speed_file
 from server.config import Settings
-from server.launch import keeps_low_rank, speculative_size
+from server.loading import keeps_low_rank, speculative_size
 from server.offline import OfflineEngine
-from server.sizes_table import speed_file
 from tests.api import tiny
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import make_model, make_pair

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
-from server.startup import StartupClock
+from server.observe.startup import StartupClock
 from tests.api.tiny import ROOT, RunningServer
 from tests.api.tiny import make_pair as make_served_pair
 from tests.tiny_pairs import make_pair
@@ -29,7 +29,7 @@ def test_phases_add_up_from_the_process_start(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_port_answers_before_torch_is_imported() -> None:
-    code = "import server.launch, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import server.loading, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -17,9 +17,9 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     from server.config import Settings
+    from server.core.request import Request, SamplingParams
     from server.engine.engine import Engine
-    from server.engine.request import Request, SamplingParams
-    from server.launch import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
+    from server.loading import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
 
     settings = Settings(dtype="bfloat16", quantization=args.quantization, low_rank=args.low_rank)
     pair = open_settings_pair(settings)

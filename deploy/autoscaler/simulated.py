@@ -1,4 +1,4 @@
-"""`decide` in the shape that the simulator of the size scheduler calls (server.sizing.simulator.Autoscaler)."""
+"""`decide` in the shape that the simulator of the size scheduler calls (server.simulation.simulator.Autoscaler)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deploy.autoscaler.decision import Decision, Observation, ScalingPolicy, ScalingState, Signal, decide
 
 if TYPE_CHECKING:
-    from server.sizing.simulator import ClusterState
+    from server.simulation.simulator import ClusterState
 
 __all__ = ["SimulatedAutoscaler"]
 

@@ -106,9 +106,9 @@ def _split(args: dict[str, Any]) -> tuple[DeploymentOptions, dict[str, Any]]:
 def _app_builder(settings: dict[str, Any]):
     def build_app() -> FastAPI:
         """Runs on the replica. The pair is loaded before Serve sends the first request."""
-        from server.api.app import create_app
+        from server.api.http.app import create_app
         from server.config import setting_fields
-        from server.launch import load_model
+        from server.loading import load_model
         from server.options import SettingsError, load_settings
 
         known = {item.name for item in setting_fields()}

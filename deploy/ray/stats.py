@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry
 from ray.util import metrics as ray_metrics
 
-from server.metrics import size_load
+from server.observe.metrics import size_load
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
@@ -37,7 +37,7 @@ class ReplicaStats:
         engine = self._engine
         if engine is None:
             return {}
-        registry = self.replica.app.state.server.metrics.registry
+        registry = self.replica.app.state.server.observe.metrics.registry
         self._mirror_metrics(registry)
         totals = _totals(registry)
         now = time.monotonic()

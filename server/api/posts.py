@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api import protocol
-from server.api.chat import create_chat_completion
-from server.api.completions import create_completion
+from server.api.chat.route import create_chat_completion
+from server.api.completions.route import create_completion
+from server.api.http.state import ServerState
 from server.api.messages import count_message_tokens, create_message
 from server.api.messages.protocol import CountTokensRequest, MessagesRequest
 from server.api.responses import create_response
 from server.api.responses.protocol import ResponsesRequest
 from server.api.routes import detokenize, tokenize
-from server.api.state import ServerState
 
 # path, handler, request model, tag, summary
 POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [

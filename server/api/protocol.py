@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.json_schema import WithJsonSchema
 
-from server.api.body import Body
+from server.api.http.body import Body
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[

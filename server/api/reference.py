@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from server.api import protocol
-from server.api.body import INSTEAD, UNSUPPORTED
+from server.api.http.body import INSTEAD, UNSUPPORTED
 from server.api.messages import protocol as messages
 from server.api.posts import POSTS
 from server.api.responses import protocol as responses

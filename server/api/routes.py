@@ -6,12 +6,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.conversation import chat_template, render
-from server.api.errors import APIError, invalid
+from server.api.generate.conversation import chat_template, render
+from server.api.generate.serving import json_response, read_body
+from server.api.generate.tools import ToolUse
+from server.api.http.errors import APIError, invalid
+from server.api.http.state import ServerState
 from server.api.protocol import DetokenizeRequest, TokenizeRequest
-from server.api.serving import json_response, read_body
-from server.api.state import ServerState
-from server.api.tools import ToolUse
 from server.version import __version__
 
 router = APIRouter()

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from server.engine.request import Request, RequestOutput
+from server.core.request import Request, RequestOutput
 
 if TYPE_CHECKING:  # the engine brings torch, which the port need not wait for
     from server.engine.engine import Engine

@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable
 
 from model_store.pair import LoadedPair
-from server.engine.batch import ForwardBatch
-from server.engine.config import EngineConfig
-from server.engine.drafts import DraftPool
+from server.core.batch import ForwardBatch
+from server.core.config import EngineConfig
+from server.core.request import Request, RequestOutput, SamplingParams
+from server.core.size_policy import RequestRefused, SizePolicy
+from server.engine.extras.drafts import DraftPool
+from server.engine.extras.lookahead import Lookahead
+from server.engine.extras.speculation import Speculator
 from server.engine.isolation import (
     ComputeError,
     EngineBroken,
@@ -20,13 +24,9 @@ from server.engine.isolation import (
     is_out_of_memory,
 )
 from server.engine.kv_cache import KVCacheManager
-from server.engine.lookahead import Lookahead
-from server.engine.request import Request, RequestOutput, SamplingParams
 from server.engine.runner import StepRunner, outcome
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerOutput
-from server.engine.size_policy import RequestRefused, SizePolicy
-from server.engine.speculation import Speculator
 from server.engine.stats import EngineStats, MetricsSink, StepStats, timings_of
 from server.engine.step_clock import Gap, StepClock
 from server.model.executor import Executor, allocate_states, create_executor

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from server.engine.request import Request
+from server.core.request import Request
 
 logger = logging.getLogger(__name__)
 

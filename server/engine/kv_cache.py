@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_store.assembly import LayerPath
+from server.core.request import Request
 from server.engine.kept_states import KeptStates
-from server.engine.request import Request
 
 
 @dataclass(slots=True, eq=False)

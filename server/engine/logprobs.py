@@ -8,8 +8,8 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from server.engine.request import TokenLogprobs
-from server.engine.transfer import send
+from server.core.request import TokenLogprobs
+from server.engine.extras.transfer import send
 
 # Rows that are scored at once (and of a prompt, that go through the head at once): bounds the [rows, V] scratch.
 MAX_ROWS = 128

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from server.engine.request import Request
-from server.engine.transfer import send
+from server.core.request import Request
+from server.engine.extras.transfer import send
 
 
 @dataclass(slots=True)

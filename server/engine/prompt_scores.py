@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from server.engine.batch import ForwardBatch
+from server.core.batch import ForwardBatch
+from server.core.request import Request, RequestOutput, TokenLogprobs
 from server.engine.logprobs import MAX_ROWS, token_logprobs
-from server.engine.request import Request, RequestOutput, TokenLogprobs
 from server.model.executor import Executor
 
 

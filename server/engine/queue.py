@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-from server.engine.request import Request
+from server.core.request import Request
 
 # A late request that has waited so many times its TTFT limit goes first.
 PATIENCE = 8.0

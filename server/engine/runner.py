@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from model_store.assembly import Elasticity
-from server.engine.batch import BatchBuilder, ForwardBatch
+from server.core.batch import BatchBuilder, ForwardBatch
+from server.core.request import Request, SampledToken
 from server.engine.isolation import NoTokenLeft
 from server.engine.kv_cache import KVCacheManager
 from server.engine.prompt_scores import PromptScores
-from server.engine.request import Request, SampledToken
 from server.engine.sampler import Sampler, is_plain_greedy
 from server.model.executor import Executor
 
 if TYPE_CHECKING:
-    from server.engine.speculation import Speculator
+    from server.engine.extras.speculation import Speculator
 
 _NO_NUMBER = "the logits hold no finite number to choose"
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from server.core.request import Request, SampledToken
+from server.engine.extras.transfer import send
 from server.engine.logprobs import token_logprobs
 from server.engine.penalties import SeenTokens, has_penalties, penalise
-from server.engine.request import Request, SampledToken
-from server.engine.transfer import send
 
 # Wide enough that a nucleus rarely needs a full sort of the vocabulary, which costs as much as a small model's step.
 _NUCLEUS_WIDTH = 256

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from model_store.assembly import Elasticity
-from server.engine.config import EngineConfig
-from server.engine.drafts import DraftPool
+from server.core.config import EngineConfig
+from server.core.load import Load
+from server.core.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
+from server.core.size_policy import LargestSize, Pace, Refusal, SizePolicy
+from server.engine.extras.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
-from server.engine.load import Load
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
-from server.engine.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
-from server.engine.size_policy import LargestSize, Pace, Refusal, SizePolicy
 from server.engine.size_schedule import following_size, planned_size
 from server.engine.stopping import stop_status
 

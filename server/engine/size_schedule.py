@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.engine.request import Request
+from server.core.request import Request
 
 
 def planned_size(request: Request) -> int:

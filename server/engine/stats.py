@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.request import Request, SizeDecision
+from server.core.request import Request, SizeDecision
 from server.engine.step_clock import Gap
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.engine.request import Request, RequestStatus
+from server.core.request import Request, RequestStatus
 
 
 def stop_status(request: Request, token_id: int, max_model_len: int) -> RequestStatus | None:

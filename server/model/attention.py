@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from server.engine.batch import ForwardBatch
+from server.core.batch import ForwardBatch
 from server.kernels.memory import zero_bytes
 
 

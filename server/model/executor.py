@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from server.engine.batch import ForwardBatch
+from server.core.batch import ForwardBatch
 
 if TYPE_CHECKING:
     from model_store.pair import LoadedPair
-    from server.engine.config import EngineConfig
+    from server.core.config import EngineConfig
 
 logger = logging.getLogger(__name__)
 

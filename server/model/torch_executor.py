@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
 from model_store.weights import EndWeights
-from server.engine.batch import ForwardBatch, Segment
+from server.core.batch import ForwardBatch, Segment
 from server.model.attention import Lane, TorchAttention
 from server.model.decoder_layer import Rows, decoder_layer, norm
 from server.model.linear import embed, linear

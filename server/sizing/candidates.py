@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.sizing.cost_profile import CostProfile
+from server.cost.profile import CostProfile
 
 
 @dataclass(frozen=True, slots=True, eq=False)

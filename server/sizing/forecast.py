@@ -12,8 +12,8 @@ from bisect import bisect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from server.cost.model import CostModel
 from server.sizing.candidates import CandidateTable
-from server.sizing.cost_model import CostModel
 from server.sizing.demand import Demand
 from server.sizing.outlook import NEVER
 from server.sizing.tenants import Tenants

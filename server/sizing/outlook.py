@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.engine.request import Request
-from server.engine.size_policy import Pace
+from server.core.request import Request
+from server.core.size_policy import Pace
+from server.cost.model import KNOTS, CostModel
 from server.sizing.candidates import Candidates, CandidateTable
-from server.sizing.cost_model import KNOTS, CostModel
 from server.sizing.demand import Demand
 from server.sizing.shares import Shares
 from server.sizing.tenants import Tenants

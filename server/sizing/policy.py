@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.engine.request import Request, SizeDecision
-from server.engine.size_policy import Pace, Refusal, SizePolicy
+from server.core.request import Request, SizeDecision
+from server.core.size_policy import Pace, Refusal, SizePolicy
+from server.cost.model import CostModel
 from server.sizing.candidates import Candidates, CandidateTable
-from server.sizing.cost_model import CostModel
 from server.sizing.demand import Demand
 from server.sizing.forecast import Forecaster
 from server.sizing.outlook import Outlook, View
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
-    from server.engine.batch import ForwardBatch
+    from server.core.batch import ForwardBatch
     from server.engine.scheduler import Scheduler
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.engine.request import Request
+from server.core.request import Request
+from server.cost.model import CostModel
 from server.sizing.candidates import CandidateTable
-from server.sizing.cost_model import CostModel
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:

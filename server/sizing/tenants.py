@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from server.engine.request import Budget
+from server.core.request import Budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.api.body import UNSUPPORTED
+from server.api.http.body import UNSUPPORTED
 from server.api.messages.protocol import MessagesRequest
 from server.api.posts import POSTS
 from server.api.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest

@@ -7,11 +7,11 @@ from statistics import mean
 from benchmarks.autoscale_policies import trace
 from deploy.autoscaler.decision import ScalingPolicy
 from deploy.autoscaler.simulated import SimulatedAutoscaler
-from server.engine.config import EngineConfig
-from server.engine.request import Budget
-from server.sizing.devices import DEVICES, PAIRS, roofline_cost_model
+from server.core.config import EngineConfig
+from server.core.request import Budget
+from server.cost.devices import DEVICES, PAIRS, roofline_cost_model
+from server.simulation.simulator import ReplicaSpec, Simulator
 from server.sizing.policy import BudgetPolicy
-from server.sizing.simulator import ReplicaSpec, Simulator
 
 
 def test_replicas_follow_the_load_and_sizes_recover():

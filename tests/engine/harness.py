@@ -6,9 +6,9 @@ import itertools
 import random
 
 from model_store.assembly import Elasticity
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
+from server.core.request import Request, SampledToken, SamplingParams
 from server.engine.kv_cache import KVCacheManager
-from server.engine.request import Request, SampledToken, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
 ELASTICITY = Elasticity.last_to_first(6, [0, 2, 4, 5])  # sizes 4, 5, 6

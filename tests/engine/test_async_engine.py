@@ -13,11 +13,11 @@ import torch
 
 from model_store.pair import open_pair
 from server.config import Settings
+from server.core.request import Request, SamplingParams
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
-from server.engine.request import Request, SamplingParams
-from server.launch import engine_config, load_pair
-from server.metrics import Metrics
+from server.loading import engine_config, load_pair
+from server.observe.metrics import Metrics
 from tests.api.tiny import make_pair
 
 NUM_REQUESTS = 60

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from server.engine.batch import build_batch
-from server.engine.lookahead import Lookahead
-from server.engine.request import Request, SampledToken, SamplingParams
+from server.core.batch import build_batch
+from server.core.request import Request, SampledToken, SamplingParams
+from server.engine.extras.lookahead import Lookahead
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from tests.engine.harness import ELASTICITY, make_scheduler

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from server.core.request import Request, SamplingParams, TokenLogprobs
 from server.engine import logprobs
 from server.engine.logprobs import token_logprobs
 from server.engine.penalties import SeenTokens, penalise
 from server.engine.prompt_scores import PromptScores
-from server.engine.request import Request, SamplingParams, TokenLogprobs
 from server.engine.sampler import Sampler
 
 VOCAB = 331

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from server.engine.request import Request, SamplingParams
+from server.core.request import Request, SamplingParams
 from server.engine.sampler import Sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])

@@ -2,9 +2,9 @@ import random
 
 import pytest
 
+from server.core.request import Budget, RequestStatus
+from server.core.size_policy import Refusal, SizePolicy
 from server.engine.queue import WaitingQueue
-from server.engine.request import Budget, RequestStatus
-from server.engine.size_policy import Refusal, SizePolicy
 from tests.engine.harness import make_request, make_scheduler, run_step, run_until_idle
 
 

@@ -8,9 +8,9 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from model_store.pair import open_pair
-from server.engine.payoff import Payoff
+from server.engine.extras.payoff import Payoff
 from server.kernels.cpu import library
-from server.metrics import Metrics
+from server.observe.metrics import Metrics
 from tests.model.test_oracle import make_engine, make_request, run
 from tests.tiny_pairs import VOCAB, make_pair
 

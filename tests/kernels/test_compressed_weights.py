@@ -6,7 +6,7 @@ import torch
 from model_store.assembly import Elasticity
 from model_store.footprint import twelve_bit_bytes
 from model_store.loaded import LoadedPair
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
 from server.kernels.cpu.build import VARIANTS
 from server.kernels.cpu.executor import NativeExecutor, create
 from server.kernels.cpu.library import VARIANT_VARIABLE

@@ -16,11 +16,11 @@ from model_store.int8 import Matrix, quantise
 from model_store.loaded import LoadedPair
 from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.config import Settings
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
+from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.engine.request import Request, SamplingParams
 from server.kernels.cuda.executor import CudaExecutor, create
-from server.launch import engine_config
+from server.loading import engine_config
 from server.model.executor import create_executor
 from server.model.torch_executor import TorchExecutor
 from tests.kernels.steps import FAMILIES, PAGE, assert_same_logits, make_pair, make_steps, quantised

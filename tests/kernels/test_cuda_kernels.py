@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from model_store.int8 import dense, quantise
 from model_store.lowrank import LowRankTerm
-from server.engine.request import Request, SamplingParams
+from server.core.request import Request, SamplingParams
 from server.engine.sampler import Sampler
 from server.kernels.cuda.activation import activate
 from server.kernels.cuda.draw import draw

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from model_store.pair import LoadedPair, open_pair
 from model_store.store import StoreError
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
+from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.engine.request import Request, SamplingParams
 
 PROMPTS = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47], [504, 3575, 282, 4649, 314], list(range(900, 960))]
 

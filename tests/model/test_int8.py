@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from model_store.int8 import Int8Matrix, dense, quantise
 from model_store.pair import PairError, open_pair
+from server.cost.calibrate import profile_of
 from server.kernels.cpu import library
 from server.model.linear import embed, linear
-from server.sizing.calibrate import profile_of
 from tests.model.test_oracle import all_logprobs, make_engine, make_request, open_order, run
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import KEPT, NUM_TEACHER_LAYERS, VOCAB, Oracle, make_model, make_pair

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from server.cost.calibrate import profile_of
+from server.cost.model import NUM_FEATURES, CostModel
 from server.kernels.cpu import library
-from server.sizing.calibrate import profile_of
-from server.sizing.cost_model import NUM_FEATURES, CostModel
 from tests.model.test_oracle import make_engine, make_request, run
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import VOCAB, make_model

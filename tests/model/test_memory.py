@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from server.config import Settings
-from server.launch import engine_config
+from server.loading import engine_config
 from server.model.attention import TorchAttention
 from tests.kernels.steps import make_pair
 
@@ -29,7 +29,7 @@ def test_a_pool_beyond_what_is_available_is_warned_of(caplog):
     """It would be missed only under load, when the system ends the process."""
     pair, device = make_pair("llama", torch.bfloat16), torch.device("cpu")
     for size, warns in ((1 << 20, False), (1 << 50, True)):
-        with caplog.at_level(logging.WARNING, logger="server.launch"):
+        with caplog.at_level(logging.WARNING, logger="server.loading"):
             caplog.clear()
             engine_config(Settings(kv_cache_memory=size, max_model_len=64), pair, torch.bfloat16, device)
         assert ("--kv-cache-memory" in caplog.text and "available" in caplog.text) == warns

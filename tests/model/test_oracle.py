@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
+from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.engine.request import Request, SamplingParams
 from server.kernels.cpu import library
 from tests.tiny_pairs import FAMILIES, VOCAB, Oracle, make_pair
 

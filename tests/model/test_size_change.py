@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from server.engine.request import SizeDecision
-from server.engine.size_policy import LargestSize
+from server.core.request import SizeDecision
+from server.core.size_policy import LargestSize
 from tests.model.test_low_rank_lanes import executor  # noqa: F401
 from tests.model.test_oracle import all_logprobs, make_engine, make_request, open_order, run
 from tests.model_store.test_lowrank import write_student

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 
 from model_store.assembly import Elasticity
-from server.engine.config import EngineConfig
+from server.core.config import EngineConfig
+from server.core.request import Budget, Request, SamplingParams
+from server.cost.devices import Device, roofline_cost_model
+from server.cost.model import CostModel
+from server.cost.profile import CostProfile
 from server.engine.queue import WaitingQueue
-from server.engine.request import Budget, Request, SamplingParams
-from server.sizing.cost_model import CostModel
-from server.sizing.cost_profile import CostProfile
-from server.sizing.devices import Device, roofline_cost_model
-from server.sizing.jobs import Job
+from server.simulation.jobs import Job
+from server.simulation.replica import Replica, ReplicaSpec
+from server.simulation.simulator import Result, Simulator
 from server.sizing.policy import BudgetPolicy, PolicyConfig
-from server.sizing.replica import Replica, ReplicaSpec
-from server.sizing.simulator import Result, Simulator
 from server.sizing.tenants import Tenants
 
 # 12 layers of 10 MB, a student of 6: sizes 6 .. 12. A full decode step of one row takes about 13 ms.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from server.sizing.calibrate import plan
+from server.cost.calibrate import plan
 
 
 def test_no_step_needs_more_places_or_tokens_than_the_engine_has():

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from server.engine.batch import BatchBuilder, build_batch
-from server.sizing.calibrate import from_json, load, save
-from server.sizing.cost_model import CostModel
+from server.core.batch import BatchBuilder, build_batch
+from server.cost.calibrate import from_json, load, save
+from server.cost.model import CostModel
 from tests.sizing.machines import ELASTICITY, machine, make_replica, make_request, profile
 
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from server.engine.request import Request
-from server.engine.size_policy import LargestSize
-from server.sizing.report import summarise
+from server.core.request import Request
+from server.core.size_policy import LargestSize
+from server.simulation.report import summarise
 from server.sizing.tenants import Tenant, Tenants
 from tests.sizing.machines import CONFIG, make_policy, make_replica, make_request, make_spec, play, steady
 

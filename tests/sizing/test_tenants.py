@@ -2,13 +2,13 @@
 
 import pytest
 
-from server.api.auth import KeyRing, read_key_file
-from server.api.catalog import Catalog, SizeInfo
-from server.api.errors import APIError
+from server.api.generate.catalog import Catalog, SizeInfo
+from server.api.generate.size_choice import SizeChooser
+from server.api.http.auth import KeyRing, read_key_file
+from server.api.http.errors import APIError
 from server.api.protocol import SizeFields
-from server.api.size_choice import SizeChooser
 from server.config import Settings
-from server.engine.request import Budget
+from server.core.request import Budget
 from server.options import SettingsError
 from server.sizing.spec import SizeSpec
 from server.sizing.tenants import merge_budget

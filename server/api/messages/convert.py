@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from server.api.errors import from_validation, invalid
+from server.api.http.errors import from_validation, invalid
 from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
 from server.api.protocol import ChatCompletionRequest, SizeFields
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.api.body import Body
+from server.api.http.body import Body
 from server.api.protocol import SizeFields
 
 

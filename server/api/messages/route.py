@@ -9,14 +9,14 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.conversation import Conversation, Piece
-from server.api.errors import APIError
-from server.api.generation import Generation
+from server.api.generate.conversation import Conversation, Piece
+from server.api.generate.generation import Generation
+from server.api.generate.serving import json_response, read_body, respond
+from server.api.http.errors import APIError
+from server.api.http.sse import named_event
+from server.api.http.state import ServerState
 from server.api.messages.convert import to_chat
 from server.api.messages.protocol import CountTokensRequest, MessagesRequest
-from server.api.serving import json_response, read_body, respond
-from server.api.sse import named_event
-from server.api.state import ServerState
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.api.errors import from_validation, invalid
+from server.api.http.errors import from_validation, invalid
 from server.api.protocol import ChatCompletionRequest, ContentPart, SizeFields
 from server.api.responses.protocol import InputItem, ResponsesRequest
 

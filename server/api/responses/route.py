@@ -9,15 +9,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.conversation import Conversation
-from server.api.errors import APIError
-from server.api.generation import Delta, Generation
-from server.api.logprobs import LogprobFormatter
+from server.api.generate.conversation import Conversation
+from server.api.generate.generation import Delta, Generation
+from server.api.generate.logprobs import LogprobFormatter
+from server.api.generate.serving import created_now, json_response, read_body, respond
+from server.api.http.errors import APIError
+from server.api.http.sse import named_event
+from server.api.http.state import ServerState
 from server.api.responses.convert import to_chat
 from server.api.responses.protocol import ResponsesRequest
-from server.api.serving import created_now, json_response, read_body, respond
-from server.api.sse import named_event
-from server.api.state import ServerState
 
 
 async def create_response(request: Request, state: ServerState) -> Response:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from model_store.pair import LoadedPair
-from server.engine.batch import ForwardBatch, Segment
-from server.engine.config import EngineConfig
+from server.core.batch import ForwardBatch, Segment
+from server.core.config import EngineConfig
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
 from server.kernels.cpu.packing import PackedWeights, end_table, layer_table

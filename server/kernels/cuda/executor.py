@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from model_store.pair import LoadedPair
-from server.engine.batch import ForwardBatch
-from server.engine.config import EngineConfig
+from server.core.batch import ForwardBatch
+from server.core.config import EngineConfig
 from server.engine.sampler import DrawArguments
 from server.kernels.cuda.attention import PagedAttention
 from server.kernels.cuda.draw import draw

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from server.engine.batch import ForwardBatch
+from server.core.batch import ForwardBatch
 from server.kernels.cuda.attention import Items
 from server.kernels.cuda.layer import Lane
 from server.kernels.cuda.staging import Upload

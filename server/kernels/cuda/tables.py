@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server.engine.batch import ForwardBatch
+from server.core.batch import ForwardBatch
 
 
 @triton.jit(do_not_specialize=["num_updates"])

@@ -1,0 +1,349 @@
+"""One HTTP request's sequences: submitted, followed, detokenised, and aborted when nobody wants them any more."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.api.generate.detokenizer import Detokenizer
+from server.api.generate.size_choice import SizeChoice
+from server.api.http.errors import APIError
+from server.api.http.state import ServerState
+from server.core.request import Request, RequestOutput, SamplingParams, TokenLogprobs
+from server.engine.async_engine import OutputStream, merge
+
+_serial = itertools.count()
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new for one choice. `logprobs` and `offsets` are parallel to `token_ids`."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    offsets: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice while it is being generated."""
+
+    index: int
+    request: Request
+    detokenizer: Detokenizer
+    text_start: int = 0  # characters of echoed prompt in front of the text
+    stream: OutputStream | None = None
+    is_queued: bool = False
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    timings: dict[str, float] | None = None
+    is_finished: bool = False
+    finish_reason: str | None = None
+
+    def feed(self, output: RequestOutput) -> Delta:
+        """Turn engine output into text. Sets `is_finished` when a stop string ends the sequence early."""
+        sampling, detokenizer = self.request.sampling, self.detokenizer
+        token_ids, offsets = output.new_token_ids, []
+        finish_reason, stop_reason = output.finish_reason, output.stop_reason
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        last = len(token_ids) - 1
+        for position, token_id in enumerate(token_ids):
+            offsets.append(self.text_start + len(detokenizer.text))
+            ended_by_token = (
+                position == last
+                and finish_reason == "stop"
+                and (token_id in sampling.eos_token_ids or token_id in sampling.stop_token_ids)
+            )
+            if ended_by_token and not detokenizer.includes_stop:
+                break  # the stop token counts, but is no part of the text
+            if detokenizer.push(token_id):
+                # Tokens that the engine produced past the stop string are not part of the answer.
+                token_ids = token_ids[: position + 1]
+                finish_reason, stop_reason = "stop", detokenizer.stop_string
+                break
+        self.num_output_tokens += len(token_ids)
+        logprobs = None if output.new_logprobs is None else output.new_logprobs[: len(token_ids)]
+        if finish_reason is not None:
+            grammar = self.request.grammar
+            if grammar is not None and grammar.error is not None:
+                raise APIError(f"The constraint could not be followed: {grammar.error}", param="response_format")
+            if detokenizer.finish():
+                finish_reason, stop_reason = "stop", detokenizer.stop_string
+            self.is_finished, self.finish_reason = True, finish_reason
+            self.timings = output.timings
+        text = detokenizer.take(is_final=finish_reason is not None)
+        return Delta(self.index, text, token_ids, logprobs, offsets, finish_reason, stop_reason)
+
+
+@dataclass(slots=True)
+class PromptInput:
+    """A tokenised prompt; `text` is None until somebody needs it (a prompt that came as token ids)."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """All choices of one HTTP request. Close it in any case: closing aborts what is unfinished."""
+
+    state: ServerState
+    request_id: str
+    choice: SizeChoice
+    requested_model: str = ""
+    sequences: list[Sequence] = field(default_factory=list)
+    size: int = 0
+    reason: str = ""
+    changes: list[tuple[int, int]] = field(default_factory=list)  # (size, output tokens before it) of the first choice
+    _first: RequestOutput | None = None
+    _deadline: asyncio.TimerHandle | None = None
+    num_prompt_tokens: int = 0
+
+    def add(
+        self,
+        prompt: PromptInput,
+        sampling: SamplingParams,
+        *,
+        stop: tuple[str, ...],
+        include_stop: bool,
+        skip_special_tokens: bool,
+        priority: int,
+        tenant: str,
+        cache_salt: str,
+        arrival_time: float,
+        grammar: Any = None,
+    ) -> Sequence:
+        index = len(self.sequences)
+        request = Request(
+            request_id=f"{self.request_id}-{next(_serial)}",
+            prompt_token_ids=prompt.token_ids,
+            sampling=sampling,
+            sizes=self.choice.sizes,
+            size_reason=self.choice.reason,
+            budget=self.choice.budget,
+            priority=priority,
+            tenant=tenant,
+            size_schedule=self.choice.schedule,
+            cache_salt=cache_salt,
+            grammar=grammar,
+            arrival_time=arrival_time,
+        )
+        detokenizer = Detokenizer(
+            self.state.tokenizer,
+            prompt.token_ids,
+            stop=stop,
+            include_stop=include_stop,
+            skip_special_tokens=skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+        )
+        sequence = Sequence(index, request, detokenizer)
+        self.sequences.append(sequence)
+        return sequence
+
+    # --- running
+
+    async def start(self) -> None:
+        """Submit, and wait until the first sequence has its size. APIError if it is refused.
+
+        Where a policy picks the size, the other sequences are pinned to what it picked: one answer, one size.
+        """
+        waiting = sum(len(sequence.request.prompt_token_ids) for sequence in self.sequences)
+        self.state.admission.check(self.sequences[0].request.tenant, len(self.sequences), waiting)
+        seconds = self.state.settings.max_request_seconds
+        if seconds:
+            left = self.sequences[0].request.arrival_time + seconds - now()
+            self._deadline = asyncio.get_running_loop().call_later(max(left, 0), self._expire, seconds)
+        first, rest = self.sequences[0], self.sequences[1:]
+        self._submit(first)
+        is_pinned = len(first.request.sizes) == 1
+        if is_pinned:
+            for sequence in rest:
+                self._submit(sequence)
+        self._first = output = await anext(first.stream)
+        self._note(first, output)
+        self._raise_if_failed(output)
+        if not is_pinned:
+            for sequence in rest:
+                if self.size:
+                    sequence.request.sizes, sequence.request.size_reason = (self.size,), self.reason
+                self._submit(sequence)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Everything that follows, in the order in which it happens. APIError if a sequence fails."""
+        if len(self.sequences) == 1:
+            sequence = self.sequences[0]
+            output = self._first
+            while True:
+                self._raise_if_failed(output)
+                delta = sequence.feed(output)
+                yield delta
+                if sequence.is_finished:
+                    await self._retire(sequence, delta)
+                    return
+                output = await anext(sequence.stream)
+                self._note(sequence, output)
+        else:
+            async for delta in self._interleaved():
+                yield delta
+
+    async def _interleaved(self) -> AsyncIterator[Delta]:
+        """Outputs of several sequences as they come; those of one that is not read in time are merged."""
+        pending: dict[int, RequestOutput] = {0: self._first}
+        ready = asyncio.Event()
+        ready.set()
+
+        async def follow(sequence: Sequence) -> None:
+            async for output in sequence.stream:
+                self._note(sequence, output)
+                before = pending.get(sequence.index)
+                pending[sequence.index] = output if before is None else merge(before, output)
+                ready.set()
+
+        followers = [asyncio.ensure_future(follow(sequence)) for sequence in self.sequences]
+        try:
+            unfinished = len(self.sequences)
+            while unfinished:
+                await ready.wait()
+                ready.clear()
+                while pending:
+                    index, output = pending.popitem()
+                    sequence = self.sequences[index]
+                    if sequence.is_finished:
+                        continue
+                    self._raise_if_failed(output)
+                    delta = sequence.feed(output)
+                    yield delta
+                    if sequence.is_finished:
+                        unfinished -= 1
+                        await self._retire(sequence, delta)
+        finally:
+            for follower in followers:
+                follower.cancel()
+            await asyncio.gather(*followers, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Abort whatever still runs. Safe to call twice."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for sequence in self.sequences:
+            self._leave_queue(sequence)
+            if sequence.stream is not None:
+                await sequence.stream.aclose()
+
+    # --- parts
+
+    def _submit(self, sequence: Sequence) -> None:
+        num_tokens = len(sequence.request.prompt_token_ids)
+        sequence.stream = self.state.engine.submit(sequence.request)
+        self.state.admission.enter(sequence.request.tenant, num_tokens)
+        sequence.is_queued = True
+
+    def _note(self, sequence: Sequence, output: RequestOutput) -> None:
+        self._leave_queue(sequence)
+        if output.decision is not None and sequence.index == 0:
+            if output.decision.size != self.size:
+                self.changes.append((output.decision.size, output.decision.after_tokens))
+            self.size, self.reason = output.decision.size, output.decision.reason
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if sequence.is_queued:
+            sequence.is_queued = False
+            self.state.admission.leave(sequence.request.tenant, len(sequence.request.prompt_token_ids))
+
+    async def _retire(self, sequence: Sequence, delta: Delta) -> None:
+        """A stop string ends a sequence before the engine knows: tell it, and the metrics why."""
+        if delta.finish_reason == "stop" and isinstance(delta.stop_reason, str):
+            sequence.request.stop_reason = delta.stop_reason
+        await sequence.stream.aclose()
+
+    def _raise_if_failed(self, output: RequestOutput) -> None:
+        if output.finish_reason == "error":
+            raise APIError(
+                output.error or "The engine failed.",
+                param=output.error_param,
+                status=output.error_status,
+                retry_after=output.retry_after,
+            )
+        if output.finish_reason == "abort":
+            raise APIError("The request was aborted because the server is stopping.", status=503)
+
+    def _expire(self, seconds: float) -> None:
+        message = f"The request took longer than the {seconds:g} s that this server allows."
+        for sequence in self.sequences:
+            if sequence.stream is not None and not sequence.is_finished:
+                sequence.stream.put(
+                    RequestOutput(sequence.request.request_id, finish_reason="error", error=message, error_status=408)
+                )
+                self.state.engine.abort(sequence.request.request_id)
+
+    # --- reports
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far. A prompt that `n` choices share counts once."""
+        completion = sum(sequence.num_output_tokens for sequence in self.sequences)
+        cached = max((sequence.num_cached_tokens for sequence in self.sequences), default=0)
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.num_prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": max(cached, 0)},
+        }
+
+    @property
+    def model_id(self) -> str:
+        return self.state.catalog.model_id(self.size)
+
+    def size_summary(self) -> dict[str, Any]:
+        summary = self.state.catalog.infos[self.size].summary(self.reason)
+        if len(self.changes) > 1:
+            summary["changes"] = [{"layers": size, "after_tokens": count} for size, count in self.changes]
+        return summary
+
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of the first choice, in vLLM's names; those that are known by now."""
+        request = self.sequences[0].request
+        scheduled, first, last = request.scheduled_time, request.first_token_time, request.last_token_time
+        if scheduled is None or first is None or last is None:
+            return {}
+        num_tokens = self.sequences[0].num_output_tokens
+        known = {
+            "queue_time_ms": scheduled - request.arrival_time,
+            "time_to_first_token_ms": first - request.arrival_time,
+            "generation_time_ms": last - first,
+        }
+        if num_tokens > 1:
+            known["mean_itl_ms"] = (last - first) / (num_tokens - 1)
+        report = {name: round(seconds * 1000, 3) for name, seconds in known.items()}
+        if num_tokens > 1 and last > first:
+            report["tokens_per_second"] = round((num_tokens - 1) / (last - first), 3)
+        return report
+
+    def phases(self) -> list[tuple[str, float, float]]:
+        """(name, begin, end) of what the first choice went through, on the clock of `time.monotonic`."""
+        request = self.sequences[0].request
+        marks = (request.arrival_time, request.scheduled_time, request.first_token_time, request.last_token_time)
+        spans = zip(("queue", "prefill", "decode"), marks, marks[1:], strict=False)
+        return [(name, begin, end) for name, begin, end in spans if begin is not None and end is not None]
+
+    def timing_report(self) -> dict[str, Any]:
+        """`metrics` of an answer, where the operator wants them."""
+        return {"metrics": self.timings()} if self.state.settings.enable_per_request_metrics else {}
+
+    def headers(self) -> dict[str, str]:
+        return {"x-boomerang-size": f"{self.size}L", "x-boomerang-size-reason": self.reason}
+
+
+def now() -> float:
+    """The clock of `Request.arrival_time`."""
+    return time.monotonic()

@@ -1,0 +1,91 @@
+"""Log-probabilities in OpenAI's two shapes, and vLLM's `prompt_logprobs`.
+
+The floats are passed on as they come: a client that compares a token's value with the best one's must see equality.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.api.generate.tokenizer import ServingTokenizer
+from server.core.request import TokenLogprobs
+
+# JSON has no infinity; this is what vLLM and OpenAI report for a token that cannot occur.
+_LOWEST = -9999.0
+
+
+class LogprobFormatter:
+    """Renders tokens for one request."""
+
+    __slots__ = ("_as_ids", "_num_top", "_tokenizer")
+
+    def __init__(self, tokenizer: ServingTokenizer, num_top: int, as_token_ids: bool = False) -> None:
+        """`num_top` likeliest tokens at each position (-1: all); `as_token_ids` prints `token_id:7` for token 7."""
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        self._as_ids = as_token_ids
+
+    def token(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
+
+    def legacy(
+        self, entries: list[TokenLogprobs | None], token_ids: list[int], offsets: list[int]
+    ) -> dict[str, list[Any]]:
+        """The completions object. `entries[i]` is None where nothing precedes the token (first of the prompt)."""
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
+            "tokens": [self.token(token_id) for token_id in token_ids],
+            "top_logprobs": [None if entry is None else self._top_dict(entry) for entry in entries],
+        }
+
+    def _top_dict(self, entry: TokenLogprobs) -> dict[str, float] | None:
+        top: dict[str, float] = {}
+        # Likeliest first, so of two ids with the same text the larger value survives. The token itself always counts.
+        for token_id, logprob in self._top(entry):
+            top.setdefault(self.token(token_id), _finite(logprob))
+        text = self.token(entry.token_id)
+        top[text] = max(top.get(text, _LOWEST), _finite(entry.logprob))
+        return top
+
+    def _top(self, entry: TokenLogprobs) -> tuple[tuple[int, float], ...]:
+        # The engine may have been asked for more, for the sake of `prompt_logprobs`.
+        return entry.top if self._num_top < 0 else entry.top[: self._num_top]
+
+    def chat(self, entries: list[TokenLogprobs]) -> dict[str, list[dict[str, Any]]]:
+        """The chat object: {"content": [{token, logprob, bytes, top_logprobs}]}."""
+        return {"content": [self._chat_entry(entry) for entry in entries]}
+
+    def _chat_entry(self, entry: TokenLogprobs) -> dict[str, Any]:
+        item = self._chat_token(entry.token_id, entry.logprob)
+        item["top_logprobs"] = [self._chat_token(token_id, logprob) for token_id, logprob in self._top(entry)]
+        return item
+
+    def _chat_token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self.token(token_id),
+            "logprob": _finite(logprob),
+            "bytes": self._tokenizer.token_bytes(token_id),
+        }
+
+    def prompt(self, entries: list[TokenLogprobs | None]) -> list[dict[str, dict[str, Any]] | None]:
+        """vLLM's `prompt_logprobs`: per position {token id: {logprob, rank, decoded_token}}."""
+        result: list[dict[str, dict[str, Any]] | None] = []
+        for entry in entries:
+            if entry is None:
+                result.append(None)
+                continue
+            position = {
+                str(token_id): self._ranked(token_id, logprob, rank)
+                for rank, (token_id, logprob) in enumerate(entry.top, start=1)
+            }
+            position.setdefault(str(entry.token_id), self._ranked(entry.token_id, entry.logprob, entry.rank))
+            result.append(position)
+        return result
+
+    def _ranked(self, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": self.token(token_id)}
+
+
+def _finite(value: float) -> float:
+    return max(value, _LOWEST)

@@ -1,0 +1,165 @@
+"""Text to token ids and back, and everything the tokenizer's folder knows: special tokens, chat template.
+
+Works on `tokenizer.json` through the tokenizers library alone: importing transformers would cost a good part of the
+time in which the server is to be ready. Only a folder without that file takes the long way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from server.api.generate.chat_template import ChatTemplate
+
+# Below this a tokenisation takes less than the hop to a thread and back.
+_INLINE_CHARACTERS = 2000
+
+
+class ServingTokenizer:
+    """One tokenizer, shared by all requests; safe to use from several threads."""
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        config: dict[str, Any],
+        *,
+        chat_template: str | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+        vocab_size: int | None = None,
+    ) -> None:
+        """`config` is the content of tokenizer_config.json; `vocab_size` the rows of the model's embedding."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.config = config
+        self.vocab_size = vocab_size or backend.get_vocab_size()
+        self.special_tokens = {
+            name: _token_text(config.get(name))
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if _token_text(config.get(name)) is not None
+        }
+        eos = self.special_tokens.get("eos_token")
+        eos_id = backend.token_to_id(eos) if eos else None
+        self.eos_token_ids = eos_token_ids | (frozenset() if eos_id is None else {eos_id})
+        bos = self.special_tokens.get("bos_token")
+        self.bos_token_id = backend.token_to_id(bos) if bos else None
+        self.chat_template = ChatTemplate(chat_template, self.special_tokens) if chat_template else None
+        # A byte-level vocabulary writes each byte as a printable character; knowing the map gives exact bytes.
+        self._byte_of = _byte_level_map() if _is_byte_level(backend) else None
+        self.longest_token = max(map(len, backend.get_vocab()), default=1)
+        self.token_text = lru_cache(maxsize=1 << 17)(self._token_text)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, *, chat_template: str | None = None, vocab_size: int | None = None
+    ) -> ServingTokenizer:
+        """Load a Hugging Face tokenizer folder; `chat_template` (text) overrides its own. OSError if absent."""
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer.json").exists():
+            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            from transformers import AutoTokenizer
+
+            converted = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            backend = converted.backend_tokenizer
+            config = {**converted.special_tokens_map, **config}
+        for name, value in _read_json(folder / "special_tokens_map.json").items():
+            config.setdefault(name, value)
+        eos: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            value = _read_json(folder / name).get("eos_token_id")
+            if value is not None:
+                eos = {value} if isinstance(value, int) else set(value)
+                break
+        template = chat_template or _folder_template(folder, config)
+        return cls(backend, config, chat_template=template, eos_token_ids=frozenset(eos), vocab_size=vocab_size)
+
+    # --- text -> ids
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Long texts are tokenised in a thread, so that they do not hold up everybody's streams."""
+        if len(text) <= _INLINE_CHARACTERS:
+            return self.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+
+    # --- ids -> text
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def _token_text(self, token_id: int) -> str:
+        return self.backend.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """The UTF-8 bytes of one token, exact even where the token is a part of a character."""
+        piece = self.backend.id_to_token(token_id)
+        if piece is None:
+            return []
+        if self._byte_of is not None and not self._is_added(token_id):
+            known = [self._byte_of.get(character) for character in piece]
+            if None not in known:
+                return known
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # sentencepiece byte fallback
+            return [int(piece[3:5], 16)]
+        return list(self.token_text(token_id).encode())
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one tokenizer lives as long as the process
+    def _added_tokens(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    def _is_added(self, token_id: int) -> bool:
+        return token_id in self._added_tokens()
+
+    def info(self) -> dict[str, Any]:
+        """What `/tokenizer_info` answers: lm-eval's remote tokenizer reads the special tokens and the template."""
+        return {
+            "tokenizer_class": self.config.get("tokenizer_class", "PreTrainedTokenizerFast"),
+            **{name: self.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+            "eos_token_ids": sorted(self.eos_token_ids),
+            "vocab_size": self.backend.get_vocab_size(),
+            "model_max_length": self.config.get("model_max_length"),
+            "add_bos_token": self.config.get("add_bos_token", False),
+            "chat_template": self.chat_template.source if self.chat_template else None,
+        }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is a string or {"content": ...}."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default") or next(iter(named.values()), None)
+    return template
+
+
+def _is_byte_level(backend: Tokenizer) -> bool:
+    # The decoder's own state: serialising the whole tokenizer, vocabulary and all, takes a fifth of a second.
+    return backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
+
+
+def _byte_level_map() -> dict[str, int]:
+    """GPT-2's printable character for every byte, inverted (Radford et al. 2019, encoder.py `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    mapping = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    mapping.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return mapping

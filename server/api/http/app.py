@@ -1,0 +1,110 @@
+"""The application: routes, middleware, and the life of the engine behind them.
+
+`create_app` needs no server of its own: uvicorn, Ray Serve and tests all run what it returns. Loading happens in the
+background, so the port answers (with 503) from the first moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from server.api.http.auth import KeyRing
+from server.api.http.errors import APIError, handle_api_error, handle_http_error, handle_unexpected
+from server.api.http.gateway import Gateway
+from server.api.http.state import ServedModel, ServerState
+from server.api.playground import router as playground_router
+from server.api.posts import add_posts, openapi_document
+from server.api.routes import router
+from server.config import Settings
+from server.observe.metrics import Metrics
+from server.observe.tracing import create_telemetry
+from server.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings,
+    load: Callable[[], ServedModel],
+    on_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """The application. `load` builds the engine and runs in a thread once the application starts.
+
+    If it raises, every probe answers 503 with the reason and `on_failure` is told (the command line then exits).
+    """
+    state = ServerState(settings, KeyRing.from_settings(settings), Metrics(legacy_names=settings.metrics_legacy_names))
+
+    state.telemetry = create_telemetry(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.ensure_future(_load(state, load, on_failure))
+        try:
+            yield
+        finally:
+            state.is_draining = True
+            if not loading.done():
+                loading.cancel()
+            if state.async_engine is not None:
+                await state.async_engine.stop()
+            if state.telemetry is not None:
+                await asyncio.to_thread(state.telemetry.close)
+
+    docs = {} if not settings.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(
+        title="boomerang-serve",
+        version=__version__,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        **docs,
+    )
+    app.state.server = state
+    app.include_router(router)
+    add_posts(app, state)
+    app.include_router(playground_router)
+    app.add_exception_handler(APIError, handle_api_error)
+    app.add_exception_handler(HTTPException, handle_http_error)
+    app.add_exception_handler(Exception, handle_unexpected)
+    app.openapi = lambda: openapi_document(app)
+    # The last one added is the outermost: CORS headers belong on refusals too.
+    app.add_middleware(Gateway, state=state)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.allowed_origins),
+        allow_methods=list(settings.allowed_methods),
+        allow_headers=list(settings.allowed_headers),
+        allow_credentials=settings.allow_credentials,
+        expose_headers=["x-request-id", "x-boomerang-size", "x-boomerang-size-reason", "retry-after"],
+    )
+    return app
+
+
+async def _load(
+    state: ServerState, load: Callable[[], ServedModel], on_failure: Callable[[BaseException], None] | None
+) -> None:
+    from server.engine.async_engine import AsyncEngine
+
+    try:
+        model = await asyncio.to_thread(load)
+        # Smallest and largest size together run every layer: weights that yield no number are found out now.
+        for size in {model.engine.sizes[0], model.engine.sizes[-1]}:
+            await asyncio.to_thread(model.engine.probe, size)
+        async_engine = AsyncEngine(model.engine)
+        catalog = model.catalog
+        state.metrics.attach(model.engine, catalog.name, catalog.max_model_len, state.settings.gpu_memory_utilization)
+        async_engine.on_failure = on_failure
+        await async_engine.start()
+        state.attach(model, async_engine)
+    except Exception as error:
+        state.load_error = f"{type(error).__name__}: {error}" if not isinstance(error, APIError) else error.message
+        if on_failure is None:
+            logger.exception("the model could not be loaded")
+        else:
+            on_failure(error)

@@ -1,0 +1,109 @@
+"""Bodies in general: strict JSON; unknown fields are logged, those that would change the answer refused.
+
+Types are strict: a bool is no int, a float no int, NaN and infinity are refused by the JSON parser.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from server.api.http.errors import APIError, from_validation, invalid
+
+logger = logging.getLogger(__name__)
+
+# field -> values that mean "not used"
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1, 1.0),
+    "prompt_embeds": (None,),
+    "logprob_token_ids": (None, []),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "audio": (None,),
+    "modalities": (None, [], ["text"]),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+    "logits_processors": (None, []),
+    "stop_regex": (None, []),
+    "mirostat": (None, 0),
+    "typical_p": (None, 1, 1.0),
+    "tfs_z": (None, 1, 1.0),
+    "xtc_probability": (None, 0, 0.0),
+    "dry_multiplier": (None, 0, 0.0),
+    "lora_request": (None,),
+    "lora_path": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "grammar": (None, ""),
+    "json_schema": (None,),
+    "regex": (None,),
+    "ebnf": (None,),
+}
+# Where a caller of another server finds what that field did.
+INSTEAD = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "grammar": "structured_outputs.grammar",
+    "json_schema": "structured_outputs.json",
+    "regex": "structured_outputs.regex",
+    "ebnf": "structured_outputs.grammar",
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "lora_request": "model",
+}
+_seen_unknown: set[str] = set()
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), populate_by_name=True)
+
+
+T = TypeVar("T", bound=Body)
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A JSON object, or APIError. orjson refuses NaN, infinities, lone surrogates, bad UTF-8 and deep nesting."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"The request body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid("The request body must be a JSON object.")
+    return value
+
+
+def parse_body(model: type[T], raw: bytes) -> T:
+    """Validate a request body; APIError 400 names the parameter."""
+    try:
+        body = model.model_validate(parse_json(raw))
+    except ValidationError as error:
+        raise from_validation(error) from None
+    if body.model_extra:
+        check_extra(body.model_extra)
+    return body
+
+
+def check_extra(extra: dict[str, Any]) -> None:
+    """Refuse unsupported fields that would change the answer; log other unknown ones once."""
+    for name, value in extra.items():
+        neutral = UNSUPPORTED.get(name)
+        if neutral is not None:
+            # `in` would call True equal to 1.
+            if not any(value == ok and type(value) is type(ok) for ok in neutral):
+                instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
+                raise APIError(f"{name} is not supported{instead}.", param=name, code="unsupported_parameter")
+        elif name not in _seen_unknown and len(_seen_unknown) < 1000:
+            _seen_unknown.add(name)
+            logger.info("ignoring unknown request field %r", name[:100])

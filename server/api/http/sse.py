@@ -1,0 +1,105 @@
+"""Responses that notice when their client leaves: server-sent events, and plain answers that take a while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.http.errors import APIError
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: Any) -> bytes:
+    """One server-sent event with a JSON payload."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def named_event(name: str, data: Any) -> bytes:
+    """The same with an event name, as Anthropic's and OpenAI's newer streams have it."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends what `events` yields, then awaits `close`; at once if the client leaves or the task is cancelled.
+
+    A failure after the headers have gone becomes an error event, so that the client can tell it from an end.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        headers: dict[str, str],
+        close: Callable[[], Awaitable[None]],
+        error_event: Callable[[APIError], bytes] | None = None,
+    ) -> None:
+        super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        # Response sets a length of 0 for its empty body.
+        self.raw_headers = [item for item in self.raw_headers if item[0] != b"content-length"]
+        self.events = events
+        self.close = close
+        self.error_event = error_event or (lambda error: event(error.body()) + DONE)
+
+    async def __call__(self, scope, receive, send) -> None:
+        sender = asyncio.ensure_future(self._send(send))
+        leaver = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((sender, leaver), return_when=asyncio.FIRST_COMPLETED)
+            if sender.done():
+                sender.result()
+        finally:
+            await _cancel(sender, leaver)
+            await self.events.aclose()
+            await self.close()  # a generator that never started has run no `finally` of its own
+
+    async def _send(self, send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for chunk in self.events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except APIError as error:
+            await send({"type": "http.response.body", "body": self.error_event(error), "more_body": True})
+        except OSError:  # the client is gone
+            return
+        except Exception:
+            logger.exception("stream failed")
+            error = APIError("The server failed to handle this request.", status=500)
+            await send({"type": "http.response.body", "body": self.error_event(error), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_disconnect(request: Request, work: Awaitable[Response]) -> Response:
+    """Await `work`, unless the client leaves first: then it is cancelled. Cancelling this cancels it as well."""
+    worker = asyncio.ensure_future(work)
+    leaver = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait((worker, leaver), return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        return Response(status_code=499)  # nobody reads it; the access log does
+    finally:
+        await _cancel(worker, leaver)
+
+
+async def _disconnected(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future) -> None:
+    for task in tasks:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task

@@ -1,0 +1,117 @@
+"""`boomerang bench latency`: decode and prefill speed of every size, through the engine without HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from server.commands.sizes import speed_file
+from server.config import Settings
+from server.core.request import Request, SamplingParams
+from server.engine.engine import Engine
+from server.loading import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
+from server.sizing.spec import SizeSpec
+
+
+def measure(engine: Engine, prompts: list[list[int]], num_new: int, size: int) -> tuple[float, float]:
+    """Seconds until every request has its first token, and of the decode steps after that. Greedy, nothing cached."""
+    engine.kv_cache.reset_prefix_cache()
+    sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
+    stamp = time.monotonic_ns()
+    requests = [Request(f"bench-{stamp}-{i}", prompt, sampling, sizes=(size,)) for i, prompt in enumerate(prompts)]
+    start = time.perf_counter()
+    for request in requests:
+        engine.add_request(request)
+    while any(not request.output_token_ids for request in requests):
+        engine.step()
+    first = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return first - start, time.perf_counter() - first
+
+
+def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Measure, print a table, keep the figures in the store for `boomerang sizes`. Returns the exit status."""
+    pair = open_settings_pair(settings)
+    dtype, device = pick_dtype(settings), pick_device(settings)
+    batches = sorted({int(part) for part in arguments.batch_sizes.split(",")})
+    length = arguments.input_len + arguments.output_len
+    if min(batches) < 1 or arguments.input_len < 1 or arguments.output_len < 2 or length > pair.spec.max_context:
+        raise ValueError("batch sizes and lengths must be positive (output at least 2) and fit the model's context")
+    loaded = load_pair(settings, pair, dtype, device)
+    config = dataclasses.replace(
+        engine_config(settings, pair, dtype, device),
+        max_num_seqs=max(batches),
+        max_model_len=length,
+        kv_cache_bytes=int(1.1 * (length + settings.page_size) * max(batches) * _token_bytes(pair, dtype)),
+    )
+    engine = Engine(loaded, config)
+    sizes = _sizes(arguments.sizes, engine, pair)
+    rng = random.Random(settings.seed)
+    vocab = range(min(100, pair.spec.vocab_size - 1), pair.spec.vocab_size)
+    prompts = [rng.choices(vocab, k=arguments.input_len) for _ in range(max(batches))]
+    measure(engine, prompts[:1], 4, sizes[-1])  # first use pays for page faults
+    results: dict[int, dict[str, dict[str, float]]] = {}
+    for size in sizes:
+        row: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
+        for batch in batches:
+            times = [measure(engine, prompts[:batch], arguments.output_len, size) for _ in range(arguments.repeats)]
+            prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
+            row["prefill"][str(batch)] = batch * arguments.input_len / prefill
+            row["decode"][str(batch)] = batch * (arguments.output_len - 1) / decode
+        results[size] = row
+    report = {
+        "pair": pair.name,
+        "executor": engine.executor.describe(),
+        "low_rank": bool(loaded.low_rank),
+        "input_len": arguments.input_len,
+        "output_len": arguments.output_len,
+        "repeats": arguments.repeats,
+        "sizes": results,
+    }
+    if not arguments.no_save:
+        file = speed_file(settings, pair)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1))
+    if arguments.json == "-":
+        json.dump(report, sys.stdout, indent=1)
+        print()
+        return 0
+    if arguments.json:
+        with open(arguments.json, "w") as out:
+            json.dump(report, out, indent=1)
+    _print(report, batches)
+    return 0
+
+
+def _print(report: dict[str, Any], batches: list[int]) -> None:
+    form = "; low-rank student as a difference" if report["low_rank"] else ""
+    table = Table(title=f"{report['pair']}: {report['executor']}{form}; tokens/s, median of {report['repeats']}")
+    table.add_column("size", justify="right")
+    for phase in ("decode", "prefill"):
+        for batch in batches:
+            table.add_column(f"{phase}, {batch} request{'s' * (batch > 1)}", justify="right")
+    for size, row in report["sizes"].items():
+        figures = [f"{row[phase][str(batch)]:.1f}" for phase in ("decode", "prefill") for batch in batches]
+        table.add_row(f"{size}L", *figures)
+    Console().print(table)
+
+
+def _sizes(text: str | None, engine: Engine, pair: Any) -> list[int]:
+    if not text:
+        return list(engine.sizes)
+    parameters = {row["size"]: row["parameters"] for row in pair.size_table()}
+    return sorted({SizeSpec.parse(part.strip()).resolve(engine.sizes, parameters) for part in text.split(",")})
+
+
+def _token_bytes(pair: Any, dtype: Any) -> int:
+    return pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(dtype.itemsize)

@@ -1,0 +1,207 @@
+"""`boomerang chat`: a conversation in the terminal, at any size, with a running server or a pair loaded here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from server.config import Settings
+
+HELP = """/size SIZE    answer with this size from now on (auto, 24L, 75%, student, teacher)
+/sizes        list the sizes
+/system TEXT  start over with this system message
+/reset        forget the conversation
+/quit         leave (also Ctrl-D)"""
+
+
+class Backend(Protocol):
+    """Where answers come from. `stream` yields pieces of text; afterwards `last_size` says who answered."""
+
+    last_size: str
+    num_tokens: int
+
+    def sizes(self) -> list[str]: ...
+    def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]: ...
+
+
+class ChatError(Exception):
+    """What the user should read instead of an answer."""
+
+
+class ServerBackend:
+    """A running server, through its OpenAI-style API."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        import httpx
+
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=600)
+        card = self._get("/v1/models")["data"][0]
+        self.model, self._sizes = card["id"], card["sizes"]
+        self.last_size, self.num_tokens = "", 0
+
+    def _get(self, path: str) -> dict[str, Any]:
+        response = self._client.get(path)
+        if response.status_code != 200:
+            raise ChatError(_message(response.text))
+        return response.json()
+
+    def sizes(self) -> list[str]:
+        return self._sizes
+
+    def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]:
+        body = {
+            "model": self.model, "messages": messages, "size": size, "stream": True,
+            "temperature": arguments.temperature, "max_tokens": arguments.max_tokens,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise ChatError(_message(response.read().decode()))
+            self.last_size = response.headers.get("x-boomerang-size", "")
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise ChatError(chunk["error"]["message"])
+                if chunk.get("usage"):
+                    self.num_tokens = chunk["usage"]["completion_tokens"]
+                for choice in chunk["choices"]:
+                    if piece := choice["delta"].get("content"):
+                        yield piece
+
+
+class LocalBackend:
+    """A pair loaded in this process; the engine is stepped by hand."""
+
+    def __init__(self, settings: Settings) -> None:
+        from server.api.generate.size_choice import SizeChooser
+        from server.loading import load_model
+
+        self._served = load_model(settings)
+        if self._served.tokenizer.chat_template is None:
+            raise ChatError("this model has no chat template: give one with --chat-template")
+        self._chooser = SizeChooser(self._served.catalog, settings)
+        self.last_size, self.num_tokens = "", 0
+
+    def sizes(self) -> list[str]:
+        return [f"{size}L" for size in self._served.catalog.sizes]
+
+    def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]:
+        from server.api.generate.detokenizer import Detokenizer
+        from server.api.protocol import SizeFields
+        from server.core.request import Request, SamplingParams
+
+        tokenizer, engine = self._served.tokenizer, self._served.engine
+        prompt = tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False)
+        room = engine.config.max_model_len - len(prompt)
+        if room < 1:
+            raise ChatError("the conversation is longer than the model's context: /reset")
+        choice = self._chooser.choose(SizeFields(size=size), None, {})
+        sampling = SamplingParams(
+            max_tokens=min(arguments.max_tokens, room), temperature=arguments.temperature,
+            eos_token_ids=tokenizer.eos_token_ids,
+        )  # fmt: skip
+        request = Request(uuid.uuid4().hex, prompt, sampling, sizes=choice.sizes, size_reason=choice.reason)
+        try:
+            engine.add_request(request)
+        except ValueError as error:
+            raise ChatError(str(error)) from None
+        text = Detokenizer(tokenizer, prompt)
+        try:
+            while not request.is_finished:
+                for output in engine.step():
+                    if output.error:
+                        raise ChatError(output.error)
+                    for token in output.new_token_ids:
+                        text.push(token)
+                if request.decision is not None:
+                    self.last_size = f"{request.decision.size}L"
+                if piece := text.take():
+                    yield piece
+            text.finish()
+            if piece := text.take(is_final=True):
+                yield piece
+        finally:
+            self.num_tokens = len(request.output_token_ids)
+            engine.abort([request.request_id])
+
+
+def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Read, answer, repeat. Ctrl-C stops an answer, Ctrl-D leaves."""
+    try:
+        key = arguments.key or os.environ.get("OPENAI_API_KEY")
+        backend: Backend = ServerBackend(arguments.url, key) if arguments.url else LocalBackend(settings)
+    except (ChatError, OSError) as error:
+        print(f"boomerang: {error}")
+        return 1
+    size, system = settings.size, arguments.system
+    messages = _start(system)
+    print(f"{backend.sizes()[0]} to {backend.sizes()[-1]}; /help for commands")
+    while True:
+        try:
+            line = input(f"{size}> ").strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            continue
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return 0
+        if command == "/help":
+            print(HELP)
+        elif command == "/sizes":
+            print(" ".join(backend.sizes()))
+        elif command == "/size":
+            size = rest.strip() or size
+        elif command in ("/reset", "/system"):
+            system = rest.strip() or None if command == "/system" else system
+            messages = _start(system)
+        elif command.startswith("/"):
+            print(f"no such command: {command}\n{HELP}")
+        elif line:
+            _turn(backend, messages, line, size, arguments)
+
+
+def _turn(
+    backend: Backend, messages: list[dict[str, str]], line: str, size: str, arguments: argparse.Namespace
+) -> None:
+    """One question and its answer; a question without an answer is forgotten."""
+    messages.append({"role": "user", "content": line})
+    pieces: list[str] = []
+    start = time.perf_counter()
+    try:
+        for piece in backend.stream(messages, size, arguments):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    except Exception as error:
+        if not isinstance(error, ChatError) and type(error).__name__ != "APIError":
+            raise
+        messages.pop()
+        print(f"[{error}]")
+        return
+    seconds = time.perf_counter() - start
+    print(f"\n[{backend.last_size}, {backend.num_tokens} tokens, {backend.num_tokens / seconds:.1f} tokens/s]")
+    messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _start(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _message(text: str) -> str:
+    """The message of an OpenAI-style error body, or the body."""
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return text.strip() or "the server gave no answer"

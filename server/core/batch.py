@@ -1,0 +1,272 @@
+"""One step's work as flat arrays: packed tokens, sorted by size, and the program of layers to run over them.
+
+T = tokens of the step, R = requests, S = rows whose logits are wanted.
+
+Requests are sorted by size, largest first. For any nested order the rows at or above a station's threshold are then a
+prefix: they run the teacher's block, the rest run the student's layer. A step is thus a list of (layer, first request,
+end request) segments over one packed hidden-state array: views only, no gather, no concatenation.
+
+Where a student layer is a difference to the teacher layer it was kept from (or is that layer), both kinds of rows
+share one segment: the teacher's weights pass once, and the rows from `split` on are the student's.
+
+A request that has changed size may have several rows: tokens whose hidden state was kept before some station start
+there and are left out of the segments below.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from model_store.assembly import Elasticity, LayerPath
+from server.core.request import Request
+from server.core.state_rows import Part, StateCopy, parts_of, state_copies
+
+
+class Segment(NamedTuple):
+    """Run layer `layer` (global id) over requests [start, stop) of the sorted batch.
+
+    With a `split`, requests [split, stop) run the student layer of the station instead, through the same products:
+    its KV, its norms, its low-rank terms.
+    """
+
+    layer: int
+    start: int
+    stop: int
+    station: int
+    split: int | None = None
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """What an executor gets. All arrays are numpy, int32 unless noted; `block_tables` is shared, not copied."""
+
+    requests: list[Request]  # [R], sorted by size descending; one may have several rows
+    sizes: np.ndarray  # [R]
+    input_ids: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    query_start: np.ndarray  # [R + 1], tokens of request r are [query_start[r], query_start[r + 1])
+    context_lens: np.ndarray  # [R], positions that hold KV after this step
+    slots: np.ndarray  # [R], row of the block tables
+    block_tables: np.ndarray  # [global layers, max_num_seqs, max_blocks]
+    program: tuple[Segment, ...]  # in running order
+    embed_cut: int  # requests [0, cut) take the teacher's embedding, the rest the student's
+    norm_cut: int
+    head_cut: int
+    logits_rows: np.ndarray  # [S], token index of each wanted row, ascending
+    logits_start: np.ndarray  # [R + 1], rows of request r are [logits_start[r], logits_start[r + 1])
+    # [R'] that get a new token; of a request with guesses to verify all rows count, of any other the last one.
+    sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    # Rows (of those at `logits_rows`) that tokens are drawn from, ascending; int64.
+    sample_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    # Only for executors with memory for hidden states. A token that is restored is in no segment below that station.
+    saves: list[StateCopy] = field(default_factory=list)
+    restores: list[StateCopy] = field(default_factory=list)
+    depths: np.ndarray | None = None  # [R] layers that each row runs; None: all of its path
+    # Batches of one layout (not 0) differ in input_ids, positions and context_lens alone.
+    layout: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
+
+    def tokens(self, start: int, stop: int) -> slice:
+        """Token range of requests [start, stop)."""
+        return slice(int(self.query_start[start]), int(self.query_start[stop]))
+
+
+def build_batch(
+    scheduled: list[tuple[Request, int]],
+    elasticity: Elasticity,
+    block_tables: np.ndarray,
+    shared_stations: Collection[int] = (),
+    page_size: int = 0,
+) -> ForwardBatch:
+    """Pack `scheduled` = [(request, tokens it advances by)] into one batch.
+
+    `shared_stations`: those at which the executor runs teacher and student rows through the same products.
+    `page_size` is asked for where requests keep hidden states.
+    """
+    parts = []
+    for request, count in scheduled:
+        if request.resume_stop > request.num_computed_tokens:
+            parts += parts_of(request, count, page_size)
+        else:
+            parts.append(Part(request, request.num_computed_tokens, count))
+    # Within a size decode rows come first, so that kernels meet runs of one-token rows, and rows that start above the
+    # embedding last, so that segments are cut as seldom as can be.
+    parts.sort(key=lambda part: (-part.request.path.size, part.station, part.count > 1))
+    requests = [part.request for part in parts]
+    counts = np.fromiter((part.count for part in parts), np.int32, len(parts))
+    computed = np.fromiter((part.begin for part in parts), np.int32, len(parts))
+    sizes = np.fromiter((request.path.size for request in requests), np.int32, len(requests))
+    query_start = np.zeros(len(requests) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+
+    input_ids = np.empty(query_start[-1], np.int32)
+    positions = np.empty(query_start[-1], np.int32)
+    logits_rows: list[int] = []
+    logits_start = np.zeros(len(requests) + 1, np.int32)
+    samples: list[int] = []
+    sample_rows: list[int] = []
+    stop = 0
+    for row, (request, begin, count, _) in enumerate(parts):
+        start, stop = stop, stop + count
+        if request.draft_token_ids:
+            # The last token and the guesses after it; every row's logits tell whether the next guess was right.
+            input_ids[start:stop] = [request.output_token_ids[-1], *request.draft_token_ids]
+            positions[start:stop] = np.arange(begin, begin + count, dtype=np.int32)
+            sample_rows.extend(range(len(logits_rows), len(logits_rows) + count))
+            logits_rows.extend(range(start, stop))
+            logits_start[row + 1] = len(logits_rows)
+            samples.append(row)
+            continue
+        if count == 1 and begin + 1 == request.num_tokens and request.output_token_ids:
+            input_ids[start] = request.output_token_ids[-1]
+            positions[start] = begin
+        else:
+            input_ids[start:stop] = request.token_ids(begin, begin + count)
+            positions[start:stop] = np.arange(begin, begin + count, dtype=np.int32)
+        is_last = begin + count == request.num_tokens
+        if request.sampling.prompt_logprobs is not None and begin < request.num_prompt_tokens - 1:
+            # Position i's logits score token i + 1, so the prompt's own rows end one before its last token.
+            logits_rows.extend(range(start, start + min(count, request.num_prompt_tokens - 1 - begin)))
+        if is_last and request.sampling.max_tokens > 0:
+            sample_rows.append(len(logits_rows))
+            logits_rows.append(stop - 1)
+            samples.append(row)
+        logits_start[row + 1] = len(logits_rows)
+
+    plan = _plan(elasticity, frozenset(shared_stations), sizes.tobytes())
+    program = plan.program
+    saves, restores, depths = [], [], None
+    if any(request.keep_station or request.resume_stop for request in requests):
+        saves, restores = state_copies(parts, page_size)
+    if restores:
+        starts = [part.station for part in parts]
+        program = tuple(piece for segment in program for piece in _without(segment, starts))
+        depths = sizes - np.array([part.request.path.starts[part.station] for part in parts], np.int32)
+    return ForwardBatch(
+        requests=requests,
+        sizes=sizes,
+        input_ids=input_ids,
+        positions=positions,
+        query_start=query_start,
+        context_lens=computed + counts,
+        slots=np.fromiter((request.slot for request in requests), np.int32, len(requests)),
+        block_tables=block_tables,
+        program=program,
+        embed_cut=plan.embed_cut,
+        norm_cut=plan.norm_cut,
+        head_cut=plan.head_cut,
+        logits_rows=np.asarray(logits_rows, np.int32),
+        logits_start=logits_start,
+        sample_requests=np.asarray(samples, np.int32),
+        sample_rows=np.asarray(sample_rows, np.int64),
+        saves=saves,
+        restores=restores,
+        depths=depths,
+    )
+
+
+_LAYOUTS = itertools.count(1)  # of all engines: an executor may serve several
+
+
+class BatchBuilder:
+    """`build_batch` for one engine. While the same requests decode, a step takes over the layout of the one before."""
+
+    def __init__(
+        self, elasticity: Elasticity, block_tables: np.ndarray, shared_stations: Collection[int], page_size: int
+    ) -> None:
+        self._arguments = elasticity, block_tables, shared_stations, page_size
+        self._lanes: list[tuple[Request, LayerPath, int]] = []  # of `_last`, as scheduled: request, path, slot
+        self._last: ForwardBatch | None = None
+
+    def __call__(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
+        decodes = all(count == 1 and _is_decode(request) for request, count in scheduled)
+        if not decodes:
+            self._last = None
+            return build_batch(scheduled, *self._arguments)
+        last = self._last
+        lanes = [(request, request.path, request.slot) for request, _ in scheduled]
+        if last is None or lanes != self._lanes:
+            last = self._last = build_batch(scheduled, *self._arguments)
+            self._lanes = lanes
+            last.layout = next(_LAYOUTS)
+            return last
+        requests = last.requests
+        positions = np.array([request.num_computed_tokens for request in requests], np.int32)
+        return ForwardBatch(
+            requests, last.sizes, np.array([request.output_token_ids[-1] for request in requests], np.int32), positions,
+            last.query_start, positions + 1, last.slots, last.block_tables, last.program, last.embed_cut, last.norm_cut,
+            last.head_cut, last.logits_rows, last.logits_start, last.sample_requests, last.sample_rows,
+            layout=last.layout,
+        )  # fmt: skip
+
+
+def _is_decode(request: Request) -> bool:
+    """Whether the request's next token is its last one, and nothing else is to be done for it."""
+    computed = request.num_computed_tokens
+    return (
+        bool(request.output_token_ids)
+        and computed + 1 == request.num_tokens
+        and not request.draft_token_ids
+        and not request.keep_station
+        and request.resume_stop <= computed
+    )
+
+
+class _Plan(NamedTuple):
+    """What only the sizes of the rows decide."""
+
+    program: tuple[Segment, ...]
+    embed_cut: int
+    norm_cut: int
+    head_cut: int
+
+
+@lru_cache(maxsize=512)
+def _plan(elasticity: Elasticity, shared_stations: frozenset[int], sizes: bytes) -> _Plan:
+    """`sizes`: int32 [R], descending. While everybody decodes, one step's plan is the next one's."""
+    negated = -np.frombuffer(sizes, np.int32)
+    end = len(negated)
+
+    def cut(threshold: int) -> int:
+        return int(np.searchsorted(negated, -threshold, side="right"))  # rows of at least so many layers
+
+    program: list[Segment] = []
+    num_teacher = elasticity.num_teacher_layers
+    for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
+        split, first = cut(threshold), station.start
+        if split < end and station.index in shared_stations:
+            program.append(Segment(first, 0, end, station.index, split))
+            first += 1
+        elif split < end:
+            program.append(Segment(num_teacher + station.index, split, end, station.index))
+        if split:
+            program.extend(Segment(t, 0, split, station.index) for t in range(first, station.stop))
+    ends = (elasticity.embed_threshold, elasticity.norm_threshold, elasticity.head_threshold)
+    return _Plan(tuple(program), *map(cut, ends))
+
+
+def _without(segment: Segment, starts: list[int]) -> list[Segment]:
+    """The segment without rows that start at a later station (`starts` [R])."""
+    pieces: list[Segment] = []
+    first = segment.start
+    for row in range(segment.start, segment.stop + 1):
+        if row < segment.stop and starts[row] <= segment.station:
+            continue
+        if first < row:
+            split = None if segment.split is None else min(max(segment.split, first), row)
+            pieces.append(segment._replace(start=first, stop=row, split=None if split == row else split))
+        first = row + 1
+    return pieces

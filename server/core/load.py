@@ -1,0 +1,91 @@
+"""Running totals of a scheduler's load, kept up as requests come, advance and go, so that a decision reads instead of
+counting. Indexed by size (layers)."""
+
+from __future__ import annotations
+
+from server.core.request import Request
+
+
+class Load:
+    """What runs now: rows, context and uncomputed tokens by size; rows and tightest TPOT limit by tenant."""
+
+    def __init__(self, num_teacher_layers: int) -> None:
+        n = num_teacher_layers + 1
+        self.rows = [0] * n  # requests
+        self.context = [0] * n  # tokens that hold KV
+        self.pending = [0] * n  # tokens not computed yet; 1 for each decoding request
+        self.num_rows = 0
+        # The same times layers, over all sizes
+        self.layer_rows = self.layer_context = self.layer_pending = 0
+        self.tenant_rows: dict[str, list[int]] = {}  # tenant -> rows by size
+        self.held: dict[str, int] = {}  # tenant -> rows
+        self._limits: dict[str, dict[float, int]] = {}  # tenant -> TPOT limit -> how many running requests have it
+        self._tightest: dict[str, float] = {}  # tenant -> the smallest of them
+
+    def enter(self, request: Request) -> None:
+        """A request starts to run: `path` and `num_computed_tokens` are set."""
+        size = request.path.size
+        self.rows[size] += 1
+        self.num_rows += 1
+        self._count(size, request.num_computed_tokens, request.num_tokens - request.num_computed_tokens, 1)
+        rows = self.tenant_rows.get(request.tenant)
+        if rows is None:
+            rows = self.tenant_rows[request.tenant] = [0] * len(self.rows)
+        rows[size] += 1
+        self.held[request.tenant] = self.held.get(request.tenant, 0) + 1
+        limit = request.budget.tpot
+        if limit is not None:
+            limits = self._limits.setdefault(request.tenant, {})
+            limits[limit] = limits.get(limit, 0) + 1
+            self._tightest[request.tenant] = min(limit, self._tightest.get(request.tenant, limit))
+
+    def leave(self, request: Request) -> None:
+        """It stops running; called before its blocks are freed."""
+        size = request.path.size
+        self.rows[size] -= 1
+        self.num_rows -= 1
+        self._count(size, -request.num_computed_tokens, request.num_computed_tokens - request.num_tokens, -1)
+        rows = self.tenant_rows[request.tenant]
+        rows[size] -= 1
+        self.held[request.tenant] -= 1
+        if not self.held[request.tenant]:
+            del self.tenant_rows[request.tenant], self.held[request.tenant]
+        limit = request.budget.tpot
+        if limit is not None:
+            limits = self._limits[request.tenant]
+            limits[limit] -= 1
+            if not limits[limit]:
+                del limits[limit]
+                if not limits:
+                    del self._limits[request.tenant], self._tightest[request.tenant]
+                elif limit == self._tightest[request.tenant]:
+                    self._tightest[request.tenant] = min(limits)
+
+    def advance(self, request: Request, count: int) -> None:
+        self._count(request.path.size, count, -count)
+
+    def append(self, request: Request) -> None:
+        """It got a token, which is now to be computed."""
+        self._count(request.path.size, 0, 1)
+
+    def _count(self, size: int, context: int, pending: int, rows: int = 0) -> None:
+        self.context[size] += context
+        self.pending[size] += pending
+        self.layer_rows += size * rows
+        self.layer_context += size * context
+        self.layer_pending += size * pending
+
+    def tightest_tpot(self, skip: set[str] | frozenset[str] = frozenset()) -> float | None:
+        """The smallest TPOT limit among running requests of tenants not in `skip`, in seconds."""
+        if skip:
+            return min((low for tenant, low in self._tightest.items() if tenant not in skip), default=None)
+        return min(self._tightest.values(), default=None)
+
+    def check(self, running: list[Request]) -> None:
+        """Assert that the totals are what counting would give."""
+        fresh = Load(len(self.rows) - 1)
+        for request in running:
+            fresh.enter(request)
+        totals = ("num_rows", "layer_rows", "layer_context", "layer_pending")
+        for name in ("rows", "context", "pending", *totals, "tenant_rows", "held", "_limits", "_tightest"):
+            assert getattr(self, name) == getattr(fresh, name), f"load totals disagree on {name}"

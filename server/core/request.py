@@ -1,0 +1,201 @@
+"""What the engine knows about a request: how to sample it, where it stands, what it has produced.
+
+No torch here: the scheduler and the size policy are plain Python that a test can drive by hand.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model_store.assembly import LayerPath
+    from server.engine.kv_cache import Block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Validated by the API; `n` is expanded there into one request per sample."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()  # the model's own; not consulted when ignore_eos
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; 0: of the sampled token only; n: and of the n likeliest; -1: all
+    prompt_logprobs: int | None = None  # the same for prompt positions 1..
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Limits a request brings along (None: none). Times in seconds, from arrival; memory in bytes."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2e: float | None = None
+    memory: int | None = None
+    strict: bool = False  # slo_policy: strict refuses what cannot be met now, best_effort serves it at the floor
+    inherited: frozenset[str] = frozenset()  # the limits above that the server or the key brought, not the caller
+
+
+@dataclass(frozen=True, slots=True)
+class SizeDecision:
+    """The size a request got and why (`size.reason` in the answer)."""
+
+    size: int
+    reason: str
+    after_tokens: int = 0  # output tokens before it
+
+
+class RequestStatus(enum.IntEnum):
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2  # waiting again, its KV gone
+    # Anything from here on is finished.
+    FINISHED_STOP = 3
+    FINISHED_LENGTH = 4
+    FINISHED_ABORT = 5
+    FINISHED_ERROR = 6
+
+    @property
+    def is_finished(self) -> bool:
+        return self >= RequestStatus.FINISHED_STOP
+
+    @property
+    def finish_reason(self) -> str | None:
+        return {3: "stop", 4: "length", 5: "abort", 6: "error"}.get(int(self))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the raw logits in float32 (before temperature, penalties, masks).
+
+    `top` lists (token id, logprob) likeliest first, with as many entries as were asked for;
+    `rank` is the 1-based rank of `token_id` among the vocabulary.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """What a step drew for a request."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    following: tuple[SampledToken, ...] = ()  # more tokens of the same step: guesses that were right
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence. `num_computed_tokens` chases `num_tokens`; nothing else decides its phase."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    sizes: tuple[int, ...]  # what the caller allows, ascending: floor .. ceiling (one entry = pinned)
+    size_reason: str = "requested"  # why `sizes` is what it is: requested | auto | memory_budget | ...
+    budget: Budget = field(default_factory=Budget)
+    priority: int = 0  # lower first, as in vLLM
+    tenant: str = ""  # fairness is between tenants; "" = anonymous
+    size_schedule: tuple[tuple[int, int], ...] = ()  # ((size, output tokens), ...) for a planned mid-request change
+    cache_salt: str = ""
+    grammar: Any = None  # compiled constraint (server.engine.extras.grammar), or None
+    arrival_time: float = field(default_factory=time.monotonic)
+
+    # --- state, written by the scheduler only
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    path: LayerPath | None = None  # None until admitted
+    decision: SizeDecision | None = None
+    slot: int = -1  # row of the block tables while running
+    blocks: list[Block] = field(default_factory=list)
+    keep_station: int = 0  # hidden states are kept before this station, for a change of size to come; 0: nowhere
+    resume_stop: int = 0  # positions below this start from a hidden state if their block `resumes`
+    num_cached_tokens: int = -1  # prefix-cache hit at first admission
+    num_preemptions: int = 0
+    scheduled_time: float | None = None  # first time it was given tokens
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    stop_reason: int | str | None = None
+    draft_token_ids: list[int] = field(default_factory=list)  # guesses to verify in this step, after the last token
+    sampler_state: Any = None  # generator and token counts, owned by the sampler
+    error: str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status.is_finished
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Ids at positions start .. stop-1 of prompt followed by output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+
+    def __repr__(self) -> str:
+        size = self.path.size if self.path else "?"
+        return f"Request({self.request_id}, {self.status.name}, {size}L, {self.num_computed_tokens}/{self.num_tokens})"
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What one step produced for one request; crosses from the engine thread to the event loop.
+
+    The first output of every request is its admission (`decision` set, no tokens), so that the HTTP layer can put the
+    size into headers before the first token. `new_logprobs` is parallel to `new_token_ids` when logprobs were asked
+    for. `prompt_logprobs` arrives once, with the first token (entry 0 is None: nothing precedes it).
+    """
+
+    request_id: str
+    decision: SizeDecision | None = None
+    new_token_ids: list[int] = field(default_factory=list)
+    new_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None  # stop | length | abort | error
+    stop_reason: int | str | None = None  # the stop token id that ended it, when not eos
+    num_cached_tokens: int = 0
+    error: str | None = None
+    error_status: int = 500  # HTTP status that `error` deserves (400 impossible, 503 not now)
+    error_param: str | None = None  # the field at fault
+    retry_after: float | None = None
+    timings: dict[str, float] | None = None  # on the last output: queue, prefill, decode, ttft, e2e seconds
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None

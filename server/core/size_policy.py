@@ -1,0 +1,108 @@
+"""What the scheduler asks of whoever chooses sizes, and the simplest answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.core.request import Request, SizeDecision
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from server.core.batch import ForwardBatch
+    from server.core.load import Load
+    from server.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request gets no size: 400 impossible, 503 not now (`retry_after` in seconds)."""
+
+    message: str
+    status: int
+    retry_after: float | None = None
+    param: str | None = None  # the field at fault
+
+
+class RequestRefused(ValueError):
+    """A request that could not run even on an idle server."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast prompts advance beside those who decode, as long as steps are like this one."""
+
+    layer_tokens: int  # tokens of prompt x layers that a step may carry
+    seconds: float  # what such a step takes
+
+    def first_token_after(self, request: Request, load: Load) -> float:
+        """Seconds from the request's admission now to its first token at the smallest size it allows.
+
+        One step more than the arithmetic says: a request admitted in vain costs another one its limit.
+        """
+        work = max(load.layer_pending - load.layer_rows, 0) + max(request.num_tokens - 1, 1) * request.sizes[0]
+        return (math.ceil(work / self.layer_tokens) + 1) * self.seconds
+
+
+class SizePolicy:
+    """Picks the size of a request as it is admitted (and again when it is re-admitted after preemption).
+
+    `now` is the scheduler's clock; an implementation reads no other. All methods but `choose` may be left alone.
+    """
+
+    shrinks_running = False  # whether `resize` may take a running request to its smallest size
+
+    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
+        """A size out of `request.sizes`, a refusal, or None to leave it queued for now."""
+        raise NotImplementedError
+
+    def prepare(self, request: Request, scheduler: Scheduler, now: float) -> Refusal | None:
+        """Called once, before the request is queued: complete its budget and sizes, or refuse the impossible."""
+
+    def on_arrival(self, request: Request, now: float) -> None:
+        """The request is queued."""
+
+    def on_finish(self, request: Request, now: float) -> None:
+        """The request is finished; `status` says how."""
+
+    def pace(self, scheduler: Scheduler, now: float) -> Pace | None:
+        """What this step may carry of prompts beside its decode rows; None for the configured limit only."""
+
+    def resize(self, scheduler: Scheduler, now: float) -> list[tuple[Request, SizeDecision]]:
+        """Running requests that should go on at another size."""
+        return []
+
+    def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
+        """A step spent `seconds` in the model and ended at `end` on the scheduler's clock."""
+
+    def decode_seconds(self, rows: np.ndarray) -> float | None:
+        """Predicted seconds of a decode step of rows[size] requests; None if this policy predicts nothing."""
+        return None
+
+    def on_idle(self) -> None:
+        """Nothing is left to do: the time to the next step is nobody's."""
+
+    def on_stop(self) -> None:
+        """The engine ends: keep what was learned."""
+
+    def refuse(self, scheduler: Scheduler, now: float) -> Refusal:
+        """What a strict request hears whose limits cannot be met at the moment."""
+        message = "The request's latency limits cannot be met at the moment (slo_policy is strict)."
+        return Refusal(message, 503, math.ceil(self.estimated_wait(scheduler, now)))
+
+    def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
+        """Seconds until what waits now will have been admitted."""
+        return 1.0
+
+
+class LargestSize(SizePolicy):
+    """The largest size the caller allows, whatever the load."""
+
+    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision:
+        return SizeDecision(request.sizes[-1], request.size_reason)

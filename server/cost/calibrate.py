@@ -1,0 +1,313 @@
+"""Fits the cost model to the machine at hand in a few seconds, and keeps it from one start to the next.
+
+The steps that are timed are real ones: requests with pages of the engine's own KV pool, laid out by `build_batch` and
+run by the engine's executor and sampler. What is stored is keyed by everything that decides a step's time: the shapes
+of the pair, the executor, data type, page size, threads and processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from server.core.batch import ForwardBatch
+from server.core.request import Request, SamplingParams
+from server.cost.model import HEAD_KNOTS, KINDS, KNOTS, NUM_FEATURES, CostModel, fit
+from server.cost.profile import CostProfile
+
+if TYPE_CHECKING:
+    from model_store.pair import LoadedPair
+    from server.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+
+# (requests, tokens each, context before, side) of one group; a step is a list of groups. Sides: t teacher, s student.
+Group = tuple[int, int, int, str]
+
+
+def profile_of(
+    pair: LoadedPair, shared_stations: frozenset[int] = frozenset(), bytes_per_weight: float | None = None
+) -> CostProfile:
+    """Bytes and shapes of a loaded pair; `shared_stations` and `bytes_per_weight` as the executor has them."""
+    spec, elasticity = pair.spec, pair.elasticity
+    num_layers = elasticity.num_teacher_layers
+    item = pair.ends["teacher"].final_norm_weight.dtype.itemsize  # of K and V; weights may be quantized
+
+    def num_bytes(layer: int) -> int:
+        if layer - num_layers in shared_stations:
+            weights = pair.low_rank.get(layer)
+        else:
+            weights = pair.layers.get(layer)
+        return 0 if weights is None else sum(tensor.nbytes for tensor in weights.tensors())
+
+    layer_bytes = [num_bytes(layer) for layer in range(num_layers + len(elasticity.stations))]
+    return CostProfile(
+        elasticity=elasticity,
+        layer_bytes=tuple(layer_bytes),
+        head_bytes=pair.ends["teacher"].head.nbytes,
+        kv_bytes=2 * spec.num_kv_heads * spec.head_dim * item,
+        attention_flops=4 * spec.num_heads * spec.head_dim,
+        weight_bytes_per_parameter=bytes_per_weight or float(pair.ends["teacher"].head.dtype.itemsize),
+        shared_head=pair.ends["teacher"].head is pair.ends["student"].head,
+        shared_stations=shared_stations,
+    )
+
+
+# --- what to time
+
+
+def plan(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
+    """Steps to time, the most telling first."""
+    long = min(1024, max_len // 2)
+    chunk = min(512, max_tokens, max_len - 1)
+    steps: list[list[Group]] = [
+        [(1, 1, 32, "t")],
+        [(1, chunk, 0, "t")],
+        [(min(16, max_num_seqs), 1, 64, "t")],
+        [(1, 1, 32, "s")],
+        [(1, min(64, chunk), 0, "t")],
+        [(min(4, max_num_seqs), 1, 64, "t")],
+        [(min(32, max_num_seqs), 1, 64, "t")],
+        [(min(8, max_num_seqs), 1, long, "t")],
+        [(1, min(16, chunk), 0, "t")],
+        [(1, min(128, chunk, max_len - long), long, "t")],
+        [(min(8, max_num_seqs // 2), 1, 64, "t"), (min(8, max_num_seqs // 2), 1, 64, "s")],
+        [(min(2, max_num_seqs), 1, 64, "t")],
+        [(min(8, max_num_seqs), 1, 64, "t")],
+        [(min(8, max_num_seqs - 1), 1, 64, "t"), (1, min(128, chunk - 8), 0, "s")],
+        [(1, min(256, chunk), 0, "t")],
+        [(min(64, max_num_seqs), 1, 64, "t")],
+        [(1, min(256, chunk), 0, "s")],
+        [(min(4, max_num_seqs), min(32, chunk // 4), 0, "t")],
+        [(min(16, max_num_seqs), 1, long, "s")],
+        [(1, min(max_tokens, max_len - 1), 0, "t")],
+    ]
+    if max_num_seqs > 64:
+        steps += [[(min(128, max_num_seqs), 1, 64, "t")], [(min(256, max_num_seqs), 1, 64, "t")]]
+    return [[group for group in step if group[0] > 0 and group[1] > 0] for step in steps]
+
+
+def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
+    """The steps as batches, with pages from the engine's pool while each one is out."""
+    kv_cache, elasticity = engine.kv_cache, engine.elasticity
+    sides = {"t": engine.sizes[-1], "s": engine.sizes[0]}
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(temperature=0.0, max_tokens=4)
+    for step in steps:
+        scheduled: list[tuple[Request, int]] = []
+        try:
+            for count, tokens, context, side in step:
+                for _ in range(count):
+                    prompt = rng.integers(0, engine.spec.vocab_size, context + tokens).tolist()
+                    request = Request(
+                        f"calibration-{len(scheduled)}", prompt, sampling, sizes=(sides[side],), arrival_time=0.0
+                    )
+                    request.path, request.slot = elasticity.path(sides[side]), len(scheduled)
+                    if not kv_cache.allocate(request, context + tokens):
+                        break
+                    request.num_computed_tokens = context
+                    scheduled.append((request, tokens))
+            if scheduled:
+                yield engine.build_batch(scheduled)
+        finally:
+            for request, _ in scheduled:
+                kv_cache.free(request)
+
+
+def calibrate(
+    engine: Engine, profile: CostProfile, *, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter
+) -> CostModel:
+    """Time steps on an idle engine for about `seconds`, beside what compiling takes, and fit. Overwrites the pool."""
+    config = engine.config
+    steps = plan(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+    features, times = [], []
+    blank = CostModel(profile, np.zeros(NUM_FEATURES))
+    deadline = clock() + seconds
+    for index, batch in enumerate(batches(engine, steps)):
+        best = None
+        for repeat in range(3):
+            started = clock()
+            engine.runner.run(batch)
+            took = clock() - started
+            # The first run of a shape pays for page faults and, on some executors, for compilation.
+            if repeat:
+                best = took if best is None else min(best, took)
+            else:
+                first = took
+            if best is not None and (clock() > deadline or took > 0.25):
+                break
+        deadline += max(first - best, 0.0)
+        features.append(blank.shape(batch).features)
+        times.append(best)
+        if clock() > deadline and index >= 4:
+            break
+    x, t = np.stack(features), np.asarray(times)
+    model = CostModel(profile, fit(x, t, prior_from(profile, x, t), ridge=0.01, sweeps=400))
+    error = np.abs(x @ model.coefficients / t - 1.0)
+    logger.info(
+        "cost model: fitted to %d steps in %.1f s, median error %.0f %%, worst %.0f %%",
+        len(t), seconds - (deadline - clock()), 100 * np.median(error), 100 * error.max(),
+    )  # fmt: skip
+    return model
+
+
+def prior_from(profile: CostProfile, features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Coefficients guessed from the first two timed steps: one decode row, one large prompt, both at full size.
+
+    The first gives the bandwidth (all weights are read once), the second the rate of products; the rest follows from
+    the shapes, as in a roofline's sum.
+    """
+    weights = profile.layer_weights[: profile.elasticity.num_teacher_layers].sum()
+    head = profile.head_bytes / profile.reference_bytes
+    read = 0.8 * seconds[0] / (weights + head)  # of one layer
+    # tokens of the large prompt, recovered from its ramp features: weight(layers) * sum of ramps over their spans
+    spans = np.diff(KNOTS)
+    tokens = 1.0 + float(features[1, 2 : 1 + len(KNOTS)] @ spans) / weights
+    product = max(seconds[1] - seconds[0], 0.2 * seconds[1]) / (weights * max(tokens, 2.0))  # of one layer and token
+    parameters = profile.reference_bytes / profile.weight_bytes_per_parameter
+    prior = np.zeros(NUM_FEATURES)
+    prior[0] = 0.1 * seconds[0]
+    prior[1] = read
+    prior[2 : 1 + len(KNOTS)] = product * spans
+    start = 1 + len(KNOTS)
+    prior[start] = read * head
+    prior[start + 1 : start + len(HEAD_KNOTS)] = product * head * np.diff(HEAD_KNOTS)
+    prior[-3] = read * profile.kv_bytes / profile.reference_bytes
+    prior[-2] = product * profile.attention_flops / (2.0 * parameters)
+    prior[-1] = 0.02 * read
+    return prior
+
+
+# --- from one start to the next
+
+
+def calibration_key(engine: Engine, profile: CostProfile) -> str:
+    """Hex digest of what decides a step's time."""
+    config = engine.config
+    facts = [
+        FORMAT, repr(engine.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
+        sorted(profile.shared_stations),
+        profile.kv_bytes, engine.executor.describe(), config.page_size,
+        processor_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"),
+    ]  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def save(model: CostModel, path: Path) -> None:
+    """Write what has been learned; replaces the file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "processor": processor_name(),
+        "profile": model.profile.to_json(),
+        "coefficients": model.coefficients.tolist(),
+        "prior": model.prior.tolist(),
+        "correction": model.correction,
+        "overhead": model.overhead,
+        "overhead_per_request": model.overhead_per_request,
+        "spread": {kind: stats.spread() for kind, stats in model.errors.items() if stats.recent} or model.spread,
+        "num_observed": model.num_observed,
+    }
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def from_json(content: Mapping[str, Any], profile: CostProfile | None = None) -> CostModel:
+    """The cost model that `save` wrote, for the pair it was saved with or `profile`. ValueError if it is none."""
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, not {FORMAT}")
+        coefficients, prior = np.asarray(content["coefficients"]), np.asarray(content["prior"])
+        if coefficients.shape != (NUM_FEATURES,) or prior.shape != (NUM_FEATURES,):
+            raise ValueError("a wrong number of coefficients")
+        if not (np.isfinite(coefficients).all() and (coefficients >= 0).all()):
+            raise ValueError("coefficients that are not finite or below 0")
+        model = CostModel(profile or CostProfile.from_json(content["profile"]), coefficients)
+        model.prior = prior
+        model.correction.update({kind: float(content.get("correction", {}).get(kind, 1.0)) for kind in KINDS})
+        model.overhead = float(content["overhead"])
+        model.overhead_per_request = float(content.get("overhead_per_request", 0.0))
+        model.spread = {kind: [float(ratio) for ratio in ratios] for kind, ratios in content.get("spread", {}).items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no calibration: {type(error).__name__}: {error}") from None
+    return model
+
+
+def load(profile: CostProfile | None, path: Path) -> CostModel | None:
+    """What a former run saved, or None if there is nothing usable. `profile` None: the one it was saved with."""
+    try:
+        model = from_json(json.loads(path.read_text()), profile)
+    except (OSError, ValueError):
+        return None
+    model.path = path
+    return model
+
+
+def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, seconds: float = 3.0) -> CostModel:
+    """The saved model if there is one and a quick check agrees with it, else a fresh calibration (saved).
+
+    `folder` is where calibrations are kept (None: nowhere).
+    """
+    executor = engine.executor
+    profile = profile_of(pair, executor.shared_stations, getattr(executor, "bytes_per_weight", None))
+    path = None if folder is None else folder / f"{calibration_key(engine, profile)}.json"
+    model = load(profile, path) if path is not None else None
+    if model is not None:
+        ratio = _check(engine, model)
+        if 0.5 < ratio < 2.0:
+            logger.info("cost model: taken from %s (predicts %.2f of a quick check's time)", path, ratio)
+            return model
+        logger.info("cost model: %s does not fit this machine any more, calibrating", path)
+    model = calibrate(engine, profile, seconds=seconds)
+    model.path = path
+    keep(model)
+    return model
+
+
+def _check(engine: Engine, model: CostModel) -> float:
+    """Predicted over measured time of one decode row. Milliseconds: a server is waiting to start.
+
+    That one step reads all weights, so it tells another machine from this one; finer differences are left to the
+    correction that goes on while serving.
+    """
+    for batch in batches(engine, [[(1, 1, 32, "t")]]):
+        took = []
+        for _ in range(4):
+            started = time.perf_counter()
+            engine.runner.run(batch)
+            took.append(time.perf_counter() - started)
+        return model.seconds(model.shape(batch)) / min(took[1:])
+    return 1.0  # a KV pool too small for one block: nothing to measure with
+
+
+def keep(model: CostModel) -> None:
+    """Save to where the model belongs; a store that cannot be written is worth a warning, no more."""
+    if model.path is not None:
+        try:
+            save(model, model.path)
+            logger.info("cost model: kept in %s", model.path)
+        except OSError as error:
+            logger.warning("cost model: cannot write %s: %s", model.path, error)

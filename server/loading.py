@@ -1,0 +1,398 @@
+"""From settings to a running server: load the pair, size the KV cache, run uvicorn, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from server.api.generate.catalog import Catalog, size_infos
+from server.api.generate.tokenizer import ServingTokenizer
+from server.api.http.app import create_app
+from server.api.http.auth import KeyRing
+from server.api.http.connection import guarded_protocol
+from server.api.http.state import ServedModel, ServerState
+from server.config import GiB, Settings
+from server.engine.queue import WaitingQueue
+from server.observe.startup import StartupClock
+from server.sizing.spec import SizeError, SizeSpec
+from server.sizing.tenants import Tenants
+
+if TYPE_CHECKING:
+    import torch
+
+    from model_store.loaded import LoadedPair
+    from model_store.pair import Pair
+    from server.core.config import EngineConfig
+    from server.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_KV_SHARE, _KV_CAP_CPU = 0.4, 4 * GiB  # of what is free; a server is seldom alone on a CPU machine
+_DEFAULT_CONTEXT = 8192
+_BACKLOG = 2048  # connections that the system holds until they are accepted
+
+
+def pick_device(settings: Settings) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    import torch
+
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(settings: Settings) -> torch.dtype:
+    """`auto` is bfloat16: half the bytes to stream, and the executors convert where the processor cannot."""
+    import torch
+
+    return getattr(torch, "bfloat16" if settings.dtype == "auto" else settings.dtype)
+
+
+def open_settings_pair(settings: Settings) -> Pair:
+    """The pair that the settings name (the default pair if they name none)."""
+    from model_store.pair import open_pair
+
+    return open_pair(settings.teacher, settings.student, patch_order=settings.patch_order, store=settings.store)
+
+
+def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
+    """Whether a low-rank student runs as a difference. ValueError if that was asked of an ordinary student."""
+    if pair.student_spec is not None:
+        if settings.low_rank == "on":
+            raise ValueError("--low-rank on: this student is not kept as a low-rank difference")
+        return False
+    if settings.low_rank != "auto":
+        return settings.low_rank == "on"
+    expanded = pair.union_bytes(pair.elasticity.sizes, dtype, quantization=settings.quantization)
+    return settings.memory_budget is not None and expanded > settings.memory_budget
+
+
+def load_pair(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> LoadedPair:
+    """The pair's tensors in the form that the settings ask for: budget, low-rank students, quantization.
+
+    Raises ValueError, PairError or WeightError.
+    """
+    low_rank = keeps_low_rank(settings, pair, dtype)
+    return pair.load(dtype, device, settings.memory_budget, low_rank, settings.quantization)
+
+
+def speculative_size(settings: Settings, pair: Pair) -> int | None:
+    """The size that guesses; ValueError if there is no such size or it could guess for none."""
+    text, sizes = settings.speculative_size.strip().lower(), pair.elasticity.sizes
+    if text == "off":
+        return None
+    if text == "auto":
+        return sizes[0]
+    try:
+        size = SizeSpec.parse(text).resolve(sizes, {size: pair.parameters(size) for size in sizes})
+    except SizeError as error:
+        raise ValueError(f"--speculative-size: {error}") from None
+    if size == sizes[-1]:
+        raise ValueError(f"--speculative-size: {size}L is the largest size, it can guess for none")
+    return size
+
+
+def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> EngineConfig:
+    """Fill in what the settings leave to the machine. Called after the weights are loaded: free memory is measured."""
+    from server.core.config import EngineConfig
+    from server.kernels.cuda.memory import workspace_bytes
+
+    is_cuda = device.type == "cuda"
+    max_model_len = settings.max_model_len or min(_DEFAULT_CONTEXT, pair.spec.max_context)
+    if max_model_len > pair.spec.max_context:
+        raise ValueError(f"--max-model-len {max_model_len} is above the {pair.spec.max_context} that the model can do")
+    max_num_seqs = settings.max_num_seqs or (256 if is_cuda else 64)
+    token_bytes = pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(dtype.itemsize)
+    most = max_num_seqs * max_model_len * token_bytes
+    max_num_batched_tokens = settings.max_num_batched_tokens or (8192 if is_cuda else 1024)
+    free = _free_bytes(settings, device)
+    if is_cuda:
+        sizes, num_blocks = pair.elasticity.sizes, -(-max_model_len // settings.page_size)
+        free -= workspace_bytes(
+            pair.spec,
+            max_tokens=max_num_batched_tokens * sizes[-1] // sizes[0],
+            max_num_seqs=max_num_seqs,
+            table_entries=2 * pair.elasticity.num_global_layers * max_num_seqs * num_blocks,
+            bytes_per_value=dtype.itemsize,
+        )
+    state_bytes = settings.size_change_memory
+    if state_bytes is None:
+        state_bytes = (
+            0
+            if is_cuda
+            else (  # no executor there keeps states of a request that decodes
+                settings.kv_cache_memory or min(max(free, 0), most)
+            )
+            // 16
+        )
+    kv_bytes = settings.kv_cache_memory or min(free - state_bytes, most)
+    if kv_bytes <= 0:
+        raise ValueError(
+            f"no memory is left for the KV cache on {device}: raise --gpu-memory-utilization, lower "
+            "--max-num-batched-tokens or --max-num-seqs, or bound the weights with --memory-budget"
+        )
+    if kv_bytes < max_model_len * token_bytes:
+        logger.warning(
+            "the KV cache of %.2f GiB holds fewer than max_model_len (%d) tokens at full size; long requests will be "
+            "refused or shrunk: raise --kv-cache-memory or lower --max-model-len",
+            kv_bytes / GiB,
+            max_model_len,
+        )
+    if not is_cuda and kv_bytes + state_bytes > (ram := _available_ram()):
+        # It is had as it is used: without this, the first sign would be the system ending the server under load.
+        logger.warning(
+            "--kv-cache-memory: the KV cache may grow to %.2f GiB and %.2f GiB are available: lower it",
+            (kv_bytes + state_bytes) / GiB,
+            ram / GiB,
+        )
+    return EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        page_size=settings.page_size,
+        kv_cache_bytes=kv_bytes,
+        state_bytes=state_bytes,
+        compress_weights=settings.weight_compression == "auto",
+        enable_prefix_caching=settings.enable_prefix_caching,
+        executor=settings.executor,
+        enforce_eager=settings.enforce_eager,
+        attention_backend=settings.attention_backend,
+        speculative_size=speculative_size(settings, pair),
+        num_speculative_tokens=settings.num_speculative_tokens,
+        seed=settings.seed,
+    )
+
+
+def _free_bytes(settings: Settings, device: torch.device) -> int:
+    """Bytes that the KV cache may take by default."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(int(free - (1 - settings.gpu_memory_utilization) * total), 0)
+    return min(int(_available_ram() * _KV_SHARE), _KV_CAP_CPU)
+
+
+def _available_ram() -> int:
+    """What the kernel thinks can be had without swapping, within the limits of a container."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            available = min(available, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return max(available, 0)
+
+
+def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedModel:
+    """Open and load the pair and build its engine. Takes seconds to minutes; raises with a reason if it cannot."""
+    clock = clock or StartupClock()
+    import torch
+
+    from server.engine.engine import Engine
+
+    clock.mark("torch")
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    pair = open_settings_pair(settings)
+    dtype, device = pick_dtype(settings), pick_device(settings)
+    loaded = load_pair(settings, pair, dtype, device)
+    clock.mark("weights")
+    config = engine_config(settings, pair, dtype, device)
+    engine = Engine(loaded, config)
+    clock.mark("executor and KV cache")
+    tokenizer = ServingTokenizer.from_folder(
+        pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
+    )
+    low_rank = keeps_low_rank(settings, pair, dtype)
+    form = getattr(engine.executor, "weight_form", settings.quantization)
+    infos = size_infos(pair.size_table(dtype, low_rank, form))
+    names = settings.served_model_name or (pair.name,)
+    catalog = Catalog(
+        names=tuple(dict.fromkeys(names)),
+        infos=infos,
+        sizes=engine.sizes,
+        missing=engine.missing_sizes,
+        max_model_len=config.max_model_len,
+        page_size=config.page_size,
+        root=str(settings.teacher or pair.name),
+    )
+    resolve = lambda size: catalog.resolve(SizeSpec.parse(size), "--api-key-file")  # noqa: E731
+    tenants = KeyRing.from_settings(settings).sizing(resolve)
+    engine.scheduler.waiting = WaitingQueue(tenants.weight, tenants.rank)
+    clock.mark("tokenizer and tables")
+    attach_policy(engine, loaded, pair, settings, tenants)
+    clock.mark("cost model")
+    logger.info(
+        "%s: sizes %dL to %dL, %s on %s, context %d, KV cache %.2f GiB",
+        catalog.name,
+        engine.sizes[0],
+        engine.sizes[-1],
+        str(dtype).removeprefix("torch."),
+        device,
+        config.max_model_len,
+        config.kv_cache_bytes / GiB,
+    )
+    clock.report()
+    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, dtype, settings), tenants)
+
+
+def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, tenants: Tenants) -> None:
+    """Let load and latency choose among the sizes a request allows, unless the settings say `largest`."""
+    if settings.size_policy == "largest":
+        return
+    from model_store.store import store_root
+    from server.cost.calibrate import cost_model_for, keep
+    from server.sizing.policy import BudgetPolicy
+    from server.sizing.quality import quality_by_size
+
+    cost = cost_model_for(engine, loaded, store_root(settings.store) / "calibration")
+    policy = BudgetPolicy(cost, tenants=tenants, quality=quality_by_size(pair.quality, pair.elasticity.sizes))
+    policy.save = lambda: keep(cost)
+    engine.scheduler.policy = policy
+
+
+def read_template(value: str | None) -> str | None:
+    """`--chat-template` is a file or the template itself."""
+    if value is None:
+        return None
+    if "{" in value or "\n" in value:
+        return value
+    return Path(value).read_text()
+
+
+def _fingerprint(pair: Pair, dtype: torch.dtype, settings: Settings) -> str:
+    """The same for servers that give the same answers: pair, order, precision."""
+    text = f"{pair.name}|{pair.patch_order}|{pair.elasticity.thresholds}|{dtype}|{settings.quantization}"
+    return "bm_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# --- the process
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that drains: on the first SIGTERM or SIGINT work goes on, new work is refused, then it exits with 0."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self.state = state
+        self.failure: BaseException | None = None
+        self._drain_task: asyncio.Task | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not recorded for re-raising, as uvicorn does: a drained server has ended well.
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+
+    def fail(self, error: BaseException) -> None:
+        """Loading failed or the engine died: answer what is under way (with the error) and exit with 1.
+
+        Whoever restarts processes sees an exit sooner and more surely than a failing probe.
+        """
+        self.failure = error
+        self.should_exit = True
+
+    def _begin_drain(self, name: str) -> None:
+        if self._drain_task is not None:
+            logger.warning("%s again: not waiting any longer", name)
+            self.should_exit = self.force_exit = True
+            return
+        self.state.is_draining = True
+        self._drain_task = asyncio.ensure_future(self._drain(name))
+
+    async def _drain(self, name: str) -> None:
+        timeout = self.state.settings.shutdown_timeout
+        if self.state.num_active:
+            logger.info("%s: finishing %d requests, for up to %g s", name, self.state.num_active, timeout)
+        deadline = self._loop.time() + timeout
+        while self.state.num_active and self._loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        if self.state.num_active:
+            logger.warning("aborting %d requests that did not finish in time", self.state.num_active)
+        if self.state.async_engine is not None:
+            await self.state.async_engine.stop()
+        self.should_exit = True
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket; OSError if the address is taken."""
+    if settings.uds:
+        Path(settings.uds).unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(settings.uds)
+        return listener
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    listener.set_inheritable(True)
+    listener.listen(_BACKLOG)  # who connects from here on waits for an answer instead of being turned away
+    return listener
+
+
+def serve(settings: Settings) -> int:
+    """Run until a signal ends it. Returns the exit status."""
+    clock = StartupClock()
+    listener = bind(settings)
+    app = create_app(settings, lambda: load_model(settings, clock), lambda error: server.fail(error))
+    config = uvicorn.Config(
+        app,
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http=guarded_protocol(settings.stalled_client_timeout),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
+    )
+    server = Server(config, app.state.server)
+    where = settings.uds or "{}://{}:{}".format(
+        "https" if settings.ssl_certfile else "http", settings.host, listener.getsockname()[1]
+    )
+    logger.info("listening on %s", where)
+    clock.mark("port")
+    server.run(sockets=[listener])
+    if server.failure is None:
+        return 0
+    logger.error(
+        "%s: %s",
+        "cannot start" if app.state.server.model is None else "the engine died",
+        server.failure,
+        exc_info=None if _is_expected(server.failure) else server.failure,
+    )
+    return 1
+
+
+def _is_expected(error: BaseException) -> bool:
+    """Whether the message alone tells the operator what to do."""
+    return isinstance(error, ValueError | OSError | RuntimeError) or type(error).__name__ == "APIError"

@@ -1,0 +1,165 @@
+"""What a scrape reads from the engine itself: gauges, and counters that the engine keeps anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
+    from server.engine.extras.speculation import Speculator
+
+
+def size_load(engine: Engine) -> dict[str, int]:
+    """What load costs in size right now: running requests, those below their ceiling, and both sums of layers."""
+    sizes = [(r.path.size, max(r.sizes)) for r in tuple(engine.scheduler.running) if r.path is not None]
+    return {
+        "running": len(sizes),
+        "degraded": sum(size < ceiling for size, ceiling in sizes),
+        "served_layers": sum(size for size, _ in sizes),
+        "ceiling_layers": sum(ceiling for _, ceiling in sizes),
+    }
+
+
+# Labels of vllm:cache_config_info that dashboards and gateways read.
+_CACHE_CONFIG = (
+    *("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype", "gpu_memory_utilization"),
+    *("sliding_window", "num_cpu_blocks"),
+)
+
+
+class EngineCollector:
+    """Reads the engine's state at scrape time."""
+
+    def __init__(self, engine: Engine, labels: dict[str, str], legacy: bool, memory_share: float) -> None:
+        self.engine, self.labels, self.legacy, self.memory_share = engine, labels, legacy, memory_share
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats, config = self.engine.stats(), self.engine.config
+        names, values = list(self.labels), list(self.labels.values())
+
+        def one(kind: Callable[..., Any], name: str, text: str, value: float) -> Metric:
+            family = kind(name, text, labels=names)
+            family.add_metric(values, value)
+            return family
+
+        yield one(GaugeMetricFamily, "vllm:num_requests_running", "Requests in the batch", stats.num_running)
+        yield one(GaugeMetricFamily, "vllm:num_requests_waiting", "Requests in the queue", stats.num_waiting)
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason", "Waiting requests by reason", labels=[*names, "reason"]
+        )
+        waiting.add_metric([*values, "capacity"], stats.num_waiting)
+        waiting.add_metric([*values, "deferred"], 0)
+        yield waiting
+        yield one(GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1", stats.kv_usage)
+        if self.legacy:
+            yield one(GaugeMetricFamily, "vllm:gpu_cache_usage_perc", "Old name of kv_cache_usage", stats.kv_usage)
+        sleep = GaugeMetricFamily("vllm:engine_sleep_state", "1 for the current state", labels=[*names, "sleep_state"])
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            sleep.add_metric([*values, state], float(state == "awake"))
+        yield sleep
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "KV cache settings",
+            labels=["engine", *_CACHE_CONFIG],
+        )
+        # A client multiplies the two to get tokens; pages are of one layer, so count blocks of the largest size.
+        blocks = stats.num_pages // max(self.engine.sizes[-1], 1)
+        values_of_info = (config.page_size, blocks, config.enable_prefix_caching, "auto", self.memory_share, "None", 0)
+        info.add_metric(["0", *map(str, values_of_info)], 1.0)
+        yield info
+        counters = [
+            ("vllm:num_preemptions", "Requests preempted", stats.num_preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_cache_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_cache_hits),
+        ]
+        for name, text, value in counters:
+            yield one(CounterMetricFamily, name, text, value)
+        if self.engine.speculator is not None:
+            yield from self._speculation(self.engine.speculator)
+        yield from self._by_size(stats)
+        yield from self._cost_model()
+
+    def _speculation(self, speculator: Speculator) -> Iterator[Metric]:
+        """vLLM's totals, and how well each size is guessed: which tells what the smaller one is worth, too."""
+        stats, names = speculator.stats, list(self.labels)
+        values = list(self.labels.values())
+        by_position = [sum(column) for column in zip(*stats.accepted.values(), strict=True)] or [0]
+        totals = (
+            ("num_drafts", "Times guesses were made for a request", sum(stats.drafts.values())),
+            ("num_draft_tokens", "Tokens guessed", sum(stats.draft_tokens.values())),
+            ("num_accepted_tokens", "Guesses that stood", sum(by_position)),
+        )
+        for suffix, text, value in totals:
+            family = CounterMetricFamily(f"vllm:spec_decode_{suffix}", text, labels=names)
+            family.add_metric(values, value)
+            yield family
+        family = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Guesses that stood by position",
+            labels=[*names, "position"],
+        )  # fmt: skip
+        for position, value in enumerate(by_position):
+            family.add_metric([*values, str(position)], value)
+        yield family
+        pairs = (
+            ("drafts", "Times guesses were made for a request of this size", stats.drafts),
+            ("draft_tokens", "Tokens guessed for this size", stats.draft_tokens),
+            ("accepted_tokens", "Guesses that stood", {size: sum(n) for size, n in stats.accepted.items()}),
+        )
+        for suffix, text, counts in pairs:
+            family = CounterMetricFamily(
+                f"boomerang:spec_decode_{suffix}", text, labels=["model_name", "size", "draft_size"]
+            )
+            for size, value in sorted(counts.items()):
+                family.add_metric([self.labels["model_name"], str(size), str(speculator.size)], value)
+            yield family
+
+    def _cost_model(self) -> Iterator[Metric]:
+        """How well steps are predicted; nothing where sizes are not chosen by cost."""
+        cost = getattr(self.engine.scheduler.policy, "cost", None)
+        if cost is None:
+            return
+        name = self.labels["model_name"]
+        error = GaugeMetricFamily(
+            "boomerang:step_prediction_error",
+            "Relative error of predicted step time over recent steps, by kind of step and quantile",
+            labels=["model_name", "kind", "quantile"],
+        )
+        seconds = CounterMetricFamily(
+            "boomerang:step_prediction_seconds",
+            "Step time by kind of step: measured, and as predicted beforehand",
+            labels=["model_name", "kind", "value"],
+        )
+        for kind, stats in cost.errors.items():
+            for quantile in (0.5, 0.95):
+                error.add_metric([name, kind, str(quantile)], stats.quantile(quantile))
+            seconds.add_metric([name, kind, "measured"], stats.measured)
+            seconds.add_metric([name, kind, "predicted"], stats.predicted)
+        yield error
+        yield seconds
+
+    def _by_size(self, stats: Any) -> Iterator[Metric]:
+        name = self.labels["model_name"]
+        running = GaugeMetricFamily(
+            "boomerang:requests_running", "Requests in the batch by size", labels=["model_name", "size"]
+        )
+        for size in self.engine.sizes:
+            running.add_metric([name, str(size)], stats.running_by_size.get(size, 0))
+        yield running
+        load = size_load(self.engine)
+        for suffix, text, value in (
+            ("requests_running_degraded", "Running requests below the largest size they allow", load["degraded"]),
+            ("running_layers", "Sizes of the running requests, summed", load["served_layers"]),
+            ("running_ceiling_layers", "Largest sizes the running requests allow, summed", load["ceiling_layers"]),
+            ("kv_pages", "KV pages in the pool", stats.num_pages),
+            ("kv_pages_free", "KV pages that an allocation can have", stats.num_free_pages),
+            ("queued_tokens", "Tokens of waiting requests", stats.num_waiting_tokens),
+        ):
+            family = GaugeMetricFamily(f"boomerang:{suffix}", text, labels=["model_name"])
+            family.add_metric([name], value)
+            yield family

@@ -1,0 +1,359 @@
+"""Prometheus metrics: vLLM's families under vLLM's names, everything per size under `boomerang:`.
+
+Gauges are read from the engine when somebody scrapes. Per request there is one call, per step another; both come from
+the engine thread and cost microseconds. Names, types, labels and buckets of the `vllm:` families follow vLLM's
+`vllm/v1/metrics/loggers.py`, so that its dashboards work unchanged.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    Summary,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import HistogramMetricFamily, Metric
+
+from server.observe.engine_metrics import EngineCollector, size_load
+
+__all__ = ["Metrics", "size_load"]
+
+from server.engine.step_clock import PARTS
+
+if TYPE_CHECKING:
+    from server.core.request import Request, SizeDecision
+    from server.engine.engine import Engine
+    from server.engine.stats import StepStats
+
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TTFT = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
+    *(160, 640, 2560),
+)
+PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+HTTP_FINE = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60)
+_MOST_UNBOOKED = 64  # steps; beyond that the engine books them itself
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
+
+
+def token_buckets(max_value: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50, ... up to `max_value`."""
+    buckets: list[int] = []
+    scale = 1
+    while True:
+        for step in (1, 2, 5):
+            if step * scale > max_value:
+                return tuple(buckets) or (1,)
+            buckets.append(step * scale)
+        scale *= 10
+
+
+class WeightedHistogram:
+    """A histogram that can observe one value many times at once: a step gives all its requests the same interval."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        labels: dict[str, str],
+        buckets: Iterable[float],
+        registry: CollectorRegistry,
+    ) -> None:
+        self.name, self.documentation, self.labels = name, documentation, labels
+        self._bounds = tuple(float(bound) for bound in buckets)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Called by one thread at a time."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self.name, self.documentation, labels=list(self.labels))
+        total, buckets = 0, []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == float("inf") else str(bound), total))
+        family.add_metric(list(self.labels.values()), buckets, self._sum)
+        yield family
+
+
+class Metrics:
+    """All metrics of one server process, on a registry of their own. Implements the engine's `metrics_sink`."""
+
+    def __init__(self, model_name: str = "", max_model_len: int = 8192, legacy_names: bool = False) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._engine: Engine | None = None
+        self._legacy = legacy_names
+        self._steps: deque[StepStats] = deque()  # that have not been booked
+        self._booking = threading.Lock()
+        self._declare_http()
+        self._labels: dict[str, str] = {}
+
+    def attach(self, engine: Engine, model_name: str, max_model_len: int, gpu_memory_utilization: float = 0.9) -> None:
+        """The model is known: declare what carries its name, and read gauges from this engine from now on."""
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._declare_engine(max_model_len)
+        self._engine = engine
+        self.registry.register(EngineCollector(engine, self._labels, self._legacy, gpu_memory_utilization))
+        engine.metrics_sink = self
+
+    def render(self) -> bytes:
+        self._book_steps()
+        return generate_latest(self.registry)
+
+    # --- declarations
+
+    def _declare_http(self) -> None:
+        """What prometheus_fastapi_instrumentator exports for vLLM."""
+        registry = self.registry
+        by = ("handler", "method", "status")
+        self.http_requests = Counter("http_requests", "HTTP requests by handler and status", by, registry=registry)
+        self.http_request_size = Summary("http_request_size_bytes", "Request bodies", ("handler",), registry=registry)
+        self.http_response_size = Summary(
+            "http_response_size_bytes", "Response bodies", ("handler",), registry=registry
+        )
+        self.http_duration_fine = Histogram(
+            "http_request_duration_highr_seconds", "Latency of all requests", buckets=HTTP_FINE, registry=registry
+        )
+        self.http_duration = Histogram(
+            "http_request_duration_seconds",
+            "Latency by handler",
+            ("handler", "method"),
+            buckets=(0.1, 0.5, 1),
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "vllm:admission_rejections", "Requests refused before they were queued", ("reason",), registry=registry
+        )
+        for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            self._rejections.labels(reason)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        counter = Counter(name, text, (*self._labels, *labels), registry=self.registry)
+        return counter if labels else counter.labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(name, text, tuple(self._labels), buckets=tuple(buckets), registry=self.registry).labels(
+            **self._labels
+        )
+
+    def _declare_engine(self, max_model_len: int) -> None:
+        seconds, count = self._histogram, token_buckets(max_model_len)
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens processed")
+        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
+        self.cached_tokens = self._counter("vllm:prompt_tokens_cached", "Prompt tokens taken from the prefix cache")
+        by_source = self._counter("vllm:prompt_tokens_by_source", "Prompt tokens by where their KV came from", "source")
+        sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
+        self.by_source = {source: by_source.labels(**self._labels, source=source) for source in sources}
+        success = self._counter("vllm:request_success", "Finished requests", "finished_reason")
+        self.success = {reason: success.labels(**self._labels, finished_reason=reason) for reason in FINISH_REASONS}
+        self.corrupted = self._counter("vllm:corrupted_requests", "Requests with NaN in their logits")
+        self.e2e = seconds("vllm:e2e_request_latency_seconds", "Arrival to last token", LATENCY)
+        self.queue = seconds("vllm:request_queue_time_seconds", "Time in the waiting queue", LATENCY)
+        self.prefill = seconds("vllm:request_prefill_time_seconds", "First scheduled to first token", LATENCY)
+        self.decode = seconds("vllm:request_decode_time_seconds", "First to last token", LATENCY)
+        self.inference = seconds("vllm:request_inference_time_seconds", "First scheduled to last token", LATENCY)
+        self.ttft = seconds("vllm:time_to_first_token_seconds", "Arrival to first token", TTFT)
+        self.tpot = seconds("vllm:request_time_per_output_token_seconds", "Mean time per output token", PER_TOKEN)
+        self.num_prompt = seconds("vllm:request_prompt_tokens", "Prompt tokens per request", count)
+        self.num_generated = seconds("vllm:request_generation_tokens", "Generated tokens per request", count)
+        self.max_generated = seconds(
+            "vllm:request_max_num_generation_tokens", "Most tokens generated for one of n choices", count
+        )
+        self.max_tokens = seconds("vllm:request_params_max_tokens", "max_tokens of requests", count)
+        self.kv_computed = seconds(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens computed, cached ones left out", count
+        )
+        self.params_n = seconds("vllm:request_params_n", "n of requests", (1, 2, 5, 10, 20))
+        weighted = [("vllm:inter_token_latency_seconds", "Time between tokens", PER_TOKEN)]
+        if self._legacy:
+            weighted.append(("vllm:time_per_output_token_seconds", "Old name of inter_token_latency", PER_TOKEN))
+        self._inter_token = [WeightedHistogram(n, t, self._labels, b, self.registry) for n, t, b in weighted]
+        self.iteration = WeightedHistogram(
+            "vllm:iteration_tokens_total", "Tokens per step", self._labels, ITERATION, self.registry
+        )
+        self._declare_sizes()
+
+    def _declare_sizes(self) -> None:
+        by_size = lambda name, text, *more: Counter(  # noqa: E731
+            f"boomerang:{name}", text, ("model_name", "size", *more), registry=self.registry
+        )
+        self.size_requests = by_size("requests", "Finished requests", "finished_reason")
+        self.size_prompt_tokens = by_size("prompt_tokens", "Prompt tokens of finished requests")
+        self.size_generation_tokens = by_size("generation_tokens", "Tokens generated by finished requests")
+        self.size_decisions = by_size("size_decisions", "Sizes given to requests, and why", "reason")
+        self.degraded = by_size("requests_degraded", "Requests served below the largest size they allowed", "reason")
+        latency = lambda key, text, buckets: Histogram(  # noqa: E731
+            f"boomerang:{key}_seconds", text, ("model_name", "size"), buckets=buckets, registry=self.registry
+        )
+        self.size_ttft = latency("time_to_first_token", "Arrival to first token, by size", TTFT)
+        self.size_tpot = latency("time_per_output_token", "Mean time per output token, by size", PER_TOKEN)
+        self.size_e2e = latency("e2e_request_latency", "Arrival to last token, by size", LATENCY)
+        name = {"model_name": self._labels["model_name"]}
+        one = lambda key, text: Counter(  # noqa: E731
+            f"boomerang:{key}", text, ("model_name",), registry=self.registry
+        ).labels(**name)
+        self.served_layers = one("served_layers", "Layers of the sizes that finished requests got")
+        self.ceiling_layers = one("ceiling_layers", "Layers of the largest sizes that they allowed")
+        slo = Counter(
+            "boomerang:slo_requests",
+            "Finished requests with latency limits, by limit (ttft, tpot, e2e, all of theirs)",
+            ("model_name", "slo", "met"),
+            registry=self.registry,
+        )
+        self.slo = {
+            (limit, met): slo.labels(**name, slo=limit, met=str(met).lower())
+            for limit in ("ttft", "tpot", "e2e", "all")
+            for met in (True, False)
+        }
+        self.step_time = WeightedHistogram("boomerang:step_seconds", "Time of a step", name, STEP, self.registry)
+        self.model_time = WeightedHistogram(
+            "boomerang:step_model_seconds", "Time of a step's model call", name, STEP, self.registry
+        )
+        self.step_gap = one("step_gap_seconds", "Time between model calls")
+        by_part = Counter(
+            "boomerang:step_gap_part_seconds",
+            "The same by what was done; wait: the part of it all in which the engine's thread did not run",
+            ("model_name", "part"),
+            registry=self.registry,
+        )
+        self.gap_parts = {part: by_part.labels(**name, part=part) for part in (*PARTS, "wait")}
+        self.engine_steps = one("engine_steps", "Steps run")
+
+    # --- event loop
+
+    def admission_rejected(self, reason: str) -> None:
+        self._rejections.labels(reason).inc()
+
+    def observe_params_n(self, n: int) -> None:
+        self.params_n.observe(n)
+
+    def observe_http(
+        self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
+    ) -> None:
+        self.http_requests.labels(handler, method, f"{status // 100}xx").inc()
+        self.http_request_size.labels(handler).observe(request_bytes)
+        self.http_response_size.labels(handler).observe(response_bytes)
+        self.http_duration_fine.observe(seconds)
+        self.http_duration.labels(handler, method).observe(seconds)
+
+    # --- engine thread
+
+    def on_step(self, stats: StepStats) -> None:
+        """Steps are booked by the event loop, while the next one computes, and a few at a time: after the weights have
+        passed through the caches, the first of a series takes three times as long as the others. A scrape books what
+        is left."""
+        self._steps.append(stats)
+        if len(self._steps) >= _MOST_UNBOOKED:
+            self._book_steps()
+
+    def book_steps(self) -> None:
+        if len(self._steps) >= 8:
+            self._book_steps()
+
+    def _book_steps(self) -> None:
+        with self._booking:
+            while self._steps:
+                self._book_step(self._steps.popleft())
+
+    def _book_step(self, stats: StepStats) -> None:
+        self.prompt_tokens.inc(stats.num_prompt_tokens)
+        self.generation_tokens.inc(stats.num_generation_tokens)
+        self.iteration.observe(stats.num_scheduled_tokens)
+        self.step_time.observe(stats.step_time)
+        self.model_time.observe(stats.model_time)
+        self.step_gap.inc(stats.gap.seconds)
+        for part in PARTS:
+            self.gap_parts[part].inc(stats.gap.parts.get(part, 0.0))
+        self.gap_parts["wait"].inc(stats.gap.wait)
+        self.engine_steps.inc()
+        # Everyone who decodes gets a token in every step, so the step's period is the interval of all of them.
+        num_later = stats.num_generation_tokens - stats.num_first_tokens
+        if num_later > 0:
+            for histogram in self._inter_token:
+                histogram.observe(stats.model_time + stats.gap.seconds, num_later)
+
+    def on_size_decision(self, decision: SizeDecision) -> None:
+        self.size_decisions.labels(self._labels["model_name"], str(decision.size), decision.reason).inc()
+
+    def on_request_finished(self, request: Request) -> None:
+        reason = request.status.finish_reason
+        if reason == "abort" and isinstance(request.stop_reason, str):
+            reason = "stop"  # a stop string, which the HTTP side finds
+        self.success[reason].inc()
+        num_cached, num_output = max(request.num_cached_tokens, 0), len(request.output_token_ids)
+        self.num_prompt.observe(request.num_prompt_tokens)
+        self.num_generated.observe(num_output)
+        self.max_generated.observe(num_output)
+        self.max_tokens.observe(request.sampling.max_tokens)
+        if request.scheduled_time is not None:
+            self.queue.observe(request.scheduled_time - request.arrival_time)
+            self.cached_tokens.inc(num_cached)
+            self.by_source["local_cache_hit"].inc(num_cached)
+            self.by_source["local_compute"].inc(request.num_prompt_tokens - num_cached)
+            self.kv_computed.observe(request.num_prompt_tokens - num_cached)
+        if request.first_token_time is not None:
+            self._observe_times(request, num_output)
+        if request.decision is not None:
+            self._observe_size(request, reason, num_output)
+
+    def _observe_times(self, request: Request, num_output: int) -> None:
+        first, last = request.first_token_time, request.last_token_time
+        ttft, e2e = first - request.arrival_time, last - request.arrival_time
+        self.ttft.observe(ttft)
+        self.e2e.observe(e2e)
+        self.prefill.observe(first - request.scheduled_time)
+        self.decode.observe(last - first)
+        self.inference.observe(last - request.scheduled_time)
+        tpot = (last - first) / (num_output - 1) if num_output > 1 else 0.0
+        if num_output > 1:
+            self.tpot.observe(tpot)
+        if request.decision is not None:
+            labels = (self._labels["model_name"], str(request.decision.size))
+            self.size_ttft.labels(*labels).observe(ttft)
+            self.size_e2e.labels(*labels).observe(e2e)
+            if num_output > 1:
+                self.size_tpot.labels(*labels).observe(tpot)
+        budget = request.budget
+        limits = (("ttft", ttft, budget.ttft), ("tpot", tpot, budget.tpot), ("e2e", e2e, budget.e2e))
+        met = {name: value <= limit for name, value, limit in limits if limit is not None}
+        if met:
+            met["all"] = all(met.values())
+            for item in met.items():
+                self.slo[item].inc()
+
+    def _observe_size(self, request: Request, reason: str, num_output: int) -> None:
+        name, decision = self._labels["model_name"], request.decision
+        size = str(decision.size)
+        self.size_requests.labels(name, size, reason).inc()
+        self.size_prompt_tokens.labels(name, size).inc(request.num_prompt_tokens)
+        self.size_generation_tokens.labels(name, size).inc(num_output)
+        ceiling = max(request.sizes)
+        self.served_layers.inc(decision.size)
+        self.ceiling_layers.inc(ceiling)
+        if decision.size < ceiling:
+            self.degraded.labels(name, size, decision.reason).inc()

@@ -1,0 +1,144 @@
+"""One engine on a simulated clock: the real scheduler, KV manager, size policy and cost model, and no model.
+
+What is simulated is time: a step lasts as long as the `machine` cost model says (with optional noise), tokens have no
+content, and lengths come from the trace.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.core.config import EngineConfig
+from server.core.request import Request, SampledToken
+from server.core.size_policy import SizePolicy
+from server.cost.model import CostModel, StepShape
+from server.engine.kv_cache import KVCacheManager
+from server.engine.queue import WaitingQueue
+from server.engine.scheduler import Scheduler, SchedulerOutput
+
+_RETRY = 0.002  # seconds until a replica whose policy held everything back looks again, as AsyncEngine does
+
+
+@dataclass(slots=True)
+class ReplicaSpec:
+    """How to build one replica; `make_policy` gets a fresh policy per replica (its cost model learns)."""
+
+    config: EngineConfig
+    machine: CostModel
+    num_pages: int
+    make_policy: Callable[[], SizePolicy]
+    make_queue: Callable[[], WaitingQueue] = WaitingQueue
+    noise: float = 0.0  # standard deviation of the logarithm of a step's time, where the machine has no measured spread
+    delivery: float = 0.0  # seconds between a step's end and the client's reading it, and from client to queue
+    max_queued_requests: int = 1024
+
+
+class Replica:
+    """One engine's worth of scheduling state and its place in time."""
+
+    def __init__(self, index: int, spec: ReplicaSpec, seed: int = 0) -> None:
+        self.index = index
+        self.spec = spec
+        self.now = 0.0
+        elasticity = spec.machine.profile.elasticity
+        self.kv_cache = KVCacheManager(
+            num_pages=spec.num_pages,
+            page_size=spec.config.page_size,
+            num_layers=elasticity.num_teacher_layers + len(elasticity.stations),
+            max_num_seqs=spec.config.max_num_seqs,
+            max_model_len=spec.config.max_model_len,
+            enable_prefix_caching=False,  # traces tell lengths, not texts
+        )
+        self.policy = spec.make_policy()
+        self.scheduler = Scheduler(
+            spec.config, elasticity, self.kv_cache, self.policy, spec.make_queue(), clock=lambda: self.now
+        )
+        self.elasticity = elasticity
+        self.inbox: list[Request] = []
+        self.num_steps = 0
+        self.busy = 0.0  # seconds in steps
+        self._rng = random.Random(seed * 1_000_003 + index)
+        self._joint, self._teacher, self._student = spec.machine.profile.station_weights()
+
+    @property
+    def num_outstanding(self) -> int:
+        return len(self.scheduler.requests) + len(self.inbox)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.inbox) or self.scheduler.has_work
+
+    def run_step(self, now: float) -> tuple[float, list]:
+        """One pass of the engine's loop, begun at `now`: (when it ends, outputs and refusals)."""
+        self.now = now
+        outputs = []
+        for request in self.inbox:
+            refusal = self.scheduler.prepare(request)
+            if refusal is None and len(self.scheduler.waiting) >= self.spec.max_queued_requests:
+                wait = self.policy.estimated_wait(self.scheduler, now)
+                outputs.append((request, 503, wait))
+            elif refusal is not None:
+                outputs.append((request, refusal.status, None))
+            else:
+                self.scheduler.add(request)
+        self.inbox.clear()
+        planned = self.scheduler.schedule()
+        for output in planned.outputs:
+            if output.error is not None:
+                outputs.append((output.request_id, output.error_status, output.retry_after))
+        if not planned.scheduled:
+            return now + (_RETRY if self.scheduler.has_work else 0.0), outputs
+        shape = self._shape(planned.scheduled)
+        seconds = self.spec.machine.seconds(shape)
+        if ratios := self.spec.machine.spread.get(shape.kind):
+            seconds *= self._rng.choice(ratios)
+        elif self.spec.noise:
+            seconds *= self._rng.lognormvariate(0.0, self.spec.noise)
+        self.now = now + seconds
+        self.scheduler.update(planned, self.sample(planned))
+        machine = self.spec.machine
+        overhead = machine.overhead + machine.overhead_per_request * len(planned.scheduled)
+        cost = getattr(self.policy, "cost", None)
+        if cost is not None:
+            cost.observe(shape, seconds)
+            cost.observe_overhead(overhead, len(planned.scheduled))
+        self.num_steps += 1
+        self.busy += seconds + overhead
+        finished = [request for request, _ in planned.scheduled if request.is_finished]
+        outputs.extend((request, 0, None) for request in finished)
+        self.now += overhead
+        return self.now, outputs
+
+    def sample(self, planned: SchedulerOutput) -> dict[str, SampledToken]:
+        """A token, whatever it is, for everyone whose turn it is."""
+        return {
+            request.request_id: SampledToken(0)
+            for request, count in planned.scheduled
+            if request.num_computed_tokens + count == request.num_tokens
+        }
+
+    def _shape(self, scheduled: list[tuple[Request, int]]) -> StepShape:
+        """The step's features straight from the plan: what `CostModel.shape` reads off a batch."""
+        n = len(scheduled)
+        counts = np.fromiter((count for _, count in scheduled), np.int64, n)
+        sizes = np.fromiter((request.path.size for request, _ in scheduled), np.int64, n)
+        context = np.fromiter((request.num_computed_tokens for request, _ in scheduled), np.int64, n) + counts
+        by_size: dict[int, int] = {}
+        num_logits = 0
+        for request, count in scheduled:
+            size = request.path.size
+            by_size[size] = by_size.get(size, 0) + count
+            num_logits += request.num_computed_tokens + count == request.num_tokens
+        segments: dict[int, float] = {}
+        total = sum(by_size.values())
+        for index, threshold in enumerate(self.elasticity.thresholds):
+            above = sum(tokens for size, tokens in by_size.items() if size >= threshold)
+            parts = ((total, self._joint), (above, self._teacher), (total - above, self._student))
+            for tokens, weights in parts:
+                if tokens:
+                    segments[tokens] = segments.get(tokens, 0.0) + weights[index]
+        return self.spec.machine.shape_of(counts, context, sizes, segments, [num_logits] if num_logits else [])
