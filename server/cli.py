@@ -149,7 +149,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.observe.log import configure
 
     configure(settings.uvicorn_log_level, settings.log_format)
-    from server.loading import serve
+    from server.process import serve
 
     return serve(settings)
 

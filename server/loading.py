@@ -1,27 +1,17 @@
-"""From settings to a running server: load the pair, size the KV cache, run uvicorn, drain on SIGTERM."""
+"""From settings to a model that can serve: load the pair, size the KV cache, build the engine and its policy."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
-import signal
-import socket
-import ssl
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
-
-import uvicorn
 
 from server.api.generate.catalog import Catalog, size_infos
 from server.api.generate.tokenizer import ServingTokenizer
-from server.api.http.app import create_app
 from server.api.http.auth import KeyRing
-from server.api.http.connection import guarded_protocol
-from server.api.http.state import ServedModel, ServerState
+from server.api.http.state import ServedModel
 from server.config import GiB, Settings
 from server.engine.queue import WaitingQueue
 from server.observe.startup import StartupClock
@@ -40,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _KV_SHARE, _KV_CAP_CPU = 0.4, 4 * GiB  # of what is free; a server is seldom alone on a CPU machine
 _DEFAULT_CONTEXT = 8192
-_BACKLOG = 2048  # connections that the system holds until they are accepted
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -281,118 +270,3 @@ def _fingerprint(pair: Pair, dtype: torch.dtype, settings: Settings) -> str:
     """The same for servers that give the same answers: pair, order, precision."""
     text = f"{pair.name}|{pair.patch_order}|{pair.elasticity.thresholds}|{dtype}|{settings.quantization}"
     return "bm_" + hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-# --- the process
-
-
-class Server(uvicorn.Server):
-    """Uvicorn that drains: on the first SIGTERM or SIGINT work goes on, new work is refused, then it exits with 0."""
-
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
-        super().__init__(config)
-        self.state = state
-        self.failure: BaseException | None = None
-        self._drain_task: asyncio.Task | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not recorded for re-raising, as uvicorn does: a drained server has ended well.
-        if self._loop is None:
-            self.should_exit = True
-        else:
-            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
-
-    def fail(self, error: BaseException) -> None:
-        """Loading failed or the engine died: answer what is under way (with the error) and exit with 1.
-
-        Whoever restarts processes sees an exit sooner and more surely than a failing probe.
-        """
-        self.failure = error
-        self.should_exit = True
-
-    def _begin_drain(self, name: str) -> None:
-        if self._drain_task is not None:
-            logger.warning("%s again: not waiting any longer", name)
-            self.should_exit = self.force_exit = True
-            return
-        self.state.is_draining = True
-        self._drain_task = asyncio.ensure_future(self._drain(name))
-
-    async def _drain(self, name: str) -> None:
-        timeout = self.state.settings.shutdown_timeout
-        if self.state.num_active:
-            logger.info("%s: finishing %d requests, for up to %g s", name, self.state.num_active, timeout)
-        deadline = self._loop.time() + timeout
-        while self.state.num_active and self._loop.time() < deadline:
-            await asyncio.sleep(0.05)
-        if self.state.num_active:
-            logger.warning("aborting %d requests that did not finish in time", self.state.num_active)
-        if self.state.async_engine is not None:
-            await self.state.async_engine.stop()
-        self.should_exit = True
-
-
-def bind(settings: Settings) -> socket.socket:
-    """The listening socket; OSError if the address is taken."""
-    if settings.uds:
-        Path(settings.uds).unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(settings.uds)
-        return listener
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((settings.host, settings.port))
-    listener.set_inheritable(True)
-    listener.listen(_BACKLOG)  # who connects from here on waits for an answer instead of being turned away
-    return listener
-
-
-def serve(settings: Settings) -> int:
-    """Run until a signal ends it. Returns the exit status."""
-    clock = StartupClock()
-    listener = bind(settings)
-    app = create_app(settings, lambda: load_model(settings, clock), lambda error: server.fail(error))
-    config = uvicorn.Config(
-        app,
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http=guarded_protocol(settings.stalled_client_timeout),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        ssl_keyfile=settings.ssl_keyfile,
-        ssl_certfile=settings.ssl_certfile,
-        ssl_ca_certs=settings.ssl_ca_certs,
-        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
-    )
-    server = Server(config, app.state.server)
-    where = settings.uds or "{}://{}:{}".format(
-        "https" if settings.ssl_certfile else "http", settings.host, listener.getsockname()[1]
-    )
-    logger.info("listening on %s", where)
-    clock.mark("port")
-    server.run(sockets=[listener])
-    if server.failure is None:
-        return 0
-    logger.error(
-        "%s: %s",
-        "cannot start" if app.state.server.model is None else "the engine died",
-        server.failure,
-        exc_info=None if _is_expected(server.failure) else server.failure,
-    )
-    return 1
-
-
-def _is_expected(error: BaseException) -> bool:
-    """Whether the message alone tells the operator what to do."""
-    return isinstance(error, ValueError | OSError | RuntimeError) or type(error).__name__ == "APIError"
