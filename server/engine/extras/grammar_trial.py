@@ -1,4 +1,4 @@
-"""`python -m server.engine.extras.grammar_trial`: compiles grammars that somebody sent, where a crash costs nobody anything.
+"""`python -m server.engine.extras.grammar_trial`: compiles grammars that somebody sent, apart from the server.
 
 llguidance is native code. A few grammars overflow its stack (an `enum` with the smallest 64-bit integer, thousands of
 rules in a chain), and that would end the server. So every new grammar is compiled here first, in a process with a
