@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 2048  # connections that the system holds until they are accepted
 
 
-
 class Server(uvicorn.Server):
     """Uvicorn that drains: on the first SIGTERM or SIGINT work goes on, new work is refused, then it exits with 0."""
 

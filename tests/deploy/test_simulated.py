@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from statistics import mean
 
-from benchmarks.autoscale_policies import trace
 from deploy.autoscaler.decision import ScalingPolicy
 from deploy.autoscaler.simulated import SimulatedAutoscaler
 from server.core.config import EngineConfig
@@ -12,6 +11,7 @@ from server.core.request import Budget
 from server.cost.devices import DEVICES, PAIRS, roofline_cost_model
 from server.simulation.simulator import ReplicaSpec, Simulator
 from server.sizing.policy import BudgetPolicy
+from studies.autoscale_policies import trace
 
 
 def test_replicas_follow_the_load_and_sizes_recover():

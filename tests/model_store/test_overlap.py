@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from model_store.default_pair import fingerprint
 from model_store.distill.data import Document
 from model_store.evaluate import overlap, store_quality
 from model_store.evaluate.overlap import FINGERPRINT_FILE, Fingerprint, OverlapError, check_overlap, fingerprint_of
 from model_store.pair import open_pair
+from recipes import fingerprint
 from server.cli import main
 from tests.api.tiny import ROOT, make_pair
 

@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.recipes` and `.second_family`, from the results kept in docs/data."""
+"""Tables and plots of `studies.training_recipes` and `.second_family`, from the results kept in docs/data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from model_store.evaluate.report import markdown, plot_svg, svg_pyplot, svg_text
 
 PLAIN, PATCHED = "plain", "pure-0.5"
-TITLES = {  # name in benchmarks.recipes -> in tables and plots
+TITLES = {  # name in studies.training_recipes -> in tables and plots
     "pruned": "pruned, not trained",
     "start": "closed-form fit, not trained",
     "published": "published recipe",
@@ -42,7 +42,7 @@ SCHEDULES = (
 )  # fmt: skip
 ORDERS = {"served": "KLPatch", "last_to_first": "last-to-first", "first_to_last": "first-to-last"}
 DRAWS = {"recipes.json": "first draw", "recipes_second.json": "second draw"}  # of rows and order: file -> title
-SECOND_FAMILY = ("second_family", "second_family_seed_1", "second_family_mild")  # results of benchmarks.second_family
+SECOND_FAMILY = ("second_family", "second_family_seed_1", "second_family_mild")  # results of studies.second_family
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[dict[str, Any]], str]
 

@@ -1,4 +1,4 @@
-"""Fills the tables and plots of docs/quality.md: python -m benchmarks.quality_page [--check] [--measure --text FILE].
+"""Fills the tables and plots of docs/quality.md: python -m benchmarks.pages [--check] [--measure --text FILE].
 
 What stands between `<!-- table: NAME -->` and `<!-- end -->` comes from the default pair's quality.json and from the
 results of other commands kept in docs/data. `--measure` has `boomerang evaluate` measure the default pair anew first:
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import recipes_report
 from model_store.evaluate.report import markdown, plot_svg
+from studies import training_recipes_report as recipes_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "model_store" / "default_pair"
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     stale = [page for page in PAGES if fill(page.read_text(), current) != page.read_text()]
     if args.check:
         for page in stale:
-            print(f"{page} is out of date: run python -m benchmarks.quality_page", file=sys.stderr)
+            print(f"{page} is out of date: run python -m benchmarks.pages", file=sys.stderr)
         return int(bool(stale))
     for page in stale:
         page.write_text(fill(page.read_text(), current))

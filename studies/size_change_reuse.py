@@ -1,7 +1,7 @@
 """What a change of size in mid-answer costs, and what keeping a hidden state where two sizes part saves of it.
 
-    python -m benchmarks.size_change_reuse             # both tables
-    python -m benchmarks.size_change_reuse --layers    # the first alone: arithmetic, no model
+    python -m studies.size_change_reuse             # both tables
+    python -m studies.size_change_reuse --layers    # the first alone: arithmetic, no model
 
 First: of how many layers below the first station that differs two sizes of the default pair consist, in its own patch
 order and in those that most published pairs have. Second: milliseconds from the last token at the first size to the

@@ -1,4 +1,4 @@
-"""Training text from an encyclopaedia: python -m model_store.default_pair.encyclopaedia_text DUMP.xml.bz2 --out FILE.
+"""Training text from an encyclopaedia: python -m recipes.encyclopaedia_text DUMP.xml.bz2 --out FILE.
 
 Takes a MediaWiki dump, such as the 106 articles of the English Wikipedia (CC BY-SA 3.0) that the wheel of gensim 4.4.0
 on PyPI carries as gensim/test/test_data/enwiki-latest-pages-articles1.xml-*.bz2. Needs `pip install mwparserfromhell`.

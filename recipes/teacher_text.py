@@ -1,4 +1,4 @@
-"""Training text by the teacher itself: python -m model_store.default_pair.teacher_text base.jsonl --out own.jsonl.
+"""Training text by the teacher itself: python -m recipes.teacher_text base.jsonl --out own.jsonl.
 
 Two kinds: prose that the teacher continues from an encyclopaedic first line found in the training text, and answers to
 questions, about the subjects of those lines or (`--own-questions`) the teacher's own: given the start of a user's turn
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from model_store.default_pair.training_text import REQUESTS, TOPICS
+from recipes.training_text import REQUESTS, TOPICS
 
 # "Ada Lovelace was an English ...": a capitalised subject, then what it is
 _OPENING = re.compile(

@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from model_store.default_pair.teacher_text import own_questions
 from model_store.pair import open_pair
+from recipes.teacher_text import own_questions
 from server.config import Settings
 from server.offline import OfflineEngine
 from tests.api.tiny import make_pair

@@ -1,6 +1,6 @@
 """The mixture of a size's loops and text from elsewhere: shares, and the seed."""
 
-from model_store.default_pair.loop_text import mixed
+from recipes.loop_text import mixed
 
 LOOP = {"prompt": "a", "response": "over and over " * 20, "said_by": 28}
 PLAIN = [{"prompt": str(i), "response": " ".join(map(str, range(i, i + 40))), "said_by": 28} for i in range(5)]

@@ -1,7 +1,7 @@
 """Scaling signals compared on a simulated cluster: the real size scheduler and the real decision, simulated machines.
 
-    python -m benchmarks.autoscale_policies                               # up to 40 replicas, minutes of computing
-    python -m benchmarks.autoscale_policies --replicas 1000 --minutes 6   # up to 1,000
+    python -m studies.autoscale_policies                               # up to 40 replicas, minutes of computing
+    python -m studies.autoscale_policies --replicas 1000 --minutes 6   # up to 1,000
 
 The load doubles, then falls to a quarter. Compared: degradation (deploy/autoscaler/decision.py), queue length as in the
 usual KEDA recipe (5 waiting requests per replica), running requests against a target (Ray's default), and no scaling.

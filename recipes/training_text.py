@@ -1,4 +1,4 @@
-"""Prepares the text that the default student was trained on: python -m model_store.default_pair.training_text.
+"""Prepares the text that the default student was trained on: python -m recipes.training_text.
 
 Long prompts of the T0 set are passages (encyclopaedia, news, reviews, stories) with a task around them. The student is
 to continue prose as the teacher does, so a part of them is used as plain text; the rest stays a conversation.

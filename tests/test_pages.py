@@ -1,11 +1,12 @@
 """docs/quality.md and docs/stochastic_patching.md say what the default pair's quality.json and docs/data say."""
 
-from benchmarks import quality_page, recipes_report
+from benchmarks import pages
+from studies import training_recipes_report as recipes_report
 
 
 def test_the_pages_are_up_to_date():
-    assert quality_page.main(["--check"]) == 0
-    assert all(svg.lstrip().startswith("<?xml") for svg in quality_page.plots().values())
+    assert pages.main(["--check"]) == 0
+    assert all(svg.lstrip().startswith("<?xml") for svg in pages.plots().values())
 
 
 def test_gain_is_paired_over_windows():
@@ -37,5 +38,5 @@ def test_gains_are_told_by_student_and_size():
 def test_the_overlap_is_that_of_the_text_or_said_to_be_unknown():
     checked = {"share": 4e-5, "checked": 50_000, "against": ["training_text.npz"]}
     said = "Of the held-out text's runs of 13 words 0.0040% also occur"
-    assert quality_page.overlap({"text_overlap": checked}).startswith(said)
-    assert "not checked" in quality_page.overlap({})
+    assert pages.overlap({"text_overlap": checked}).startswith(said)
+    assert "not checked" in pages.overlap({})

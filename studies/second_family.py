@@ -1,6 +1,6 @@
 """Does the recipe work on another family? A tiny Pythia (GPT-NeoX) is trained here, distilled, and interpolated.
 
-    python -m benchmarks.second_family [--seed 1] [--text speeches.jsonl.gz] [--keep 0,3,6,9,12,15] [--students ...]
+    python -m studies.second_family [--seed 1] [--text speeches.jsonl.gz] [--keep 0,3,6,9,12,15] [--students ...]
 
 Trains a teacher of sixteen layers from scratch on the sources of Python's standard library (or another text), then
 makes students that keep some of its layers, of the same number of tokens each through `boomerang distill`, and one that

@@ -1,6 +1,6 @@
 """What the policy's margins are worth on traffic that they were not chosen on: many slices of a trace, simulated.
 
-    python -m benchmarks.margins --trace AzureLLMInferenceTrace_conv.csv --slices 20 --set margin=0.75
+    python -m studies.margins --trace AzureLLMInferenceTrace_conv.csv --slices 20 --set margin=0.75
 
 Limits, quality and machine come from a plan of `benchmarks.trace`. Every slice has a load 1 of its own: the highest
 rate at which the simulated teacher meets 99 % of the limits.

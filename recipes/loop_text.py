@@ -1,4 +1,4 @@
-"""Training text against loops: python -m model_store.default_pair.loop_text SAID.jsonl ... --out FILE.
+"""Training text against loops: python -m recipes.loop_text SAID.jsonl ... --out FILE.
 
 Of what sizes of the pair said greedily (`teacher_text --size`) it takes the answers that collapse into repetition, and
 others if asked; the rest, text to learn from as a whole, is drawn from articles, and from passages and conversations of

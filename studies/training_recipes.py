@@ -1,6 +1,6 @@
 """Recipes and schedules side by side: students of one teacher from one start, at equal tokens, at every size.
 
-    python -m benchmarks.recipes --data base.jsonl --text wikitext2_valid.txt --out recipes [--only plain cosine ...]
+    python -m studies.training_recipes --data base.jsonl --text wikitext2_valid.txt --out recipes [--only plain cosine ...]
 
 The start is the closed-form fit of the pruned layers with the KLPatch order found on it. Every student is made by
 `boomerang distill` in a process of its own, from that start and towards that order, and measured along it: students
@@ -10,7 +10,7 @@ held-out prompts.
 
 A recipe of two phases gives each half of the tokens, rows of its own and a learning rate that falls to zero. What is
 done is kept in OUT and not done again, and a training run cut short goes on from its last checkpoint; once `start` and
-OUT/answers.json are there, calls with different --only may share OUT. `benchmarks.quality_page` makes tables and plots
+OUT/answers.json are there, calls with different --only may share OUT. `benchmarks.pages` makes tables and plots
 of OUT/recipes.json. A student takes five to ten minutes of a core to train and one to five to measure.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 KEEP = "0,2,4,6,8,10,11,12,14,16,18,20,22,24,26,28"  # of the default pair
-CHAT = Path(__file__).parent / "quality_chat_prompts.txt"
+CHAT = Path(__file__).resolve().parent.parent / "benchmarks" / "quality_chat_prompts.txt"
 _OWN_ORDER = ["--order", "klpatch", "--calibration-rows", "32"]
 # AdamW moves a matrix entry by its learning rate, Muon at 1e-3 by 2e-4 a step: rates of one size.
 _ADAMW = ["--lr", "3e-4"]

@@ -1,6 +1,6 @@
 """Does an exported size say what the server says at that size? Greedy texts of our server, transformers, llama.cpp.
 
-    python -m benchmarks.export_texts --size 22L [--llama-python PYTHON]
+    python -m studies.export_texts --size 22L [--llama-python PYTHON]
 
 Exports the size (checkpoint and GGUF), lets all three answer the same chat prompts greedily and prints how many
 answers are equal token by token, and where the others first differ. All in `--dtype`: the server, over HTTP with the
@@ -26,7 +26,7 @@ from model_store.evaluate.chat import chat_prompts, prompt_ids
 from model_store.pair import open_pair
 from server.cli import main as boomerang
 
-PROMPTS = Path(__file__).parent / "quality_chat_prompts.txt"
+PROMPTS = Path(__file__).resolve().parent.parent / "benchmarks" / "quality_chat_prompts.txt"
 _LLAMA = """
 import json, sys
 from llama_cpp import Llama
