@@ -252,9 +252,8 @@ def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, t
     from server.sizing.quality import quality_by_size
 
     cost = cost_model_for(engine, loaded, store_root(settings.store) / "calibration")
-    policy = BudgetPolicy(cost, tenants=tenants, quality=quality_by_size(pair.quality, pair.elasticity.sizes))
-    policy.save = lambda: keep(cost)
-    engine.scheduler.policy = policy
+    quality = quality_by_size(pair.quality, pair.elasticity.sizes)
+    engine.scheduler.policy = BudgetPolicy(cost, tenants=tenants, quality=quality, keep=keep)
 
 
 def read_template(value: str | None) -> str | None:

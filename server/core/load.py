@@ -3,7 +3,14 @@ counting. Indexed by size (layers)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from server.core.config import EngineConfig
 from server.core.request import Request
+
+if TYPE_CHECKING:
+    from model_store.assembly import Elasticity, LayerPath
 
 
 class Load:
@@ -89,3 +96,58 @@ class Load:
         totals = ("num_rows", "layer_rows", "layer_context", "layer_pending")
         for name in ("rows", "context", "pending", *totals, "tenant_rows", "held", "_limits", "_tightest"):
             assert getattr(self, name) == getattr(fresh, name), f"load totals disagree on {name}"
+
+
+class Queued(Protocol):
+    """The requests that wait, as a decision may see them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens waiting to be computed, of all tenants."""
+
+    def __len__(self) -> int: ...
+
+    def waiting_of(self, tenant: str) -> tuple[int, int]:
+        """Requests and tokens that a tenant has waiting."""
+
+    def tenants(self) -> list[str]:
+        """Tenants with something waiting."""
+
+
+class Pages(Protocol):
+    """The KV pool, as a decision may see it."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that an allocation can have, those of idle cached blocks included."""
+
+    def num_kept_layers(self, request: Request, path: LayerPath) -> int:
+        """Layers of `path` that need not be computed again if the request moved there."""
+
+
+class LoadView(Protocol):
+    """All that a size policy may read of the engine, to be read only; the scheduler is one."""
+
+    @property
+    def load(self) -> Load: ...
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+    @property
+    def elasticity(self) -> Elasticity: ...
+
+    @property
+    def running(self) -> Sequence[Request]: ...
+
+    @property
+    def waiting(self) -> Queued: ...
+
+    @property
+    def kv_cache(self) -> Pages: ...

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from server.core.batch import ForwardBatch
-    from server.core.load import Load
-    from server.engine.scheduler import Scheduler
+    from server.core.load import Load, LoadView
+    from server.core.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class RequestRefused(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast prompts advance beside those who decode, as long as steps are like this one."""
+class PrefillBudget:
+    """What steps carry of prompts beside those who decode, as long as they are like this one."""
 
     layer_tokens: int  # tokens of prompt x layers that a step may carry
     seconds: float  # what such a step takes
@@ -53,16 +53,18 @@ class Pace:
 class SizePolicy:
     """Picks the size of a request as it is admitted (and again when it is re-admitted after preemption).
 
-    `now` is the scheduler's clock; an implementation reads no other. All methods but `choose` may be left alone.
+    `view` is what a policy may know of the engine, `now` the scheduler's clock; an implementation reads no other. All
+    members but `choose` may be left alone. The engine's thread calls all of them but `estimated_wait`.
     """
 
     shrinks_running = False  # whether `resize` may take a running request to its smallest size
+    cost: StepTimes | None = None  # the model of step times that decisions rest on, if they rest on one
 
-    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
+    def choose(self, request: Request, view: LoadView, now: float) -> SizeDecision | Refusal | None:
         """A size out of `request.sizes`, a refusal, or None to leave it queued for now."""
         raise NotImplementedError
 
-    def prepare(self, request: Request, scheduler: Scheduler, now: float) -> Refusal | None:
+    def prepare(self, request: Request, view: LoadView, now: float) -> Refusal | None:
         """Called once, before the request is queued: complete its budget and sizes, or refuse the impossible."""
 
     def on_arrival(self, request: Request, now: float) -> None:
@@ -71,10 +73,10 @@ class SizePolicy:
     def on_finish(self, request: Request, now: float) -> None:
         """The request is finished; `status` says how."""
 
-    def pace(self, scheduler: Scheduler, now: float) -> Pace | None:
+    def prefill_budget(self, view: LoadView, now: float) -> PrefillBudget | None:
         """What this step may carry of prompts beside its decode rows; None for the configured limit only."""
 
-    def resize(self, scheduler: Scheduler, now: float) -> list[tuple[Request, SizeDecision]]:
+    def resize(self, view: LoadView, now: float) -> list[tuple[Request, SizeDecision]]:
         """Running requests that should go on at another size."""
         return []
 
@@ -91,18 +93,18 @@ class SizePolicy:
     def on_stop(self) -> None:
         """The engine ends: keep what was learned."""
 
-    def refuse(self, scheduler: Scheduler, now: float) -> Refusal:
+    def refuse(self, view: LoadView, now: float) -> Refusal:
         """What a strict request hears whose limits cannot be met at the moment."""
         message = "The request's latency limits cannot be met at the moment (slo_policy is strict)."
-        return Refusal(message, 503, math.ceil(self.estimated_wait(scheduler, now)))
+        return Refusal(message, 503, math.ceil(self.estimated_wait(view, now)))
 
-    def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
-        """Seconds until what waits now will have been admitted."""
+    def estimated_wait(self, view: LoadView, now: float) -> float:
+        """Seconds until what waits now will have been admitted. Any thread."""
         return 1.0
 
 
 class LargestSize(SizePolicy):
     """The largest size the caller allows, whatever the load."""
 
-    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision:
+    def choose(self, request: Request, view: LoadView, now: float) -> SizeDecision:
         return SizeDecision(request.sizes[-1], request.size_reason)

@@ -21,7 +21,8 @@ import numpy as np
 
 from server.core.batch import ForwardBatch
 from server.core.request import Request, SamplingParams
-from server.cost.model import HEAD_KNOTS, KINDS, KNOTS, NUM_FEATURES, CostModel, fit
+from server.core.step_times import KINDS
+from server.cost.model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel, fit
 from server.cost.profile import CostProfile
 
 if TYPE_CHECKING:

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from bisect import bisect, bisect_left
 from collections import deque
-from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from server.core.step_times import KINDS, ErrorStats, StepShape
 from server.cost.profile import CostProfile
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 KNOTS = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], dtype=np.float64)
 HEAD_KNOTS = np.array([1, 4, 16, 64, 256], dtype=np.float64)
-KINDS = ("decode", "prefill", "mixed")
 
 _G = slice(1, 1 + len(KNOTS))
 _H = slice(_G.stop, _G.stop + len(HEAD_KNOTS))
@@ -55,43 +53,6 @@ def ramps(values: np.ndarray, knots: np.ndarray) -> np.ndarray:
     np.clip(basis[:, 1:-1], 0.0, 1.0, out=basis[:, 1:-1])
     np.maximum(basis[:, -1], 0.0, out=basis[:, -1])  # the last piece goes on for ever
     return basis
-
-
-@dataclass(slots=True)
-class StepShape:
-    """A step as the cost model sees it: its features and its kind."""
-
-    features: np.ndarray
-    kind: str
-
-
-@dataclass(slots=True)
-class ErrorStats:
-    """How long recent steps of one kind took, as multiples of what had been predicted."""
-
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=2048))
-    count: int = 0
-    predicted: float = 0.0  # seconds, summed
-    measured: float = 0.0
-
-    def add(self, predicted: float, measured: float) -> None:
-        self.recent.append(measured / predicted)
-        self.count += 1
-        self.predicted += predicted
-        self.measured += measured
-
-    def quantile(self, q: float) -> float:
-        """Quantile of the relative error |predicted - measured| / measured; NaN without steps."""
-        return relative_error(self.recent, q)
-
-    def spread(self) -> list[float]:
-        """The middles of 32 equal shares of measured / predicted, ascending: what a simulator draws from."""
-        return np.quantile(list(self.recent), (np.arange(32) + 0.5) / 32).tolist() if self.recent else [1.0]
-
-
-def relative_error(ratios: Collection[float], q: float) -> float:
-    """Quantile of |predicted - measured| / measured, from measured / predicted; NaN without any."""
-    return float(np.quantile(np.abs(1.0 / np.asarray(ratios) - 1.0), q)) if ratios else float("nan")
 
 
 class CostModel:

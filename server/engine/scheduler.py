@@ -17,7 +17,7 @@ from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
 from server.core.load import Load
 from server.core.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
-from server.core.size_policy import LargestSize, Pace, Refusal, SizePolicy
+from server.core.size_policy import LargestSize, PrefillBudget, Refusal, SizePolicy
 from server.engine.extras.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
@@ -148,14 +148,14 @@ class Scheduler:
             elif request.status == RequestStatus.RUNNING and budget >= request.path.num_layers:
                 budget = self._advance(request, budget, output)
         # Those who decode are on time for their next token only if the prompts beside them leave room.
-        pace = self.policy.pace(self, now)
-        if pace is not None and output.scheduled:
-            budget = min(budget, pace.layer_tokens)
+        prefill = self.policy.prefill_budget(self, now)
+        if prefill is not None and output.scheduled:
+            budget = min(budget, prefill.layer_tokens)
         for request in prompts:
             if request.status == RequestStatus.RUNNING:  # else preempted for the sake of another
                 budget = self._advance(request, budget, output)
         if not output.num_preempted:
-            self._admit(output, budget, now, pace)
+            self._admit(output, budget, now, prefill)
         return output
 
     def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
@@ -203,9 +203,9 @@ class Scheduler:
         output.scheduled.append((request, count))
         return budget - count * width
 
-    def _admit(self, output: SchedulerOutput, budget: int, now: float, pace: Pace | None) -> None:
+    def _admit(self, output: SchedulerOutput, budget: int, now: float, prefill: PrefillBudget | None) -> None:
         held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
-        first_token_after = None if pace is None else partial(pace.first_token_after, load=self.load)
+        first_token_after = None if prefill is None else partial(prefill.first_token_after, load=self.load)
         while self.waiting and self._free_slots and budget > 0:
             request = self.waiting.peek(now, held, first_token_after)
             if request is None:

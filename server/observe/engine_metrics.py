@@ -121,7 +121,7 @@ class EngineCollector:
 
     def _cost_model(self) -> Iterator[Metric]:
         """How well steps are predicted; nothing where sizes are not chosen by cost."""
-        cost = getattr(self.engine.scheduler.policy, "cost", None)
+        cost = self.engine.scheduler.policy.cost
         if cost is None:
             return
         name = self.labels["model_name"]

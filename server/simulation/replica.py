@@ -15,7 +15,8 @@ import numpy as np
 from server.core.config import EngineConfig
 from server.core.request import Request, SampledToken
 from server.core.size_policy import SizePolicy
-from server.cost.model import CostModel, StepShape
+from server.core.step_times import StepShape
+from server.cost.model import CostModel
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import WaitingQueue
 from server.engine.scheduler import Scheduler, SchedulerOutput
@@ -102,7 +103,7 @@ class Replica:
         self.scheduler.update(planned, self.sample(planned))
         machine = self.spec.machine
         overhead = machine.overhead + machine.overhead_per_request * len(planned.scheduled)
-        cost = getattr(self.policy, "cost", None)
+        cost = self.policy.cost
         if cost is not None:
             cost.observe(shape, seconds)
             cost.observe_overhead(overhead, len(planned.scheduled))

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from server.core.request import Request, RequestStatus, SamplingParams
-from server.cost.model import relative_error
+from server.core.step_times import relative_error
 from server.simulation.jobs import Job, Record
 from server.simulation.replica import Replica, ReplicaSpec
 
@@ -262,7 +262,7 @@ class Simulator:
         """Predicted against simulated step time, all replicas together."""
         merged: dict[str, list[float]] = {}
         for replica in self.replicas:
-            cost = getattr(replica.policy, "cost", None)
+            cost = replica.policy.cost
             for kind, stats in cost.errors.items() if cost is not None else ():
                 merged.setdefault(kind, []).extend(stats.recent)
         return {

@@ -19,7 +19,7 @@ from server.sizing.outlook import NEVER
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
-    from server.engine.scheduler import Scheduler
+    from server.core.load import LoadView
 
 _REFRESH = 0.1  # seconds of clock for which a forecast holds
 
@@ -44,26 +44,26 @@ class Forecaster:
         self._weights: list[float] = table.path_weights(table.all.on_teacher).tolist()
         self._cache: dict[str, Forecast] = {}
 
-    def forecast(self, tenant: str, scheduler: Scheduler, now: float) -> Forecast:
+    def forecast(self, tenant: str, view: LoadView, now: float) -> Forecast:
         found = self._cache.get(tenant)
         if found is not None and 0.0 <= now - found.time < _REFRESH:
             return found
         if len(self._cache) > 1024:
             self._cache.clear()
-        found = self._cache[tenant] = self._compute(tenant, scheduler, now)
+        found = self._cache[tenant] = self._compute(tenant, view, now)
         return found
 
-    def _compute(self, tenant: str, scheduler: Scheduler, now: float) -> Forecast:
-        limit = scheduler.load.tightest_tpot()
-        rate, prompt = self._rate(tenant, scheduler, limit, now)
+    def _compute(self, tenant: str, view: LoadView, now: float) -> Forecast:
+        limit = view.load.tightest_tpot()
+        rate, prompt = self._rate(tenant, view, limit, now)
         return self.settle(
             rate,
             prompt,
             self.demand.mean_output,
             limit=limit,
-            max_num_seqs=scheduler.config.max_num_seqs,
-            max_tokens=scheduler.config.max_num_batched_tokens,
-            tokens_of_kv=scheduler.kv_cache.num_pages * scheduler.kv_cache.page_size,
+            max_num_seqs=view.config.max_num_seqs,
+            max_tokens=view.config.max_num_batched_tokens,
+            tokens_of_kv=view.kv_cache.num_pages * view.kv_cache.page_size,
             now=now,
         )
 
@@ -146,7 +146,7 @@ class Forecaster:
             forecast.occupancy.append(full if full > busy else busy)
         return forecast
 
-    def _rate(self, tenant: str, scheduler: Scheduler, limit: float | None, now: float) -> tuple[float, float]:
+    def _rate(self, tenant: str, view: LoadView, limit: float | None, now: float) -> tuple[float, float]:
         """Arrivals this tenant must reckon with: its own, and those of others up to their shares of the machine."""
         own, prompt = self.demand.rate(tenant, now, self.sigmas)
         others = [name for name in self.demand.tenants(now) if name != tenant]
@@ -155,7 +155,7 @@ class Forecaster:
         weight = self.tenants.weight
         total_weight = weight(tenant) + sum(map(weight, others))
         # Requests per second that the machine carries at full size with its batch as large as the limit lets it be.
-        config = scheduler.config
+        config = view.config
         rows = float(config.max_num_seqs)
         if limit is not None:
             per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._weights[-1]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.core.request import Request
-from server.core.size_policy import Pace
+from server.core.size_policy import PrefillBudget
 from server.cost.model import KNOTS, CostModel
 from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.demand import Demand
@@ -22,14 +22,14 @@ from server.sizing.shares import Shares
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
-    from server.engine.scheduler import Scheduler
+    from server.core.load import LoadView
 
 _CATCH_UP = 8  # steps within which a request makes up for being behind
 NEVER = 1e6  # seconds; stands for "not at all" where infinity would breed NaN
 
 
 @dataclass(slots=True)
-class View:
+class Predictions:
     """Predictions for C candidate sizes of one request: lists of C, in seconds but for `kv`."""
 
     step: list[float]  # a decode step of the running mix with this request in it
@@ -38,13 +38,12 @@ class View:
     queue_ttft: list[float]  # the same for the last of those who wait, if all take this size
     kv: list[float]  # KV pages wanted over pages to be had
     num_output: float  # expected tokens of the answer
-    tightest_tpot: float | None  # limit of those who run, within their share
-    guarded_tpot: float | None  # what admission must not break
-    guard_share: float
+    tpot_limit: float | None  # the tightest of those who run, within their share: admission must not break it
+    tpot_limit_share: float  # and how much of it may be used
 
 
 class Outlook:
-    """Reads the scheduler's totals, and keeps nothing but what follows from the cost model alone."""
+    """Reads the running totals, and keeps nothing but what follows from the cost model alone."""
 
     def __init__(
         self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, min_chunk: int
@@ -57,18 +56,18 @@ class Outlook:
         self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
         self._full_weight = table.full_weight
 
-    def view(self, candidates: Candidates, request: Request, scheduler: Scheduler, now: float) -> View:
+    def predict(self, candidates: Candidates, request: Request, view: LoadView, now: float) -> Predictions:
         """Plain numbers throughout: for the few sizes of a pair a loop costs less than numpy's calls."""
-        cost, load, config = self.cost, scheduler.load, scheduler.config
+        cost, load, config = self.cost, view.load, view.config
         sampling = request.sampling
         num_output = self.demand.expected_output(sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos)
-        own_waiting, own_waiting_tokens = scheduler.waiting.waiting_of(request.tenant)
+        own_waiting, own_waiting_tokens = view.waiting.waiting_of(request.tenant)
         free_slots = max(config.max_num_seqs - load.num_rows, 0)
         joining = min(max(own_waiting - 1, 0), max(free_slots - 1, 0))
 
         # A decode step, by size: (seconds of the layers + `own` per layer + `base`) * `scale`
         guard = load.tightest_tpot()
-        seen = self.shares.seen_by(request, scheduler, guard)
+        seen = self.shares.seen_by(request, view, guard)
         total = math.ceil(seen.num_rows)
         num_tokens = request.num_tokens
         weighted_rows = load.layer_rows * seen.crowd
@@ -95,11 +94,11 @@ class Outlook:
         first = cost.head_seconds_of(1)
         waited = now - request.arrival_time
         behind = max(own_waiting_tokens - num_tokens, 0)
-        turnover = self.shares.slots_before(request, scheduler, own_waiting, free_slots) * num_output
+        turnover = self.shares.slots_before(request, view, own_waiting, free_slots) * num_output
 
         arrivals, mean_prompt = self.demand.rate(request.tenant, now)
         busy_layer = arrivals * mean_prompt * rate
-        kv_cache = scheduler.kv_cache
+        kv_cache = view.kv_cache
         page = kv_cache.page_size
         own_pages = (num_tokens + num_output) / page + 1.0
         others = joining * (behind / max(own_waiting - 1, 1) + num_output) / page if joining else 0.0
@@ -139,7 +138,7 @@ class Outlook:
             ttfts.append(work + ceil(num_steps) * beside + head_start)
             queues.append(queue)
         kv = [pages_layer * size for size in candidates.sizes]
-        return View(steps, tpots, ttfts, queues, kv, num_output, seen.limit, seen.limit, seen.limit_share)
+        return Predictions(steps, tpots, ttfts, queues, kv, num_output, seen.limit, seen.limit_share)
 
     def _layer_seconds(self, rows: list[float], total: int, more: int) -> list[float]:
         """Seconds of all layers of a decode step with `more` rows of one size added to `rows` (from the smallest size
@@ -180,24 +179,24 @@ class Outlook:
         tpot += sizes * (cost.decode_context * num_prompt + cost.request_layers)
         return ttft, tpot
 
-    def pace(self, scheduler: Scheduler, now: float, margin: float) -> Pace | None:
+    def prefill_budget(self, view: LoadView, now: float, margin: float) -> PrefillBudget | None:
         """What fits of prompts beside this step's decode rows without breaking their TPOT.
 
         A request that is ahead of its limit may spend half of its lead at once; one that is behind makes it up within
         a few steps, which also corrects predictions that are a little low. One that can no longer meet its limit binds
         nobody. None: nothing binds.
         """
-        load = scheduler.load
+        load = view.load
         if load.tightest_tpot() is None:
             return None
         decode = self.mix_seconds(np.asarray(load.rows, np.float64), load.context)
         allowed = None
-        for request in scheduler.running:
+        for request in view.running:
             limit = request.budget.tpot
             num_output = len(request.output_token_ids)
             if limit is None or not num_output:
                 continue
-            # Measured against the paced limit: who lives off a lead should end with a little of it left.
+            # Measured against the limit less the margin: who lives off a lead should end with a little of it left.
             lead = request.first_token_time + margin * limit * (num_output - 1) - now
             if lead < 0.0:
                 remaining = request.sampling.max_tokens - num_output
@@ -215,7 +214,7 @@ class Outlook:
         rows = load.num_rows
         tokens = self.cost.tokens_within(float(self.cost.layer_seconds(rows)) + per_layer) - rows
         budget = int(max(tokens, self.min_chunk) * self.cost.profile.elasticity.num_teacher_layers)
-        return Pace(budget, max(allowed, decode))
+        return PrefillBudget(budget, max(allowed, decode))
 
     def mix_seconds(self, rows: np.ndarray, context: list[int] | None = None) -> float:
         """A decode step of `rows[size]` requests, in seconds, overhead included."""
@@ -234,12 +233,12 @@ class Outlook:
             value += cost.decode_context * float(np.asarray(context, np.float64) @ self._all_sizes)
         return value * cost.correction["decode"]
 
-    def pays_to_shrink(self, requests: list[Request], scheduler: Scheduler) -> bool:
+    def pays_to_shrink(self, requests: list[Request], view: LoadView) -> bool:
         """Whether steps get so much shorter that computing these texts again at their floors is worth it."""
-        load = scheduler.load
+        load = view.load
         rows, context = np.asarray(load.rows, np.float64), list(load.context)
         before = self.mix_seconds(rows, context)
-        rate = self._token_rate(load.num_rows, scheduler.config.max_num_batched_tokens)
+        rate = self._token_rate(load.num_rows, view.config.max_num_batched_tokens)
         cost = remaining = 0.0
         for request in requests:
             size, floor, tokens = request.path.size, request.sizes[0], request.num_tokens
@@ -247,7 +246,7 @@ class Outlook:
             rows[floor] += 1.0
             context[size] -= tokens
             context[floor] += tokens
-            kept = scheduler.kv_cache.num_kept_layers(request, scheduler.elasticity.path(floor))
+            kept = view.kv_cache.num_kept_layers(request, view.elasticity.path(floor))
             cost += self.change_seconds(tokens, floor - kept, rate)
             remaining += request.sampling.max_tokens - len(request.output_token_ids)
         saved = (before - self.mix_seconds(rows, context)) * remaining / len(requests)
@@ -259,16 +258,16 @@ class Outlook:
         attention = self.cost.prefill_context * self.cost.prompt_scale(1) * 0.5 * num_tokens
         return num_tokens * num_layers * (rate + attention)
 
-    def drain_seconds(self, scheduler: Scheduler) -> float:
+    def drain_seconds(self, view: LoadView) -> float:
         """Until everything that waits now is admitted, at the smallest size: its prompts, and slots that fall free."""
-        load, waiting, slots = scheduler.load, scheduler.waiting, scheduler.config.max_num_seqs
+        load, waiting, slots = view.load, view.waiting, view.config.max_num_seqs
         count, size = len(waiting), self.table.sizes[0]
         if not count:
             return 0.0
         full = min(load.num_rows + count, slots)
         rows = np.asarray(load.rows, np.float64)
         rows[size] += full - load.num_rows
-        rate = self._token_rate(full, min(waiting.num_tokens, scheduler.config.max_num_batched_tokens))
+        rate = self._token_rate(full, min(waiting.num_tokens, view.config.max_num_batched_tokens))
         overflow = max(count - (slots - load.num_rows), 0)
         return waiting.num_tokens * size * rate + overflow * self.demand.mean_output * self.mix_seconds(rows) / full
 

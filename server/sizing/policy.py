@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.core.request import Request, SizeDecision
-from server.core.size_policy import Pace, Refusal, SizePolicy
+from server.core.size_policy import PrefillBudget, Refusal, SizePolicy
 from server.cost.model import CostModel
 from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.demand import Demand
 from server.sizing.forecast import Forecaster
-from server.sizing.outlook import Outlook, View
+from server.sizing.outlook import Outlook, Predictions
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
     from server.core.batch import ForwardBatch
-    from server.engine.scheduler import Scheduler
+    from server.core.load import LoadView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class PolicyConfig:
 
     queue_delay: float = 2.0  # `auto` shrinks when requests without a TTFT limit would wait longer than this
     margin: float = 0.85  # predictions for a size may use this share of a limit: it is kept for a whole answer
-    pace: float = 0.97  # and those for one step's prompts this one: the next step can make up for it
+    step_margin: float = 0.97  # and those for one step's prompts this one: the next step can make up for it
     regrow: float = 0.85  # sizes above the last one given out may use this share of that
     hold: float = 1.0  # and not sooner than this after the last shrink
     window: float = 20.0  # arrival rates are averaged over about this long
@@ -62,9 +62,14 @@ class BudgetPolicy(SizePolicy):
         tenants: Tenants | None = None,
         quality: dict[int, float] | None = None,
         config: PolicyConfig | None = None,
+        keep: Callable[[CostModel], None] | None = None,
     ) -> None:
-        """`quality`: a figure per size, higher is better, that replaces layers as the thing to maximise."""
-        self.cost = cost
+        """`quality`: a figure per size, higher is better, that replaces layers as the thing to maximise.
+
+        `keep` is given the cost model when the engine stops, to save what it learned.
+        """
+        self.cost: CostModel = cost
+        self._keep = keep
         self.config = config or PolicyConfig()
         self.tenants = tenants or Tenants()
         self.table = CandidateTable(cost.profile, quality)
@@ -77,11 +82,10 @@ class BudgetPolicy(SizePolicy):
         self._unlearned: list[tuple[ForwardBatch, float]] = []  # steps and what they took
         self._unlearned_seconds = 0.0
         self._pressed: dict[str, float] = {}  # tenant -> when no size held for it the last time
-        self.save: Callable[[], None] | None = None  # keeps what the cost model learned
 
     # --- before the queue
 
-    def prepare(self, request: Request, scheduler: Scheduler, now: float) -> Refusal | None:
+    def prepare(self, request: Request, view: LoadView, now: float) -> Refusal | None:
         """Refuse (400) what could not be met even on an idle server."""
         return self.check(request)
 
@@ -129,47 +133,47 @@ class BudgetPolicy(SizePolicy):
 
     # --- the decision
 
-    def choose(self, request: Request, scheduler: Scheduler, now: float) -> SizeDecision | Refusal | None:
+    def choose(self, request: Request, view: LoadView, now: float) -> SizeDecision | Refusal | None:
         """The size for a request about to run, None to keep it waiting, or a refusal (strict only)."""
         self.num_decisions += 1
         candidates = self.table.candidates(request.sizes)
-        view = self.outlook.view(candidates, request, scheduler, now)
-        ratios = self._ratios(view, candidates, request, scheduler, now)
+        predicted = self.outlook.predict(candidates, request, view, now)
+        ratios = self._ratios(predicted, candidates, request, view, now)
         pressure = [max(ratio) for ratio in ratios]
         index, key, level = self._pick(candidates, pressure, request, now)
         is_floor = pressure[index] > self.config.margin
-        must_wait = self._must_wait(view, index, request, scheduler)
+        must_wait = self._must_wait(predicted, index, request, view)
         if is_floor or must_wait:
             self._pressed[request.tenant] = now
         if must_wait:
             limit = request.budget.ttft
             is_late = limit is not None and now - request.arrival_time > limit * self.config.margin
-            return self.refuse(scheduler, now) if request.budget.strict and is_late else None
-        if is_floor and request.budget.strict and self._own_limits_break(view, index, request):
-            return self.refuse(scheduler, now)
+            return self.refuse(view, now) if request.budget.strict and is_late else None
+        if is_floor and request.budget.strict and self._own_limits_break(predicted, index, request):
+            return self.refuse(view, now)
         size = candidates.sizes[index]
         self._remember(key, level, size, now)
         return SizeDecision(size, self._reason(candidates, index, ratios, is_floor, request))
 
     def _ratios(
-        self, view: View, candidates: Candidates, request: Request, scheduler: Scheduler, now: float
+        self, predicted: Predictions, candidates: Candidates, request: Request, view: LoadView, now: float
     ) -> list[tuple[float, ...]]:
         """Predicted over allowed, by candidate and by REASONS."""
         budget = request.budget
-        forecast = self.forecaster.forecast(request.tenant, scheduler, now)
+        forecast = self.forecaster.forecast(request.tenant, view, now)
         ttft_limit, tpot_limit, e2e_limit = budget.ttft, budget.tpot, budget.e2e
         # load: those behind and around this request, now and at the balance of arrivals and departures
         soft = self.config.queue_delay if ttft_limit is None else ttft_limit
-        around = later = view.tightest_tpot
+        around = later = predicted.tpot_limit
         if tpot_limit is not None:
             later = tpot_limit if around is None else min(tpot_limit, around)
-        columns = zip(candidates.index, view.ttft, view.tpot, view.queue_ttft, view.kv, strict=True)
+        columns = zip(candidates.index, predicted.ttft, predicted.tpot, predicted.queue_ttft, predicted.kv, strict=True)
         ratios = []
         for k, ttft, tpot, queue_ttft, kv in columns:
             tpot_later, ttft_later, load = forecast.tpot[k], forecast.ttft[k], forecast.occupancy[k]
             e2e = 0.0
             if e2e_limit is not None:
-                e2e = (ttft + max(tpot, tpot_later) * (view.num_output - 1.0)) / e2e_limit
+                e2e = (ttft + max(tpot, tpot_later) * (predicted.num_output - 1.0)) / e2e_limit
             own_ttft = 0.0 if ttft_limit is None else ttft / ttft_limit
             own_tpot = 0.0 if tpot_limit is None else tpot / tpot_limit
             first = (ttft_later if ttft_later > queue_ttft else queue_ttft) / soft
@@ -209,18 +213,18 @@ class BudgetPolicy(SizePolicy):
                 self._levels.popitem(last=False)
         self._levels.move_to_end(key)
 
-    def _must_wait(self, view: View, index: int, request: Request, scheduler: Scheduler) -> bool:
+    def _must_wait(self, predicted: Predictions, index: int, request: Request, view: LoadView) -> bool:
         """Whether admitting now would break the TPOT of running requests that are within their share."""
-        if not scheduler.running or view.guarded_tpot is None:
+        if not view.running or predicted.tpot_limit is None:
             return False
-        return view.step[index] > view.guarded_tpot * view.guard_share
+        return predicted.step[index] > predicted.tpot_limit * predicted.tpot_limit_share
 
-    def _own_limits_break(self, view: View, index: int, request: Request) -> bool:
+    def _own_limits_break(self, predicted: Predictions, index: int, request: Request) -> bool:
         budget = request.budget
-        e2e = view.ttft[index] + view.step[index] * (view.num_output - 1.0)
+        e2e = predicted.ttft[index] + predicted.step[index] * (predicted.num_output - 1.0)
         return (
-            (budget.ttft is not None and view.ttft[index] > budget.ttft)
-            or (budget.tpot is not None and view.step[index] > budget.tpot)
+            (budget.ttft is not None and predicted.ttft[index] > budget.ttft)
+            or (budget.tpot is not None and predicted.step[index] > budget.tpot)
             or (budget.e2e is not None and e2e > budget.e2e)
         )
 
@@ -236,18 +240,18 @@ class BudgetPolicy(SizePolicy):
 
     # --- a running request changes size
 
-    def resize(self, scheduler: Scheduler, now: float) -> list[tuple[Request, SizeDecision]]:
+    def resize(self, view: LoadView, now: float) -> list[tuple[Request, SizeDecision]]:
         """Shrink large running requests while no size holds for new ones, if that pays for itself.
 
         Those that were given much while there was room keep their layers in every step until they end. Computing
         their text again at their floor costs once; two at a time, so that the prompts of others are not pushed aside.
         """
-        if not self._pressed or len(scheduler.running) < 2:
+        if not self._pressed or len(view.running) < 2:
             return []
         self._pressed = {name: at for name, at in self._pressed.items() if now - at <= self.config.squeeze}
         found = [
             request
-            for request in scheduler.running
+            for request in view.running
             if request.tenant in self._pressed  # nobody shrinks for the sake of another tenant
             and request.path.size > request.sizes[0]
             and request.output_token_ids
@@ -259,21 +263,21 @@ class BudgetPolicy(SizePolicy):
         is_decoding = [request for request in found if request.num_tokens - request.num_computed_tokens == 1]
         under_way = sum(
             bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens > 1
-            for request in scheduler.running
+            for request in view.running
         )
-        if under_way >= 2 or not is_decoding or not self.outlook.pays_to_shrink(is_decoding, scheduler):
+        if under_way >= 2 or not is_decoding or not self.outlook.pays_to_shrink(is_decoding, view):
             return []
         is_decoding.sort(key=lambda r: (len(r.output_token_ids) - r.sampling.max_tokens) / r.num_tokens)
         return [(request, SizeDecision(request.sizes[0], "load")) for request in is_decoding[: 2 - under_way]]
 
     # --- beside the decision
 
-    def estimated_wait(self, scheduler: Scheduler, now: float) -> float:
+    def estimated_wait(self, view: LoadView, now: float) -> float:
         """Seconds until the queue of this moment has been admitted, at least 1: what Retry-After says."""
-        return max(1.0, self.outlook.drain_seconds(scheduler))
+        return max(1.0, self.outlook.drain_seconds(view))
 
-    def pace(self, scheduler: Scheduler, now: float) -> Pace | None:
-        return self.outlook.pace(scheduler, now, self.config.pace)
+    def prefill_budget(self, view: LoadView, now: float) -> PrefillBudget | None:
+        return self.outlook.prefill_budget(view, now, self.config.step_margin)
 
     def decode_seconds(self, rows: np.ndarray) -> float:
         return self.outlook.mix_seconds(rows)
@@ -307,7 +311,7 @@ class BudgetPolicy(SizePolicy):
 
     def on_stop(self) -> None:
         self._learn()
-        if self.save is not None:
+        if self._keep is not None:
             if self.cost.num_observed >= 64:
                 self.cost.refit(half_life=math.inf)  # what the last minute was like is of no use to the next start
-            self.save()
+            self._keep(self.cost)

@@ -11,7 +11,7 @@ from server.sizing.candidates import CandidateTable
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
-    from server.engine.scheduler import Scheduler
+    from server.core.load import LoadView
 
 
 @dataclass(slots=True)
@@ -35,20 +35,20 @@ class Shares:
         self._full_weight = table.full_weight
         self._capacity = (-1.0, -1, 0.0)  # limit, version of the cost model, `capacity_rows` for them
 
-    def seen_by(self, request: Request, scheduler: Scheduler, tightest: float | None) -> Seen:
+    def seen_by(self, request: Request, view: LoadView, tightest: float | None) -> Seen:
         """What runs, as this tenant may see it; `tightest` is the smallest TPOT limit among all who run.
 
         Others count up to their share of the machine: what a flood takes beyond that is not this tenant's load. And
         while others are there, a tenant beyond its share must leave room for them.
         """
-        load, tenant, low = scheduler.load, request.tenant, self._smallest
+        load, tenant, low = view.load, request.tenant, self._smallest
         rows: list[float] = load.rows[low:]
-        held, waiting = load.held, scheduler.waiting.tenants()
+        held, waiting = load.held, view.waiting.tenants()
         if not held or (len(held) == 1 and tenant in held and len(waiting) <= 1):
             return Seen(rows, load.num_rows, 1.0, tightest, 1.0)
         weight = self.tenants.weight
         total_weight = sum(map(weight, dict.fromkeys((*held, *waiting, tenant))))
-        capacity = self.capacity_rows(tightest, scheduler.config.max_num_seqs)
+        capacity = self.capacity_rows(tightest, view.config.max_num_seqs)
         over = set()
         for name, count in held.items():
             share = weight(name) / total_weight * capacity
@@ -63,16 +63,16 @@ class Shares:
             return Seen(rows, num_rows, crowd, tightest, 0.85)
         return Seen(rows, num_rows, crowd, load.tightest_tpot(skip=over), 1.0)
 
-    def slots_before(self, request: Request, scheduler: Scheduler, own_waiting: int, free_slots: int) -> float:
+    def slots_before(self, request: Request, view: LoadView, own_waiting: int, free_slots: int) -> float:
         """Slots that must fall free before the last of those who wait gets one, as `request`'s tenant may see it.
 
         The queue is fair: of others' requests no more go first than their weights entitle them to.
         """
-        waiting = len(scheduler.waiting)
-        if waiting <= free_slots or not scheduler.load.num_rows:
+        waiting = len(view.waiting)
+        if waiting <= free_slots or not view.load.num_rows:
             return 0.0
         weight = self.tenants.weight
-        total_weight = sum(map(weight, dict.fromkeys((request.tenant, *scheduler.waiting.tenants()))))
+        total_weight = sum(map(weight, dict.fromkeys((request.tenant, *view.waiting.tenants()))))
         return max(min(waiting, own_waiting * total_weight / weight(request.tenant)) - free_slots, 0.0)
 
     def capacity_rows(self, limit: float | None, max_num_seqs: int) -> float:

@@ -133,7 +133,7 @@ def test_a_policy_may_refuse_or_hold_back():
     class Policy(SizePolicy):
         answer = None
 
-        def choose(self, request, scheduler, now):
+        def choose(self, request, view, now):
             return self.answer
 
     policy = Policy()

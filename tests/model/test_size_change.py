@@ -159,8 +159,8 @@ def test_the_policy_has_states_kept_for_those_it_may_shrink(family):
     class Shrinks(LargestSize):
         shrinks_running = True
 
-        def resize(self, scheduler, now):
-            ready = [r for r in scheduler.running if len(r.output_token_ids) == 9 and r.path.size == 6]
+        def resize(self, view, now):
+            ready = [r for r in view.running if len(r.output_token_ids) == 9 and r.path.size == 6]
             return [(request, SizeDecision(5, "load")) for request in ready]
 
     engine.scheduler.policy = Shrinks()

@@ -199,12 +199,12 @@ def test_prompts_are_predicted_with_the_correction_of_steps_that_have_some():
         policy, scheduler = replica.policy, replica.scheduler
         policy.cost.correction.update(dict.fromkeys(policy.cost.correction, 1.0) | {"mixed": correction})
         request = make_request(512, budget={"ttft": 1.0, "tpot": 0.05}, arrival_time=now)
-        view = policy.outlook.view(policy.table.all, request, scheduler, now)
+        view = policy.outlook.predict(policy.table.all, request, scheduler, now)
         steps = {"limit": 0.05, "max_num_seqs": 64, "max_tokens": 256, "tokens_of_kv": 10**6}
         forecast = policy.forecaster.settle(1.0, 512.0, 8.0, **steps)
-        pace = policy.pace(scheduler, now)
+        prefill = policy.prefill_budget(scheduler, now)
         scheduler.waiting.push(request)
-        return view.ttft[-1], forecast.ttft[-1], pace.layer_tokens, policy.outlook.drain_seconds(scheduler)
+        return view.ttft[-1], forecast.ttft[-1], prefill.layer_tokens, policy.outlook.drain_seconds(scheduler)
 
     ttft, forecast, tokens, drain = predict(1.0)
     slow_ttft, slow_forecast, slow_tokens, slow_drain = predict(1.5)
