@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.random_pair import SHAPES, random_pair, transformers_config
 from model_store.loaded import LoadedPair
+from model_store.weight_form import Storage, WeightForm
 from server.core.config import EngineConfig
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
@@ -196,7 +197,8 @@ def four_sizes(pair: LoadedPair) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    pair = random_pair(arguments.shape, dtype, device, arguments.quantization)
+    storage = Storage(arguments.quantization or Storage.AS_LOADED)
+    pair = random_pair(arguments.shape, WeightForm(dtype, storage=storage), device)
     batches, sizes = arguments.batches, four_sizes(pair)
     largest = max(*batches, arguments.mixed)
     length = arguments.context + arguments.steps + 8

@@ -22,14 +22,14 @@ from model_store.pair import Pair, open_pair
 from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.loading import engine_config
+from server.loading import engine_config, weight_form
 
 WINDOW = 512
 
 
 def make_engine(pair: Pair, quantization: str | None) -> Engine:
-    settings, dtype = Settings(executor="native"), torch.bfloat16
-    loaded = pair.load(dtype, "cpu", quantization=quantization)
+    settings, dtype = Settings(executor="native", quantization=quantization), torch.bfloat16
+    loaded = pair.load(weight_form(settings, pair))
     config = engine_config(settings, pair, dtype, torch.device("cpu"))
     changes = {"max_num_seqs": 1, "max_model_len": WINDOW + 1, "max_num_batched_tokens": WINDOW}
     return Engine(loaded, dataclasses.replace(config, kv_cache_bytes=64 << 20, **changes))

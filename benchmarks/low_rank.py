@@ -48,19 +48,21 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_store.pair import open_pair
+    from model_store.weight_form import WeightForm
     from server.core.config import EngineConfig
     from server.engine.engine import Engine
 
-    pair, dtype = open_pair(), torch.bfloat16
+    pair = open_pair()
     engines, batches, times = {}, {}, {}
     for form, low_rank in (("expanded", False), ("difference", True)):
         config = EngineConfig(executor=args.executor, max_num_seqs=16, max_model_len=1024)
-        engines[form] = Engine(pair.load(dtype, low_rank=low_rank), config)
-        kept_as = getattr(engines[form].executor, "weight_form", None)  # bytes are those of the form that runs
+        engines[form] = Engine(pair.load(WeightForm(torch.bfloat16, low_rank)), config)
+        executor = engines[form].executor  # bytes are those of the form that runs
+        kept_as = executor.weight_form
         sizes = pair.elasticity.sizes
-        teacher, both = (pair.union_bytes(of, dtype, low_rank, kept_as) for of in (sizes[-1:], sizes))
+        teacher, both = (pair.union_bytes(of, kept_as, executor.matrix_bytes) for of in (sizes[-1:], sizes))
         share = f"{both / teacher:.3f} of the teacher's {teacher / 2**20:.1f}"
-        print(f"{form} ({kept_as or dtype}): {both / 2**20:.1f} MiB, {share}")
+        print(f"{form} ({kept_as}): {both / 2**20:.1f} MiB, {share}")
         for mix, (small, full) in MIXES.items():
             batches[form, mix] = decode_batch(engines[form], small, full, args.context)
             times[form, mix] = []

@@ -10,6 +10,7 @@ from model_store.assembly import Elasticity
 from model_store.int8 import Matrix, quantise
 from model_store.loaded import LoadedPair
 from model_store.spec import ModelSpec
+from model_store.weight_form import Storage, WeightForm
 from model_store.weights import EndWeights, LayerWeights
 
 # Hugging Face configs; the student keeps every other layer.
@@ -41,13 +42,13 @@ def transformers_config(spec: ModelSpec) -> Any:
     )  # fmt: skip
 
 
-def random_pair(shape: str, dtype: torch.dtype, device: torch.device, quantization: str | None = None) -> LoadedPair:
-    """A pair that computes in `dtype`; with `quantization` "int8" its matrices are rounded as the loader does it."""
-    spec = _spec(shape)
+def random_pair(shape: str, form: WeightForm, device: torch.device) -> LoadedPair:
+    """A pair in this form; matrices in int8 are rounded as the loader does it."""
+    spec, dtype = _spec(shape), form.dtype
 
     def draw(*dims: int) -> Matrix:
         matrix = torch.empty(dims, dtype=dtype, device=device).normal_(0, 0.02)
-        return quantise(matrix) if quantization == "int8" else matrix
+        return quantise(matrix) if form.storage is Storage.INT8 else matrix
 
     def ones(width: int) -> torch.Tensor:
         return torch.ones(width, dtype=dtype, device=device)

@@ -16,6 +16,8 @@ import time
 
 import torch
 
+from model_store.weight_form import WeightForm
+
 
 def main() -> None:
     from model_store.assembly import Elasticity
@@ -35,7 +37,7 @@ def main() -> None:
 
     known = _microseconds(lambda: own.path(small), 10_000)
     fresh = _microseconds(assemble, 200)
-    engine = Engine(pair.load(torch.bfloat16, "cpu"), EngineConfig(max_num_seqs=4, max_model_len=512, seed=0))
+    engine = Engine(pair.load(WeightForm()), EngineConfig(max_num_seqs=4, max_model_len=512, seed=0))
     count = 0
 
     class Sink(MetricsSink):

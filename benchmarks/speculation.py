@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from model_store.weight_form import WeightForm
+
 PROMPTS = Path(__file__).with_name("quality_chat_prompts.txt")
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     wrap = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     prompts = [tokenizer.encode(wrap.format(text)) for text in texts]
     config = EngineConfig(max_num_seqs=2 * max(args.batches), max_model_len=1024, speculative_size=args.draft_sizes[0])
-    engine = Engine(pair.load(torch.bfloat16), config)
+    engine = Engine(pair.load(WeightForm(torch.bfloat16)), config)
     full, slots = engine.sizes[-1], engine.speculator.pool._slots
     print(f"{'batch':>5} {'draft':>5} {'guesses':>7} {'accepted':>8} {'c':>5} {'ideal':>6} {'measured':>8}")
     for batch in args.batches:

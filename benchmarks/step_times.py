@@ -24,7 +24,7 @@ from rich.table import Table
 from server.config import Settings
 from server.cost.calibrate import batches
 from server.engine.engine import Engine
-from server.loading import engine_config, open_settings_pair
+from server.loading import engine_config, open_settings_pair, weight_form
 
 SHAPES = {  # name: (requests, tokens each, context before)
     "decode 1": (1, 1, 128), "decode 1, context 1024": (1, 1, 1024), "decode 4": (4, 1, 128),
@@ -67,9 +67,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.variant:
         os.environ["BOOMERANG_CPU_VARIANT"] = arguments.variant
-    settings = Settings(executor="native", dtype=arguments.dtype, weight_compression=arguments.weight_compression)
+    settings = Settings(
+        executor="native",
+        dtype=arguments.dtype,
+        weight_compression=arguments.weight_compression,
+        quantization=arguments.quantization,
+    )
     pair, dtype = open_settings_pair(settings), getattr(torch, arguments.dtype)
-    loaded = pair.load(dtype, "cpu", quantization=arguments.quantization)
+    loaded = pair.load(weight_form(settings, pair))
     config = dataclasses.replace(
         engine_config(settings, pair, dtype, torch.device("cpu")),
         max_num_seqs=64, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,

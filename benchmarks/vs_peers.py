@@ -95,8 +95,7 @@ def _command(kind: str, variant: str) -> tuple[list[str], dict[str, str]]:
         }  # fmt: skip
         return [python_of("vllm"), str(HERE / "worker_vllm.py"), str(checkpoint(size))], env
     if kind == "limit":
-        form = "12 bits" if variant == "compressed" else None
-        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(_weight_bytes(form))], {}
+        return [sys.executable, "-m", "benchmarks.peers.worker_limit", str(_weight_bytes(variant == "compressed"))], {}
     model = gguf(MIXED[-1], quantised=variant == "q8_0")
     return [python_of("llamacpp"), str(HERE / "worker_llamacpp.py"), str(model)], {}
 
@@ -183,10 +182,16 @@ def measure_sizes(run: Run) -> None:
     run.add("the same, memory (each engine reserves 1 GiB for KV)", {k: v / 1e9 for k, v in memory.items()}, "GB")
 
 
-def _weight_bytes(form: str | None) -> int:
+def _weight_bytes(compressed: bool) -> int:
     from model_store.pair import open_pair
+    from model_store.weight_form import Storage, WeightForm
+    from server.kernels.cpu.packing import twelve_bit_bytes
 
-    return max(row["weight_bytes"] for row in open_pair().size_table(quantization=form))
+    rows = (
+        open_pair().size_table(WeightForm(storage=Storage.TWELVE_BITS), twelve_bit_bytes) if compressed
+        else open_pair().size_table()
+    )  # fmt: skip
+    return max(row["weight_bytes"] for row in rows)
 
 
 def _machine() -> dict[str, str]:

@@ -14,6 +14,8 @@ import time
 
 import torch
 
+from model_store.weight_form import WeightForm
+
 
 def measure_transformers(model, prompts: list[list[int]], num_new: int) -> tuple[float, float]:
     ids = torch.tensor(prompts)
@@ -48,7 +50,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(pair.teacher_path, dtype=dtype).eval()
     config = EngineConfig(executor=args.executor, max_num_seqs=max(args.batches), max_model_len=2048)
-    engine = Engine(pair.load(dtype, "cpu"), config)
+    engine = Engine(pair.load(WeightForm(dtype), "cpu"), config)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in args.batches:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from model_store.errors import BoomerangError
+
 Side = Literal["teacher", "student"]
 
 
-class AssemblyError(ValueError):
+class AssemblyError(BoomerangError, ValueError):
     """The layer lists or thresholds do not describe an interlocking pair."""
 
 

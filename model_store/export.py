@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_store.errors import BoomerangError
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,7 +28,7 @@ _TOKENIZER_FILES = (
 _LAYER = re.compile(r"((?:model\.|gpt_neox\.|transformer\.)?(?:layers|h)\.)(\d+)\.(.+)")
 
 
-class ExportError(ValueError):
+class ExportError(BoomerangError, ValueError):
     """A size that cannot be written in the asked form, or that does not compute what the pair computes."""
 
 
@@ -125,6 +127,7 @@ def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torc
     import torch
 
     from model_store.lowrank import LOW_RANK_FILE, LowRankStudent
+    from model_store.weight_form import WeightForm
     from model_store.weights import Checkpoint
 
     dtype = getattr(torch, dtype_name)
@@ -140,8 +143,8 @@ def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torc
         elif student is not None:
             tensors = student.layer(index)
         elif low_rank.has_own_layer(index):
-            base = Checkpoint(pair.teacher_path).layer(pair.elasticity.kept[index], torch.float32)
-            tensors = _split(low_rank.layer(index, base, dtype, "cpu"), pair)
+            base = Checkpoint(pair.teacher_path).layer(pair.elasticity.kept[index], WeightForm(torch.float32))
+            tensors = _split(low_rank.layer(index, base, WeightForm(dtype)), pair)
         else:
             tensors = teacher.layer(pair.elasticity.kept[index])
         for name, tensor in tensors:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
-
 from model_store.assembly import Elasticity
-from model_store.int8 import int8_bytes
 from model_store.spec import ModelSpec
+from model_store.weight_form import Storage, WeightForm
 from model_store.weights import END_PARTS
 
-
-def twelve_bit_bytes(num_rows: int, width: int) -> int:
-    """Bytes of a bfloat16 matrix as the native executor compresses it (server/kernels/cpu/compressed.h): panels of 32
-    rows, inputs by 32, 1.5 bytes for each weight, 64 for the exponents of a panel. Weights without a code, one in some
-    10,000, take 8 bytes more and are not counted."""
-    return -(-num_rows // 32) * (-(-width // 32) * 32 * 48 + 64)
-
-
-_MATRIX_BYTES = {"int8": int8_bytes, "12 bits": twelve_bit_bytes}
+MatrixBytes = Callable[[int, int], int]  # (rows, inputs) -> bytes
 
 
 class Footprint:
@@ -58,16 +48,17 @@ class Footprint:
         ends |= {("positions", self._owner("embed", side)[1]) for side in embedding}
         return len(self._layers(sizes)) * spec.layer_parameters + sum(counts[part] for part, _ in ends)
 
-    def num_bytes(self, sizes: Collection[int], dtype: torch.dtype, quantization: str | None = None) -> int:
+    def num_bytes(self, sizes: Collection[int], form: WeightForm, matrix_bytes: MatrixBytes | None = None) -> int:
         """Bytes of weights in memory that serving exactly `sizes` needs.
 
-        `quantization` "int8", or "12 bits" for bfloat16 that was compressed without loss, is that of the matrices of
-        layers, heads, and embeddings that are tied to a head; differences lie as stored.
+        The storage of `form` is that of the matrices of layers, heads, and embeddings that are tied to a head;
+        differences lie as stored. `matrix_bytes`: of an executor that packs them (default: the form's own).
         """
+        dtype = form.dtype
         used = {layer for size in sizes for layer in self.elasticity.path(size).layers}
         extra = sum(num_bytes for layer, num_bytes in self.differences.items() if layer in used)
         plain = self.parameters(sizes) * dtype.itemsize + extra
-        if quantization is None:
+        if form.storage is Storage.AS_LOADED:
             return plain
         spec = self.specs["teacher"]
         num_ends = sum(
@@ -76,7 +67,7 @@ class Footprint:
         )
         shapes = [*spec.matrix_shapes.values()] * len(self._layers(sizes))
         shapes += [(spec.vocab_size, spec.hidden_size)] * num_ends
-        matrix_bytes = _MATRIX_BYTES[quantization]
+        matrix_bytes = matrix_bytes or form.matrix_bytes
         return plain - sum(n * k * dtype.itemsize - matrix_bytes(n, k) for n, k in shapes)
 
     def _layers(self, sizes: Collection[int]) -> set[int]:
@@ -105,28 +96,26 @@ class Footprint:
             return self._owner("embed", side)
         return part, side
 
-    def size_table(self, dtype: torch.dtype, quantization: str | None = None) -> list[dict[str, Any]]:
+    def size_table(self, form: WeightForm, matrix_bytes: MatrixBytes | None = None) -> list[dict[str, Any]]:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token."""
         sizes = self.elasticity.sizes
         teacher = self.parameters(sizes[-1:])
-        kv_bytes = self.specs["teacher"].kv_bytes_per_token_layer(dtype.itemsize)
+        kv_bytes = self.specs["teacher"].kv_bytes_per_token_layer(form.dtype.itemsize)
         return [
             {
                 "size": size,
                 "parameters": (parameters := self.parameters([size])),
                 "fraction": parameters / teacher,
-                "weight_bytes": self.num_bytes([size], dtype, quantization),
+                "weight_bytes": self.num_bytes([size], form, matrix_bytes),
                 "kv_bytes_per_token": size * kv_bytes,
             }
             for size in sizes
         ]
 
-    def servable(
-        self, dtype: torch.dtype, budget: int | None, quantization: str | None = None
-    ) -> tuple[tuple[int, ...], dict[int, str]]:
+    def servable(self, form: WeightForm, budget: int | None) -> tuple[tuple[int, ...], dict[int, str]]:
         """The sizes, smallest first, whose weights fit `budget` bytes together, and why the others do not."""
         sizes = self.elasticity.sizes
-        needs = [self.num_bytes(sizes[: i + 1], dtype, quantization) for i in range(len(sizes))]
+        needs = [self.num_bytes(sizes[: i + 1], form) for i in range(len(sizes))]
         if budget is None:
             return sizes, {}
         fitting = sum(need <= budget for need in needs)  # needs grow with the size

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-QUANTIZATIONS = ("int8",)
 _SCALE_BYTES = 4
 # Values that are converted at a time: on a CPU the float32 between fits the second-level cache.
 _CPU_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 25

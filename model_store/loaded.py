@@ -13,6 +13,7 @@ from model_store.assembly import Elasticity
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.lowrank import LowRankDelta
 from model_store.spec import ModelSpec
+from model_store.weight_form import Storage, WeightForm
 from model_store.weights import EndWeights, LayerWeights
 
 
@@ -31,9 +32,11 @@ class LoadedPair:
     low_rank: dict[int, LowRankDelta] = field(default_factory=dict)
 
     @property
-    def quantization(self) -> str | None:
-        """What the matrices of layers and heads were rounded to, None if to nothing."""
-        return "int8" if isinstance(self.ends["teacher"].head, Int8Matrix) else None
+    def form(self) -> WeightForm:
+        """In what form the tensors are, before an executor packs them."""
+        end = self.ends["teacher"]
+        storage = Storage.INT8 if isinstance(end.head, Int8Matrix) else Storage.AS_LOADED
+        return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage)
 
     @property
     def shared_stations(self) -> frozenset[int]:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model_store.int8 import Int8Matrix, Matrix, dense, tensors_of
+from model_store.weight_form import Storage, WeightForm
 from model_store.weights import LayerWeights, WeightError, quantise_layer
 
 LOW_RANK_FILE = "student_lowrank.safetensors"
@@ -106,18 +107,13 @@ class LowRankStudent:
         return LowRankDelta(self.kept[index], terms, **norms)
 
     def layer(
-        self,
-        index: int,
-        teacher: LayerWeights,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        quantization: str | None = None,
+        self, index: int, teacher: LayerWeights, form: WeightForm, device: torch.device | str = "cpu"
     ) -> LayerWeights:
-        """Student layer `index` expanded: the sum is taken in float32 and rounded to `dtype`, then quantised if asked.
+        """Student layer `index` expanded: the sum is taken in float32, rounded to the dtype, then quantised if asked.
 
-        Biases and query/key norms, which have no difference, are the teacher's (in `dtype`).
+        Biases and query/key norms, which have no difference, are the teacher's (in the dtype).
         """
-        delta = self.delta(index, teacher, torch.float32, teacher.qkv_weight.device)
+        dtype, delta = form.dtype, self.delta(index, teacher, torch.float32, teacher.qkv_weight.device)
         changed: dict[str, torch.Tensor] = {}
         for group, terms in delta.terms.items():
             weight = getattr(teacher, f"{group}_weight").to(torch.float32, copy=True)
@@ -131,7 +127,7 @@ class LowRankStudent:
             if field.name not in changed and value is not None:
                 changed[field.name] = value.to(device, dtype)
         layer = LayerWeights(**changed)
-        if quantization:
+        if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer
 

@@ -17,13 +17,14 @@ import torch
 
 from model_store import lowrank, published
 from model_store.assembly import AssemblyError, Elasticity
-from model_store.footprint import Footprint
-from model_store.int8 import QUANTIZATIONS
+from model_store.errors import BoomerangError
+from model_store.footprint import Footprint, MatrixBytes
 from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import folder_digest
+from model_store.weight_form import WeightForm
 from model_store.weights import END_PARTS, Checkpoint, LayerWeights, WeightError
 
 __all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
@@ -35,7 +36,7 @@ _LOAD_THREADS = 2  # each holds one layer beside the result
 PATCH_ORDERS = ("last_to_first", "first_to_last")
 
 
-class PairError(ValueError):
+class PairError(BoomerangError, ValueError):
     """A teacher and a student that do not interlock, with the reason."""
 
 
@@ -72,26 +73,22 @@ class Pair:
         """Parameters of one size as assembled: a tied pair whose ends differ is untied in between."""
         return self._footprint.parameters([size])
 
-    def union_bytes(
-        self, sizes: Collection[int], dtype: torch.dtype, low_rank: bool = False, quantization: str | None = None
-    ) -> int:
-        """Bytes of all weights that serving exactly `sizes` needs in memory; the other arguments as for `load`."""
-        footprint = self._shared_footprint(dtype) if low_rank else self._footprint
-        return footprint.num_bytes(sizes, dtype, quantization)
+    def union_bytes(self, sizes: Collection[int], form: WeightForm, matrix_bytes: MatrixBytes | None = None) -> int:
+        """Bytes of all weights that serving exactly `sizes` needs in memory; arguments as for `size_table`."""
+        return self._footprint_in(form).num_bytes(sizes, form, matrix_bytes)
 
     def size_table(
-        self, dtype: torch.dtype = torch.bfloat16, low_rank: bool = False, quantization: str | None = None
+        self, form: WeightForm | None = None, matrix_bytes: MatrixBytes | None = None
     ) -> list[dict[str, Any]]:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token, quality.
 
-        The bytes are those of the form that runs: `low_rank` and `quantization` as for `load`; "12 bits" where an
-        executor has compressed bfloat16.
+        The bytes are those of the form that runs (default: bfloat16, as loaded); `matrix_bytes` is what an executor
+        says that a packed matrix takes (default: `form.matrix_bytes`).
         """
-        rows = self._footprint.size_table(dtype, quantization)
-        if low_rank:
-            rows = [
-                row | {"weight_bytes": self.union_bytes([row["size"]], dtype, low_rank, quantization)} for row in rows
-            ]
+        form = form or WeightForm()
+        rows = self._footprint.size_table(form, matrix_bytes)
+        if form.low_rank:
+            rows = [row | {"weight_bytes": self.union_bytes([row["size"]], form, matrix_bytes)} for row in rows]
         return [row | {"quality": self.quality.get(row["size"], {})} for row in rows]
 
     @cached_property
@@ -103,13 +100,13 @@ class Pair:
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS)
 
-    def _shared_footprint(self, dtype: torch.dtype) -> Footprint:
-        """With low-rank layers kept as differences to the teacher's."""
-        if self.student_spec is not None:
+    def _footprint_in(self, form: WeightForm) -> Footprint:
+        """With low-rank layers kept as differences to the teacher's if `form` says so."""
+        if self.student_spec is not None or not form.low_rank:
             return self._footprint
         student, num_teacher = self._low_rank_student(), self.spec.num_layers
         shared = {num_teacher + i: t for i, t in enumerate(student.kept)}
-        differences = {num_teacher + i: size for i, size in student.num_bytes(dtype).items()}
+        differences = {num_teacher + i: size for i, size in student.num_bytes(form.dtype).items()}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, differences)
 
     def _equal_ends(self) -> set[str]:
@@ -130,54 +127,44 @@ class Pair:
 
     @one_thread_each()
     def load(
-        self,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        memory_budget: int | None = None,
-        low_rank: bool = False,
-        quantization: str | None = None,
+        self, form: WeightForm, device: torch.device | str = "cpu", memory_budget: int | None = None
     ) -> LoadedPair:
-        """Read the tensors, in `dtype`, onto the device; peak memory is the result plus two layers (plain ones, and one
-        plain head, with `quantization`).
+        """Read the tensors, in this form, onto the device; peak memory is the result plus two layers (plain ones, and
+        one plain head, if the form is quantised).
 
         With a `memory_budget` (bytes of weights) too small for both models, the student and as many teacher blocks as
-        fit, in patch order, are read; the sizes beyond are reported missing. `low_rank` keeps the layers of a
-        low-rank student as differences to the teacher's instead of expanding them (no effect on ordinary students).
-        `quantization` "int8" rounds the matrices of layers, heads and tied embeddings to 255 steps per output channel.
-        Raises PairError or WeightError.
+        fit, in patch order, are read; the sizes beyond are reported missing. `form.low_rank` has no effect on an
+        ordinary student. Raises PairError or WeightError.
         """
-        footprint = self._shared_footprint(dtype) if low_rank else self._footprint
-        if quantization not in (None, *QUANTIZATIONS):
-            raise PairError(f"unknown quantization {quantization!r} (known: {', '.join(QUANTIZATIONS)})")
-        sizes, missing = footprint.servable(dtype, memory_budget, quantization)
+        sizes, missing = self._footprint_in(form).servable(form, memory_budget)
         if not sizes:
             smallest = self.elasticity.sizes[0]
             raise PairError(f"not even the smallest size can be served: {smallest} layers {missing[smallest]}")
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
-        if low_rank and self.student_spec is None:
+        if form.low_rank and self.student_spec is None:
             wanted = sorted({*wanted, *(self.elasticity.kept[i - num_teacher] for i in wanted if i >= num_teacher)})
         teacher = Checkpoint(self.teacher_path)
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:  # copies and conversions run outside the interpreter's lock
             ids = [i for i in wanted if i < num_teacher]
-            read = threads.map(lambda i: teacher.layer(i, dtype, device, quantization), ids)
+            read = threads.map(lambda i: teacher.layer(i, form, device), ids)
             layers = dict(zip(ids, read, strict=True))
         student_ids = [i for i in wanted if i >= num_teacher]
         factors: dict[int, LowRankDelta] = {}
         parts = self._footprint.end_parts(sizes)
         if self.student_spec is None:
-            factors = self._load_low_rank(teacher, student_ids, layers, dtype, device, low_rank, quantization)
-            ends = join_ends(teacher.end_tensors(dtype, device, quantization=quantization), {})
+            factors = self._load_low_rank(teacher, student_ids, layers, form, device)
+            ends = join_ends(teacher.end_tensors(form, device), {})
         else:
             student = Checkpoint(self.student_path)
             for i in student_ids:
-                own = student.layer(i - num_teacher, dtype, device, quantization)
+                own = student.layer(i - num_teacher, form, device)
                 origin = self.elasticity.kept[i - num_teacher]
                 is_teachers = origin in layers and is_same_layer(own, layers[origin])
                 layers[i] = layers[origin] if is_teachers else own
             ends = join_ends(
-                teacher.end_tensors(dtype, device, parts["teacher"], quantization),
-                student.end_tensors(dtype, device, parts["student"], quantization),
+                teacher.end_tensors(form, device, parts["teacher"]),
+                student.end_tensors(form, device, parts["student"]),
             )
             _check_all_used(student)
         if not missing:
@@ -189,10 +176,8 @@ class Pair:
         teacher: Checkpoint,
         student_ids: list[int],
         layers: dict[int, LayerWeights],
-        dtype: torch.dtype,
+        form: WeightForm,
         device: torch.device | str,
-        keep: bool,
-        quantization: str | None,
     ) -> dict[int, LowRankDelta]:
         """Adds the student's layers to `layers`, expanded; or returns their factors, if they are to be kept.
 
@@ -204,15 +189,17 @@ class Pair:
             index = i - num_teacher
             origin = student.kept[index]
             if not student.has_own_layer(index):
-                return layers[origin] if origin in layers else teacher.layer(origin, dtype, device, quantization)
+                return layers[origin] if origin in layers else teacher.layer(origin, form, device)
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-            return student.layer(index, teacher.layer(origin, torch.float32), dtype, device, quantization)
+            return student.layer(index, teacher.layer(origin, WeightForm(torch.float32)), form, device)
 
-        kept = [i for i in student_ids if keep and student.has_own_layer(i - num_teacher)]
+        kept = [i for i in student_ids if form.low_rank and student.has_own_layer(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:
             expanded = [i for i in student_ids if i not in kept]
             layers |= dict(zip(expanded, threads.map(expand, expanded), strict=True))
-        return {i: student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], dtype, device) for i in kept}
+        return {
+            i: student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], form.dtype, device) for i in kept
+        }
 
 
 def _check_all_used(checkpoint: Checkpoint) -> None:

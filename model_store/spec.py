@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 
+from model_store.errors import BoomerangError
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
 
 
-class SpecError(ValueError):
+class SpecError(BoomerangError, ValueError):
     """A model this server cannot run, with the reason."""
 
 

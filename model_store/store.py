@@ -21,12 +21,14 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from model_store.errors import BoomerangError
+
 MANIFEST = "manifest.json"
 _STAMPS = ".verified"  # beside the manifest: [size, time of change, digest] of files whose digest was read
 _Stamps = dict[str, list]
 
 
-class StoreError(RuntimeError):
+class StoreError(BoomerangError, RuntimeError):
     """A model that is missing, damaged or cannot be fetched, with what to do about it."""
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from model_store.errors import BoomerangError
 from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
 from model_store.spec import ModelSpec
+from model_store.weight_form import Storage, WeightForm
 
 # Buffers that old checkpoints carry; computed, not learned.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
@@ -24,7 +26,7 @@ END_PARTS = ("embed", "norm", "head")
 MATRICES = ("qkv_weight", "o_weight", "up_weight", "down_weight")  # of a layer
 
 
-class WeightError(ValueError):
+class WeightError(BoomerangError, ValueError):
     """A checkpoint that lacks tensors, has unknown ones, or is not safetensors."""
 
 
@@ -97,32 +99,26 @@ class Checkpoint:
         file, key = self._where[name]
         return self._files[file].get_tensor(key)
 
-    def layer(
-        self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu", quantization: str | None = None
-    ) -> LayerWeights:
+    def layer(self, index: int, form: WeightForm, device: torch.device | str = "cpu") -> LayerWeights:
         """One layer in the common layout; each merged tensor is built and moved before the next is read."""
-        layer = _LAYERS[self.spec.family](self, index, _placer(dtype, device))
+        layer = _LAYERS[self.spec.family](self, index, _placer(form.dtype, device))
         for name, shape in self.spec.matrix_shapes.items():
             if tuple(getattr(layer, name).shape) != shape:
                 found = list(getattr(layer, name).shape)
                 raise WeightError(f"{self.path}: layer {index} {name} is {found}, its config says {list(shape)}")
-        if quantization:
+        if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer
 
     def end_tensors(
-        self,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        parts: Collection[str] = END_PARTS,
-        quantization: str | None = None,
+        self, form: WeightForm, device: torch.device | str = "cpu", parts: Collection[str] = END_PARTS
     ) -> dict[str, Matrix | None]:
         """The EndWeights fields of some `parts`; a tied head is the very object of the embedding if both are asked.
 
         What is quantised is the head, and an embedding that is tied to it.
         """
-        place, names = _placer(dtype, device), _ENDS[self.spec.family]
-        placed_head = (lambda tensor: quantise(place(tensor))) if quantization else place
+        place, names = _placer(form.dtype, device), _ENDS[self.spec.family]
+        placed_head = (lambda tensor: quantise(place(tensor))) if form.storage is Storage.INT8 else place
         tensors: dict[str, Matrix | None] = {}
         embed_name, head_name = names["embed"], self.head_name
         if "embed" in parts:
@@ -138,8 +134,8 @@ class Checkpoint:
             tensors["head_bias"] = place(self.tensor("lm_head.bias")) if "lm_head.bias" in self else None
         return tensors
 
-    def ends(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> EndWeights:
-        return EndWeights(**self.end_tensors(dtype, device))
+    def ends(self, form: WeightForm, device: torch.device | str = "cpu") -> EndWeights:
+        return EndWeights(**self.end_tensors(form, device))
 
     @property
     def head_name(self) -> str:

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from model_store.errors import BoomerangError
 from server.options import SettingsError, add_arguments, load_settings
 
 # command -> (help, module that offers add_arguments(parser) and run(args) -> int)
@@ -40,14 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _EXPECTED:
+        if not isinstance(error, BoomerangError | ValueError | OSError):
             raise
         print(f"boomerang: {error}", file=sys.stderr)
         return 1
-
-
-# Errors whose message alone tells the user what to do; imported nowhere here, so that `--help` stays fast.
-_EXPECTED = ("PairError", "StoreError", "WeightError", "SpecError", "APIError", "OverlapError", "ExportError")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -21,8 +22,8 @@ from server.sizing.tenants import Tenants
 if TYPE_CHECKING:
     import torch
 
-    from model_store.loaded import LoadedPair
     from model_store.pair import Pair
+    from model_store.weight_form import WeightForm
     from server.core.config import EngineConfig
     from server.engine.engine import Engine
 
@@ -55,25 +56,23 @@ def open_settings_pair(settings: Settings) -> Pair:
     return open_pair(settings.teacher, settings.student, patch_order=settings.patch_order, store=settings.store)
 
 
-def keeps_low_rank(settings: Settings, pair: Pair, dtype: torch.dtype) -> bool:
-    """Whether a low-rank student runs as a difference. ValueError if that was asked of an ordinary student."""
+def weight_form(settings: Settings, pair: Pair) -> WeightForm:
+    """In what form the pair is loaded. ValueError if low-rank differences were asked of an ordinary student.
+
+    `--low-rank auto` keeps differences if the pair would not fit --memory-budget otherwise.
+    """
+    from model_store.weight_form import Storage, WeightForm
+
+    storage = Storage.AS_LOADED if settings.quantization is None else Storage(settings.quantization)
+    form = WeightForm(pick_dtype(settings), storage=storage)
     if pair.student_spec is not None:
         if settings.low_rank == "on":
             raise ValueError("--low-rank on: this student is not kept as a low-rank difference")
-        return False
-    if settings.low_rank != "auto":
-        return settings.low_rank == "on"
-    expanded = pair.union_bytes(pair.elasticity.sizes, dtype, quantization=settings.quantization)
-    return settings.memory_budget is not None and expanded > settings.memory_budget
-
-
-def load_pair(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> LoadedPair:
-    """The pair's tensors in the form that the settings ask for: budget, low-rank students, quantization.
-
-    Raises ValueError, PairError or WeightError.
-    """
-    low_rank = keeps_low_rank(settings, pair, dtype)
-    return pair.load(dtype, device, settings.memory_budget, low_rank, settings.quantization)
+        return form
+    low_rank = settings.low_rank == "on"
+    if settings.low_rank == "auto" and settings.memory_budget is not None:
+        low_rank = pair.union_bytes(pair.elasticity.sizes, form) > settings.memory_budget
+    return dataclasses.replace(form, low_rank=low_rank)
 
 
 def speculative_size(settings: Settings, pair: Pair) -> int | None:
@@ -200,18 +199,16 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     pair = open_settings_pair(settings)
-    dtype, device = pick_dtype(settings), pick_device(settings)
-    loaded = load_pair(settings, pair, dtype, device)
+    form, device = weight_form(settings, pair), pick_device(settings)
+    loaded = pair.load(form, device, settings.memory_budget)
     clock.mark("weights")
-    config = engine_config(settings, pair, dtype, device)
+    config = engine_config(settings, pair, form.dtype, device)
     engine = Engine(loaded, config)
     clock.mark("executor and KV cache")
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
-    low_rank = keeps_low_rank(settings, pair, dtype)
-    form = getattr(engine.executor, "weight_form", settings.quantization)
-    infos = size_infos(pair.size_table(dtype, low_rank, form))
+    infos = size_infos(pair.size_table(engine.executor.weight_form, engine.executor.matrix_bytes))
     names = settings.served_model_name or (pair.name,)
     catalog = Catalog(
         names=tuple(dict.fromkeys(names)),
@@ -233,13 +230,13 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         catalog.name,
         engine.sizes[0],
         engine.sizes[-1],
-        str(dtype).removeprefix("torch."),
+        form,
         device,
         config.max_model_len,
         config.kv_cache_bytes / GiB,
     )
     clock.report()
-    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, dtype, settings), tenants)
+    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants)
 
 
 def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, tenants: Tenants) -> None:
@@ -265,7 +262,7 @@ def read_template(value: str | None) -> str | None:
     return Path(value).read_text()
 
 
-def _fingerprint(pair: Pair, dtype: torch.dtype, settings: Settings) -> str:
+def _fingerprint(pair: Pair, form: WeightForm) -> str:
     """The same for servers that give the same answers: pair, order, precision."""
-    text = f"{pair.name}|{pair.patch_order}|{pair.elasticity.thresholds}|{dtype}|{settings.quantization}"
+    text = f"{pair.name}|{pair.patch_order}|{pair.elasticity.thresholds}|{form}"
     return "bm_" + hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -27,11 +27,11 @@ class OfflineEngine:
 
         from server.api.generate.tokenizer import ServingTokenizer
         from server.engine.engine import Engine
-        from server.loading import engine_config, load_pair, pick_device, pick_dtype
+        from server.loading import engine_config, pick_device, weight_form
 
-        dtype, device = pick_dtype(settings), pick_device(settings)
-        loaded = load_pair(settings, pair, dtype, device)
-        config = engine_config(settings, pair, dtype, device)
+        form, device = weight_form(settings, pair), pick_device(settings)
+        loaded = pair.load(form, device, settings.memory_budget)
+        config = engine_config(settings, pair, form.dtype, device)
         length = min(max_model_len, pair.spec.max_context)
         self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))
         tokenizer = ServingTokenizer.from_folder(pair.tokenizer_path, vocab_size=pair.spec.vocab_size)

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from model_store.errors import BoomerangError
 from server.api.http.app import create_app
 from server.api.http.connection import guarded_protocol
 from server.api.http.state import ServerState
@@ -134,4 +135,4 @@ def serve(settings: Settings) -> int:
 
 def _is_expected(error: BaseException) -> bool:
     """Whether the message alone tells the operator what to do."""
-    return isinstance(error, ValueError | OSError | RuntimeError) or type(error).__name__ == "APIError"
+    return isinstance(error, BoomerangError | ValueError | OSError | RuntimeError)

@@ -17,6 +17,7 @@ import time
 
 from model_store.assembly import Elasticity
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 
 LENGTHS = (64, 256, 1024)
 
@@ -65,7 +66,7 @@ def measure(repeats: int) -> None:
     for order, changes in pairs.items():
         pair = open_pair(patch_order=None if order == "its own" else order)
         engine = Engine(
-            pair.load(torch.bfloat16),
+            pair.load(WeightForm(torch.bfloat16)),
             EngineConfig(max_num_seqs=2, max_model_len=2048, enable_prefix_caching=False, state_bytes=64 << 20, seed=0),
         )
 

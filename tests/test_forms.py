@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.commands.bench import run_latency
 from server.commands.sizes import speed_file
 from server.config import Settings
-from server.loading import keeps_low_rank, speculative_size
+from server.loading import speculative_size, weight_form
 from server.offline import OfflineEngine
 from tests.api import tiny
 from tests.model_store.test_lowrank import write_student
@@ -31,21 +32,22 @@ def pairs(tmp_path_factory):
 
 def test_low_rank(pairs):
     ordinary, low_rank = pairs
-    assert not keeps_low_rank(Settings(), ordinary, torch.float32)
+    assert not weight_form(Settings(), ordinary).low_rank
     with pytest.raises(ValueError, match="--low-rank on: this student is not kept as"):
-        keeps_low_rank(Settings(low_rank="on"), ordinary, torch.float32)
+        weight_form(Settings(low_rank="on"), ordinary)
     sizes = low_rank.elasticity.sizes
-    expanded = low_rank.union_bytes(sizes, torch.float32)
-    assert low_rank.union_bytes(sizes, torch.float32, low_rank=True) < expanded
-    for settings, expected in (
-        (Settings(), False),
-        (Settings(low_rank="on"), True),
-        (Settings(memory_budget=expanded), False),
-        (Settings(memory_budget=expanded - 1), True),
-        (Settings(memory_budget=expanded - 1, low_rank="off"), False),
+    forms = [WeightForm(torch.float32, low_rank=keep) for keep in (False, True)]
+    expanded, kept = (low_rank.union_bytes(sizes, form) for form in forms)
+    assert kept < expanded
+    for changes, expected in (
+        ({}, False),
+        ({"low_rank": "on"}, True),
+        ({"memory_budget": expanded}, False),
+        ({"memory_budget": expanded - 1}, True),
+        ({"memory_budget": expanded - 1, "low_rank": "off"}, False),
     ):
-        assert keeps_low_rank(settings, low_rank, torch.float32) is expected
-    by_form = [low_rank.size_table(torch.float32, form)[0]["weight_bytes"] for form in (False, True)]
+        assert weight_form(Settings(dtype="float32", **changes), low_rank) == forms[expected]
+    by_form = [low_rank.size_table(form)[0]["weight_bytes"] for form in forms]
     assert by_form[0] < by_form[1]  # the smallest size reads whole teacher layers, and the factors
 
 
@@ -73,7 +75,7 @@ def test_bench_latency_measures_the_form_that_was_asked_for(pairs, tmp_path):
         settings = settings_of(low_rank, low_rank=form)
         assert run_latency(arguments, settings) == 0
         assert json.loads((tmp_path / "out").read_text())["low_rank"] is (form == "on")
-        files.add(speed_file(settings, low_rank))
+        files.add(speed_file(str(tmp_path), low_rank, weight_form(settings, low_rank)))
     assert len(files) == 2 and all(file.is_file() for file in files)
     with pytest.raises(ValueError, match="--low-rank on: this student is not kept as"):
         run_latency(arguments, settings_of(ordinary, low_rank="on"))
@@ -81,7 +83,7 @@ def test_bench_latency_measures_the_form_that_was_asked_for(pairs, tmp_path):
 
 def test_the_engine_without_a_server_keeps_to_the_budget(tmp_path):
     pair = open_pair(*tiny.make_pair(tmp_path))
-    budget = pair.union_bytes((4, 5), torch.float32)
+    budget = pair.union_bytes((4, 5), WeightForm(torch.float32))
     settings = Settings(dtype="float32", device="cpu", executor="torch", memory_budget=budget, kv_cache_memory=1 << 20)
     engine = OfflineEngine(pair, settings, 32)
     assert len(engine.generate(5, [[1, 2, 3]], 2)[0]) in (1, 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.observe.startup import StartupClock
 from tests.api.tiny import ROOT, RunningServer
 from tests.api.tiny import make_pair as make_served_pair
@@ -38,7 +39,7 @@ def test_loading_leaves_torch_threads_as_they_were(tmp_path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        open_pair(teacher, student).load(torch.float32)
+        open_pair(teacher, student).load(WeightForm(torch.float32))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

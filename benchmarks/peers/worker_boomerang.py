@@ -19,17 +19,17 @@ def main() -> None:
     from server.config import Settings
     from server.core.request import Request, SamplingParams
     from server.engine.engine import Engine
-    from server.loading import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
+    from server.loading import engine_config, open_settings_pair, pick_device, weight_form
 
     settings = Settings(dtype="bfloat16", quantization=args.quantization, low_rank=args.low_rank)
     pair = open_settings_pair(settings)
-    dtype, device = pick_dtype(settings), pick_device(settings)
+    form, device = weight_form(settings, pair), pick_device(settings)
     config = dataclasses.replace(
-        engine_config(settings, pair, dtype, device),
+        engine_config(settings, pair, form.dtype, device),
         max_num_seqs=args.max_num_seqs, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,
         enable_prefix_caching=False,
     )  # fmt: skip
-    engine = Engine(load_pair(settings, pair, dtype, device), config)
+    engine = Engine(pair.load(form, device, settings.memory_budget), config)
     print(json.dumps({"ready": time.perf_counter() - started, "executor": engine.executor.describe()}), flush=True)
     for count, line in enumerate(sys.stdin):
         job = json.loads(line)

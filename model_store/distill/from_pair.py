@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from model_store.distill.elastic import ElasticModel, body_of
 from model_store.lowrank import LOW_RANK_FILE, LowRankStudent
 from model_store.pair import Pair
+from model_store.weight_form import WeightForm
 from model_store.weights import Checkpoint, LayerWeights
 
 
@@ -27,9 +28,9 @@ def load_elastic(pair: Pair, dtype: torch.dtype, device: torch.device | str = "c
         exact = Checkpoint(pair.teacher_path)
         for station in stations:
             if low_rank.has_own_layer(station.index):
-                base = exact.layer(station.start, torch.float32)
+                base = exact.layer(station.start, WeightForm(torch.float32))
                 layer = copy.deepcopy(body.layers[station.start])
-                _assign(layer, low_rank.layer(station.index, base, dtype, device), pair)
+                _assign(layer, low_rank.layer(station.index, base, WeightForm(dtype), device), pair)
                 student[station.index] = layer
     else:
         other = AutoModelForCausalLM.from_pretrained(pair.student_path, dtype=dtype, local_files_only=True).to(device)

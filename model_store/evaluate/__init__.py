@@ -238,7 +238,9 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _add_costs(pair: Pair, rows: dict[int, dict[str, Any]], dtype: Any) -> None:
-    for entry in pair.size_table(dtype):
+    from model_store.weight_form import WeightForm
+
+    for entry in pair.size_table(WeightForm(dtype)):
         if entry["size"] in rows:
             rows[entry["size"]]["weight_bytes"] = entry["weight_bytes"]
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from model_store.distill.data import Document, read_documents
+from model_store.errors import BoomerangError
 
 NGRAM_WORDS = 13  # as is usual since GPT-3 (arXiv 2005.14165, appendix C)
 FINGERPRINT_FILE = "training_text.npz"
@@ -28,7 +29,7 @@ _WORD = re.compile(r"[^\W_]+")
 _ALL = np.uint64(2**64 - 1)
 
 
-class OverlapError(ValueError):
+class OverlapError(BoomerangError, ValueError):
     """Held-out text shares runs of words with training text."""
 
 

@@ -18,7 +18,7 @@ from server.commands.sizes import speed_file
 from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.loading import engine_config, load_pair, open_settings_pair, pick_device, pick_dtype
+from server.loading import engine_config, open_settings_pair, pick_device, weight_form
 from server.sizing.spec import SizeSpec
 
 
@@ -42,17 +42,17 @@ def measure(engine: Engine, prompts: list[list[int]], num_new: int, size: int) -
 def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     """Measure, print a table, keep the figures in the store for `boomerang sizes`. Returns the exit status."""
     pair = open_settings_pair(settings)
-    dtype, device = pick_dtype(settings), pick_device(settings)
+    form, device = weight_form(settings, pair), pick_device(settings)
     batches = sorted({int(part) for part in arguments.batch_sizes.split(",")})
     length = arguments.input_len + arguments.output_len
     if min(batches) < 1 or arguments.input_len < 1 or arguments.output_len < 2 or length > pair.spec.max_context:
         raise ValueError("batch sizes and lengths must be positive (output at least 2) and fit the model's context")
-    loaded = load_pair(settings, pair, dtype, device)
+    loaded = pair.load(form, device, settings.memory_budget)
     config = dataclasses.replace(
-        engine_config(settings, pair, dtype, device),
+        engine_config(settings, pair, form.dtype, device),
         max_num_seqs=max(batches),
         max_model_len=length,
-        kv_cache_bytes=int(1.1 * (length + settings.page_size) * max(batches) * _token_bytes(pair, dtype)),
+        kv_cache_bytes=int(1.1 * (length + settings.page_size) * max(batches) * _token_bytes(pair, form.dtype)),
     )
     engine = Engine(loaded, config)
     sizes = _sizes(arguments.sizes, engine, pair)
@@ -72,14 +72,14 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     report = {
         "pair": pair.name,
         "executor": engine.executor.describe(),
-        "low_rank": bool(loaded.low_rank),
+        "low_rank": form.low_rank,
         "input_len": arguments.input_len,
         "output_len": arguments.output_len,
         "repeats": arguments.repeats,
         "sizes": results,
     }
     if not arguments.no_save:
-        file = speed_file(settings, pair)
+        file = speed_file(settings.store, pair, form)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1))
     if arguments.json == "-":

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from model_store.errors import BoomerangError
 from server.config import Settings
 
 HELP = """/size SIZE    answer with this size from now on (auto, 24L, 75%, student, teacher)
@@ -29,7 +30,7 @@ class Backend(Protocol):
     def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]: ...
 
 
-class ChatError(Exception):
+class ChatError(BoomerangError):
     """What the user should read instead of an answer."""
 
 
@@ -184,9 +185,7 @@ def _turn(
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
-    except Exception as error:
-        if not isinstance(error, ChatError) and type(error).__name__ != "APIError":
-            raise
+    except BoomerangError as error:
         messages.pop()
         print(f"[{error}]")
         return

@@ -10,40 +10,38 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import Settings
-from server.loading import keeps_low_rank, open_settings_pair, pick_dtype
+from server.loading import open_settings_pair, weight_form
 
 if TYPE_CHECKING:
     from model_store.pair import Pair
+    from model_store.weight_form import WeightForm
 
 
-def speed_file(settings: Settings, pair: Pair) -> Path:
-    """Where `bench latency` keeps what it measured for this pair on this machine."""
+def speed_file(store: str | None, pair: Pair, form: WeightForm) -> Path:
+    """Where `bench latency` keeps what it measured for this pair, loaded in this form, on this machine."""
     from model_store.store import store_root
     from server.cost.calibrate import processor_name
 
     machine = "".join(c if c.isalnum() else "-" for c in processor_name())
-    form = f"-{settings.quantization}" if settings.quantization else ""
-    if keeps_low_rank(settings, pair, pick_dtype(settings)):
-        form += "-difference"
-    return store_root(settings.store) / "speed" / f"{pair.name}{form}-{machine}.json"
+    kind = f"-{form.storage}" if form.is_quantised else ""
+    kind += "-difference" if form.low_rank else ""
+    return store_root(store) / "speed" / f"{pair.name}{kind}-{machine}.json"
 
 
 def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     """Print the table (or JSON) without loading a tensor. Speeds are those of the last `bench latency` here."""
     pair = open_settings_pair(settings)
-    dtype = pick_dtype(settings)
-    low_rank, quantization = keeps_low_rank(settings, pair, dtype), settings.quantization
-    rows = pair.size_table(dtype, low_rank, quantization)
-    file = speed_file(settings, pair)
+    form = weight_form(settings, pair)
+    rows = pair.size_table(form)
+    file = speed_file(settings.store, pair, form)
     speeds: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for row in rows:
         row["speed"] = speeds.get("sizes", {}).get(str(row["size"]))
     if as_json:
         print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows}, indent=1))
         return 0
-    kind = str(dtype).removeprefix("torch.") + (f" with {quantization} weights" if quantization else "")
-    form = ", low-rank student as a difference" if low_rank else ""
-    table = Table(title=f"{pair.name}, {kind}{form}, patch order {pair.patch_order}")
+    student = ", low-rank student as a difference" if form.low_rank else ""
+    table = Table(title=f"{pair.name}, {form}{student}, patch order {pair.patch_order}")
     names = ("size", "parameters", "of teacher", "weights", "KV per token", "KL to teacher", "decode tok/s")
     for name in names:
         table.add_column(name, justify="right")
@@ -60,7 +58,7 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
         )
     console = Console()
     console.print(table)
-    together = pair.union_bytes(pair.elasticity.sizes, dtype, low_rank, quantization)
+    together = pair.union_bytes(pair.elasticity.sizes, form)
     apart = sum(row["weight_bytes"] for row in rows)
     console.print(f"all {len(rows)} sizes together: {together / 1e6:.0f} MB of weights; apart {apart / 1e6:.0f} MB")
     if not speeds:

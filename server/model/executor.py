@@ -15,7 +15,8 @@ import torch
 from server.core.batch import ForwardBatch
 
 if TYPE_CHECKING:
-    from model_store.pair import LoadedPair
+    from model_store.loaded import LoadedPair
+    from model_store.weight_form import WeightForm
     from server.core.config import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,11 @@ class Executor(Protocol):
     """
 
     name: str
+    weight_form: WeightForm  # as kept here, packing included
     shared_stations: frozenset[int]  # at which batches may have one segment for teacher and student rows
+
+    def matrix_bytes(self, num_rows: int, width: int) -> int:
+        """Bytes that a weight matrix [num_rows, width] takes here."""
 
     def page_bytes(self) -> int:
         """Bytes of one page, K and V together."""

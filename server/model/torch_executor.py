@@ -27,7 +27,7 @@ class TorchExecutor:
         self.spec = pair.spec
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
-        self.quantization = pair.quantization
+        self.weight_form = pair.form
         self.num_teacher_layers = pair.elasticity.num_teacher_layers
         self.shared_stations = pair.shared_stations
         self.ends: dict[str, EndWeights] = pair.ends
@@ -48,8 +48,10 @@ class TorchExecutor:
             self._inv_freq = inv_freq.to(self.device, torch.float32)
 
     def describe(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.") + (f", {self.quantization} weights" if self.quantization else "")
-        return f"torch on {self.device}, {kind}, pages of {self.page_size} tokens"
+        return f"torch on {self.device}, {self.weight_form}, pages of {self.page_size} tokens"
+
+    def matrix_bytes(self, num_rows: int, width: int) -> int:
+        return self.weight_form.matrix_bytes(num_rows, width)
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize

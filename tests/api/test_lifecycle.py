@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from tests.api.tiny import NAME, RunningServer
 
 
@@ -33,7 +34,7 @@ def test_health_is_503_until_the_model_is_loaded(pair):
 
 
 def test_a_memory_budget_serves_the_sizes_that_fit_and_names_the_others(pair):
-    budget = open_pair(*pair).union_bytes((4, 5), torch.float32) + 1000
+    budget = open_pair(*pair).union_bytes((4, 5), WeightForm(torch.float32)) + 1000
     with RunningServer(pair, "--memory-budget", str(budget)) as server:
         listed = httpx.get(server.url + "/v1/models").json()["data"]
         assert [card["id"] for card in listed] == [NAME, f"{NAME}:4L", f"{NAME}:5L"]

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
-from server.loading import engine_config, load_pair
+from server.loading import engine_config
 from server.observe.metrics import Metrics
 from tests.api.tiny import make_pair
 
@@ -32,7 +33,7 @@ def make_engine(folders, **changes) -> Engine:
     settings, cpu = Settings(dtype="float32", device="cpu"), torch.device("cpu")
     pair = open_pair(*folders)
     config = engine_config(settings, pair, torch.float32, cpu)
-    return Engine(load_pair(settings, pair, torch.float32, cpu), dataclasses.replace(config, max_num_seqs=8, **changes))
+    return Engine(pair.load(WeightForm(torch.float32)), dataclasses.replace(config, max_num_seqs=8, **changes))
 
 
 async def converse(engine: Engine, rng: random.Random) -> Counter:

@@ -8,6 +8,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.engine.extras.payoff import Payoff
 from server.kernels.cpu import library
 from server.observe.metrics import Metrics
@@ -25,7 +26,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(pair):
     """Sizes that are alike, as those of a distilled pair are: every layer adds little."""
-    loaded = pair.load(torch.float32)
+    loaded = pair.load(WeightForm(torch.float32))
     for layer in loaded.layers.values():
         layer.o_weight.mul_(0.1)
         layer.down_weight.mul_(0.1)
@@ -74,7 +75,7 @@ def test_a_perfect_draft_is_always_accepted(tmp_path):
     """A student that is the teacher with other layers left out would not be; one whose sizes agree is."""
     teacher, student = make_pair(tmp_path)
     pair = open_pair(teacher, student, patch_order="last_to_first")
-    loaded = pair.load(torch.float32)
+    loaded = pair.load(WeightForm(torch.float32))
     for layer in loaded.layers.values():  # no layer does anything: all sizes are the same model
         layer.o_weight.zero_()
         layer.down_weight.zero_()

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from model_store.assembly import Elasticity
-from model_store.footprint import twelve_bit_bytes
 from model_store.loaded import LoadedPair
 from server.core.config import EngineConfig
 from server.kernels.cpu.build import VARIANTS
@@ -119,7 +118,7 @@ def test_bytes(monkeypatch):
     assert 0.75 < compressed / plain < 0.77
     shapes = [shape for _ in range(10) for shape in found[0].spec.matrix_shapes.values()] + 2 * [(331, 512)]
     lists = sum(tensor.nbytes for tensor in found[0]._weights._beside if tensor.dtype == torch.int32)
-    assert sum(twelve_bit_bytes(*shape) for shape in shapes) == compressed - lists
+    assert sum(found[0].matrix_bytes(*shape) for shape in shapes) == compressed - lists
     assert "12 bits" in found[0].describe() and "12 bits" not in found[1].describe()
 
 

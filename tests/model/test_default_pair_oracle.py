@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from model_store.pair import LoadedPair, open_pair
 from model_store.store import StoreError
+from model_store.weight_form import WeightForm
 from server.core.config import EngineConfig
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
@@ -25,7 +26,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def loaded(pair) -> LoadedPair:
-    return pair.load(torch.float32)
+    return pair.load(WeightForm(torch.float32))
 
 
 def assemble(teacher, loaded: LoadedPair, size: int):
@@ -57,7 +58,9 @@ def assemble(teacher, loaded: LoadedPair, size: int):
 def test_sizes_of_the_default_pair_match_transformers(pair, loaded, executor):
     config = EngineConfig(executor=executor, max_model_len=128, max_num_batched_tokens=32, kv_cache_bytes=64 << 20)
     try:
-        engine = Engine(pair.load(torch.float32), config)  # of its own: an executor may pack what it is given
+        engine = Engine(
+            pair.load(WeightForm(torch.float32)), config
+        )  # of its own: an executor may pack what it is given
     except ValueError as error:
         pytest.skip(str(error))
     sizes = (16, 23, 30)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from model_store.int8 import Int8Matrix, dense, quantise
-from model_store.pair import PairError, open_pair
+from model_store.pair import open_pair
+from model_store.weight_form import Storage, WeightForm
 from server.cost.calibrate import profile_of
 from server.kernels.cpu import library
 from server.model.linear import embed, linear
@@ -24,6 +25,8 @@ KINDS = {
     ("qwen3", None): "last_to_first", ("gpt_neox", None): "first_to_last", ("gpt2", None): "mixed",
     ("qwen3", True): "first_to_last", ("llama", False): "mixed",
 }  # fmt: skip
+
+INT8 = WeightForm(storage=Storage.INT8)
 
 
 def rounded(model):
@@ -60,7 +63,7 @@ def scored(engine, sizes):
 def test_the_portable_executor_against_the_oracle(family):
     teacher, student, oracle, order = family
     pair = open_order(teacher, student, order)
-    engine = make_engine(pair, "torch", loaded=pair.load(torch.float32, quantization="int8"))
+    engine = make_engine(pair, "torch", loaded=pair.load(WeightForm(torch.float32, storage=Storage.INT8)))
     requests, outputs = scored(engine, pair.elasticity.sizes)
     for request in requests:
         text = request.prompt_token_ids + request.output_token_ids
@@ -76,7 +79,7 @@ def test_both_executors_in_bfloat16(family, executor):
         pytest.skip("; ".join(reasons))
     teacher, student, oracle, order = family
     pair = open_order(teacher, student, order)
-    engine = make_engine(pair, executor, loaded=pair.load(torch.bfloat16, quantization="int8"))
+    engine = make_engine(pair, executor, loaded=pair.load(INT8))
     assert "int8 weights" in engine.executor.describe()
     requests, outputs = scored(engine, pair.elasticity.sizes)
     for request in requests:
@@ -92,16 +95,14 @@ def test_bytes_are_what_the_tables_say(family):
     for order in ORDERS:
         pair = open_order(teacher, student, order)
         for count in (1, 2, 3):
-            need = pair.union_bytes(pair.elasticity.sizes[:count], torch.bfloat16, quantization="int8")
-            loaded = pair.load(torch.bfloat16, memory_budget=need, quantization="int8")
+            need = pair.union_bytes(pair.elasticity.sizes[:count], INT8)
+            loaded = pair.load(INT8, memory_budget=need)
             assert loaded.sizes == pair.elasticity.sizes[:count] and loaded.num_bytes() == need
-        assert need < 0.7 * pair.union_bytes(pair.elasticity.sizes, torch.bfloat16)
-    assert pair.size_table(torch.bfloat16, quantization="int8")[-1]["weight_bytes"] < need
+        assert need < 0.7 * pair.union_bytes(pair.elasticity.sizes, WeightForm(torch.bfloat16))
+    assert pair.size_table(INT8)[-1]["weight_bytes"] < need
     profile = profile_of(loaded)
     assert profile.weight_bytes_per_parameter == 1.0
     assert profile.layer_bytes[0] == sum(t.nbytes for t in loaded.layers[0].tensors())
-    with pytest.raises(PairError, match="unknown quantization 'int4'"):
-        pair.load(torch.bfloat16, quantization="int4")
 
 
 @pytest.mark.parametrize("executor", ["torch", "native"])
@@ -113,10 +114,10 @@ def test_low_rank_students(tmp_path, executor, low_rank):
     make_model("llama", 6, seed=1, tied=True).save_pretrained(tmp_path / "teacher")
     write_student(tmp_path / "student", tmp_path / "teacher", quantise=True)
     pair = open_pair(tmp_path / "teacher", tmp_path / "student")
-    exact = make_engine(pair, "torch", loaded=pair.load(torch.float32, low_rank=low_rank))
-    loaded = pair.load(torch.bfloat16, low_rank=low_rank, quantization="int8")
+    exact = make_engine(pair, "torch", loaded=pair.load(WeightForm(torch.float32, low_rank)))
+    loaded = pair.load(form := WeightForm(torch.bfloat16, low_rank, Storage.INT8))
     sizes = pair.elasticity.sizes
-    assert loaded.num_bytes() == pair.union_bytes(sizes, torch.bfloat16, low_rank, "int8")
+    assert loaded.num_bytes() == pair.union_bytes(sizes, form)
     engine = make_engine(pair, executor, loaded=loaded)
     prompt = random.Random(1).choices(range(VOCAB), k=30)
     scores = []
@@ -131,7 +132,7 @@ def test_low_rank_students(tmp_path, executor, low_rank):
 def test_a_type_that_the_native_executor_has_no_int8_for(family):
     pair = open_order(*family[:2], "last_to_first")
     with pytest.raises(ValueError, match=r"native: (does int8 weights in bfloat16, not in torch.float32|.*not built)"):
-        make_engine(pair, "native", loaded=pair.load(torch.float32, quantization="int8"))
+        make_engine(pair, "native", loaded=pair.load(WeightForm(torch.float32, storage=Storage.INT8)))
 
 
 def test_rounding():

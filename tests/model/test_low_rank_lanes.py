@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.cost.calibrate import profile_of
 from server.cost.model import NUM_FEATURES, CostModel
 from server.kernels.cpu import library
@@ -42,7 +43,7 @@ def test_the_same_text_as_expanded(folders, order, executor):
     prompts += prompts[:2]
     texts, page_bytes = [], make_engine(pair, executor).executor.page_bytes()
     for low_rank in (False, True):
-        loaded = pair.load(torch.float32, low_rank=low_rank)
+        loaded = pair.load(WeightForm(torch.float32, low_rank))
         engine = make_engine(pair, executor, loaded=loaded, kv_cache_bytes=120 * page_bytes)
         assert engine.executor.shared_stations == (frozenset(range(4)) if low_rank else frozenset({3}))
         sizes = pair.elasticity.sizes
@@ -61,7 +62,7 @@ def test_the_same_logits_as_expanded(folders, executor):
     prompt = random.Random(1).choices(range(VOCAB), k=30)
     scores = []
     for low_rank in (False, True):
-        loaded = pair.load(torch.float32, low_rank=low_rank)
+        loaded = pair.load(WeightForm(torch.float32, low_rank))
         engine = make_engine(pair, executor, loaded=loaded)
         requests = [make_request(f"r{size}", prompt, size, max_tokens=1, logprobs=-1) for size in (6, 5, 4)]
         outputs = run(engine, requests)
@@ -75,7 +76,7 @@ def test_the_cost_model_knows_the_form(folders):
     pair = open_pair(folders / "teacher", folders / "student")
     weights = []
     for low_rank in (False, True):
-        loaded = pair.load(torch.float32, low_rank=low_rank)
+        loaded = pair.load(WeightForm(torch.float32, low_rank))
         engine = make_engine(pair, "torch", loaded=loaded)
         profile = profile_of(loaded, engine.executor.shared_stations)
         model = CostModel(profile, np.zeros(NUM_FEATURES))
@@ -87,7 +88,7 @@ def test_the_cost_model_knows_the_form(folders):
         assert read == pytest.approx(joint.sum() + teacher.sum() + student.sum())
         assert teacher.sum() + joint.sum() == pytest.approx(profile.layer_weights[:6].sum())
         weights.append(read * profile.reference_bytes)
-    own_layers = sum(t.nbytes for i in (6, 7, 8) for t in pair.load(torch.float32).layers[i].tensors())
+    own_layers = sum(t.nbytes for i in (6, 7, 8) for t in pair.load(WeightForm(torch.float32)).layers[i].tensors())
     factors = sum(t.nbytes for d in loaded.low_rank.values() for t in d.tensors())
     assert weights[0] - weights[1] == pytest.approx(own_layers - factors)
 
@@ -98,7 +99,7 @@ def test_bfloat16_stays_close(folders, executor):
     prompt = random.Random(1).choices(range(VOCAB), k=30)
     scores = []
     for dtype, chosen in ((torch.float32, "torch"), (torch.bfloat16, executor)):
-        loaded = pair.load(dtype, low_rank=True)
+        loaded = pair.load(WeightForm(dtype, True))
         engine = make_engine(pair, chosen, loaded=loaded)
         requests = [make_request(f"r{size}", prompt, size, max_tokens=1, logprobs=-1) for size in (6, 5, 4)]
         outputs = run(engine, requests)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.core.config import EngineConfig
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
@@ -40,7 +41,7 @@ def open_order(teacher, student, order):
 def make_engine(pair, executor, dtype=torch.float32, loaded=None, **changes) -> Engine:
     values = {"max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 24, "page_size": 8}
     config = EngineConfig(**(values | {"kv_cache_bytes": 4 << 20, "executor": executor} | changes))
-    return Engine(loaded or pair.load(dtype), config)
+    return Engine(loaded or pair.load(WeightForm(dtype)), config)
 
 
 def run(engine: Engine, requests: list[Request], check: bool = True) -> dict[str, list]:

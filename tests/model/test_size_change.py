@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from model_store.weight_form import WeightForm
 from server.core.request import SizeDecision
 from server.core.size_policy import LargestSize
 from tests.model.test_low_rank_lanes import executor  # noqa: F401
@@ -142,7 +143,7 @@ def test_a_low_rank_student_resumes(tmp_path, order, executor):  # noqa: F811
     pair = open_order(tmp_path / "teacher", tmp_path / "student", order)
     texts = []
     for low_rank, states in ((False, 0), (True, 1 << 20)):
-        loaded = pair.load(torch.float32, low_rank=low_rank)
+        loaded = pair.load(WeightForm(torch.float32, low_rank))
         engine = make_engine(pair, executor, loaded=loaded, state_bytes=states)
         counts, rng = watch(engine), random.Random(6)
         requests = [make_scheduled(legs, 20 + 7 * i, f"s{i}", rng=rng) for i, legs in enumerate(SCHEDULES)]

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_store.pair import open_pair
 from model_store.store import StoreError
+from model_store.weight_form import WeightForm
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +27,13 @@ def tokenizer(pair):
 def test_sizes_and_bytes(pair):
     assert pair.name == "smollm2-135m-instruct"
     assert pair.elasticity.sizes == tuple(range(16, 31))
-    rows = pair.size_table(torch.bfloat16)
+    rows = pair.size_table(WeightForm(torch.bfloat16))
     assert rows[-1]["parameters"] == 134_515_008  # what the model card of SmolLM2-135M says
     assert rows[0]["kv_bytes_per_token"] == 16 * 2 * 3 * 64 * 2
-    loaded = pair.load(torch.bfloat16)
-    assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, torch.bfloat16)
+    loaded = pair.load(WeightForm(torch.bfloat16))
+    assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, WeightForm(torch.bfloat16))
     assert loaded.ends["student"] is loaded.ends["teacher"]
-    small = pair.load(torch.bfloat16, memory_budget=300 << 20)
+    small = pair.load(WeightForm(torch.bfloat16), memory_budget=300 << 20)
     assert 16 in small.sizes and 30 in small.missing_sizes and small.num_bytes() <= 300 << 20
 
 

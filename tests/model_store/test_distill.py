@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from model_store.distill.start import source_name
 from model_store.pair import open_pair
+from model_store.weight_form import WeightForm
 from server.cli import main
 from server.offline import OfflineEngine
 from tests.api.tiny import ROOT, make_pair
@@ -41,7 +42,7 @@ def test_distil_load_evaluate(teacher, text, tmp_path, form):
     assert main(["distill", "--teacher", str(teacher), "--data", str(text), "--out", str(out), *small, *form]) == 0
     pair = open_pair(teacher, out)
     assert pair.elasticity.sizes[-1] == 6 and len(pair.elasticity.sizes) > 1
-    loaded = pair.load(torch.float32)
+    loaded = pair.load(WeightForm(torch.float32))
     assert all(torch.isfinite(tensor).all() for tensor in loaded.tensors())
     held_out = tmp_path / "held_out.txt"
     held_out.write_text((ROOT / "LICENSE").read_text())

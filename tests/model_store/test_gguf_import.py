@@ -18,6 +18,7 @@ from model_store.pair import PairError, open_pair
 from model_store.sources import import_gguf_file, resolve
 from model_store.spec import ModelSpec
 from model_store.store import StoreError
+from model_store.weight_form import WeightForm
 from model_store.weights import Checkpoint
 from tests import tiny_pairs
 from tests.model_store.gguf_files import ARCHITECTURES, TOKENS, write_gguf
@@ -27,6 +28,9 @@ from tests.model_store.gguf_files import ARCHITECTURES, TOKENS, write_gguf
 def vocabulary(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny_pairs, "VOCAB", len(TOKENS))
     monkeypatch.setenv("BOOMERANG_STORE", str(tmp_path / "store"))
+
+
+FLOAT32 = WeightForm(torch.float32)
 
 
 def plain_llama(tied: bool = True):
@@ -108,7 +112,11 @@ def test_large_models_are_written_in_shards(tmp_path, monkeypatch):
     import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     one, other = Checkpoint(whole), Checkpoint(tmp_path / "out")
-    for a, b in zip(one.layer(1, torch.float32).tensors(), other.layer(1, torch.float32).tensors(), strict=True):
+    for a, b in zip(
+        one.layer(1, FLOAT32).tensors(),
+        other.layer(1, FLOAT32).tensors(),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -136,7 +144,7 @@ def test_a_pair_of_gguf_files(tmp_path):
         open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
     (tmp_path / "student_config.json").write_text('{"copied_teacher_layers": [0, 2, 4, 5]}')
     pair = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
-    assert pair.load(torch.bfloat16).sizes == (4, 5, 6)
+    assert pair.load(WeightForm(torch.bfloat16)).sizes == (4, 5, 6)
     # What is found out about it is written where it is read: beside the file, not into the converted copy.
     other = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf", patch_order="first_to_last")
     assert other.elasticity.thresholds != pair.elasticity.thresholds

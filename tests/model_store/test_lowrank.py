@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from model_store.int8 import dense
 from model_store.lowrank import LOW_RANK_FILE
 from model_store.pair import PairError, open_pair
+from model_store.weight_form import WeightForm
 from model_store.weights import WeightError
 from tests.tiny_pairs import KEPT, make_model
 
@@ -56,8 +57,8 @@ def teacher(request, tmp_path):
 def test_expanded_layers_are_the_sum(teacher, tmp_path, quantise):
     full = write_student(tmp_path / "student", teacher, quantise=quantise)
     pair = open_pair(teacher, tmp_path / "student")
-    loaded = pair.load(torch.float32)
-    kept = pair.load(torch.float32, low_rank=True)
+    loaded = pair.load(WeightForm(torch.float32))
+    kept = pair.load(WeightForm(torch.float32, True))
     assert 6 not in kept.layers and kept.layers[9] is kept.layers[5]
     for index in range(3):
         layer, base = loaded.layers[6 + index], f"model.layers.{index}."
@@ -84,20 +85,22 @@ def test_expanded_layers_are_the_sum(teacher, tmp_path, quantise):
 def test_untouched_layers_and_ends_are_shared(teacher, tmp_path):
     write_student(tmp_path / "student", teacher)
     pair = open_pair(teacher, tmp_path / "student")
-    loaded = pair.load(torch.bfloat16)
+    loaded = pair.load(WeightForm(torch.bfloat16))
     assert loaded.layers[9] is loaded.layers[5] and loaded.ends["student"] is loaded.ends["teacher"]
     assert not loaded.low_rank
-    assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, torch.bfloat16)
-    kept = pair.load(torch.bfloat16, low_rank=True)
-    assert kept.num_bytes() == pair.union_bytes(pair.elasticity.sizes, torch.bfloat16, low_rank=True)
-    exact = pair.load(torch.float32)
+    assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, WeightForm(torch.bfloat16))
+    kept = pair.load(WeightForm(torch.bfloat16, True))
+    assert kept.num_bytes() == pair.union_bytes(pair.elasticity.sizes, WeightForm(torch.bfloat16, low_rank=True))
+    exact = pair.load(WeightForm(torch.float32))
     for layer in loaded.layers:  # rounded once, from the float32 sum
         for ours, theirs in zip(loaded.layers[layer].tensors(), exact.layers[layer].tensors(), strict=True):
             assert torch.equal(ours, theirs.bfloat16())
-    small = pair.load(torch.float32, memory_budget=pair.union_bytes(pair.elasticity.sizes[:1], torch.float32))
+    small = pair.load(
+        WeightForm(torch.float32), memory_budget=pair.union_bytes(pair.elasticity.sizes[:1], WeightForm(torch.float32))
+    )
     assert small.sizes == (4,) and set(small.layers) == {6, 7, 8, 9}
-    need = pair.union_bytes(pair.elasticity.sizes[:1], torch.float32, low_rank=True)
-    small = pair.load(torch.float32, memory_budget=need, low_rank=True)
+    need = pair.union_bytes(pair.elasticity.sizes[:1], WeightForm(torch.float32, low_rank=True))
+    small = pair.load(WeightForm(torch.float32, low_rank=True), memory_budget=need)
     assert small.sizes == (4,) and set(small.layers) == {0, 2, 4, 5, 9} and small.num_bytes() == need
 
 
@@ -115,7 +118,7 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
     ):
         save_file(change, student / LOW_RANK_FILE)
         with pytest.raises(WeightError, match=message):
-            open_pair(teacher, student).load(torch.float32)
+            open_pair(teacher, student).load(WeightForm(torch.float32))
 
 
 def test_other_families_are_refused(tmp_path):

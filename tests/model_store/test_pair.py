@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from model_store import published
 from model_store.pair import PairError, open_pair
+from model_store.weight_form import WeightForm
 from model_store.weights import WeightError
 from tests.tiny_pairs import FAMILIES, make_model, make_pair
 
@@ -31,10 +32,10 @@ def edit_json(file, **changes):
 def test_every_tensor_exists_once_whatever_is_served(folders, order):
     teacher, student = folders
     pair = open_pair(teacher, student, patch_order=order)
-    loaded = pair.load(torch.float32)
+    loaded = pair.load(WeightForm(torch.float32))
     assert loaded.sizes == pair.elasticity.sizes == (4, 5, 6)
     on_disk = sum(t.nbytes for folder in folders for t in load_file(folder / "model.safetensors").values())
-    assert loaded.num_bytes() == on_disk == pair.union_bytes(loaded.sizes, torch.float32)
+    assert loaded.num_bytes() == on_disk == pair.union_bytes(loaded.sizes, WeightForm(torch.float32))
 
     storages = {t.untyped_storage().data_ptr() for t in loaded.tensors()}
     used = set()
@@ -54,7 +55,7 @@ def test_every_tensor_exists_once_whatever_is_served(folders, order):
 
 def test_a_tied_pair_becomes_untied_in_between(llama):
     pair = open_pair(*llama, patch_order="last_to_first")
-    ends = pair.load(torch.float32).ends
+    ends = pair.load(WeightForm(torch.float32)).ends
     assert ends["teacher"].head is ends["teacher"].embed and ends["student"].head is ends["student"].embed
     assert ends["teacher"].embed is not ends["student"].embed
     small, middle, full = (pair.parameters(size) for size in (4, 5, 6))
@@ -71,7 +72,7 @@ def test_equal_ends_and_layers_are_shared(llama):
             theirs[name.replace(".layers.5.", ".layers.3.")] = ours[name]
     save_file(theirs, student / "model.safetensors")
     pair = open_pair(teacher, student)
-    loaded = pair.load(torch.bfloat16)
+    loaded = pair.load(WeightForm(torch.bfloat16))
     assert loaded.layers[6 + 3] is loaded.layers[5] and loaded.layers[6 + 2] is not loaded.layers[4]
     assert loaded.ends["student"].embed is loaded.ends["teacher"].embed is loaded.ends["student"].head
     assert loaded.ends["student"].final_norm_weight is not loaded.ends["teacher"].final_norm_weight
@@ -82,11 +83,11 @@ def test_equal_ends_and_layers_are_shared(llama):
 @pytest.mark.parametrize("order", ["last_to_first", "first_to_last"])
 def test_a_memory_budget_leaves_out_the_largest_sizes(folders, order):
     pair = open_pair(*folders, patch_order=order)
-    whole = pair.load(torch.float32)
+    whole = pair.load(WeightForm(torch.float32))
     for count in (1, 2, 3):
         sizes = pair.elasticity.sizes[:count]
-        budget = pair.union_bytes(sizes, torch.float32)
-        loaded = pair.load(torch.float32, memory_budget=budget)
+        budget = pair.union_bytes(sizes, WeightForm(torch.float32))
+        loaded = pair.load(WeightForm(torch.float32), memory_budget=budget)
         assert loaded.sizes == sizes and loaded.num_bytes() == budget
         assert sorted(loaded.missing_sizes) == list(pair.elasticity.sizes[count:])
         assert set(loaded.layers) == {layer for size in sizes for layer in pair.elasticity.path(size).layers}
@@ -94,11 +95,14 @@ def test_a_memory_budget_leaves_out_the_largest_sizes(folders, order):
         for name, side in (("embed", path.embed_from), ("final_norm_weight", path.norm_from), ("head", path.head_from)):
             assert torch.equal(getattr(loaded.ends[side], name), getattr(whole.ends[side], name))
     with pytest.raises(PairError, match=r"not even the smallest size.*4 layers needs .* MiB of weights"):
-        pair.load(torch.float32, memory_budget=pair.union_bytes(pair.elasticity.sizes[:1], torch.float32) - 1)
+        pair.load(
+            WeightForm(torch.float32),
+            memory_budget=pair.union_bytes(pair.elasticity.sizes[:1], WeightForm(torch.float32)) - 1,
+        )
 
 
 def test_the_size_table(llama):
-    rows = open_pair(*llama).size_table(torch.bfloat16)
+    rows = open_pair(*llama).size_table(WeightForm(torch.bfloat16))
     assert [row["size"] for row in rows] == [4, 5, 6]
     assert rows[-1]["fraction"] == 1.0 and rows[0]["weight_bytes"] == 2 * rows[0]["parameters"]
     assert [row["kv_bytes_per_token"] for row in rows] == [size * 2 * 2 * 16 * 2 for size in (4, 5, 6)]
@@ -142,7 +146,7 @@ def test_a_student_with_tensors_of_another_model_is_refused(llama):
     tensors = load_file(student / "model.safetensors")
     save_file(tensors | {"model.layers.0.mlp.experts.weight": torch.ones(2)}, student / "model.safetensors")
     with pytest.raises(WeightError, match=r"1 tensors that its model family has no place for: layers\.0\.mlp\.experts"):
-        open_pair(teacher, student).load(torch.float32)
+        open_pair(teacher, student).load(WeightForm(torch.float32))
 
 
 def test_orders(llama):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from model_store.weight_form import WeightForm
 from model_store.weights import Checkpoint, WeightError, weight_files
 from tests.tiny_pairs import FAMILIES, VOCAB, layers_of, make_model
 
@@ -38,13 +39,13 @@ def test_layers_compute_what_the_family_computes(saved):
     spec = checkpoint.spec
     hidden = torch.randn(5, spec.hidden_size)
     for index, layer in enumerate(layers_of(model)):
-        weights = checkpoint.layer(index, torch.float32)
+        weights = checkpoint.layer(index, WeightForm(torch.float32))
         fused = F.linear(hidden, weights.qkv_weight, weights.qkv_bias)
         parts = fused.split((spec.q_size, spec.kv_size, spec.kv_size), dim=-1)
         for ours, theirs in zip(parts, project(layer, hidden, spec.family), strict=True):
             torch.testing.assert_close(ours, theirs.reshape(5, -1), rtol=1e-5, atol=1e-5)
         assert all(t.is_contiguous() for t in weights.tensors())
-    ends = checkpoint.ends(torch.float32)
+    ends = checkpoint.ends(WeightForm(torch.float32))
     assert torch.equal(ends.embed, model.get_input_embeddings().weight)
     assert torch.equal(ends.head, model.get_output_embeddings().weight)
     assert checkpoint.unused() == []
@@ -55,22 +56,22 @@ def test_layers_compute_what_the_family_computes(saved):
 
 def test_a_tied_head_is_the_embedding_itself(tmp_path):
     make_model("llama", 1, seed=0, tied=True).save_pretrained(tmp_path)
-    ends = Checkpoint(tmp_path).ends(torch.bfloat16)
+    ends = Checkpoint(tmp_path).ends(WeightForm(torch.bfloat16))
     assert ends.head is ends.embed and ends.embed.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family, prefix", [("llama", "model."), ("gpt_neox", "gpt_neox."), ("gpt2", "transformer.")])
 def test_base_model_names_are_accepted(tmp_path, family, prefix):
     make_model(family, 1, seed=0, tied=True).save_pretrained(tmp_path)
-    expected = Checkpoint(tmp_path).layer(0, torch.float32)
+    expected = Checkpoint(tmp_path).layer(0, WeightForm(torch.float32))
     tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     # Buffers of old checkpoints are not weights.
     tensors |= {"h.0.attn.bias": torch.ones(1), "layers.0.attention.rotary_emb.inv_freq": torch.ones(1)}
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
-    for ours, theirs in zip(checkpoint.layer(0, torch.float32).tensors(), expected.tensors(), strict=True):
+    for ours, theirs in zip(checkpoint.layer(0, WeightForm(torch.float32)).tensors(), expected.tensors(), strict=True):
         assert torch.equal(ours, theirs)
-    checkpoint.ends(torch.float32)
+    checkpoint.ends(WeightForm(torch.float32))
     assert checkpoint.unused() == []
 
 
@@ -80,7 +81,7 @@ def test_shards_with_an_index(tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(weight_files(tmp_path / "shards")) > 1
     for index in range(3):
-        one, other = (Checkpoint(tmp_path / name).layer(index, torch.float32) for name in ("whole", "shards"))
+        one, other = (Checkpoint(tmp_path / name).layer(index, WeightForm(torch.float32)) for name in ("whole", "shards"))
         assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
     weight_files(tmp_path / "shards")[0].unlink()
     with pytest.raises(WeightError, match="which its index names"):
@@ -96,17 +97,17 @@ def test_broken_checkpoints_say_what_is_wrong(tmp_path):
 
     save_file({k: v for k, v in tensors.items() if "down_proj" not in k}, file)
     with pytest.raises(WeightError, match=r"lacks the tensor 'layers\.0\.mlp\.down_proj\.weight'"):
-        Checkpoint(tmp_path).layer(0, torch.float32)
+        Checkpoint(tmp_path).layer(0, WeightForm(torch.float32))
 
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, file)
     checkpoint = Checkpoint(tmp_path)
-    checkpoint.layer(0, torch.float32), checkpoint.ends(torch.float32)
+    checkpoint.layer(0, WeightForm(torch.float32)), checkpoint.ends(WeightForm(torch.float32))
     assert checkpoint.unused() == ["layers.0.self_attn.q_proj.bias"]
 
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 90}))
     with pytest.raises(WeightError, match=r"up_weight is \[192, 64\], its config says \[180, 64\]"):
-        Checkpoint(tmp_path).layer(0, torch.float32)
+        Checkpoint(tmp_path).layer(0, WeightForm(torch.float32))
 
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(WeightError, match="not a readable safetensors"):
@@ -120,7 +121,7 @@ def test_broken_checkpoints_say_what_is_wrong(tmp_path):
 def test_loaded_tensors_do_not_depend_on_the_file(tmp_path):
     make_model("gpt2", 1, seed=0).save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    layer, ends = checkpoint.layer(0, torch.float32), checkpoint.ends(torch.float32)
+    layer, ends = checkpoint.layer(0, WeightForm(torch.float32)), checkpoint.ends(WeightForm(torch.float32))
     assert ends.embed.shape == (VOCAB, 64)
     pointers = [t.untyped_storage().nbytes() == t.nbytes for t in (*layer.tensors(), *ends.tensors())]
     assert all(pointers)  # no tensor is a view of something larger

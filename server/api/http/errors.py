@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from model_store.errors import BoomerangError
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -34,7 +36,7 @@ _ANTHROPIC_TYPES = {
 }
 
 
-class APIError(Exception):
+class APIError(BoomerangError):
     """Ends a request with a status and OpenAI's error object. `param` names the field at fault."""
 
     def __init__(

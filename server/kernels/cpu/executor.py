@@ -16,12 +16,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from model_store.pair import LoadedPair
+from model_store.loaded import LoadedPair
+from model_store.weight_form import Storage
 from server.core.batch import ForwardBatch, Segment
 from server.core.config import EngineConfig
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
-from server.kernels.cpu.packing import PackedWeights, end_table, layer_table
+from server.kernels.cpu.packing import PackedWeights, end_table, layer_table, twelve_bit_bytes
 from server.kernels.memory import zero_bytes
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
         return f"runs on cpu, not on {sample.device.type}"
     if sample.dtype not in (torch.bfloat16, torch.float32):
         return f"takes bfloat16 or float32, not {sample.dtype}"
-    if pair.quantization and sample.dtype != torch.bfloat16:
-        return f"does {pair.quantization} weights in bfloat16, not in {sample.dtype}"
+    if pair.form.is_quantised and sample.dtype != torch.bfloat16:
+        return f"does {pair.form.storage} weights in bfloat16, not in {sample.dtype}"
     if pair.spec.head_dim > _MAX_HEAD_DIM:
         return f"takes heads of up to {_MAX_HEAD_DIM} channels, not {pair.spec.head_dim}"
     chosen = library.choose()
@@ -68,9 +69,11 @@ class NativeExecutor:
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
+        self.weight_form = pair.form
         self._weights = PackedWeights(pair, lib, self.num_threads, config.compress_weights)
         self.bytes_per_weight = self._weights.bytes_per_weight
-        self.weight_form = "12 bits" if self._weights.is_compressed else pair.quantization
+        if self._weights.is_compressed:
+            self.weight_form = pair.form.stored_as(Storage.TWELVE_BITS)
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers
@@ -103,13 +106,16 @@ class NativeExecutor:
             self._engine = None
 
     def describe(self) -> str:
-        kinds = [str(self.dtype).removeprefix("torch.")]
+        kind = str(self.weight_form)
         if self._weights.is_compressed:
-            kinds.append("weights compressed without loss to 12 bits")
-        if self._weights.dtype != self.dtype:
-            kinds.append(f"{str(self._weights.dtype).removeprefix('torch.')} weights")
-        text = f"native C++ ({self.variant}) on cpu, {', '.join(kinds)}, {self.num_threads} threads, "
+            kind = f"{str(self.dtype).removeprefix('torch.')}, weights compressed without loss to 12 bits"
+        text = f"native C++ ({self.variant}) on cpu, {kind}, {self.num_threads} threads, "
         return f"{text}pages of {self.page_size} tokens"
+
+    def matrix_bytes(self, num_rows: int, width: int) -> int:
+        if self._weights.is_compressed:
+            return twelve_bit_bytes(num_rows, width)
+        return self.weight_form.matrix_bytes(num_rows, width)
 
     def passed_over(self) -> list[str]:
         """Better variants of the kernels, and why they do not run here."""

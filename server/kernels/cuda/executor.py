@@ -76,7 +76,7 @@ class CudaExecutor:
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
         self.spec, self.elasticity, self._ends = pair.spec, pair.elasticity, Ends(pair.spec, pair.ends)
         self.sizes = pair.sizes
-        self.quantization = pair.quantization
+        self.weight_form = pair.form
         self.shared_stations = pair.shared_stations if pair.low_rank else frozenset()
         sample = pair.ends["teacher"].final_norm_weight
         self.dtype, self.device = sample.dtype, sample.device
@@ -117,8 +117,10 @@ class CudaExecutor:
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu (interpreted)"
         graphs = f"{len(self._graphs)} CUDA graphs" if self._graphs.enabled else "no CUDA graphs"
-        name = str(self.dtype).removeprefix("torch.") + (f", {self.quantization} weights" if self.quantization else "")
-        return f"Triton on {where}, {name}, {graphs}, pages of {self.page_size} tokens"
+        return f"Triton on {where}, {self.weight_form}, {graphs}, pages of {self.page_size} tokens"
+
+    def matrix_bytes(self, num_rows: int, width: int) -> int:
+        return self.weight_form.matrix_bytes(num_rows, width)
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize

@@ -1,0 +1,5 @@
+"""The base of errors whose message alone tells the user what to do. Imports nothing, so that anybody may import it."""
+
+
+class BoomerangError(Exception):
+    """Expected: a command prints the message without a traceback and exits with status 1."""
