@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             problems.append("the server died")
         elif server.stop() != 0:
             problems.append(f"the server stopped with {server.process.returncode}")
-        if not any("pages are free" in line for line in server.observe.log):
+        if not any("pages are free" in line for line in server.log):
             problems.append("the server did not report its pages as free when it stopped")
         problems += [f"logged: {line}" for line in server.errors]
     report["outcomes"] = dict(outcome.counts)

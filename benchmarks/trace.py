@@ -233,7 +233,7 @@ def scrape(url: str) -> dict[str, float]:
 
 def calibration(server: LocalServer) -> dict[str, Any] | None:
     """What the cost model of a server that has stopped had learned; None without one."""
-    found = re.findall(r"cost model: kept in (\S+\.json)", "".join(server.observe.log))
+    found = re.findall(r"cost model: kept in (\S+\.json)", "".join(server.log))
     return json.loads(Path(found[-1]).read_text()) if found else None
 
 

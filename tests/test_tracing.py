@@ -78,7 +78,7 @@ def observed(tmp_path_factory):
         assert httpx.post(server.url + "/v1/chat/completions", json=chat).status_code == 200
         assert httpx.post(server.url + "/v1/completions", json=body | {"size": "99L"}).status_code == 400
         assert httpx.get(server.url + "/health").status_code == 200
-    return collector, [json.loads(line) for line in server.observe.log if line.startswith("{")]
+    return collector, [json.loads(line) for line in server.log if line.startswith("{")]
 
 
 def test_a_request_continues_the_callers_trace(observed):

@@ -15,12 +15,14 @@ from typing import Any
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from server.api import protocol
+from server.api.chat.protocol import ChatCompletionRequest
+from server.api.completions.protocol import CompletionRequest
+from server.api.generate import protocol
 from server.api.http.body import INSTEAD, UNSUPPORTED
-from server.api.messages import protocol as messages
-from server.api.posts import POSTS
-from server.api.responses import protocol as responses
-from server.api.routes import router
+from server.api.messages.protocol import MessagesRequest
+from server.api.responses.protocol import ResponsesRequest
+from server.api.routes.operations import POSTS, ROUTERS
+from server.api.routes.protocol import DetokenizeRequest, TokenizeRequest
 
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -28,12 +30,12 @@ _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODELS: dict[str, tuple[type[BaseModel], type[BaseModel] | None]] = {
     "size": (protocol.SizeFields, None),
     "sampling": (protocol.SamplingFields, protocol.SizeFields),
-    "completions": (protocol.CompletionRequest, protocol.SamplingFields),
-    "chat": (protocol.ChatCompletionRequest, protocol.SamplingFields),
-    "messages": (messages.MessagesRequest, protocol.SizeFields),
-    "responses": (responses.ResponsesRequest, protocol.SizeFields),
-    "tokenize": (protocol.TokenizeRequest, None),
-    "detokenize": (protocol.DetokenizeRequest, None),
+    "completions": (CompletionRequest, protocol.SamplingFields),
+    "chat": (ChatCompletionRequest, protocol.SamplingFields),
+    "messages": (MessagesRequest, protocol.SizeFields),
+    "responses": (ResponsesRequest, protocol.SizeFields),
+    "tokenize": (TokenizeRequest, None),
+    "detokenize": (DetokenizeRequest, None),
     "slo": (protocol.SLO, None),
     "size_schedule": (protocol.ScheduledSize, None),
     "response_format": (protocol.ResponseFormat, None),
@@ -101,7 +103,7 @@ def _range(item: dict[str, Any]) -> str:
 
 def _endpoints() -> str:
     rows = [("POST", f"`{path}`", summary) for path, _, _, _, summary in POSTS]
-    for route in router.routes:
+    for route in (route for router in ROUTERS for route in router.routes):
         if isinstance(route, APIRoute) and route.include_in_schema:
             rows.append(("/".join(sorted(route.methods)), f"`{route.path}`", route.summary or ""))
     return _rows("method | path | purpose", rows)

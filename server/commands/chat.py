@@ -96,7 +96,7 @@ class LocalBackend:
 
     def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]:
         from server.api.generate.detokenizer import Detokenizer
-        from server.api.protocol import SizeFields
+        from server.api.generate.protocol import SizeFields
         from server.core.request import Request, SamplingParams
 
         tokenizer, engine = self._served.tokenizer, self._served.engine

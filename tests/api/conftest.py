@@ -20,4 +20,4 @@ def plain(pair):
         yield server
     finally:
         status = server.stop()
-    assert status == 0 and "pages are free" in "".join(server.observe.log), "".join(server.observe.log[-20:])
+    assert status == 0 and "pages are free" in "".join(server.log), "".join(server.log[-20:])

@@ -101,4 +101,4 @@ def test_sigterm_lets_streams_finish_and_refuses_new_work(pair):
     stopper.join(60)
     assert lines[-2] == "data: [DONE]" or lines[-1] == "data: [DONE]"
     assert refused > 0 and server.process.returncode == 0
-    assert "pages are free" in "".join(server.observe.log)
+    assert "pages are free" in "".join(server.log)

@@ -5,12 +5,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.api.chat.protocol import ChatCompletionRequest
+from server.api.completions.protocol import CompletionRequest
 from server.api.http.body import UNSUPPORTED
 from server.api.messages.protocol import MessagesRequest
-from server.api.posts import POSTS
-from server.api.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from server.api.reference import main
 from server.api.responses.protocol import ResponsesRequest
+from server.api.routes.operations import POSTS
+from server.api.routes.protocol import DetokenizeRequest, TokenizeRequest
 from tests.api.tiny import NAME, ROOT
 
 HELLO = [{"role": "user", "content": "hi"}]

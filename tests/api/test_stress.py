@@ -105,6 +105,6 @@ def test_five_hundred_random_requests_leave_nothing_behind(pair, kv_memory, flag
             guessed = re.search(r'^boomerang:spec_decode_draft_tokens_total\{.*size="6".*\} (\S+)', metrics, re.M)
             assert guessed and float(guessed[1]) > 0
         assert server.stop() == 0
-        log = "".join(server.observe.log)
+        log = "".join(server.log)
         assert re.search(r"all \d+ pages are free", log), log[-2000:]
         assert "ERROR" not in log and "Traceback" not in log

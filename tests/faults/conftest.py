@@ -35,7 +35,7 @@ def enduring(pair, tmp_path_factory):
     finally:
         server.inject()
         status = server.stop()
-    assert status == 0 and "pages are free" in "".join(server.observe.log), "".join(server.observe.log[-20:])
+    assert status == 0 and "pages are free" in "".join(server.log), "".join(server.log[-20:])
 
 
 @pytest.fixture

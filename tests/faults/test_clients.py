@@ -62,7 +62,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(pair):
         assert idle, load(server.url)
         assert load(server.url)["kv_usage"] == 0
         stalled.close()
-        assert any("neither sends nor reads" in line for line in server.observe.log)
+        assert any("neither sends nor reads" in line for line in server.log)
         ledger.tell("connection dropped (the stalled one)")
         ledger.record("a client stops reading a huge stream", "engine never waits; connection dropped after 1 s")
 
@@ -216,7 +216,7 @@ def test_sigterm_under_load_loses_nothing_silently(pair, timeout, row):
 
     gather(server.url, stop_in_the_middle)
     assert server.process.wait(30) == 0
-    assert "pages are free" in "".join(server.observe.log)
+    assert "pages are free" in "".join(server.log)
     if timeout == "30":
         assert ledger.answered == 24 and len(set(ledger.texts.values())) == 1
     else:

@@ -32,11 +32,11 @@ def refuses_to_start(pair, *flags: str, env: dict[str, str] | None = None) -> st
     """The log of a server that exits with 1, having never been ready."""
     server = RunningServer(pair, *flags, env=env)
     try:
-        assert server.process.wait(90) == 1, "".join(server.observe.log)
+        assert server.process.wait(90) == 1, "".join(server.log)
     finally:
         server.process.kill()
     server.reader.join(5)
-    return "".join(server.observe.log)
+    return "".join(server.log)
 
 
 def record(fault: str, after: str) -> None:

@@ -94,5 +94,5 @@ def test_a_broken_engine_tells_everybody_and_exits(faulty, fault, row):
     deadline = time.monotonic() + 20
     while server.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert server.process.poll() == 1, "".join(server.observe.log)
+    assert server.process.poll() == 1, "".join(server.log)
     ledger.record(row, "exits with status 1, to be restarted")

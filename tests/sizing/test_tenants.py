@@ -3,10 +3,10 @@
 import pytest
 
 from server.api.generate.catalog import Catalog, SizeInfo
+from server.api.generate.protocol import SizeFields
 from server.api.generate.size_choice import SizeChooser
 from server.api.http.auth import KeyRing, read_key_file
 from server.api.http.errors import APIError
-from server.api.protocol import SizeFields
 from server.config import Settings
 from server.core.request import Budget
 from server.options import SettingsError

@@ -9,6 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.chat.protocol import ChatCompletionRequest
 from server.api.generate.conversation import Answer, Conversation, Piece
 from server.api.generate.generation import Generation
 from server.api.generate.logprobs import LogprobFormatter
@@ -16,7 +17,6 @@ from server.api.generate.serving import created_now, json_response, read_body, r
 from server.api.generate.tools import message_text
 from server.api.http.sse import DONE, event
 from server.api.http.state import ServerState
-from server.api.protocol import ChatCompletionRequest
 
 
 async def create_chat_completion(request: Request, state: ServerState) -> Response:

@@ -9,6 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.api.completions.protocol import CompletionRequest
 from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.generation import Delta, Generation, PromptInput, Sequence
 from server.api.generate.grammar import grammar_factory
@@ -26,7 +27,6 @@ from server.api.generate.serving import (
 from server.api.http.errors import invalid
 from server.api.http.sse import DONE, event
 from server.api.http.state import ServerState
-from server.api.protocol import CompletionRequest
 from server.core.request import TokenLogprobs
 
 

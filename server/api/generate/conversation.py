@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from server.api.chat.protocol import ChatCompletionRequest
 from server.api.generate.chat_template import ChatTemplate, TemplateError
 from server.api.generate.generation import Delta, Generation, PromptInput
 from server.api.generate.grammar import grammar_factory
@@ -19,7 +20,7 @@ from server.api.generate.serving import Plan, encode_prompt, truncate
 from server.api.generate.tools import ToolStream, ToolUse, plain_messages
 from server.api.http.errors import invalid
 from server.api.http.state import ServerState
-from server.api.protocol import ChatCompletionRequest, TokenizeRequest
+from server.api.routes.protocol import TokenizeRequest
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ import orjson
 from pydantic import ValidationError
 
 from server.api.generate.grammar_trial import Trial
+from server.api.generate.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
 from server.api.http.errors import invalid
-from server.api.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
 from server.config import Settings
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from server.api.generate.protocol import SamplingFields
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.errors import APIError, invalid
-from server.api.protocol import SamplingFields
 from server.config import Settings
 from server.core.request import SamplingParams
 

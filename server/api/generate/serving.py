@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api.generate.generation import Generation, PromptInput
+from server.api.generate.protocol import SamplingFields
 from server.api.generate.sampling import (
     check_logprobs,
     check_token_ids,
@@ -24,7 +25,6 @@ from server.api.http.body import Body, parse_body
 from server.api.http.errors import APIError, invalid
 from server.api.http.sse import EventStream, until_disconnect
 from server.api.http.state import ServerState
-from server.api.protocol import SamplingFields
 
 T = TypeVar("T", bound=Body)
 

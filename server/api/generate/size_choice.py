@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from server.api.generate.catalog import Catalog
+from server.api.generate.protocol import SizeFields
 from server.api.http.errors import APIError, invalid
-from server.api.protocol import SizeFields
 from server.config import MiB, Settings
 from server.core.request import Budget
 from server.sizing.spec import AUTO, SizeError, SizeSpec, describe_sizes

@@ -7,9 +7,9 @@ from typing import Any
 
 import orjson
 
+from server.api.chat.protocol import ChatMessage, NamedToolChoice, Tool
 from server.api.generate.chat_template import ChatTemplate
 from server.api.http.errors import invalid
-from server.api.protocol import ChatMessage, NamedToolChoice, Tool
 
 # The form that most templates teach (Hermes, Qwen); Llama 3 writes the bare JSON object.
 OPEN, CLOSE = "<tool_call>", "</tool_call>"

@@ -20,8 +20,8 @@ from server.api.http.errors import APIError, handle_api_error, handle_http_error
 from server.api.http.gateway import Gateway
 from server.api.http.state import ServedModel, ServerState
 from server.api.playground import router as playground_router
-from server.api.posts import add_posts, openapi_document
-from server.api.routes import router
+from server.api.routes.openapi import openapi_document
+from server.api.routes.operations import add_operations
 from server.config import Settings
 from server.observe.metrics import Metrics
 from server.observe.tracing import create_telemetry
@@ -66,8 +66,7 @@ def create_app(
         **docs,
     )
     app.state.server = state
-    app.include_router(router)
-    add_posts(app, state)
+    add_operations(app, state)
     app.include_router(playground_router)
     app.add_exception_handler(APIError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_error)

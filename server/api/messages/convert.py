@@ -7,9 +7,10 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from server.api.chat.protocol import ChatCompletionRequest
+from server.api.generate.protocol import SizeFields
 from server.api.http.errors import from_validation, invalid
 from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
-from server.api.protocol import ChatCompletionRequest, SizeFields
 
 # What the model thought before is no part of what it is told; templates drop it too.
 _DROPPED = ("thinking", "redacted_thinking")

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from server.api.generate.protocol import SizeFields
 from server.api.http.body import Body
-from server.api.protocol import SizeFields
 
 
 class Block(Body):

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from server.api.chat.protocol import ChatCompletionRequest, ContentPart
+from server.api.generate.protocol import SizeFields
 from server.api.http.errors import from_validation, invalid
-from server.api.protocol import ChatCompletionRequest, ContentPart, SizeFields
 from server.api.responses.protocol import InputItem, ResponsesRequest
 
 _LOGPROBS = "message.output_text.logprobs"

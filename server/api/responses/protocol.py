@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from server.api.chat.protocol import ContentPart
+from server.api.generate.protocol import JSONSchemaFormat, SizeFields, StructuredOutputs
 from server.api.http.body import Body
-from server.api.protocol import ContentPart, JSONSchemaFormat, SizeFields, StructuredOutputs
 
 
 class InputItem(Body):
