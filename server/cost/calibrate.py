@@ -273,7 +273,7 @@ def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, sec
     `folder` is where calibrations are kept (None: nowhere).
     """
     executor = engine.executor
-    profile = profile_of(pair, executor.shared_stations, getattr(executor, "bytes_per_weight", None))
+    profile = profile_of(pair, executor.shared_stations, executor.bytes_per_weight)
     path = None if folder is None else folder / f"{calibration_key(engine, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:

@@ -95,7 +95,7 @@ class AsyncEngine:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        if hasattr(self.engine.executor, "doorbell"):
+        if self.engine.executor.can_ring:
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._loop.add_reader(self._bell, self._answer)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

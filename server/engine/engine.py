@@ -9,6 +9,7 @@ from collections.abc import Callable
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
+from server.core.executor import Executor
 from server.core.request import Request, RequestOutput, SamplingParams
 from server.core.size_policy import RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool
@@ -29,7 +30,7 @@ from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerOutput
 from server.engine.stats import EngineStats, MetricsSink, StepStats, timings_of
 from server.engine.step_clock import Gap, StepClock
-from server.model.executor import Executor, allocate_states, create_executor
+from server.model.executor import allocate_states, create_executor
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Engine:
         self.spec = pair.spec
         self.elasticity = pair.elasticity
         self.sizes: tuple[int, ...] = tuple(pair.sizes)
-        self.missing_sizes: dict[int, str] = dict(getattr(pair, "missing_sizes", {}) or {})
+        self.missing_sizes: dict[int, str] = dict(pair.missing_sizes)
         self.executor = executor or create_executor(pair, config)
         num_pages = max(config.kv_cache_bytes // self.executor.page_bytes(), 1)
         self.executor.allocate_kv(num_pages)
@@ -64,11 +65,11 @@ class Engine:
             num_state_pages=allocate_states(self.executor, config.state_bytes),
         )
         self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
-        self.sampler = Sampler(config.seed, getattr(self.executor, "draw", None))
+        self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
         self.runner = StepRunner(self.executor, self.sampler, self.elasticity, self.kv_cache)
         self.speculator = None if config.speculative_size is None else self._speculator(config)
         self.lookahead: Lookahead | None = None
-        if self.speculator is None and hasattr(self.executor, "launch"):
+        if self.speculator is None and self.executor.can_launch:
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
         self.metrics_sink: MetricsSink | None = None
         self._clock = StepClock()

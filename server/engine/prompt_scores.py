@@ -7,9 +7,9 @@ import math
 import torch
 
 from server.core.batch import ForwardBatch
+from server.core.executor import Executor
 from server.core.request import Request, RequestOutput, TokenLogprobs
 from server.engine.logprobs import MAX_ROWS, token_logprobs
-from server.model.executor import Executor
 
 
 class PromptScores:

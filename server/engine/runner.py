@@ -15,12 +15,12 @@ import torch
 
 from model_store.assembly import Elasticity
 from server.core.batch import BatchBuilder, ForwardBatch
+from server.core.executor import Executor
 from server.core.request import Request, SampledToken
 from server.engine.isolation import NoTokenLeft
 from server.engine.kv_cache import KVCacheManager
 from server.engine.prompt_scores import PromptScores
 from server.engine.sampler import Sampler, is_plain_greedy
-from server.model.executor import Executor
 
 if TYPE_CHECKING:
     from server.engine.extras.speculation import Speculator
@@ -74,10 +74,9 @@ class StepRunner:
 
     def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None:
         """The likeliest token per row, -1 where none is; None unless that is all these requests want."""
-        greedy = getattr(self.executor, "greedy", None)
-        if greedy is None or not all(is_plain_greedy(request) for request in requests):
+        if not all(is_plain_greedy(request) for request in requests):
             return None
-        return greedy(hidden, head_rows)
+        return self.executor.greedy(hidden, head_rows)
 
     def _choose(
         self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None,
@@ -122,7 +121,7 @@ class StepRunner:
     def wipe(self, pages: np.ndarray) -> None:
         """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
         index = torch.from_numpy(pages.astype(np.int64))
-        for tensor in getattr(self.executor, "kv_tensors", tuple)():
+        for tensor in self.executor.kv_tensors():
             tensor[index.to(tensor.device)] = 0
 
 

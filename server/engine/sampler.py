@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from server.core.executor import GREEDY, Draw
 from server.core.request import Request, SampledToken
 from server.engine.extras.transfer import send
 from server.engine.logprobs import token_logprobs
@@ -25,10 +26,8 @@ from server.engine.penalties import SeenTokens, has_penalties, penalise
 _NUCLEUS_WIDTH = 256
 
 
-# Of one row: temperature (0: the likeliest), top_p, min_p, top_k, uniform number of [0, 1)
-DrawArguments = tuple[float, float, float, int, float]
-# draw(logits [S, V], one set of arguments per row) -> token ids
-Draw = Callable[[torch.Tensor, list[DrawArguments]], list[int]]
+# An executor's own way to draw: (logits [S, V], how to draw from each row) -> token ids
+DrawTokens = Callable[[torch.Tensor, list[Draw]], list[int]]
 
 
 @dataclass(slots=True)
@@ -43,7 +42,7 @@ class SamplerState:
 class Sampler:
     """Draws one token per row. Holds no request's state; that travels on `Request.sampler_state`."""
 
-    def __init__(self, seed: int = 0, draw: Draw | None = None) -> None:
+    def __init__(self, seed: int = 0, draw: DrawTokens | None = None) -> None:
         """`draw`: an executor's own way to draw, which follows the same rules faster."""
         self._random = random.Random(seed)
         self._native_draw = draw
@@ -119,7 +118,7 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
         if self._native_draw is not None:
-            return self._native_draw(logits, [self.draw_arguments(request) for request in requests])
+            return self._native_draw(logits, [self.next_draw(request) for request in requests])
         tokens = [0] * len(requests)
         plain, cut, greedy = [], [], []
         for row, request in enumerate(requests):
@@ -143,16 +142,16 @@ class Sampler:
         state = self.state(request)
         return state.returned.pop() if state.returned else state.random.random()
 
-    def draw_arguments(self, request: Request) -> DrawArguments:
+    def next_draw(self, request: Request) -> Draw:
         sampling = request.sampling
-        uniform = 0.0 if sampling.is_greedy else self.uniform(request)
-        temperature = 0.0 if sampling.is_greedy else sampling.temperature
-        return temperature, sampling.top_p, sampling.min_p, sampling.top_k, uniform
+        if sampling.is_greedy:
+            return GREEDY
+        return Draw(sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k, self.uniform(request))
 
-    def give_back(self, request: Request, arguments: DrawArguments) -> None:
+    def give_back(self, request: Request, draw: Draw) -> None:
         """A draw that did not take place; the latest first, if there are several."""
         if not request.sampling.is_greedy:
-            self.state(request).returned.append(arguments[-1])
+            self.state(request).returned.append(draw.uniform)
 
     def _draw_plain(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
         """No top_k, no top_p: the whole (min_p-masked) distribution, no sort. logits [S, V]."""

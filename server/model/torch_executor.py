@@ -13,12 +13,13 @@ from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
 from model_store.weights import EndWeights
 from server.core.batch import ForwardBatch, Segment
+from server.core.executor import Executor
 from server.model.attention import Lane, TorchAttention
 from server.model.decoder_layer import Rows, decoder_layer, norm
 from server.model.linear import embed, linear
 
 
-class TorchExecutor:
+class TorchExecutor(Executor):
     """Runs the step's program layer by layer with torch operations."""
 
     name = "torch"
@@ -49,9 +50,6 @@ class TorchExecutor:
 
     def describe(self) -> str:
         return f"torch on {self.device}, {self.weight_form}, pages of {self.page_size} tokens"
-
-    def matrix_bytes(self, num_rows: int, width: int) -> int:
-        return self.weight_form.matrix_bytes(num_rows, width)
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize

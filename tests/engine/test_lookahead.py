@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from server.core.batch import build_batch
+from server.core.executor import Executor
 from server.core.request import Request, SampledToken, SamplingParams
 from server.engine.extras.lookahead import Lookahead
 from server.engine.sampler import Sampler
@@ -25,7 +26,7 @@ class Launch:
 
 
 @dataclass
-class MadeUpExecutor:
+class MadeUpExecutor(Executor):
     """A token is a function of the id before it, the position, the size and the drawn number; so a slip shows."""
 
     launches: list[bool] = field(default_factory=list)  # whether it followed another
@@ -41,7 +42,7 @@ class MadeUpExecutor:
 
 def next_tokens(ids, positions, sizes, draws) -> list[int]:
     rows = zip(ids.tolist(), positions.tolist(), sizes.tolist(), draws, strict=True)
-    return [(7 * i + 3 * p + s + int(97 * draw[-1])) % 31 for i, p, s, draw in rows]
+    return [(7 * i + 3 * p + s + int(97 * draw.uniform)) % 31 for i, p, s, draw in rows]
 
 
 class Loop:
@@ -63,7 +64,7 @@ class Loop:
             batch = self.build(planned.scheduled)
             requests = [batch.requests[row] for row in batch.sample_requests]
             last = batch.query_start[batch.sample_requests + 1] - 1
-            draws = [self.sampler.draw_arguments(request) for request in requests]
+            draws = [self.sampler.next_draw(request) for request in requests]
             sizes = batch.sizes[batch.sample_requests]
             tokens = next_tokens(batch.input_ids[last], batch.positions[last], sizes, draws)
         else:

@@ -11,7 +11,7 @@ from model_store.loaded import LoadedPair
 from model_store.spec import ModelSpec
 from model_store.weights import EndWeights, LayerWeights, quantise_layer
 from server.core.batch import ForwardBatch, Segment
-from server.model.executor import Executor
+from server.core.executor import Executor
 from server.model.torch_executor import TorchExecutor
 
 PAGE, MAX_BLOCKS = 8, 40

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from server.core.executor import Draw
 from server.engine.sampler import Sampler
 from server.kernels.cpu import library
 from server.kernels.cpu.executor import NativeExecutor
@@ -60,7 +61,7 @@ def test_native_frequencies_and_masked_entries():
     logits[1] = -torch.inf
     drawer, rng = Drawer(len(logits)), random.Random(0)
     rows = logits.expand(4000, -1).contiguous()
-    tokens = drawer.draw(rows, [(1.0, 1.0, 0.0, 0, rng.random()) for _ in range(4000)])
+    tokens = drawer.draw(rows, [Draw(1.0, 1.0, 0.0, 0, rng.random()) for _ in range(4000)])
     measured = torch.from_numpy(np.bincount(tokens, minlength=len(logits))) / 4000
     assert measured[1] == 0
     expect(torch.softmax(logits, -1), measured)

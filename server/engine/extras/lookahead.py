@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from model_store.assembly import LayerPath
 from server.core.batch import ForwardBatch
+from server.core.executor import Draw, Executor, Follows, PendingTokens
 from server.core.request import Request, RequestStatus
-from server.engine.sampler import DrawArguments, Sampler, needs_processing
+from server.engine.sampler import Sampler, needs_processing
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
 # Steps ahead in a row, after which the scheduler is asked again: a policy may want to change sizes.
@@ -31,8 +31,8 @@ class _Launched:
     batch: ForwardBatch
     paths: list[LayerPath]
     positions: list[int]
-    draws: list[DrawArguments]
-    tokens: Any  # wait() -> list of token ids, -1 where there is none
+    draws: list[Draw]
+    tokens: PendingTokens | None  # None until it is launched
 
     def alive(self) -> list[int]:
         """Rows whose request still wants this step."""
@@ -48,7 +48,7 @@ class Lookahead:
     """The steps in flight: at most the one that is waited for and the one after it."""
 
     def __init__(
-        self, executor: Any, scheduler: Scheduler, sampler: Sampler,
+        self, executor: Executor, scheduler: Scheduler, sampler: Sampler,
         build_batch: Callable[[list[tuple[Request, int]]], ForwardBatch],
     ) -> None:  # fmt: skip
         self._executor, self._scheduler, self._sampler = executor, scheduler, sampler
@@ -125,10 +125,10 @@ class Lookahead:
         batch = replace(batch, positions=batch.positions + 1, context_lens=batch.context_lens + 1)
         return self._launch(batch, (step.tokens, np.asarray(rows, np.int32)))
 
-    def _launch(self, batch: ForwardBatch, follows: tuple[Any, np.ndarray] | None) -> _Launched:
+    def _launch(self, batch: ForwardBatch, follows: Follows | None) -> _Launched:
         launched = _Launched(
             batch, [request.path for request in batch.requests], batch.positions.tolist(),
-            [self._sampler.draw_arguments(request) for request in batch.requests], None,
+            [self._sampler.next_draw(request) for request in batch.requests], None,
         )  # fmt: skip
         try:
             launched.tokens = self._executor.launch(batch, launched.draws, follows=follows)
@@ -144,8 +144,8 @@ class Lookahead:
 
     def _give_back(self, step: _Launched | None) -> None:
         if step is not None:
-            for request, arguments in zip(step.batch.requests, step.draws, strict=True):
-                self._sampler.give_back(request, arguments)
+            for request, draw in zip(step.batch.requests, step.draws, strict=True):
+                self._sampler.give_back(request, draw)
 
 
 def _is_plain_decode(request: Request) -> bool:

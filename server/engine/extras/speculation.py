@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from server.core.batch import ForwardBatch
+from server.core.executor import Executor
 from server.core.request import Request, SampledToken
 from server.engine.extras.drafts import DraftPool
 from server.engine.extras.payoff import Payoff
 from server.engine.sampler import Sampler, SamplerState, needs_processing
 from server.engine.scheduler import Scheduler, SchedulerOutput
-from server.model.executor import Executor
 
 logger = logging.getLogger(__name__)
 

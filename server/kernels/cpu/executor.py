@@ -20,6 +20,7 @@ from model_store.loaded import LoadedPair
 from model_store.weight_form import Storage
 from server.core.batch import ForwardBatch, Segment
 from server.core.config import EngineConfig
+from server.core.executor import Draw, Executor
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
 from server.kernels.cpu.packing import PackedWeights, end_table, layer_table, twelve_bit_bytes
@@ -50,11 +51,12 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
     return NativeExecutor(pair, config, *chosen)
 
 
-class NativeExecutor:
-    """Implements `server.model.executor.Executor`. Takes over the pair: its matrices are packed in their place."""
+class NativeExecutor(Executor):
+    """Takes over the pair: its matrices are packed in their place."""
 
     name = "native"
-    doorbell = -1  # an eventfd that the next `forward` rings once it computes, outside the interpreter
+    can_draw = can_ring = True
+    _engine: int | None = None  # the library's own
 
     def __init__(
         self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str]
@@ -101,7 +103,7 @@ class NativeExecutor:
         self._layout = 0  # of the batch that `_step` describes
 
     def __del__(self) -> None:
-        if getattr(self, "_engine", None):
+        if self._engine is not None:
             self._lib.bs_destroy(self._engine)
             self._engine = None
 
@@ -195,15 +197,9 @@ class NativeExecutor:
             self._lib.bs_greedy(self._engine, rows + 4 * width * start, stop - start, end, target + 4 * start)
         return tokens.tolist()
 
-    def draw(self, logits: torch.Tensor, draws: list[tuple[float, float, float, int, float]]) -> list[int]:
-        """One token per row of float32 logits [S, V]; per row (temperature, top_p, min_p, top_k, uniform number)."""
+    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
         logits = logits.contiguous()
-        rows = (library.Draw * len(draws))(
-            *(
-                library.Draw(uniform=uniform, temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k)
-                for temperature, top_p, min_p, top_k, uniform in draws
-            )
-        )
+        rows = (library.Draw * len(draws))(*(library.Draw(**draw._asdict()) for draw in draws))
         tokens = np.empty(len(draws), np.int32)
         self._lib.bs_draw(self._engine, logits.data_ptr(), len(draws), rows, tokens.ctypes.data)
         return tokens.tolist()

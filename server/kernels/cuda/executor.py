@@ -25,7 +25,7 @@ import torch
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
-from server.engine.sampler import DrawArguments
+from server.core.executor import GREEDY, Draw, Executor
 from server.kernels.cuda.attention import PagedAttention
 from server.kernels.cuda.draw import draw
 from server.kernels.cuda.ends import Ends, embed
@@ -39,7 +39,6 @@ from server.kernels.cuda.tables import DeviceTables
 logger = logging.getLogger(__name__)
 
 Follows = tuple[Download, np.ndarray]
-GREEDY: DrawArguments = (0.0, 1.0, 0.0, 0, 0.0)
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
@@ -68,10 +67,11 @@ def _missing_for_triton() -> str | None:
     return None if os.path.exists(os.path.join(headers, "Python.h")) else f"Python.h in {headers}"
 
 
-class CudaExecutor:
-    """Implements `server.model.executor.Executor`; `launch` runs a step and draws its tokens without waiting."""
+class CudaExecutor(Executor):
+    """Library products, Triton kernels, and a graph for whatever repeats."""
 
     name = "cuda"
+    can_draw = can_launch = True
 
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
         self.spec, self.elasticity, self._ends = pair.spec, pair.elasticity, Ends(pair.spec, pair.ends)
@@ -118,9 +118,6 @@ class CudaExecutor:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu (interpreted)"
         graphs = f"{len(self._graphs)} CUDA graphs" if self._graphs.enabled else "no CUDA graphs"
         return f"Triton on {where}, {self.weight_form}, {graphs}, pages of {self.page_size} tokens"
-
-    def matrix_bytes(self, num_rows: int, width: int) -> int:
-        return self.weight_form.matrix_bytes(num_rows, width)
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
@@ -172,14 +169,14 @@ class CudaExecutor:
         return self._draw(logits, [GREEDY] * len(logits)).wait()
 
     @torch.inference_mode()
-    def draw(self, logits: torch.Tensor, draws: list[DrawArguments]) -> list[int]:
+    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
         """One token per row of logits [S, V]."""
         return self._draw(logits, draws).wait()
 
     # --- without waiting
 
     @torch.inference_mode()
-    def launch(self, batch: ForwardBatch, draws: list[DrawArguments], *, follows: Follows | None = None) -> Download:
+    def launch(self, batch: ForwardBatch, draws: list[Draw], *, follows: Follows | None = None) -> Download:
         """Run a step whose requests all take one token and draw the next one of each; nothing waits for the device.
 
         `follows`: the input ids are what a launch before drew in these rows, int32 [R]; the host need not know them
@@ -377,8 +374,8 @@ class CudaExecutor:
 
     # --- parts
 
-    def _draw(self, logits: torch.Tensor, draws: list[DrawArguments]) -> Download:
-        # Rows of `settings`: temperature, top_p, min_p, top_k, uniform number.
+    def _draw(self, logits: torch.Tensor, draws: list[Draw]) -> Download:
+        # Rows of `settings`: the fields of `Draw`.
         (settings,) = self._draw_upload.send([np.asarray(draws, np.float64).reshape(-1, 5).T])
         tokens = torch.empty(len(draws), dtype=torch.int32, device=self.device)
         draw(logits, settings, tokens)

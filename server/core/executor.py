@@ -1,0 +1,159 @@
+"""The contract between the engine and whatever computes a step: everything an executor may be asked, in one place.
+
+A new executor subclasses `Executor`, overrides the methods under "required", and of the rest what it can do; its
+factory goes on the preference list in `server/model/executor.py`. Nothing else looks into an executor.
+
+T = tokens of the step, R = requests, S = rows whose logits are wanted, E = hidden, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # of torch an executor's callers need no more than tensors it made
+    import numpy as np
+    import torch
+
+    from model_store.weight_form import WeightForm
+    from server.core.batch import ForwardBatch
+
+
+class Draw(NamedTuple):
+    """How one token is drawn from one row of logits: min_p, top_k, top_p in that order, as `engine/sampler.py` says."""
+
+    temperature: float  # 0: the likeliest token, and nothing else counts
+    top_p: float
+    min_p: float
+    top_k: int  # 0: all
+    uniform: float  # number of [0, 1) at which the cumulative distribution is inverted
+
+
+GREEDY = Draw(temperature=0.0, top_p=1.0, min_p=0.0, top_k=0, uniform=0.0)
+
+
+class PendingTokens(Protocol):
+    """Tokens of a launched step, on their way to the host."""
+
+    def wait(self) -> list[int]:
+        """A token id per request of the batch, -1 where no logit is a finite number. Raises what the step raised."""
+
+
+# Tokens of an earlier launch, and which of its rows each request of the next batch goes on from: int32 [R].
+Follows = tuple[PendingTokens, "np.ndarray"]
+
+
+class Executor:
+    """Runs steps for one loaded pair. Owns its weights (it may repack them in place) and the KV memory.
+
+    Not thread-safe: one thread at a time, the engine's, calls it once requests are served. Before that the thread that
+    loads the model calls `describe`, `passed_over`, `page_bytes`, `allocate_kv` and what is about states and weights.
+
+    `block_tables` of a batch index pages of one layer each. A page holds K and V of `page_size` tokens of one layer,
+    [num_kv_heads, page_size, head_dim] each; how the pool is laid out in memory is the executor's business. A step may
+    be run again with the same batch, or with parts of it, after it raised: it writes KV at the batch's own positions
+    only, and nothing else that a later step would notice.
+    """
+
+    name: str  # what `--executor` calls it
+    weight_form: WeightForm  # as matrices lie here, packing included; what size tables and budgets count
+
+    # --- required
+
+    def describe(self) -> str:
+        """One line for the start-up log: where it runs, in which types."""
+        raise NotImplementedError
+
+    def page_bytes(self) -> int:
+        """Bytes of one page, K and V together. Called before `allocate_kv`, to see how many fit."""
+        raise NotImplementedError
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Allocate (or replace) the KV pool. ValueError, with what to lower, if there is no memory for it."""
+        raise NotImplementedError
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Run the batch's program, writing KV. Returns the final-normed hidden rows at `logits_rows`, [S, E].
+
+        The result is valid until the next `forward`. Afterwards pages hold the KV of every token of the batch. An
+        executor with memory for states (below) has also restored and saved what the batch says.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+        """Apply the head, the teacher's to rows [0, num_teacher), else the student's. [n, E] -> float32 [n, V].
+
+        Called after `forward`, with (some of) its rows; the caller may write to the result.
+        """
+        raise NotImplementedError
+
+    # --- weights as they lie in memory: asked once after loading
+
+    def matrix_bytes(self, num_rows: int, width: int) -> int:
+        """Bytes that a weight matrix [num_rows, width] takes here. Override it where matrices are packed."""
+        return self.weight_form.matrix_bytes(num_rows, width)
+
+    # Bytes of one weight of a matrix as steps read it. None: as it was loaded.
+    bytes_per_weight: float | None = None
+
+    # --- how batches for it are made
+
+    # Stations at which batches have one segment for teacher and student rows, with a `split`. Not supported: none, and
+    # each side has segments of its own.
+    shared_stations: frozenset[int] = frozenset()
+
+    # --- tokens
+
+    def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
+        """The likeliest token per row of `logits(hidden, num_teacher)`; -1 where the largest logit is not finite.
+
+        Called instead of `logits` where no request of the step wants more. Override it where the logits need not be
+        written to memory for that.
+        """
+        values, tokens = self.logits(hidden, num_teacher).max(dim=-1)
+        return tokens.masked_fill(~values.isfinite(), -1).tolist()
+
+    can_draw = False  # whether there is a `draw`; if not, the sampler draws with torch operations
+
+    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
+        """One token per row of logits [n, V], masks and penalties applied; -1 where no logit is a finite number."""
+        raise NotImplementedError
+
+    # --- a step ahead of the host (`engine/extras/lookahead.py`)
+
+    can_launch = False  # whether there is a `launch`; if not, every step waits for its tokens
+
+    def launch(self, batch: ForwardBatch, draws: list[Draw], *, follows: Follows | None = None) -> PendingTokens:
+        """Run a step in which every request takes one token, and draw the next one of each, without waiting for it.
+
+        `follows`: the input ids are what an earlier launch drew; the host need not know them yet. At most two are
+        in flight: the one that is waited for and the one after it.
+        """
+        raise NotImplementedError
+
+    can_ring = False  # whether `forward` rings the `doorbell`; if not, the engine wakes the event loop itself
+    # An eventfd that the next `forward` writes to as soon as it computes outside the interpreter, -1: none. The engine
+    # sets it before a step; `forward` sets it back to -1 as it takes it over.
+    doorbell: int = -1
+
+    # --- hidden states kept for changes of size
+
+    def state_page_bytes(self) -> int:
+        """Bytes of the hidden states of `page_size` tokens. 0: not supported, and batches neither save nor restore."""
+        return 0
+
+    def allocate_states(self, num_pages: int) -> None:
+        """Memory for so many pages of states, which batches number. Called once at most, if a page takes any bytes."""
+        raise NotImplementedError
+
+    # --- for the operator and after a fault
+
+    def passed_over(self) -> list[str]:
+        """Better variants of this executor and why they do not run here, for the start-up log."""
+        return []
+
+    def kv_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What holds KV, the page being the first dimension. Pages that may hold NaN are zeroed in it after a fault.
+
+        Not supported: none, and padded positions must then not spread NaN.
+        """
+        return ()
