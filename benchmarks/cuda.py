@@ -31,6 +31,7 @@ from benchmarks.random_pair import SHAPES, random_pair, transformers_config
 from model_store.loaded import LoadedPair
 from model_store.weight_form import Storage, WeightForm
 from server.core.config import EngineConfig
+from server.core.executor import GREEDY, Draw
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
 
@@ -88,19 +89,15 @@ def step_bytes(pair: LoadedPair, sizes: list[int], context: int) -> int:
 # --- ours
 
 
-GREEDY = (0.0, 1.0, 0.0, 0, 0.0)  # temperature, top_p, min_p, top_k, uniform number
-SAMPLED = (0.7, 0.8, 0.0, 20, 0.6)  # as Qwen3 recommends
+SAMPLED = Draw(temperature=0.7, top_p=0.8, min_p=0.0, top_k=20, uniform=0.6)  # as Qwen3 recommends
 
 
-def decode(
-    engine: Engine, sizes: list[int], arguments: argparse.Namespace, draw: tuple[float, ...] = GREEDY
-) -> dict[str, float]:
+def decode(engine: Engine, sizes: list[int], arguments: argparse.Namespace, draw: Draw = GREEDY) -> dict[str, float]:
     """Seconds of a decode step of one request per entry of `sizes`: through the engine, and enqueued back to back."""
     rng = random.Random(0)
     vocab, steps = engine.spec.vocab_size, arguments.steps
-    temperature, top_p, _, top_k, _ = draw
     sampling = SamplingParams(
-        max_tokens=steps + 2, temperature=temperature, top_p=top_p, top_k=int(top_k), ignore_eos=True
+        max_tokens=steps + 2, temperature=draw.temperature, top_p=draw.top_p, top_k=draw.top_k, ignore_eos=True
     )
     through, alone = [], []
     for repeat in range(arguments.repeats + 1):

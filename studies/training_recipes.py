@@ -1,6 +1,7 @@
 """Recipes and schedules side by side: students of one teacher from one start, at equal tokens, at every size.
 
-    python -m studies.training_recipes --data base.jsonl --text wikitext2_valid.txt --out recipes [--only plain cosine ...]
+    python -m studies.training_recipes --data base.jsonl --text wikitext2_valid.txt \
+        --out recipes [--only plain cosine ...]
 
 The start is the closed-form fit of the pruned layers with the KLPatch order found on it. Every student is made by
 `boomerang distill` in a process of its own, from that start and towards that order, and measured along it: students

@@ -37,7 +37,7 @@ class ReplicaStats:
         engine = self._engine
         if engine is None:
             return {}
-        registry = self.replica.app.state.server.observe.metrics.registry
+        registry = self.replica.app.state.server.metrics.registry
         self._mirror_metrics(registry)
         totals = _totals(registry)
         now = time.monotonic()

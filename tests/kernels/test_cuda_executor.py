@@ -17,6 +17,7 @@ from model_store.loaded import LoadedPair
 from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.config import Settings
 from server.core.config import EngineConfig
+from server.core.executor import GREEDY, Draw
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
 from server.kernels.cuda.executor import CudaExecutor, create
@@ -136,7 +137,7 @@ def test_launched_steps_follow_each_other_without_the_host():
     pair = make_small("llama")
     sizes, num_steps = (4, 3, 2), 2
     prompt, *steps = make_steps(pair.elasticity, [[4, 2, 3]] + num_steps * [[1, 1, 1]], sizes, VOCAB)
-    draws = [(0.0, 1.0, 0.0, 0, 0.0), (0.9, 0.9, 0.0, 0, 0.3), (1.2, 1.0, 0.1, 0, 0.6)]
+    draws = [GREEDY, Draw(0.9, 0.9, 0.0, 0, 0.3), Draw(1.2, 1.0, 0.1, 0, 0.6)]
     chains = []
     for on_device in (False, True):
         executor = create(pair, make_config())
