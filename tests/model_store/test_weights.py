@@ -81,7 +81,8 @@ def test_shards_with_an_index(tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(weight_files(tmp_path / "shards")) > 1
     for index in range(3):
-        one, other = (Checkpoint(tmp_path / name).layer(index, WeightForm(torch.float32)) for name in ("whole", "shards"))
+        whole, shards = (tmp_path / name for name in ("whole", "shards"))
+        one, other = (Checkpoint(folder).layer(index, WeightForm(torch.float32)) for folder in (whole, shards))
         assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
     weight_files(tmp_path / "shards")[0].unlink()
     with pytest.raises(WeightError, match="which its index names"):
