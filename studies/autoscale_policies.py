@@ -5,6 +5,9 @@
 
 The load doubles, then falls to a quarter. Compared: degradation (deploy/autoscaler/decision.py), queue length as in the
 usual KEDA recipe (5 waiting requests per replica), running requests against a target (Ray's default), and no scaling.
+
+Answered 26 November 2026: degradation keeps the largest sizes at the same limits
+(docs/log/2026-11-26-scaling-signals.md).
 """
 
 from __future__ import annotations

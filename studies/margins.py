@@ -4,6 +4,9 @@
 
 Limits, quality and machine come from a plan of `benchmarks.trace`. Every slice has a load 1 of its own: the highest
 rate at which the simulated teacher meets 99 % of the limits.
+
+Answered 26 November 2026: 0.85 keeps the limits that 0.75 keeps, at larger sizes
+(docs/log/2026-11-28-scheduling-runs.md).
 """
 
 from __future__ import annotations

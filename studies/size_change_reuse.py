@@ -6,6 +6,9 @@
 First: of how many layers below the first station that differs two sizes of the default pair consist, in its own patch
 order and in those that most published pairs have. Second: milliseconds from the last token at the first size to the
 first one at the second (medians; nothing in the prefix cache), with and without a state kept, with the layers computed.
+
+Answered 27 November 2026: a kept state saves the share of the layers that both sizes have
+(docs/log/2026-11-27-size-change.md).
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ SCHEDULES = (
 ORDERS = {"served": "KLPatch", "last_to_first": "last-to-first", "first_to_last": "first-to-last"}
 DRAWS = {"recipes.json": "first draw", "recipes_second.json": "second draw"}  # of rows and order: file -> title
 SECOND_FAMILY = ("second_family", "second_family_seed_1", "second_family_mild")  # results of studies.second_family
+SECOND_STUDENTS = ("pruned", "published", "cosine+patching")  # those of the page on stochastic patching
+SHORT_SCHEDULES, SHORT_SIZES = ("eighth-small-fixed", PATCHED, "pure-0.25"), ("16", "17", "19", "22", "25", "28")
 Rows = dict[str, dict[str, Any]]
 Cell = Callable[[dict[str, Any]], str]
 
@@ -64,12 +66,15 @@ def tables(data: Path) -> dict[str, str]:
         found["schedules"] = by_line(_text(students, ("start", PLAIN, *SCHEDULES)), _kl)
         over_plain = _over_plain(students)
         found["schedule_gains"] = by_line(over_plain, _difference) + verdict(over_plain)
+        found["schedules_in_short"] = by_line(_in_short(over_plain), _difference)
     if draws := _draws(data):
         found["draws"] = by_line(draws, _difference) + verdict(draws)
     for name in SECOND_FAMILY:
         if results := _read(data / f"{name}.json"):
-            table = comparison(results, lambda row: f"{row['perplexity']:.1f} / {row['kl']:.2f}")
-            found[name] = f"{table}\n![Perplexity and KL by size](images/{name}.svg)\n"
+            table = comparison(results, _family)
+            if name == SECOND_FAMILY[0]:
+                found["second_family_in_short"] = comparison({key: results[key] for key in SECOND_STUDENTS}, _family)
+            found[name] = f"{table}\n![Perplexity and KL by size](../images/{name}.svg)\n"
     return found
 
 
@@ -137,6 +142,16 @@ def verdict(found: dict[str, Rows]) -> str:
         lower, mean = sum(value < 0 for value in differences), statistics.fmean(differences)
         lines.append(f"- {name}: lower at {lower} of {len(differences)} sizes, mean difference {mean:+.3f}")
     return "\n" + "\n".join(lines) + "\n"
+
+
+def _family(row: dict[str, Any]) -> str:
+    return f"{row['perplexity']:.1f} / {row['kl']:.2f}"
+
+
+def _in_short(found: dict[str, Rows]) -> dict[str, Rows]:
+    """Three schedules at six sizes: what the page on stochastic patching shows."""
+    chosen = {TITLES[name]: found[TITLES[name]] for name in SHORT_SCHEDULES if TITLES[name] in found}
+    return {title: {size: rows[size] for size in SHORT_SIZES} for title, rows in chosen.items()}
 
 
 def _kl(row: dict[str, Any]) -> str:

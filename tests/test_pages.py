@@ -1,12 +1,69 @@
-"""docs/quality.md and docs/stochastic_patching.md say what the default pair's quality.json and docs/data say."""
+"""README.md and docs/ say what the data says, point at what exists, and stay short."""
+
+import json
+import re
+
+import pytest
 
 from benchmarks import pages
+from model_store.store import StoreError
 from studies import training_recipes_report as recipes_report
+
+FOLDERS = ("server/", "model_store/", "deploy/", "recipes/", "benchmarks/", "studies/", "tests/", "docs/")
+
+
+def current_pages():
+    """Every page that says what is true now: not the log, which says what was."""
+    return [page for page in [*pages.pages(), pages.API_PAGE] if page.parent.name != "log"]
 
 
 def test_the_pages_are_up_to_date():
     assert pages.main(["--check"]) == 0
     assert all(svg.lstrip().startswith("<?xml") for svg in pages.plots().values())
+
+
+def test_the_sizes_are_those_of_the_pair():
+    try:
+        found = pages.sizes_of_the_pair()
+    except StoreError as error:
+        pytest.skip(f"the default teacher cannot be had here: {error}")
+    assert found == json.loads((pages.DATA / "sizes.json").read_text())
+
+
+def test_a_table_that_nothing_prints_is_an_error():
+    with pytest.raises(KeyError):
+        pages.fill("<!-- table: unheard_of -->\n<!-- end -->", {})
+
+
+def test_recording_keeps_the_output_of_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "RECORDED", tmp_path / "recorded.json")
+    pages.RECORDED.write_text("{}")
+    args = pages.argparse.Namespace(record="hello", machine="a machine", command=["echo", "a  b"])
+    assert pages.record(args) == 0
+    entry = json.loads(pages.RECORDED.read_text())["hello"]
+    shown = pages.recorded_table(entry)
+    assert shown.startswith("`echo 'a  b'`, a machine, 20") and "```\na  b\n```" in shown
+    assert pages.recorded_table(entry | {"output": ["| a |", "|---|"]}).endswith(":\n\n| a |\n|---|\n")
+    args.command = ["false"]
+    assert pages.record(args) != 0 and list(json.loads(pages.RECORDED.read_text())) == ["hello"]
+
+
+@pytest.mark.parametrize("page", [*pages.pages(), pages.API_PAGE], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", current_pages(), ids=lambda page: page.name)
+def test_paths_and_modules_that_pages_name_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"`([\w./-]+)`", text):
+        if name.startswith(FOLDERS) and "*" not in name:
+            assert (pages.ROOT / name).exists(), name
+    for module in re.findall(r"python -m ((?:server|deploy|recipes|benchmarks|studies)[\w.]*)", text):
+        path = pages.ROOT / module.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), module
 
 
 def test_gain_is_paired_over_windows():
@@ -37,6 +94,6 @@ def test_gains_are_told_by_student_and_size():
 
 def test_the_overlap_is_that_of_the_text_or_said_to_be_unknown():
     checked = {"share": 4e-5, "checked": 50_000, "against": ["training_text.npz"]}
-    said = "Of the held-out text's runs of 13 words 0.0040% also occur"
+    said = "Of the held-out text's runs of 13 words, 0.0040% also occur"
     assert pages.overlap({"text_overlap": checked}).startswith(said)
     assert "not checked" in pages.overlap({})
