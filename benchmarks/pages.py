@@ -117,11 +117,12 @@ def sizes_of_the_pair() -> dict[str, Any]:
     import torch
 
     from model_store.pair import open_pair
+    from model_store.weight_form import WeightForm
 
-    pair = open_pair()
+    pair, form = open_pair(), WeightForm(torch.bfloat16)
     keys = ("size", "parameters", "weight_bytes", "kv_bytes_per_token")
-    rows = [{key: row[key] for key in keys} for row in pair.size_table(torch.bfloat16)]
-    return {"sizes": rows, "union_bytes": pair.union_bytes(pair.elasticity.sizes, torch.bfloat16)}
+    rows = [{key: row[key] for key in keys} for row in pair.size_table(form)]
+    return {"sizes": rows, "union_bytes": pair.union_bytes(pair.elasticity.sizes, form)}
 
 
 def tables() -> dict[str, str]:
