@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1.7
 # Targets:  cpu (default)   docker build --target cpu -t boomerang-serve:cpu .
 #           cuda            docker build --target cuda -t boomerang-serve:cuda .
 #           autoscaler      docker build --target autoscaler -t boomerang-autoscaler .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import logging
 import os
 import shlex
@@ -15,7 +16,7 @@ from prometheus_client import start_http_server
 
 from deploy.autoscaler.controller import Controller
 from deploy.autoscaler.decision import ScalingPolicy
-from deploy.autoscaler.drivers import Driver, ProcessDriver
+from deploy.autoscaler.drivers import Driver, GateDriver, ProcessDriver
 from deploy.autoscaler.signals import PrometheusSource
 
 POLICY_HELP = {
@@ -43,19 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
         shown = f"{text} [env: {env}]" + (f" [default: {default}]" if default not in (None, "") else "")
         parser.add_argument("--" + name.replace("_", "-"), default=value, help=shown, **kwargs)
 
-    flag("driver", "docker", "docker | process", choices=("docker", "process"))
+    flag("driver", "gate", "gate (containers) | process", choices=("gate", "process"))
     flag("prometheus_url", "http://127.0.0.1:9090", "where to read the signal")
     flag("window", "30s", "range of the rates (at least four scrape intervals)")
     flag("selector", 'job="boomerang"', "label matcher of the replicas' series")
-    flag("service", "server", "docker: Compose service to scale")
-    flag("project", "", "docker: Compose project; empty: the autoscaler's own")
-    flag("docker_url", "", "docker: Engine API (unix:///... or tcp://...); empty: DOCKER_HOST or the local socket")
+    flag("gate_url", "http://gate:2380", "gate: where deploy.autoscaler.gate answers")
     flag("command", "", "process: command line of one server, with {host} {port} {index}")
     flag("targets_path", "", "process: file_sd list to keep for Prometheus")
     flag("interval", 5.0, "seconds between two looks", type=float)
     flag("drain_timeout", 300.0, "seconds a replica may take to finish its work", type=float)
     flag("start_timeout", 600.0, "seconds a replica may take to become ready", type=float)
     flag("decisions_path", "", "append decisions here as JSON lines")
+    flag("state_path", "", "keep what was learned here across restarts")
     flag("metrics_port", 9105, "own /metrics", type=int)
     for field in dataclasses.fields(ScalingPolicy):
         flag(field.name, field.default, POLICY_HELP[field.name], type=type(field.default))
@@ -66,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
+    prefix = "BOOMERANG_AUTOSCALER_"
+    known = {prefix + action.dest.upper() for action in parser._actions}
+    for name in sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
+        close = difflib.get_close_matches(name, known, 1)
+        parser.error(f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else ""))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -74,10 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     driver: Driver
-    if args.driver == "docker":
-        from deploy.autoscaler.docker_driver import DockerDriver  # needs the `docker` package
-
-        driver = DockerDriver(args.service, args.project, args.docker_url or None)
+    if args.driver == "gate":
+        driver = GateDriver(args.gate_url)
     else:
         if not args.command:
             parser.error("--driver process needs --command")
@@ -92,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         start_timeout=args.start_timeout,
         is_dry_run=args.dry_run,
         decisions_path=Path(args.decisions_path) if args.decisions_path else None,
+        state_path=Path(args.state_path) if args.state_path else None,
     )
     start_http_server(args.metrics_port, registry=controller.metrics.registry)
     stop = threading.Event()

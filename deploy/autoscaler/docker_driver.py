@@ -1,8 +1,7 @@
 """Replicas as containers of one Compose service, through the Docker Engine API.
 
-Only these calls are made, so that a socket proxy can allow exactly them (deploy/haproxy/docker-socket.cfg does):
-GET /version, GET /containers/json, GET /containers/{id}/json, POST /containers/create, POST /containers/{id}/start,
-POST /containers/{id}/kill, DELETE /containers/{id}.
+Runs in `deploy.autoscaler.gate`, beside the Engine's socket. Everything that the create call says comes from a
+container that Compose made, field by field from the two lists below.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ __all__ = ["MANAGED_LABEL", "DockerDriver"]
 MANAGED_LABEL = "io.boomerang.autoscaler"
 _PROJECT = "com.docker.compose.project"
 _SERVICE = "com.docker.compose.service"
+_ONEOFF = "com.docker.compose.oneoff"
+_CONFIG_HASH = "com.docker.compose.config-hash"
 _NUMBER = "com.docker.compose.container-number"
 # What `docker inspect` reports under HostConfig and the create call takes back unchanged; everything else there is
 # either a default or belongs to one container only.
@@ -40,9 +41,10 @@ _CONFIG = (
 class DockerDriver:
     """Scales service `service` of Compose project `project` by cloning one of its containers.
 
-    A clone carries the service's labels and network aliases, so Docker's DNS, `docker compose ps` and
-    `docker compose down` treat it as one more replica. At least one container of the service must exist (stopped will
-    do): it is the template.
+    A clone carries the service's labels and network aliases, so Docker's DNS finds it as one more replica. It is
+    labelled as a one-off container besides, which `docker compose up` leaves alone and `docker compose down` removes;
+    as an ordinary one it would be stopped, streams and all, by the next `up`. At least one container that Compose made
+    must exist (stopped will do): it is the template. A clone whose template has been made anew since is `is_stale`.
     """
 
     def __init__(self, service: str, project: str = "", base_url: str | None = None, timeout: float = 10.0) -> None:
@@ -56,22 +58,22 @@ class DockerDriver:
         self._draining: set[str] = set()
 
     def replicas(self) -> list[Replica]:
-        found = []
-        for summary in self._containers():
-            details = self._inspect(summary["Id"])
-            if details is None:  # gone between the two calls
-                continue
-            found.append(
-                Replica(
-                    details["Id"],
-                    self._status(details),
-                    _timestamp(details["Created"]),
-                    is_managed=MANAGED_LABEL in (details["Config"].get("Labels") or {}),
-                    address=_address(details),
-                )
+        # None: gone between the two calls.
+        found = [details for summary in self._containers() if (details := self._inspect(summary["Id"])) is not None]
+        template = max((d for d in found if not _is_managed(d)), key=lambda d: d["Created"], default=None)
+        replicas = [
+            Replica(
+                details["Id"],
+                self._status(details),
+                _started(details),
+                is_managed=_is_managed(details),
+                address=_address(details),
+                is_stale=template is not None and _is_managed(details) and _origin(details) != _origin(template),
             )
-        self._draining &= {replica.id for replica in found}
-        return found
+            for details in found
+        ]
+        self._draining &= {replica.id for replica in replicas}
+        return replicas
 
     def start(self) -> str:
         template = self._template()
@@ -79,7 +81,13 @@ class DockerDriver:
         # A random tail: two controllers, or one that restarts, never collide on a name.
         name = f"{self.project}-{self.service}-{number}-{secrets.token_hex(2)}"
         config = {key: template["Config"][key] for key in _CONFIG if template["Config"].get(key) is not None}
-        config["Labels"] = {**(config.get("Labels") or {}), _NUMBER: str(number), MANAGED_LABEL: "true"}
+        config["Image"] = template["Image"]  # the image itself: its tag may have moved on since
+        config["Labels"] = {
+            **(config.get("Labels") or {}),
+            _NUMBER: str(number),
+            _ONEOFF: "True",
+            MANAGED_LABEL: "true",
+        }
         host = template["HostConfig"]
         config["HostConfig"] = {key: host[key] for key in _HOST_CONFIG if host.get(key)}
         config["NetworkingConfig"] = {"EndpointsConfig": _endpoints(template, self.service)}
@@ -127,19 +135,23 @@ class DockerDriver:
             self.project = (own["Config"].get("Labels") or {}).get(_PROJECT, "")
             if not self.project:
                 raise DriverUnavailable("not in a Compose project: name one with --project")
-        labels = [f"{_PROJECT}={self.project}", f"{_SERVICE}={self.service}", "com.docker.compose.oneoff=False"]
-        return self._call("containers", all=True, filters={"label": labels})
+        labels = [f"{_PROJECT}={self.project}", f"{_SERVICE}={self.service}"]
+        found = self._call("containers", all=True, filters={"label": labels})
+        # `docker compose run` makes one-off containers too; those are somebody's, not replicas.
+        return [c for c in found if c["Labels"].get(_ONEOFF) == "False" or MANAGED_LABEL in c["Labels"]]
 
     def _inspect(self, container: str) -> dict[str, Any] | None:
         return self._call("inspect_container", container, missing_ok=True)
 
     def _template(self) -> dict[str, Any]:
-        """The oldest container that Compose itself made, else the oldest."""
-        containers = sorted(self._containers(), key=lambda c: (MANAGED_LABEL in c["Labels"], c["Created"]))
-        for summary in containers:
+        """The youngest container of the service that Compose itself made."""
+        made = [c for c in self._containers() if MANAGED_LABEL not in c["Labels"]]
+        for summary in sorted(made, key=lambda c: c["Created"], reverse=True):
             if details := self._inspect(summary["Id"]):
                 return details
-        raise DriverUnavailable(f"no container of service {self.service!r} in project {self.project!r} to copy")
+        raise DriverUnavailable(
+            f"Compose has made no container of service {self.service!r} in project {self.project!r}: none to copy"
+        )
 
     def _status(self, details: dict[str, Any]) -> ReplicaStatus:
         state = details["State"]
@@ -149,12 +161,25 @@ class DockerDriver:
             return "draining"
         # A container without a health check is taken as ready while it runs.
         health = (state.get("Health") or {}).get("Status", "healthy")
-        return "ready" if state["Status"] == "running" and health == "healthy" else "starting"
+        if state["Status"] == "running" and health == "healthy":
+            return "ready"
+        is_hurt = state["Status"] == "paused" or (state["Status"] == "running" and health == "unhealthy")
+        return "unhealthy" if is_hurt else "starting"
 
 
-def _timestamp(created: str) -> float:
-    """Docker's RFC 3339 with nanoseconds -> seconds since the epoch."""
-    whole = created.split(".")[0].rstrip("Z")
+def _is_managed(details: dict[str, Any]) -> bool:
+    return MANAGED_LABEL in (details["Config"].get("Labels") or {})
+
+
+def _origin(details: dict[str, Any]) -> tuple[str | None, ...]:
+    """What Compose made a container from: the hash of its configuration, and the image itself rather than its tag."""
+    return (details["Config"].get("Labels") or {}).get(_CONFIG_HASH), details.get("Image")
+
+
+def _started(details: dict[str, Any]) -> float:
+    """Docker's RFC 3339 with nanoseconds -> seconds since the epoch. Of the creation, while it was never started."""
+    latest = details["State"].get("StartedAt") or ""
+    whole = max(latest, details["Created"]).split(".")[0].rstrip("Z")
     return datetime.datetime.fromisoformat(whole).replace(tzinfo=datetime.UTC).timestamp()
 
 

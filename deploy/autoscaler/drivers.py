@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import httpx
 
-__all__ = ["Driver", "DriverUnavailable", "ProcessDriver", "Replica", "ReplicaStatus"]
+__all__ = ["Driver", "DriverUnavailable", "GateDriver", "ProcessDriver", "Replica", "ReplicaStatus"]
 
-ReplicaStatus = Literal["starting", "ready", "draining", "exited"]
+ReplicaStatus = Literal["starting", "ready", "unhealthy", "draining", "exited"]
 
 
 class DriverUnavailable(Exception):
@@ -29,13 +29,18 @@ class DriverUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One server as the driver sees it. `is_managed`: started by the autoscaler (these go first)."""
+    """One server as the driver sees it.
+
+    `started`: seconds since the epoch, of its latest start. `is_managed`: started by the autoscaler (these go first).
+    `is_stale`: made from a template that has been replaced since (an update, new keys).
+    """
 
     id: str
     status: ReplicaStatus
-    created: float  # seconds since the epoch
+    started: float
     is_managed: bool = True
     address: str = ""
+    is_stale: bool = False
 
 
 class Driver(Protocol):
@@ -51,6 +56,36 @@ class Driver(Protocol):
 
     def remove(self, replica_id: str) -> None:
         """Ends a replica at once if it still runs, and forgets it."""
+
+
+@dataclass(slots=True)
+class GateDriver:
+    """Replicas as containers, through the service that alone reaches the Docker Engine (`deploy.autoscaler.gate`)."""
+
+    url: str
+    timeout: float = 15.0  # seconds
+
+    def replicas(self) -> list[Replica]:
+        return [Replica(**fields) for fields in self._call("GET", "/replicas")]
+
+    def start(self) -> str:
+        return self._call("POST", "/replicas")["id"]
+
+    def drain(self, replica_id: str) -> None:
+        self._call("DELETE", f"/replicas/{replica_id}")
+
+    def remove(self, replica_id: str) -> None:
+        self._call("DELETE", f"/replicas/{replica_id}?now")
+
+    def _call(self, method: str, path: str) -> Any:
+        try:
+            response = httpx.request(method, self.url.rstrip("/") + path, timeout=self.timeout, trust_env=False)
+            value = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise DriverUnavailable(f"{type(error).__name__}: {error}") from error
+        if response.is_success or (method == "DELETE" and response.status_code == 404):  # it is gone: as was asked
+            return value
+        raise DriverUnavailable(f"{response.status_code}: {value.get('error')}")
 
 
 @dataclass(slots=True)

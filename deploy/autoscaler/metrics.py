@@ -24,6 +24,7 @@ class AutoscalerMetrics:
         self.max = gauge("max_replicas", "The limit set by the operator.")
         self.capacity = gauge("replica_capacity_requests", "Learned: requests in flight one replica serves whole.")
         self.signal_ok = gauge("signal_ok", "1 while Prometheus answers with data.")
+        self.held_replacements = gauge("held_replacements", "Unhealthy replicas left alone, because most are.")
         self.decisions = counter("decisions", "Decisions by reason.", ("reason",))
         self.actions = counter("actions", "What was done: start, drain, kill, replace.", ("action",))
         self.errors = counter("errors", "Failed reads and calls.", ("source",))

@@ -1,7 +1,8 @@
-"""A minimal Docker Engine API on a Unix socket: the seven calls the driver makes, with Docker's shapes and statuses."""
+"""A minimal Docker Engine API on a Unix socket: the calls that the driver makes, with Docker's shapes and statuses."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import secrets
 import socketserver
@@ -15,6 +16,7 @@ SERVICE_LABELS = {
     "com.docker.compose.service": "server",
     "com.docker.compose.oneoff": "False",
     "com.docker.compose.container-number": "1",
+    "com.docker.compose.config-hash": "aaaa",
 }
 
 
@@ -23,7 +25,8 @@ def container(name: str, labels: dict[str, str], status: str = "running", **host
         "Id": secrets.token_hex(32),
         "Name": "/" + name,
         "Created": "2026-01-02T03:04:05.123456789Z",
-        "State": {"Status": status, "Health": {"Status": "healthy"}},
+        "Image": "sha256:1111",
+        "State": {"Status": status, "Health": {"Status": "healthy"}, "StartedAt": "2026-01-02T03:04:06.5Z"},
         "Config": {
             "Image": "boomerang-serve:cpu",
             "Env": ["BOOMERANG_PORT=8000"],
@@ -42,6 +45,10 @@ def container(name: str, labels: dict[str, str], status: str = "running", **host
         },
         "NetworkSettings": {"Networks": {"boomerang_default": {"IPAddress": "10.0.0.2", "Aliases": ["abc", "server"]}}},
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -75,6 +82,9 @@ class FakeEngine:
                 pass
 
             def handle_any(self):
+                if engine.server is None:  # closed, and this connection is one of those that clients keep
+                    self.close_connection = True
+                    return
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 status, answer = engine.answer(self.command, self.path, body)
@@ -115,13 +125,13 @@ class FakeEngine:
             return 200, [self._summary(c) for c in self.containers.values() if self._has(c, wanted)]
         if action == "POST create":
             return 201, {"Id": self._create(query["name"][0], body), "Warnings": []}
-        item = self.containers.get(parts[1])
+        item = self.containers.get(parts[1]) if len(parts) > 1 else None
         if item is None:
             return 404, {"message": f"No such container: {parts[1]}"}
         if action == "GET json":
             return 200, item
         if action == "POST start":
-            item["State"] = {"Status": "running", "Health": {"Status": "starting"}}
+            item["State"] = {"Status": "running", "Health": {"Status": "starting"}, "StartedAt": _now()}
             return 204, None
         if action == "POST kill":
             if item["State"]["Status"] != "running":
@@ -137,12 +147,14 @@ class FakeEngine:
         new = container(name, body["Labels"], status="created")
         new["Created"] = "2026-01-02T04:00:00Z"
         new["body"] = body
+        new["Image"] = body["Image"]
         new["Config"] = {key: value for key, value in body.items() if key not in ("HostConfig", "NetworkingConfig")}
         self.containers[new["Id"]] = new
         return new["Id"]
 
     def _summary(self, item: dict) -> dict:
-        return {"Id": item["Id"], "Names": [item["Name"]], "Labels": item["Config"]["Labels"], "Created": 1}
+        created = int(datetime.datetime.fromisoformat(item["Created"][:19]).timestamp())
+        return {"Id": item["Id"], "Names": [item["Name"]], "Labels": item["Config"]["Labels"], "Created": created}
 
     def _has(self, item: dict, wanted: list[str]) -> bool:
         return all(item["Config"]["Labels"].get(k) == v for k, v in (label.split("=", 1) for label in wanted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,11 +25,18 @@ class Autoscaler:
     def __init__(self, folder):
         self.prometheus_port, self.port = free_port(), free_port()
         self.decisions_path = folder / "decisions.jsonl"
-        self.socket = folder / "docker.sock"
+        self.socket, gate_port = folder / "docker.sock", free_port()
+        self.gate = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "deploy.autoscaler.gate", "--project", "boomerang", "--host", "127.0.0.1"),
+                *("--port", str(gate_port), "--docker-url", f"unix://{self.socket}"),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "deploy.autoscaler", "--project", "boomerang", "--interval", "0.1"),
-                *("--docker-url", f"unix://{self.socket}", "--metrics-port", str(self.port), "--window", "30s"),
+                *(sys.executable, "-m", "deploy.autoscaler", "--interval", "0.1"),
+                *("--gate-url", f"http://127.0.0.1:{gate_port}", "--metrics-port", str(self.port), "--window", "30s"),
                 *("--prometheus-url", f"http://127.0.0.1:{self.prometheus_port}", "--max-replicas", "2"),
                 *("--decisions-path", str(self.decisions_path)),
             ],
@@ -61,9 +69,9 @@ class Autoscaler:
 def autoscaler(tmp_path):
     autoscaler = Autoscaler(tmp_path)
     yield autoscaler
-    if autoscaler.process.poll() is None:
-        autoscaler.process.kill()
-    autoscaler.process.wait()
+    for process in (autoscaler.process, autoscaler.gate):
+        process.kill()
+        process.wait()
 
 
 def serve_prometheus(port: int) -> FakePrometheus:
@@ -104,4 +112,13 @@ def test_it_outlives_docker_and_prometheus(autoscaler):
     autoscaler.process.send_signal(signal.SIGTERM)
     assert autoscaler.process.wait(10) == 0
     assert len(engine.containers) == 3
+    autoscaler.gate.send_signal(signal.SIGTERM)
+    assert autoscaler.gate.wait(10) == 0
     engine.close()
+
+
+def test_a_variable_that_nobody_knows_is_an_error_with_a_suggestion():
+    environment = {**os.environ, "BOOMERANG_AUTOSCALER_MAX_REPLICA": "3"}
+    command = [sys.executable, "-m", "deploy.autoscaler"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 2 and "did you mean BOOMERANG_AUTOSCALER_MAX_REPLICAS?" in result.stderr

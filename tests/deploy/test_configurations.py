@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -16,21 +20,20 @@ ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "deploy/prometheus/rules").glob("*.rules.yml"))
 
 
-def check(*command: str, **environment: str) -> str:
+def check(*command: str, cwd: Path = ROOT, **environment: str) -> str:
     # hadolint is a Python package: it lies beside the interpreter.
     program = shutil.which(command[0]) or shutil.which(command[0], path=Path(sys.executable).parent)
     if not program:
         pytest.skip(f"needs {command[0]}")
     result = subprocess.run(
-        [program, *command[1:]], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        [program, *command[1:]], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["haproxy.cfg", "docker-socket.cfg"])
-def test_haproxy(name):
-    check("haproxy", "-c", "-f", f"deploy/haproxy/{name}")
+def test_haproxy():
+    check("haproxy", "-c", "-f", "deploy/haproxy/haproxy.cfg")
 
 
 def test_prometheus_configuration():
@@ -51,32 +54,79 @@ def test_every_alert_has_a_unit_test():
     assert not {name for name in alerts if name not in tested}
 
 
-GPU, KEYS, HUB = (f"docker-compose.{name}.yml" for name in ("gpu", "keys", "hub"))
-OVERRIDES = [(), (GPU,), (KEYS,), (HUB,), (GPU, KEYS, HUB)]
+OVERLAYS = ("gpu", "keys", "hub")
+COMBINATIONS = [
+    (overlays, profiles)
+    for number in range(len(OVERLAYS) + 1)
+    for overlays in itertools.combinations(OVERLAYS, number)
+    for profiles in ((), ("two-gpus",))
+]
 
 
-@pytest.mark.parametrize("overrides", OVERRIDES, ids=lambda names: "+".join(names) or "plain")
-def test_compose(overrides):
-    files = [part for name in ("docker-compose.yml", *overrides) for part in ("-f", name)]
-    merged = yaml.safe_load(check("docker-compose", *files, "config", PWD=str(ROOT)))
+def compose(*overlays: str, profiles: tuple[str, ...] = (), cwd: Path = ROOT, **environment: str) -> dict[str, Any]:
+    """The merged configuration, as the tool prints it."""
+    files = [f"docker-compose{suffix}.yml" for suffix in ("", *(f".{name}" for name in overlays))]
+    options = [part for name in files for part in ("-f", str(ROOT / name))]
+    options += [part for name in profiles for part in ("--profile", name)]
+    return yaml.safe_load(check("docker-compose", *options, "config", cwd=cwd, **environment))
+
+
+@pytest.mark.parametrize(("overlays", "profiles"), COMBINATIONS)
+def test_compose(overlays, profiles):
+    merged = compose(*overlays, profiles=profiles)
     services = merged["services"]
-    for name in ("server", "haproxy", "prometheus", "grafana", "autoscaler", "docker-socket"):
-        assert services[name]["read_only"] is True and services[name]["cap_drop"] == ["ALL"], name
-    # Only the filter sees the socket, and only the autoscaler sees the filter.
+    for name, service in services.items():
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"] and service["restart"] == "unless-stopped", name
+        assert service["logging"]["options"]["max-size"] == "10m", name
+        for port in service.get("ports", ()):
+            assert str(port).startswith("127.0.0.1:"), f"{name} is published on every address"
+    # Only the gate sees the socket, only the autoscaler sees the gate, and neither sees a secret.
     mounts = {name: str(service.get("volumes")) for name, service in services.items()}
-    assert [name for name, text in mounts.items() if "docker.sock" in text] == ["docker-socket"]
-    in_network = [n for n, s in services.items() if "docker" in (s.get("networks") or {})]
-    assert sorted(in_network) == ["autoscaler", "docker-socket"]
+    assert [name for name, text in mounts.items() if "docker.sock" in text] == ["gate"]
+    assert sorted(n for n, s in services.items() if "gate" in (s.get("networks") or {})) == ["autoscaler", "gate"]
+    assert merged["networks"]["gate"]["internal"] is True and list(services["gate"]["networks"]) == ["gate"]
     # Secrets are files; none is in an environment that `docker inspect` shows.
     names = [name for service in services.values() for name in service.get("environment", {})]
     assert not [n for n in names if re.search(r"TOKEN|KEY|PASSWORD|SECRET", n) and not n.endswith(("_FILE", "_PATH"))]
-    if GPU in overrides:
-        (device,) = services["server"]["deploy"]["resources"]["reservations"]["devices"]
-        assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"] and device["device_ids"] == ["0"]
+    # Whoever answers to `server` answers alike.
+    servers = [s for n, s in services.items() if n == "server" or "server" in str(s.get("networks"))]
+    assert len(servers) == 2 and services["server-gpu1"]["profiles"] == ["two-gpus"]
+    own = ("deploy", "networks", "profiles", "scale")
+    assert all(
+        {k: v for k, v in s.items() if k not in own} == {k: v for k, v in servers[0].items() if k not in own}
+        for s in servers
+    )
+    for service in servers:
+        assert ("BOOMERANG_API_KEY_FILE" in service["environment"]) == ("keys" in overlays)
+        assert ("HF_TOKEN_PATH" in service["environment"]) == ("hub" in overlays)
+        assert len(service.get("secrets", ())) == len({"keys", "hub"} & set(overlays))
+    if "gpu" in overlays:
+        devices = [s["deploy"]["resources"]["reservations"]["devices"][0] for s in servers]
+        assert [device["device_ids"] for device in devices] == [["0"], ["1"]]
+        assert services["autoscaler"]["environment"]["BOOMERANG_AUTOSCALER_DRY_RUN"] == "true"
+
+
+@pytest.mark.parametrize("folder", [None, "secrets", "./secrets", "../secrets", "/srv/secrets"])
+def test_secrets_are_found_from_any_working_directory(folder, tmp_path):
+    environment = {} if folder is None else {"BOOMERANG_SECRETS": folder}
+    for cwd in (ROOT, tmp_path):
+        found = compose("keys", "hub", cwd=cwd, **environment)["secrets"]
+        expected = (ROOT / (folder or "deploy/secrets")).resolve()
+        assert Path(found["api_keys"]["file"]).resolve() == expected / "api_keys", cwd
+        assert Path(found["hf_token"]["file"]).resolve() == expected / "hf_token", cwd
+
+
+def test_two_projects_can_run_on_one_host():
+    """Every published port is a setting of its own."""
+    names = ("BOOMERANG_PUBLISH", *(f"BOOMERANG_PUBLISH_{name}" for name in ("STATS", "PROMETHEUS", "GRAFANA")))
+    chosen = {name: f"127.0.0.2:{7000 + index}" for index, name in enumerate(names)}
+    ports = [str(port) for s in compose(**chosen)["services"].values() for port in s.get("ports", ())]
+    assert sorted(port.rpartition(":")[0] for port in ports) == sorted(chosen.values())
 
 
 def test_docker_lets_a_replica_drain_before_it_kills_it():
-    server = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["server"]
+    server = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["x-server"]
     grace = float(server["stop_grace_period"].removesuffix("s"))
     assert grace > float(server["environment"]["BOOMERANG_SHUTDOWN_TIMEOUT"])
 
@@ -85,7 +135,7 @@ def test_env_example_names_only_what_compose_reads():
     compose = "".join(path.read_text() for path in ROOT.glob("docker-compose*.yml"))
     for line in (ROOT / ".env.example").read_text().splitlines():
         name = line.lstrip("#").partition("=")[0]
-        if "=" in line and " " not in name:
+        if "=" in line and " " not in name and name != "COMPOSE_PROJECT_NAME":  # that one Compose reads by itself
             assert "${" + name in compose, name
 
 
@@ -101,14 +151,30 @@ def test_kubernetes(name):
             assert document["spec"]["selector"], document
     assert documents and all({"apiVersion", "kind", "metadata"} <= set(document) for document in documents)
     for document in documents:
+        with contextlib.suppress(kubernetes_validate.SchemaNotFoundError):  # kinds of KEDA, the gateway, the operator
+            kubernetes_validate.validate(document, "1.34", strict=True)
+    for document in documents:
         if document["kind"] == "Deployment":
             pod = document["spec"]["template"]["spec"]
             (container,) = pod["containers"]
             environment = {item["name"]: item.get("value") for item in container["env"]}
+            # Links to the Service `boomerang` would set BOOMERANG_PORT=tcp://..., which is a setting of the server.
+            assert pod["enableServiceLinks"] is False and environment["BOOMERANG_PORT"] == "8000"
+            assert set(container["resources"]["limits"]) >= {"cpu", "memory", "ephemeral-storage"}
             drain = float(environment["BOOMERANG_SHUTDOWN_TIMEOUT"])
             wait = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
             assert pod["terminationGracePeriodSeconds"] > drain + wait
             assert container["livenessProbe"]["httpGet"]["path"] != container["readinessProbe"]["httpGet"]["path"]
+
+
+def test_kubernetes_lets_only_those_in_that_are_named():
+    documents = list(yaml.safe_load_all(check("kubectl", "kustomize", "deploy/kubernetes/base")))
+    (policy,) = [document["spec"] for document in documents if document["kind"] == "NetworkPolicy"]
+    (pods,) = [d["spec"]["template"]["metadata"]["labels"] for d in documents if d["kind"] == "Deployment"]
+    assert policy["podSelector"]["matchLabels"].items() <= pods.items()
+    assert policy["policyTypes"] == ["Ingress", "Egress"] and all(rule.get("from") for rule in policy["ingress"])
+    (outside,) = [peer["ipBlock"] for rule in policy["egress"] for peer in rule.get("to", ())]
+    assert "169.254.0.0/16" in outside["except"]
 
 
 def test_generated_files_are_current():
