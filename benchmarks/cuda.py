@@ -32,7 +32,7 @@ from model_store.loaded import LoadedPair
 from model_store.weight_form import Storage, WeightForm
 from server.core.config import EngineConfig
 from server.core.executor import GREEDY, Draw
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
 from server.engine.engine import Engine
 
 
@@ -102,12 +102,11 @@ def decode(engine: Engine, sizes: list[int], arguments: argparse.Namespace, draw
     through, alone = [], []
     for repeat in range(arguments.repeats + 1):
         engine.kv_cache.reset_prefix_cache()
-        requests = [
+        asked = [
             Request(f"{repeat}-{i}", rng.choices(range(vocab), k=arguments.context), sampling, sizes=(size,))
             for i, size in enumerate(sizes)
         ]
-        for request in requests:
-            engine.add_request(request)
+        requests = [engine.add_request(request) for request in asked]
         while any(not request.output_token_ids for request in requests):
             engine.step()
         # Requests admitted first have gone on meanwhile: take the steps that all of them are still in.
@@ -130,7 +129,8 @@ def _back_to_back(engine: Engine, sizes: list[int], arguments: argparse.Namespac
     try:
         for i, size in enumerate(sizes):
             sampling = SamplingParams(max_tokens=4, temperature=0.0)
-            request = Request(f"alone-{i}", [1] * (arguments.context + 1), sampling, sizes=(size,))
+            asked = Request(f"alone-{i}", [1] * (arguments.context + 1), sampling, sizes=(size,))
+            request = LiveRequest(asked)
             request.path, request.slot = elasticity.path(size), i
             assert kv_cache.allocate(request, arguments.context + 1)
             request.num_computed_tokens = arguments.context

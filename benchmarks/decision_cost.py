@@ -15,7 +15,7 @@ import time
 
 from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
-from server.core.request import Budget, Request, SamplingParams
+from server.core.request import Budget, LiveRequest, Request, SamplingParams
 from server.cost.devices import DEVICES, roofline_cost_model
 from server.cost.profile import CostProfile
 from server.simulation.replica import Replica, ReplicaSpec
@@ -41,13 +41,14 @@ def main() -> None:
         )
 
 
-def make_request(index: int, tenants: int, elasticity: Elasticity, now: float) -> Request:
+def make_request(index: int, tenants: int, elasticity: Elasticity, now: float) -> LiveRequest:
     sampling = SamplingParams(max_tokens=4000, temperature=0.0)
     budget = Budget(ttft=1.0 + index % 3, tpot=0.05 + 0.01 * (index % 4))
-    return Request(
+    asked = Request(
         f"r{index}", [0] * (64 + index % 200), sampling, sizes=elasticity.sizes, size_reason="auto", budget=budget,
         tenant=f"t{index % tenants}", arrival_time=now,
     )  # fmt: skip
+    return LiveRequest(asked)
 
 
 def filled(running: int, tenants: int) -> Replica:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from model_store.pair import Pair, open_pair
 from server.config import Settings
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
 from server.engine.engine import Engine
 from server.loading import engine_config, weight_form
 
@@ -38,7 +38,8 @@ def make_engine(pair: Pair, quantization: str | None) -> Engine:
 @torch.inference_mode()
 def logprobs(engine: Engine, size: int, ids: list[int]) -> torch.Tensor:
     """Log-probabilities after each token, [T, V]."""
-    request = Request("window", ids, SamplingParams(temperature=0.0, max_tokens=1), sizes=(size,), arrival_time=0.0)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    request = LiveRequest(Request("window", ids, sampling, sizes=(size,), arrival_time=0.0))
     request.path, request.slot = engine.elasticity.path(size), 0
     assert engine.kv_cache.allocate(request, len(ids))
     try:

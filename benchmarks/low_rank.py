@@ -22,13 +22,14 @@ MIXES = {"1 small": (1, 0), "1 full": (0, 1), "16 small": (16, 0), "8 small + 8 
 
 def decode_batch(engine, num_small: int, num_full: int, context: int):
     """A decode step of such requests, with pages of the engine's pool that are not given back."""
-    from server.core.request import Request, SamplingParams
+    from server.core.request import LiveRequest, Request, SamplingParams
 
     rng = np.random.default_rng(0)
     scheduled = []
     for slot, size in enumerate([engine.sizes[0]] * num_small + [engine.sizes[-1]] * num_full):
         prompt = rng.integers(0, engine.spec.vocab_size, context + 1).tolist()
-        request = Request(f"r{slot}", prompt, SamplingParams(temperature=0.0, max_tokens=4), sizes=(size,))
+        sampling = SamplingParams(temperature=0.0, max_tokens=4)
+        request = LiveRequest(Request(f"r{slot}", prompt, sampling, sizes=(size,)))
         request.path, request.slot = engine.elasticity.path(size), slot
         assert engine.kv_cache.allocate(request, context + 1)
         request.num_computed_tokens = context

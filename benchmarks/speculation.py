@@ -26,9 +26,8 @@ def decode_seconds(engine, prompts: list[list[int]], output_len: int, size: int)
     from server.core.request import Request, SamplingParams
 
     sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-    requests = [Request(f"r{i}", prompt, sampling, sizes=(size,)) for i, prompt in enumerate(prompts)]
-    for request in requests:
-        engine.add_request(request)
+    asked = [Request(f"r{i}", prompt, sampling, sizes=(size,)) for i, prompt in enumerate(prompts)]
+    requests = [engine.add_request(request) for request in asked]
     while not all(request.output_token_ids for request in requests):
         engine.step()
     started = time.perf_counter()

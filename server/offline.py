@@ -57,8 +57,8 @@ class OfflineEngine:
                 temperature=temperature, repetition_penalty=repetition_penalty, seed=first_seed + number,
                 eos_token_ids=frozenset(self.ends),
             )  # fmt: skip
-            requests.append(Request(f"{self._calls}-{number}", list(prompt), sampling, sizes=(size,)))
-            self.engine.add_request(requests[-1])
+            request = Request(f"{self._calls}-{number}", list(prompt), sampling, sizes=(size,))
+            requests.append(self.engine.add_request(request))
         while self.engine.has_work:
             for output in self.engine.step():
                 if output.error:

@@ -76,8 +76,8 @@ def measure(repeats: int) -> None:
         def change(one: int, two: int, length: int, keeps: bool, engine: Engine = engine) -> float:
             sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
             prompt = [rng.randrange(1000, 30000) for _ in range(length)]
-            request = Request("r", prompt, sampling, sizes=(one,), size_schedule=((one, 2), (two, 0)))
-            engine.add_request(request)
+            asked = Request("r", prompt, sampling, sizes=(one,), size_schedule=((one, 2), (two, 0)))
+            request = engine.add_request(asked)
             keep_station = engine.scheduler._keep_station
             if not keeps:
                 engine.scheduler._keep_station = lambda request: 0

@@ -29,9 +29,8 @@ def measure(engine: Engine, prompts: list[list[int]], num_new: int, size: int) -
     stamp = time.monotonic_ns()
     requests = [Request(f"bench-{stamp}-{i}", prompt, sampling, sizes=(size,)) for i, prompt in enumerate(prompts)]
     start = time.perf_counter()
-    for request in requests:
-        engine.add_request(request)
-    while any(not request.output_token_ids for request in requests):
+    running = [engine.add_request(request) for request in requests]
+    while any(not request.output_token_ids for request in running):
         engine.step()
     first = time.perf_counter()
     while engine.has_work:

@@ -109,9 +109,9 @@ class LocalBackend:
             max_tokens=min(arguments.max_tokens, room), temperature=arguments.temperature,
             eos_token_ids=tokenizer.eos_token_ids,
         )  # fmt: skip
-        request = Request(uuid.uuid4().hex, prompt, sampling, sizes=choice.sizes, size_reason=choice.reason)
+        asked = Request(uuid.uuid4().hex, prompt, sampling, sizes=choice.sizes, size_reason=choice.reason)
         try:
-            engine.add_request(request)
+            request = engine.add_request(asked)
         except ValueError as error:
             raise ChatError(str(error)) from None
         text = Detokenizer(tokenizer, prompt)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from model_store.assembly import Elasticity, LayerPath
-from server.core.request import Request
+from server.core.request import LiveRequest
 from server.core.state_rows import Part, StateCopy, parts_of, state_copies
 
 
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
 class ForwardBatch:
     """What an executor gets. All arrays are numpy, int32 unless noted; `block_tables` is shared, not copied."""
 
-    requests: list[Request]  # [R], sorted by size descending; one may have several rows
+    requests: list[LiveRequest]  # [R], sorted by size descending; one may have several rows
     sizes: np.ndarray  # [R]
     input_ids: np.ndarray  # [T]
     positions: np.ndarray  # [T]
@@ -85,7 +85,7 @@ class ForwardBatch:
 
 
 def build_batch(
-    scheduled: list[tuple[Request, int]],
+    scheduled: list[tuple[LiveRequest, int]],
     elasticity: Elasticity,
     block_tables: np.ndarray,
     shared_stations: Collection[int] = (),
@@ -188,10 +188,10 @@ class BatchBuilder:
         self, elasticity: Elasticity, block_tables: np.ndarray, shared_stations: Collection[int], page_size: int
     ) -> None:
         self._arguments = elasticity, block_tables, shared_stations, page_size
-        self._lanes: list[tuple[Request, LayerPath, int]] = []  # of `_last`, as scheduled: request, path, slot
+        self._lanes: list[tuple[LiveRequest, LayerPath, int]] = []  # of `_last`, as scheduled: request, path, slot
         self._last: ForwardBatch | None = None
 
-    def __call__(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
+    def __call__(self, scheduled: list[tuple[LiveRequest, int]]) -> ForwardBatch:
         decodes = all(count == 1 and _is_decode(request) for request, count in scheduled)
         if not decodes:
             self._last = None
@@ -213,7 +213,7 @@ class BatchBuilder:
         )  # fmt: skip
 
 
-def _is_decode(request: Request) -> bool:
+def _is_decode(request: LiveRequest) -> bool:
     """Whether the request's next token is its last one, and nothing else is to be done for it."""
     computed = request.num_computed_tokens
     return (

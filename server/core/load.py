@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from server.core.config import EngineConfig
-from server.core.request import Request
+from server.core.request import LiveRequest
 
 if TYPE_CHECKING:
     from model_store.assembly import Elasticity, LayerPath
@@ -29,7 +29,7 @@ class Load:
         self._limits: dict[str, dict[float, int]] = {}  # tenant -> TPOT limit -> how many running requests have it
         self._tightest: dict[str, float] = {}  # tenant -> the smallest of them
 
-    def enter(self, request: Request) -> None:
+    def enter(self, request: LiveRequest) -> None:
         """A request starts to run: `path` and `num_computed_tokens` are set."""
         size = request.path.size
         self.rows[size] += 1
@@ -46,7 +46,7 @@ class Load:
             limits[limit] = limits.get(limit, 0) + 1
             self._tightest[request.tenant] = min(limit, self._tightest.get(request.tenant, limit))
 
-    def leave(self, request: Request) -> None:
+    def leave(self, request: LiveRequest) -> None:
         """It stops running; called before its blocks are freed."""
         size = request.path.size
         self.rows[size] -= 1
@@ -68,10 +68,10 @@ class Load:
                 elif limit == self._tightest[request.tenant]:
                     self._tightest[request.tenant] = min(limits)
 
-    def advance(self, request: Request, count: int) -> None:
+    def advance(self, request: LiveRequest, count: int) -> None:
         self._count(request.path.size, count, -count)
 
-    def append(self, request: Request) -> None:
+    def append(self, request: LiveRequest) -> None:
         """It got a token, which is now to be computed."""
         self._count(request.path.size, 0, 1)
 
@@ -88,7 +88,7 @@ class Load:
             return min((low for tenant, low in self._tightest.items() if tenant not in skip), default=None)
         return min(self._tightest.values(), default=None)
 
-    def check(self, running: list[Request]) -> None:
+    def check(self, running: list[LiveRequest]) -> None:
         """Assert that the totals are what counting would give."""
         fresh = Load(len(self.rows) - 1)
         for request in running:
@@ -127,7 +127,7 @@ class Pages(Protocol):
     def num_free_pages(self) -> int:
         """Pages that an allocation can have, those of idle cached blocks included."""
 
-    def num_kept_layers(self, request: Request, path: LayerPath) -> int:
+    def num_kept_layers(self, request: LiveRequest, path: LayerPath) -> int:
         """Layers of `path` that need not be computed again if the request moved there."""
 
 
@@ -144,7 +144,7 @@ class LoadView(Protocol):
     def elasticity(self) -> Elasticity: ...
 
     @property
-    def running(self) -> Sequence[Request]: ...
+    def running(self) -> Sequence[LiveRequest]: ...
 
     @property
     def waiting(self) -> Queued: ...

@@ -1,4 +1,8 @@
-"""What the engine knows about a request: how to sample it, where it stands, what it has produced.
+"""A request: what the caller said, what the engine knows about it, and the messages that cross between their threads.
+
+    Request, Abort   -> engine thread, frozen
+    LiveRequest      the engine thread's own
+    RequestOutput    <- engine thread, one per step at most; read by nobody else before it is handed over
 
 No torch here: the scheduler and the size policy are plain Python that a test can drive by hand.
 """
@@ -8,11 +12,12 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from model_store.assembly import LayerPath
-    from server.engine.kv_cache import Block
+import numpy as np
+
+from model_store.assembly import LayerPath
+from server.core.block import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +111,24 @@ class SampledToken:
     following: tuple[SampledToken, ...] = ()  # more tokens of the same step: guesses that were right
 
 
-@dataclass(slots=True, eq=False)
+class Constraint(Protocol):
+    """A compiled grammar and where a text stands in it: which tokens may come next. Moves on with every token."""
+
+    error: str | None  # why it cannot be followed any further
+
+    def bitmask(self) -> np.ndarray:
+        """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next. Valid until the next call."""
+
+    def accept(self, token_id: int) -> bool:
+        """Advance over a token; False if the constraint has failed."""
+
+    def is_terminated(self) -> bool:
+        """Whether nothing but the end can follow."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence. `num_computed_tokens` chases `num_tokens`; nothing else decides its phase."""
+    """What the caller said. A message: made anywhere, handed to the engine, changed by nobody."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -120,28 +140,74 @@ class Request:
     tenant: str = ""  # fairness is between tenants; "" = anonymous
     size_schedule: tuple[tuple[int, int], ...] = ()  # ((size, output tokens), ...) for a planned mid-request change
     cache_salt: str = ""
-    grammar: Any = None  # compiled constraint (server.engine.extras.grammar), or None
+    grammar: Constraint | None = None  # the engine's alone from the submission on
     arrival_time: float = field(default_factory=time.monotonic)
 
-    # --- state, written by the scheduler only
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Nobody wants the rest of a request any more. A message to the engine."""
+
+    request_id: str
+    stop_string: str | None = None  # the text ended with this, which only the caller's side sees
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class LiveRequest:
+    """What the engine knows about a request, from `add_request` to its end. Owned by the engine thread: no other
+    thread reads or writes it; what others are to know goes out as `RequestOutput`.
+
+    `num_computed_tokens` chases `num_tokens`; nothing else decides a request's phase.
+    """
+
+    asked: Request
+
+    # --- the caller's words, which stay as they are
+    request_id: str = field(init=False)
+    prompt_token_ids: list[int] = field(init=False)
+    sampling: SamplingParams = field(init=False)
+    priority: int = field(init=False)
+    tenant: str = field(init=False)
+    size_schedule: tuple[tuple[int, int], ...] = field(init=False)
+    cache_salt: str = field(init=False)
+    grammar: Constraint | None = field(init=False)  # the runner tells it of every token
+    arrival_time: float = field(init=False)
+
+    # --- completed before it is queued: scheduler (sizes that fit), policy (limits of the tenant)
+    sizes: tuple[int, ...] = field(init=False)
+    size_reason: str = field(init=False)
+    budget: Budget = field(init=False)
+
+    # --- scheduler
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    path: LayerPath | None = None  # None until admitted
-    decision: SizeDecision | None = None
+    decision: SizeDecision | None = None  # the last one; None until admitted
+    path: LayerPath = field(init=False)  # set at admission, and by the KV cache at a change of size; unset before
     slot: int = -1  # row of the block tables while running
-    blocks: list[Block] = field(default_factory=list)
     keep_station: int = 0  # hidden states are kept before this station, for a change of size to come; 0: nowhere
-    resume_stop: int = 0  # positions below this start from a hidden state if their block `resumes`
     num_cached_tokens: int = -1  # prefix-cache hit at first admission
     num_preemptions: int = 0
     scheduled_time: float | None = None  # first time it was given tokens
     first_token_time: float | None = None
     last_token_time: float | None = None
-    stop_reason: int | str | None = None
+    stop_reason: int | str | None = None  # the caller's stop token or stop string that ended it
+    error: str | None = None  # why it failed
+
+    # --- KV cache (`num_computed_tokens`: the scheduler too, as it books a step)
+    blocks: list[Block] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    resume_stop: int = 0  # positions below this start from a hidden state if their block `resumes`
+
+    # --- speculation and sampler
     draft_token_ids: list[int] = field(default_factory=list)  # guesses to verify in this step, after the last token
-    sampler_state: Any = None  # generator and token counts, owned by the sampler
-    error: str | None = None
+    sampler_state: Any = None  # random numbers and token counts (`SamplerState`); made by the sampler on first use
+
+    def __post_init__(self) -> None:
+        asked = self.asked
+        self.request_id, self.prompt_token_ids, self.sampling = asked.request_id, asked.prompt_token_ids, asked.sampling
+        self.priority, self.tenant, self.size_schedule = asked.priority, asked.tenant, asked.size_schedule
+        self.cache_salt, self.grammar, self.arrival_time = asked.cache_salt, asked.grammar, asked.arrival_time
+        self.sizes, self.size_reason, self.budget = asked.sizes, asked.size_reason, asked.budget
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -169,8 +235,9 @@ class Request:
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
 
     def __repr__(self) -> str:
-        size = self.path.size if self.path else "?"
-        return f"Request({self.request_id}, {self.status.name}, {size}L, {self.num_computed_tokens}/{self.num_tokens})"
+        size = self.decision.size if self.decision else "?"
+        phase = f"{self.status.name}, {size}L, {self.num_computed_tokens}/{self.num_tokens}"
+        return f"LiveRequest({self.request_id}, {phase})"
 
 
 @dataclass(slots=True)
@@ -189,12 +256,14 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None  # stop | length | abort | error
     stop_reason: int | str | None = None  # the stop token id that ended it, when not eos
+    scheduled_time: float | None = None  # on the admission; all times on the clock of `Request.arrival_time`
+    first_token_time: float | None = None  # on the output with the first token
+    last_token_time: float | None = None  # of the newest of `new_token_ids`
     num_cached_tokens: int = 0
     error: str | None = None
     error_status: int = 500  # HTTP status that `error` deserves (400 impossible, 503 not now)
     error_param: str | None = None  # the field at fault
     retry_after: float | None = None
-    timings: dict[str, float] | None = None  # on the last output: queue, prefill, decode, ttft, e2e seconds
 
     @property
     def is_finished(self) -> bool:

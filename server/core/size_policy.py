@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.core.request import Request, SizeDecision
+from server.core.request import LiveRequest, SizeDecision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ class PrefillBudget:
     layer_tokens: int  # tokens of prompt x layers that a step may carry
     seconds: float  # what such a step takes
 
-    def first_token_after(self, request: Request, load: Load) -> float:
+    def first_token_after(self, request: LiveRequest, load: Load) -> float:
         """Seconds from the request's admission now to its first token at the smallest size it allows.
 
         One step more than the arithmetic says: a request admitted in vain costs another one its limit.
@@ -60,23 +60,23 @@ class SizePolicy:
     shrinks_running = False  # whether `resize` may take a running request to its smallest size
     cost: StepTimes | None = None  # the model of step times that decisions rest on, if they rest on one
 
-    def choose(self, request: Request, view: LoadView, now: float) -> SizeDecision | Refusal | None:
+    def choose(self, request: LiveRequest, view: LoadView, now: float) -> SizeDecision | Refusal | None:
         """A size out of `request.sizes`, a refusal, or None to leave it queued for now."""
         raise NotImplementedError
 
-    def prepare(self, request: Request, view: LoadView, now: float) -> Refusal | None:
+    def prepare(self, request: LiveRequest, view: LoadView, now: float) -> Refusal | None:
         """Called once, before the request is queued: complete its budget and sizes, or refuse the impossible."""
 
-    def on_arrival(self, request: Request, now: float) -> None:
+    def on_arrival(self, request: LiveRequest, now: float) -> None:
         """The request is queued."""
 
-    def on_finish(self, request: Request, now: float) -> None:
+    def on_finish(self, request: LiveRequest, now: float) -> None:
         """The request is finished; `status` says how."""
 
     def prefill_budget(self, view: LoadView, now: float) -> PrefillBudget | None:
         """What this step may carry of prompts beside its decode rows; None for the configured limit only."""
 
-    def resize(self, view: LoadView, now: float) -> list[tuple[Request, SizeDecision]]:
+    def resize(self, view: LoadView, now: float) -> list[tuple[LiveRequest, SizeDecision]]:
         """Running requests that should go on at another size."""
         return []
 
@@ -106,5 +106,5 @@ class SizePolicy:
 class LargestSize(SizePolicy):
     """The largest size the caller allows, whatever the load."""
 
-    def choose(self, request: Request, view: LoadView, now: float) -> SizeDecision:
+    def choose(self, request: LiveRequest, view: LoadView, now: float) -> SizeDecision:
         return SizeDecision(request.sizes[-1], request.size_reason)

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 
 
 class Part(NamedTuple):
     """`count` tokens of a request from position `begin` on, all of which start at `station` (0: the embedding)."""
 
-    request: Request
+    request: LiveRequest
     begin: int
     count: int
     station: int = 0
@@ -30,7 +30,7 @@ class StateCopy(NamedTuple):
     rows: np.ndarray  # of the state memory, [state pages * page_size, hidden]
 
 
-def parts_of(request: Request, count: int, page_size: int) -> list[Part]:
+def parts_of(request: LiveRequest, count: int, page_size: int) -> list[Part]:
     """The next `count` tokens of a request that has changed size, cut where the station changes at which they start."""
     parts: list[Part] = []
     position, end = request.num_computed_tokens, request.num_computed_tokens + count

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from server.core.batch import ForwardBatch
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
 from server.core.step_times import KINDS
 from server.cost.model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel, fit
 from server.cost.profile import CostProfile
@@ -106,14 +106,13 @@ def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
     rng = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=4)
     for step in steps:
-        scheduled: list[tuple[Request, int]] = []
+        scheduled: list[tuple[LiveRequest, int]] = []
         try:
             for count, tokens, context, side in step:
                 for _ in range(count):
                     prompt = rng.integers(0, engine.spec.vocab_size, context + tokens).tolist()
-                    request = Request(
-                        f"calibration-{len(scheduled)}", prompt, sampling, sizes=(sides[side],), arrival_time=0.0
-                    )
+                    name = f"calibration-{len(scheduled)}"
+                    request = LiveRequest(Request(name, prompt, sampling, sizes=(sides[side],), arrival_time=0.0))
                     request.path, request.slot = elasticity.path(sides[side]), len(scheduled)
                     if not kv_cache.allocate(request, context + tokens):
                         break

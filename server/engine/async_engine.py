@@ -1,7 +1,8 @@
 """The engine's asyncio face: one thread runs steps, the event loop submits requests and reads their outputs.
 
-Everything that crosses over is a plain object. Per step there is a single wake-up of the event loop, however many
-requests advanced; where the executor can, it gives it from outside the interpreter (an eventfd, `doorbell`).
+What crosses over is a message: `Request` and `Abort` in, `RequestOutput` out. Per step there is a single wake-up of the
+event loop, however many requests advanced; where the executor can, it gives it from outside the interpreter (an
+eventfd, `doorbell`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from server.core.request import Request, RequestOutput
+from server.core.request import Abort, Request, RequestOutput
+from server.core.size_policy import RequestRefused
 
 if TYPE_CHECKING:  # the engine brings torch, which the port need not wait for
     from server.engine.engine import Engine
@@ -31,7 +33,7 @@ class OutputStream:
     the engine. Closing it early aborts the request.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str, str | None], None]) -> None:
         self.request_id = request_id
         self._abort = abort
         self._pending: RequestOutput | None = None
@@ -57,10 +59,11 @@ class OutputStream:
         self._finished = output.is_finished
         return output
 
-    async def aclose(self) -> None:
+    async def aclose(self, stop_string: str | None = None) -> None:
+        """`stop_string`: what the text ended with, if it is complete."""
         if not self._finished:
             self._finished = True
-            self._abort(self.request_id)
+            self._abort(self.request_id, stop_string)
 
 
 def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
@@ -71,6 +74,12 @@ def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
         then.new_logprobs = (first.new_logprobs or []) + (then.new_logprobs or [])
     then.prompt_logprobs = then.prompt_logprobs or first.prompt_logprobs
     then.num_cached_tokens = max(then.num_cached_tokens, first.num_cached_tokens)
+    if first.scheduled_time is not None:
+        then.scheduled_time = first.scheduled_time
+    if first.first_token_time is not None:
+        then.first_token_time = first.first_token_time
+    if then.last_token_time is None:
+        then.last_token_time = first.last_token_time
     return then
 
 
@@ -80,7 +89,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._streams: dict[str, OutputStream] = {}
-        self._inbox: deque[Request | str] = deque()  # requests to add, ids to abort
+        self._inbox: deque[Request | Abort] = deque()
         self._unsent: list[RequestOutput] = []
         self._outbox: deque[list[RequestOutput]] = deque()  # on their way to the event loop
         self._bell: int | None = None  # an eventfd on which the event loop waits
@@ -104,7 +113,7 @@ class AsyncEngine:
     async def stop(self) -> None:
         """Abort what still runs and end the thread."""
         with self._wake:
-            self._inbox.extend(self._streams)
+            self._inbox.extend(Abort(request_id) for request_id in self._streams)
             self._stopping = True
             self._wake.notify()
         if self._thread is not None:
@@ -126,18 +135,14 @@ class AsyncEngine:
         self._send(request)
         return stream
 
-    def abort(self, request_id: str) -> None:
-        """Idempotent; blocks are free after the engine's current step."""
+    def abort(self, request_id: str, stop_string: str | None = None) -> None:
+        """Idempotent; blocks are free after the engine's current step. `stop_string`: what the text ended with."""
         if self._streams.pop(request_id, None) is not None:
-            self._send(request_id)
+            self._send(Abort(request_id, stop_string))
 
     @property
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
-
-    @property
-    def is_ready(self) -> bool:
-        return self.is_alive and not self._stopping
 
     @property
     def seconds_in_step(self) -> float:
@@ -145,13 +150,9 @@ class AsyncEngine:
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._streams)
-
     # --- engine thread
 
-    def _send(self, item: Request | str) -> None:
+    def _send(self, item: Request | Abort) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()
@@ -204,21 +205,24 @@ class AsyncEngine:
         else:
             logger.info("engine stopped: all %d pages are free", pages)
 
-    def _drain(self, inbox: deque[Request | str]) -> list[RequestOutput]:
+    def _drain(self, inbox: deque[Request | Abort]) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
-        aborted = {item for item in inbox if isinstance(item, str)}
+        aborts = [item for item in inbox if isinstance(item, Abort)]
+        aborted = {abort.request_id for abort in aborts}
         for item in inbox:
-            if isinstance(item, str) or item.request_id in aborted:
+            if isinstance(item, Abort) or item.request_id in aborted:
                 continue
             try:
                 self.engine.add_request(item)
+            except RequestRefused as error:
+                outputs.append(_error(item.request_id, str(error), 400, error.param))
             except ValueError as error:
-                outputs.append(_error(item.request_id, str(error), 400, getattr(error, "param", None)))
+                outputs.append(_error(item.request_id, str(error), 400))
             except Exception:
                 logger.exception("request %s could not be queued", item.request_id)
                 outputs.append(_error(item.request_id, "The server failed to handle this request.", 500))
-        if aborted:
-            outputs += self.engine.abort(list(aborted))
+        for abort in aborts:
+            outputs += self.engine.abort([abort.request_id], abort.stop_string)
         return outputs
 
     def _publish(self, outputs: list[RequestOutput]) -> None:

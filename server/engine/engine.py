@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
 from server.core.executor import Executor
-from server.core.request import Request, RequestOutput, SamplingParams
+from server.core.request import LiveRequest, Request, RequestOutput, SamplingParams
 from server.core.size_policy import RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool
 from server.engine.extras.lookahead import Lookahead
@@ -28,7 +28,7 @@ from server.engine.kv_cache import KVCacheManager
 from server.engine.runner import StepRunner, outcome
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerOutput
-from server.engine.stats import EngineStats, MetricsSink, StepStats, timings_of
+from server.engine.stats import EngineStats, MetricsSink, StepStats
 from server.engine.step_clock import Gap, StepClock
 from server.model.executor import allocate_states, create_executor
 
@@ -85,8 +85,14 @@ class Engine:
 
     # --- requests
 
-    def add_request(self, request: Request) -> None:
+    def add_request(self, asked: Request) -> LiveRequest:
         """Queue a request. Raises ValueError (RequestRefused if it could not run even on an idle server)."""
+        request = LiveRequest(asked)
+        self.add(request)
+        return request
+
+    def add(self, request: LiveRequest) -> None:
+        """`add_request` for one that was made before."""
         if request.num_tokens == 0:
             raise ValueError("prompt is empty")
         if request.request_id in self.scheduler.requests:
@@ -97,9 +103,10 @@ class Engine:
             raise RequestRefused(refusal.message, refusal.param)
         self.scheduler.add(request)
 
-    def abort(self, request_ids: list[str]) -> list[RequestOutput]:
+    def abort(self, request_ids: Iterable[str], stop_string: str | None = None) -> list[RequestOutput]:
+        """End requests early; unknown and finished ones are ignored. `stop_string`: what their text ended with."""
         finished = [self.scheduler.requests[i] for i in request_ids if i in self.scheduler.requests]
-        outputs = self.scheduler.abort(request_ids)
+        outputs = self.scheduler.abort([request.request_id for request in finished], stop_string)
         self._forget(finished)
         return outputs
 
@@ -172,7 +179,7 @@ class Engine:
         outputs = self.scheduler.update(planned, sampled)
         self.runner.prompt_scores.attach(outputs)
         if finished := [request for request, _ in planned.scheduled if request.is_finished]:
-            self._forget(finished, outputs)
+            self._forget(finished)
         self._count_decisions(outputs)
         try:
             times = (started, model_start, model_end, drafting)
@@ -196,10 +203,10 @@ class Engine:
         self._clock.lap("draft")
         return drafting
 
-    def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch:
+    def build_batch(self, scheduled: list[tuple[LiveRequest, int]]) -> ForwardBatch:
         return self.runner.build_batch(scheduled)
 
-    def _condemn(self, request: Request, error: Exception) -> list[RequestOutput]:
+    def _condemn(self, request: LiveRequest, error: Exception) -> list[RequestOutput]:
         """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""
         if request.is_finished:  # aborted, or preempted and refused, in between
             return []
@@ -224,12 +231,12 @@ class Engine:
 
     def probe(self, size: int) -> None:
         """Compute one token at `size`, alone. EngineBroken if that fails or yields no number."""
-        request = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), sizes=(size,))
-        error = self.scheduler.borrow(request, size, self._run_alone)
+        probe = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), sizes=(size,))
+        error = self.scheduler.borrow(LiveRequest(probe), size, self._run_alone)
         if error is not None:
             raise EngineBroken(f"nothing can be computed at {size}L: {error}")
 
-    def _run_alone(self, request: Request) -> str | None:
+    def _run_alone(self, request: LiveRequest) -> str | None:
         """What is wrong with a step of only this request, or None."""
         try:
             _, faults = self.runner.run(self.build_batch([(request, 1)]))
@@ -249,12 +256,9 @@ class Engine:
                 if output.decision is not None:
                     self.metrics_sink.on_size_decision(output.decision)
 
-    def _forget(self, requests: list[Request], outputs: list[RequestOutput] = ()) -> None:
-        by_id = {output.request_id: output for output in outputs if output.is_finished}
+    def _forget(self, requests: list[LiveRequest]) -> None:
         for request in requests:
             self.runner.prompt_scores.forget(request.request_id)
-            if output := by_id.get(request.request_id):
-                output.timings = timings_of(request)
             if self.metrics_sink is not None:
                 self.metrics_sink.on_request_finished(request)
 
@@ -293,8 +297,7 @@ class Engine:
         scheduler, kv_cache = self.scheduler, self.kv_cache
         by_size: dict[int, int] = {}
         for request in tuple(scheduler.running):
-            if request.path is not None:
-                by_size[request.path.size] = by_size.get(request.path.size, 0) + 1
+            by_size[request.path.size] = by_size.get(request.path.size, 0) + 1
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),

@@ -18,12 +18,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Scheduled = list[tuple[Request, int]]
+Scheduled = list[tuple[LiveRequest, int]]
 
 
 class EngineBroken(RuntimeError):
@@ -51,7 +51,7 @@ def bisect(
     scheduled: Scheduled,
     error: Exception,
     run: Callable[[Scheduled], T],
-    condemn: Callable[[Request, Exception], T],
+    condemn: Callable[[LiveRequest, Exception], T],
 ) -> list[T]:
     """Run again, in ever smaller parts, what failed as a whole with `error`.
 
@@ -80,18 +80,18 @@ class Quarantine:
         self._seconds, self._capacity = seconds, capacity
         self._until: OrderedDict[bytes, float] = OrderedDict()
 
-    def add(self, request: Request) -> None:
+    def add(self, request: LiveRequest) -> None:
         self._until[_fingerprint(request)] = time.monotonic() + self._seconds
         while len(self._until) > self._capacity:
             self._until.popitem(last=False)
 
-    def holds(self, request: Request) -> bool:
+    def holds(self, request: LiveRequest) -> bool:
         if not self._until:
             return False
         return self._until.get(_fingerprint(request), 0.0) > time.monotonic()
 
 
-def _fingerprint(request: Request) -> bytes:
+def _fingerprint(request: LiveRequest) -> bytes:
     """The same for requests that ask for the same computation: prompt, sizes and sampling, but for the seed."""
     sampling = request.sampling
     digest = hashlib.blake2b(np.asarray(request.prompt_token_ids, np.int32).tobytes(), digest_size=16)

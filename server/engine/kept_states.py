@@ -8,10 +8,8 @@ convenience: whoever finds no page does without, and those of cached blocks that
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from server.engine.kv_cache import Block
+from server.core.block import Block
 
 
 class KeptStates:

@@ -14,25 +14,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
 
 import numpy as np
 
 from model_store.assembly import LayerPath
-from server.core.request import Request
+from server.core.block import Block
+from server.core.request import LiveRequest
 from server.engine.kept_states import KeptStates
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """One run of `page_size` tokens on all layers of one path. `hash` is set once full and cached."""
-
-    pages: np.ndarray  # int32 [path.num_layers], in the path's running order
-    ref_count: int = 1
-    hash: bytes | None = None
-    state: int = -1  # page of hidden states before station `state_station`, of every token computed; -1: none
-    state_station: int = 0
-    resumes: bool = False  # its tokens are to be computed from `state` on: pages of the layers below are filled
 
 
 class KVCacheManager:
@@ -86,7 +74,7 @@ class KVCacheManager:
 
     # --- prefix cache
 
-    def find_prefix(self, request: Request, path: LayerPath, counts: bool = True) -> list[Block]:
+    def find_prefix(self, request: LiveRequest, path: LayerPath, counts: bool = True) -> list[Block]:
         """Cached blocks that hold the longest prefix of the request on this path; `counts`: as a query and hits.
 
         At least the last token is left to compute, because its logits are wanted. A request that asks for prompt
@@ -107,7 +95,7 @@ class KVCacheManager:
             self.prefix_hits += len(found) * self.page_size
         return found
 
-    def cache_full_blocks(self, request: Request) -> None:
+    def cache_full_blocks(self, request: LiveRequest) -> None:
         """Enter the request's newly full, computed blocks under their hashes."""
         if not self.enable_prefix_caching:
             return
@@ -125,17 +113,17 @@ class KVCacheManager:
             # Tables are append-only, so a twin computed at the same time keeps its own pages and is simply not entered.
             self._cached.setdefault(parent, block)
 
-    def _root(self, request: Request, path: LayerPath) -> bytes:
+    def _root(self, request: LiveRequest, path: LayerPath) -> bytes:
         return b"%d|" % path.size + request.cache_salt.encode()
 
-    def _chain(self, parent: bytes, request: Request, index: int) -> bytes:
+    def _chain(self, parent: bytes, request: LiveRequest, index: int) -> bytes:
         start = index * self.page_size
         tokens = np.asarray(request.token_ids(start, start + self.page_size), dtype=np.int32).tobytes()
         return hashlib.blake2b(parent + tokens, digest_size=16).digest()
 
     # --- allocation
 
-    def adopt(self, request: Request, blocks: list[Block]) -> None:
+    def adopt(self, request: LiveRequest, blocks: list[Block]) -> None:
         """Give a newly admitted request its cached prefix; sets `num_computed_tokens`. `path` and `slot` are set."""
         self._hold(blocks)
         request.blocks = list(blocks)
@@ -145,7 +133,7 @@ class KVCacheManager:
     def can_allocate(self, num_pages: int) -> bool:
         return num_pages <= self.num_free_pages
 
-    def allocate(self, request: Request, num_tokens: int) -> bool:
+    def allocate(self, request: LiveRequest, num_tokens: int) -> bool:
         """Grow the request's blocks to cover `num_tokens` positions; False (and nothing changed) if pages lack."""
         num_have = len(request.blocks)
         num_new = self.num_blocks_for(num_tokens) - num_have
@@ -163,7 +151,7 @@ class KVCacheManager:
         self._write_tables(request, num_have)
         return True
 
-    def move(self, request: Request, path: LayerPath) -> None:
+    def move(self, request: LiveRequest, path: LayerPath) -> None:
         """Give a running request the blocks of another path; `num_computed_tokens` says what is not to be computed.
 
         Blocks that the cache has for the new path come first. Of the request's own full blocks after those, the ones
@@ -197,7 +185,7 @@ class KVCacheManager:
         request.resume_stop = len(request.blocks) * self.page_size if blocks else 0
         self._write_tables(request, 0)
 
-    def finish_resuming(self, request: Request) -> None:
+    def finish_resuming(self, request: LiveRequest) -> None:
         """The request has caught up. Its states go, unless another change is expected."""
         request.resume_stop = 0
         for block in request.blocks:
@@ -205,7 +193,7 @@ class KVCacheManager:
                 self.states.take(block)
             block.resumes = False
 
-    def depth(self, request: Request) -> int:
+    def depth(self, request: LiveRequest) -> int:
         """Layers that the next token to compute runs."""
         path = request.path
         if request.num_computed_tokens < request.resume_stop:
@@ -214,19 +202,19 @@ class KVCacheManager:
                 return path.num_layers - path.starts[block.state_station]
         return path.num_layers
 
-    def num_kept_layers(self, request: Request, path: LayerPath) -> int:
+    def num_kept_layers(self, request: LiveRequest, path: LayerPath) -> int:
         """Layers of `path` that the request's tokens would not be computed on if it went there now."""
         station = request.blocks[len(request.blocks) // 2].state_station if request.blocks else 0
         return path.starts[station] if 0 < station <= request.path.first_difference(path) else 0
 
-    def free(self, request: Request) -> None:
+    def free(self, request: LiveRequest) -> None:
         """Return the request's blocks; full cached ones stay findable until evicted."""
         # Tail first: the head of a prefix is the part most likely to be wanted again.
         self._drop(request.blocks[::-1])
         request.blocks = []
         request.num_computed_tokens = request.resume_stop = 0
 
-    def discard(self, request: Request) -> np.ndarray:
+    def discard(self, request: LiveRequest) -> np.ndarray:
         """Make a request's blocks unfindable because its KV is not to be trusted. Returns the pages only it has."""
         pages = [np.zeros(0, np.int32)]
         for block in request.blocks:
@@ -303,7 +291,7 @@ class KVCacheManager:
         self._num_used += count
         return pages
 
-    def _write_tables(self, request: Request, first: int) -> None:
+    def _write_tables(self, request: LiveRequest, first: int) -> None:
         if len(request.blocks) == first:
             return
         layers = self._layer_index.get(request.path.size)
@@ -314,7 +302,7 @@ class KVCacheManager:
 
     # --- invariants
 
-    def check_integrity(self, live: list[Request]) -> None:
+    def check_integrity(self, live: list[LiveRequest]) -> None:
         """Assert that every page is free, or owned by exactly the blocks that are cached or held by `live` requests."""
         held = Counter(block for request in live for block in request.blocks)
         for block, count in held.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 from server.engine.extras.transfer import send
 
 
@@ -37,12 +37,12 @@ class SeenTokens:
         self.num_counted = len(output_token_ids)
 
 
-def has_penalties(request: Request) -> bool:
+def has_penalties(request: LiveRequest) -> bool:
     sampling = request.sampling
     return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
 
 
-def penalise(logits: torch.Tensor, rows: Sequence[tuple[int, Request, SeenTokens]]) -> None:
+def penalise(logits: torch.Tensor, rows: Sequence[tuple[int, LiveRequest, SeenTokens]]) -> None:
     """Penalise some rows of logits float32 [S, V] in place; `rows` has the number, the request and what it has seen."""
     # Runs of tokens that share (row, length, repetition penalty): prompts, then answers. A token in both runs of a row
     # comes to the same value twice, both from the logit as it was: nobody need sort out which tokens those are.

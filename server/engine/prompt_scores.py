@@ -8,7 +8,7 @@ import torch
 
 from server.core.batch import ForwardBatch
 from server.core.executor import Executor
-from server.core.request import Request, RequestOutput, TokenLogprobs
+from server.core.request import LiveRequest, RequestOutput, TokenLogprobs
 from server.engine.logprobs import MAX_ROWS, token_logprobs
 
 
@@ -19,12 +19,12 @@ class PromptScores:
         self._scores: dict[str, list[TokenLogprobs | None]] = {}
 
     @torch.inference_mode()
-    def score(self, executor: Executor, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> list[Request]:
+    def score(self, executor: Executor, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> list[LiveRequest]:
         """Score what this step computed of prompts. `hidden` [S, E]; its first `head_rows` take the teacher's head.
 
         Returns the requests whose logits hold no number.
         """
-        faulty: list[Request] = []
+        faulty: list[LiveRequest] = []
         for row, request in enumerate(batch.requests):
             wanted = request.sampling.prompt_logprobs
             first, begin = int(batch.logits_start[row]), request.num_computed_tokens

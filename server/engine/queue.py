@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 
 # A late request that has waited so many times its TTFT limit goes first.
 PATIENCE = 8.0
@@ -31,8 +31,8 @@ OUTPUT_TOKEN_COST = 2.0
 class _Line:
     """One tenant's requests. Heap entries are (priority, 0 = preempted / 1 = new, sequence, request)."""
 
-    heap: list[tuple[int, int, int, Request]] = field(default_factory=list)
-    late: deque[tuple[int, int, int, Request]] = field(default_factory=deque)
+    heap: list[tuple[int, int, int, LiveRequest]] = field(default_factory=list)
+    late: deque[tuple[int, int, int, LiveRequest]] = field(default_factory=deque)
     num_requests: int = 0
     num_tokens: int = 0
     served: float = 0.0  # the virtual counter: layer-tokens of service over weight
@@ -46,27 +46,27 @@ class WaitingQueue:
         self.weight = weight or (lambda tenant: 1.0)
         self.rank = rank or (lambda tenant: 0)
         self._lines: dict[str, _Line] = {}
-        self._members: dict[str, Request] = {}
-        self._deadlines: list[tuple[float, int, Request]] = []  # heap of strict requests with a TTFT limit
+        self._members: dict[str, LiveRequest] = {}
+        self._deadlines: list[tuple[float, int, LiveRequest]] = []  # heap of strict requests with a TTFT limit
         self._sequence = itertools.count()
         self._last_served = 0.0
         self.num_tokens = 0  # tokens waiting to be computed: prompts, and outputs of preempted requests
 
-    def push(self, request: Request) -> None:
+    def push(self, request: LiveRequest) -> None:
         self._insert(request, 1)
 
-    def push_front(self, request: Request) -> None:
+    def push_front(self, request: LiveRequest) -> None:
         """Put a preempted request ahead of all others of its priority in its tenant's line."""
         self._insert(request, 0)
 
     def peek(
-        self, now: float, skip: Collection[str] = (), first_token_after: Callable[[Request], float] | None = None
-    ) -> Request | None:
+        self, now: float, skip: Collection[str] = (), first_token_after: Callable[[LiveRequest], float] | None = None
+    ) -> LiveRequest | None:
         """The request to admit next, leaving out the tenants in `skip`; or None.
 
         `first_token_after(request)`: seconds from admission to its first token, without which it counts as none.
         """
-        best: Request | None = None
+        best: LiveRequest | None = None
         best_key: tuple[int, int, float] | None = None
         for tenant, line in self._lines.items():
             if not line.num_requests or tenant in skip:
@@ -78,7 +78,7 @@ class WaitingQueue:
                 best, best_key = entry[3], key
         return best
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: LiveRequest) -> None:
         if self._members.pop(request.request_id, None) is None:
             return
         line = self._lines[request.tenant]
@@ -90,7 +90,7 @@ class WaitingQueue:
             line.late.clear()
             self._last_served = line.served
 
-    def overdue(self, now: float) -> list[Request]:
+    def overdue(self, now: float) -> list[LiveRequest]:
         """Strict requests that still wait and are past their TTFT limit, each told once."""
         found = []
         while self._deadlines and self._deadlines[0][0] < now:
@@ -119,8 +119,8 @@ class WaitingQueue:
         return [tenant for tenant, line in self._lines.items() if line.num_requests]
 
     def _head(
-        self, line: _Line, now: float, first_token_after: Callable[[Request], float] | None
-    ) -> tuple[int, int, int, Request]:
+        self, line: _Line, now: float, first_token_after: Callable[[LiveRequest], float] | None
+    ) -> tuple[int, int, int, LiveRequest]:
         """The entry to admit next of a line that is not empty."""
         heap, late = line.heap, line.late
         while late and not self._is_member(late[0][3]):
@@ -140,14 +140,14 @@ class WaitingQueue:
         return late[0]
 
     @staticmethod
-    def _is_late(request: Request, now: float, first_token_after: Callable[[Request], float] | None) -> bool:
+    def _is_late(request: LiveRequest, now: float, first_token_after: Callable[[LiveRequest], float] | None) -> bool:
         left = request.budget.ttft - (now - request.arrival_time)
         return left < 0.0 or (first_token_after is not None and left < first_token_after(request))
 
-    def _is_member(self, request: Request) -> bool:
+    def _is_member(self, request: LiveRequest) -> bool:
         return self._members.get(request.request_id) is request
 
-    def _insert(self, request: Request, rank: int) -> None:
+    def _insert(self, request: LiveRequest, rank: int) -> None:
         assert request.request_id not in self._members
         line = self._lines.get(request.tenant)
         if line is None:
@@ -176,5 +176,5 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._members)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[LiveRequest]:
         return iter(self._members.values())

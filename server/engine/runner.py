@@ -16,7 +16,7 @@ import torch
 from model_store.assembly import Elasticity
 from server.core.batch import BatchBuilder, ForwardBatch
 from server.core.executor import Executor
-from server.core.request import Request, SampledToken
+from server.core.request import LiveRequest, SampledToken
 from server.engine.isolation import NoTokenLeft
 from server.engine.kv_cache import KVCacheManager
 from server.engine.prompt_scores import PromptScores
@@ -72,14 +72,14 @@ class StepRunner:
             head_rows = int((rows < head_rows).sum())
         return hidden, head_rows
 
-    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None:
+    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest]) -> list[int] | None:
         """The likeliest token per row, -1 where none is; None unless that is all these requests want."""
         if not all(is_plain_greedy(request) for request in requests):
             return None
         return self.executor.greedy(hidden, head_rows)
 
     def _choose(
-        self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None,
+        self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest], speculator: Speculator | None,
         faults: Faults,
     ) -> list[SampledToken]:  # fmt: skip
         """A token per request, with those that follow; whoever has no finite number to choose is added to `faults`."""
@@ -94,7 +94,7 @@ class StepRunner:
 
     @torch.inference_mode()
     def _draw(
-        self, hidden: torch.Tensor, head_rows: int, requests: list[Request], speculator: Speculator | None,
+        self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest], speculator: Speculator | None,
         faults: Faults,
     ) -> list[SampledToken]:  # fmt: skip
         logits = self.executor.logits(hidden, head_rows)
@@ -125,12 +125,12 @@ class StepRunner:
             tensor[index.to(tensor.device)] = 0
 
 
-def _owners(requests: list[Request]) -> list[Request]:
+def _owners(requests: list[LiveRequest]) -> list[LiveRequest]:
     """The request of every row that tokens are drawn from."""
     return [request for request in requests for _ in range(1 + len(request.draft_token_ids))]
 
 
-def outcome(requests: Sequence[Request], tokens: Sequence[int]) -> tuple[dict[str, SampledToken], Faults]:
+def outcome(requests: Sequence[LiveRequest], tokens: Sequence[int]) -> tuple[dict[str, SampledToken], Faults]:
     """What `StepRunner.run` returns, for tokens that were drawn elsewhere; -1 where there was no number to choose."""
     sampled, faults = {}, {}
     for request, token in zip(requests, tokens, strict=True):

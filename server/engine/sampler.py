@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from server.core.executor import GREEDY, Draw
-from server.core.request import Request, SampledToken
+from server.core.request import LiveRequest, SampledToken
 from server.engine.extras.transfer import send
 from server.engine.logprobs import token_logprobs
 from server.engine.penalties import SeenTokens, has_penalties, penalise
@@ -47,7 +47,7 @@ class Sampler:
         self._random = random.Random(seed)
         self._native_draw = draw
 
-    def sample(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
+    def sample(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[SampledToken]:
         """logits float32 [S, V], row i for requests[i]; modified in place. Returns a token (and logprobs) per row."""
         # Rows that want equally many of the likeliest tokens stand together.
         scored = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
@@ -68,14 +68,14 @@ class Sampler:
 
     # --- what the request asks of its logits
 
-    def state(self, request: Request) -> SamplerState:
+    def state(self, request: LiveRequest) -> SamplerState:
         if request.sampler_state is None:
             seed = request.sampling.seed
             source = random.Random(seed if seed is not None else self._random.getrandbits(64))
             request.sampler_state = SamplerState(source)
         return request.sampler_state
 
-    def _process(self, logits: torch.Tensor, requests: list[Request]) -> None:
+    def _process(self, logits: torch.Tensor, requests: list[LiveRequest]) -> None:
         """Apply masks, bias and penalties to logits [S, V] in place."""
         for row, request in enumerate(requests):
             if needs_processing(request):
@@ -84,13 +84,13 @@ class Sampler:
         if penalised:
             penalise(logits, penalised)
 
-    def _seen(self, request: Request) -> SeenTokens:
+    def _seen(self, request: LiveRequest) -> SeenTokens:
         state = self.state(request)
         if state.seen is None:
             state.seen = SeenTokens()
         return state.seen
 
-    def _constrain(self, row: torch.Tensor, request: Request) -> None:
+    def _constrain(self, row: torch.Tensor, request: LiveRequest) -> None:
         """Apply masks and bias to one row [V] in place."""
         sampling = request.sampling
         if request.grammar is not None:
@@ -116,7 +116,7 @@ class Sampler:
 
     # --- the draw
 
-    def _draw(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    def _draw(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[int]:
         if self._native_draw is not None:
             return self._native_draw(logits, [self.next_draw(request) for request in requests])
         tokens = [0] * len(requests)
@@ -137,33 +137,33 @@ class Sampler:
             _scatter(tokens, cut, self._draw_cut(logits[cut], [requests[row] for row in cut]))
         return tokens
 
-    def uniform(self, request: Request) -> float:
+    def uniform(self, request: LiveRequest) -> float:
         """The request's next random number."""
         state = self.state(request)
         return state.returned.pop() if state.returned else state.random.random()
 
-    def next_draw(self, request: Request) -> Draw:
+    def next_draw(self, request: LiveRequest) -> Draw:
         sampling = request.sampling
         if sampling.is_greedy:
             return GREEDY
         return Draw(sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k, self.uniform(request))
 
-    def give_back(self, request: Request, draw: Draw) -> None:
+    def give_back(self, request: LiveRequest, draw: Draw) -> None:
         """A draw that did not take place; the latest first, if there are several."""
         if not request.sampling.is_greedy:
             self.state(request).returned.append(draw.uniform)
 
-    def _draw_plain(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    def _draw_plain(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[int]:
         """No top_k, no top_p: the whole (min_p-masked) distribution, no sort. logits [S, V]."""
         return self.invert(self.weights(logits, requests), requests).tolist()
 
-    def weights(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    def weights(self, logits: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:
         """Probabilities without top_k and top_p, up to a factor where min_p cut some off. [S, V] -> [S, V]."""
         probs = torch.softmax(logits / _column([r.sampling.temperature for r in requests], logits), dim=-1)
         min_p = _column([r.sampling.min_p for r in requests], logits)
         return probs.masked_fill_(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
 
-    def _draw_cut(self, logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    def _draw_cut(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[int]:
         """top_k and/or top_p over the likeliest entries; the vocabulary is sorted only for a very wide nucleus."""
         vocab = logits.shape[-1]
         scaled = logits / _column([r.sampling.temperature for r in requests], logits)
@@ -194,7 +194,7 @@ class Sampler:
         choice = self.invert(probs, requests)
         return ids.gather(1, choice[:, None]).squeeze(1).tolist()
 
-    def invert(self, probs: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    def invert(self, probs: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:
         """Index of the first entry whose cumulative weight exceeds u x total. probs [S, n], need not sum to 1."""
         mass = probs.cumsum(dim=-1, dtype=torch.float64)
         uniform = _column([self.uniform(r) for r in requests], mass)
@@ -204,12 +204,12 @@ class Sampler:
         return torch.minimum(index, last)
 
 
-def is_plain_greedy(request: Request) -> bool:
+def is_plain_greedy(request: LiveRequest) -> bool:
     """Whether the likeliest token is all that the request wants of its logits."""
     return request.sampling.is_greedy and request.sampling.logprobs is None and not needs_processing(request)
 
 
-def needs_processing(request: Request) -> bool:
+def needs_processing(request: LiveRequest) -> bool:
     sampling = request.sampling
     return bool(
         request.grammar is not None

@@ -16,7 +16,7 @@ from functools import partial
 from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
 from server.core.load import Load
-from server.core.request import Request, RequestOutput, RequestStatus, SampledToken, SizeDecision
+from server.core.request import LiveRequest, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.core.size_policy import LargestSize, PrefillBudget, Refusal, SizePolicy
 from server.engine.extras.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class SchedulerOutput:
     """One step's plan. `scheduled`: (request, tokens it advances by); `outputs`: admissions and refusals to report."""
 
-    scheduled: list[tuple[Request, int]] = field(default_factory=list)
+    scheduled: list[tuple[LiveRequest, int]] = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
     num_preempted: int = 0
 
@@ -53,8 +53,8 @@ class Scheduler:
         self.kv_cache = kv_cache
         self.policy: SizePolicy = policy or LargestSize()
         self.waiting = WaitingQueue() if queue is None else queue  # an empty queue is false
-        self.running: list[Request] = []
-        self.requests: dict[str, Request] = {}
+        self.running: list[LiveRequest] = []
+        self.requests: dict[str, LiveRequest] = {}
         self.load = Load(elasticity.num_teacher_layers)
         self.num_preemptions = 0
         self.num_resizes = 0
@@ -64,7 +64,7 @@ class Scheduler:
 
     # --- the way in and out
 
-    def limit_sizes(self, request: Request) -> str | None:
+    def limit_sizes(self, request: LiveRequest) -> str | None:
         """Drop from `request.sizes` those whose KV would not fit even on an idle server.
 
         Returns the reason if none is left, None otherwise. Without this an unlucky choice would wait for ever.
@@ -84,7 +84,7 @@ class Scheduler:
             request.sizes, request.size_reason = fits, "kv_capacity"
         return None
 
-    def prepare(self, request: Request) -> Refusal | None:
+    def prepare(self, request: LiveRequest) -> Refusal | None:
         """Complete a request before it is queued; a refusal (400) if it could not run even on an idle server."""
         if request.size_schedule:
             request.sizes = (planned_size(request),)
@@ -92,21 +92,26 @@ class Scheduler:
             return Refusal(reason, 400)
         return self.policy.prepare(request, self, self.clock())
 
-    def add(self, request: Request) -> None:
+    def add(self, request: LiveRequest) -> None:
         self.requests[request.request_id] = request
         self.waiting.push(request)
         self.policy.on_arrival(request, self.clock())
 
-    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
-        """Finish requests at their clients' wish; unknown and finished ones are ignored."""
+    def abort(self, request_ids: Iterable[str], stop_string: str | None = None) -> list[RequestOutput]:
+        """Finish requests at their clients' wish; unknown and finished ones are ignored.
+
+        `stop_string`: what their text ended with, which makes it an ordinary end.
+        """
+        status = RequestStatus.FINISHED_ABORT if stop_string is None else RequestStatus.FINISHED_STOP
         outputs = []
         for request_id in request_ids:
             request = self.requests.get(request_id)
             if request is not None and not request.is_finished:
-                outputs.append(self._finish(request, RequestStatus.FINISHED_ABORT))
+                request.stop_reason = stop_string
+                outputs.append(self._finish(request, status))
         return outputs
 
-    def fail(self, requests: Iterable[Request], message: str, status: int = 500) -> list[RequestOutput]:
+    def fail(self, requests: Iterable[LiveRequest], message: str, status: int = 500) -> list[RequestOutput]:
         """Finish requests with an error (a step that raised, a poison request)."""
         outputs = []
         for request in requests:
@@ -182,7 +187,7 @@ class Scheduler:
 
     # --- parts
 
-    def _book(self, request: Request, count: int) -> None:
+    def _book(self, request: LiveRequest, count: int) -> None:
         """`count` more tokens of the request hold KV."""
         is_decode = count == 1 and bool(request.output_token_ids)
         request.num_computed_tokens += count
@@ -193,7 +198,7 @@ class Scheduler:
         weight = OUTPUT_TOKEN_COST if is_decode else 1.0
         self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
 
-    def _advance(self, request: Request, budget: int, output: SchedulerOutput) -> int:
+    def _advance(self, request: LiveRequest, budget: int, output: SchedulerOutput) -> int:
         """Plan a running request's tokens for this step; returns what is left of the layer-token budget."""
         # A step's tokens stay bounded, however few layers each of them runs.
         width = max(self.kv_cache.depth(request), self.elasticity.sizes[0])
@@ -250,16 +255,18 @@ class Scheduler:
             if request.scheduled_time is None:
                 request.scheduled_time = now
                 request.num_cached_tokens = num_cached
-                output.outputs.append(RequestOutput(request.request_id, decision=choice, num_cached_tokens=num_cached))
+                admission = RequestOutput(request.request_id, decision=choice, num_cached_tokens=num_cached)
+                admission.scheduled_time = now
+                output.outputs.append(admission)
             elif is_change:
                 output.outputs.append(RequestOutput(request.request_id, decision=choice))
 
-    def _refuse(self, request: Request, refusal: Refusal, output: SchedulerOutput) -> None:
+    def _refuse(self, request: LiveRequest, refusal: Refusal, output: SchedulerOutput) -> None:
         for refused in self.fail([request], refusal.message, refusal.status):
             refused.retry_after = refusal.retry_after
             output.outputs.append(refused)
 
-    def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
+    def _make_room(self, request: LiveRequest, num_tokens: int, output: SchedulerOutput) -> bool:
         """Allocate up to `num_tokens`, preempting others if need be; False if `request` itself had to go."""
         while not self.kv_cache.allocate(request, num_tokens):
             if self.drafts is not None and self.drafts.release():
@@ -270,7 +277,7 @@ class Scheduler:
                 return False
         return True
 
-    def _victim(self) -> Request:
+    def _victim(self) -> LiveRequest:
         """The youngest request of the least priority, of the tenant that holds most for its weight."""
         candidates = self.running
         held = self.load.held
@@ -281,7 +288,7 @@ class Scheduler:
             candidates = [request for request in candidates if request.tenant == heaviest]
         return max(candidates, key=lambda r: (r.priority, r.arrival_time))
 
-    def _preempt(self, request: Request, output: SchedulerOutput) -> None:
+    def _preempt(self, request: LiveRequest, output: SchedulerOutput) -> None:
         output.scheduled = [item for item in output.scheduled if item[0] is not request]
         self._leave(request)
         request.status = RequestStatus.PREEMPTED
@@ -290,14 +297,20 @@ class Scheduler:
         output.num_preempted += 1
         self.waiting.push_front(request)
 
-    def _append(self, request: Request, token: SampledToken, now: float) -> RequestOutput:
+    def _append(self, request: LiveRequest, token: SampledToken, now: float) -> RequestOutput:
         request.output_token_ids.append(token.token_id)
         self.load.append(request)
-        if request.first_token_time is None:
+        is_first = request.first_token_time is None
+        if is_first:
             request.first_token_time = now
         request.last_token_time = now
         status = stop_status(request, token.token_id, self.config.max_model_len)
         result = self._finish(request, status) if status else RequestOutput(request.request_id)
+        result.last_token_time = now
+        if is_first:
+            result.first_token_time = now
+        if status == RequestStatus.FINISHED_ERROR:
+            result.error, result.error_status, result.error_param = request.error, 400, "response_format"
         result.new_token_ids = [token.token_id]
         if token.logprobs is not None:
             result.new_logprobs = [token.logprobs]
@@ -310,12 +323,12 @@ class Scheduler:
 
     # --- a running request changes size
 
-    def _change_size(self, request: Request, decision: SizeDecision, output: SchedulerOutput) -> None:
+    def _change_size(self, request: LiveRequest, decision: SizeDecision, output: SchedulerOutput) -> None:
         if request.status == RequestStatus.RUNNING and decision.size != request.path.size:
             self._set_size(request, decision)
             output.outputs.append(RequestOutput(request.request_id, decision=request.decision))
 
-    def _set_size(self, request: Request, decision: SizeDecision) -> None:
+    def _set_size(self, request: LiveRequest, decision: SizeDecision) -> None:
         """Go on at another size: everything so far is computed again on the new path, but for what its cache holds and
         for the layers before the first station that differs, where a hidden state was kept.
 
@@ -331,7 +344,7 @@ class Scheduler:
         self.load.enter(request)
         self.num_resizes += 1
 
-    def _keep_station(self, request: Request) -> int:
+    def _keep_station(self, request: LiveRequest) -> int:
         """The station at which a change of size to come parts from the request's path; 0: none is expected."""
         if not self.kv_cache.states.num_pages or request.sampling.prompt_logprobs is not None:
             return 0
@@ -342,7 +355,7 @@ class Scheduler:
             return 0
         return request.path.first_difference(self.elasticity.path(size))
 
-    def _finish(self, request: Request, status: RequestStatus) -> RequestOutput:
+    def _finish(self, request: LiveRequest, status: RequestStatus) -> RequestOutput:
         if request.status == RequestStatus.RUNNING:
             self._leave(request)
         else:
@@ -352,7 +365,7 @@ class Scheduler:
         self.policy.on_finish(request, self.clock())
         return RequestOutput(request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: LiveRequest) -> None:
         self.running.remove(request)
         self.load.leave(request)
         self.kv_cache.free(request)
@@ -362,7 +375,7 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
 
-    def borrow(self, request: Request, size: int, use: Callable[[Request], str | None]) -> str | None:
+    def borrow(self, request: LiveRequest, size: int, use: Callable[[LiveRequest], str | None]) -> str | None:
         """Lend a slot and pages to a request that is in no queue, for the length of one call; None if none are free."""
         request.path = self.elasticity.path(size)
         if not self._free_slots or not self.kv_cache.can_allocate(request.path.num_layers):
@@ -377,7 +390,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert the invariants that every scenario must leave intact."""
-        drafts: list[Request] = []
+        drafts: list[LiveRequest] = []
         if self.drafts is not None:
             self.drafts.check_integrity(self.running)
             drafts = list(self.drafts.drafts.values())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 
 
-def planned_size(request: Request) -> int:
+def planned_size(request: LiveRequest) -> int:
     """The size of the next token."""
     end = 0
     for size, num_tokens in request.size_schedule:
@@ -15,7 +15,7 @@ def planned_size(request: Request) -> int:
     return request.size_schedule[-1][0]
 
 
-def following_size(request: Request) -> int | None:
+def following_size(request: LiveRequest) -> int | None:
     """The first size after the present one, `path.size`; None if it is the last."""
     start = 0
     for size, num_tokens in request.size_schedule:

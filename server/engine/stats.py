@@ -1,11 +1,11 @@
-"""What an engine reports: snapshots for gauges, one record per step, the times of a finished request."""
+"""What an engine reports: snapshots for gauges, one record per step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.core.request import Request, SizeDecision
+from server.core.request import LiveRequest, SizeDecision
 from server.engine.step_clock import Gap
 
 
@@ -47,18 +47,5 @@ class MetricsSink(Protocol):
     def book_steps(self) -> None:
         """Called off the engine's thread while it computes: the time for what `on_step` has put off."""
 
-    def on_request_finished(self, request: Request) -> None: ...
+    def on_request_finished(self, request: LiveRequest) -> None: ...
     def on_size_decision(self, decision: SizeDecision) -> None: ...
-
-
-def timings_of(request: Request) -> dict[str, float]:
-    """Seconds: queue, prefill, decode, ttft, e2e; those that happened."""
-    timings = {}
-    if request.scheduled_time is not None:
-        timings["queue"] = request.scheduled_time - request.arrival_time
-    if request.first_token_time is not None and request.scheduled_time is not None:
-        timings["prefill"] = request.first_token_time - request.scheduled_time
-        timings["ttft"] = request.first_token_time - request.arrival_time
-        timings["decode"] = request.last_token_time - request.first_token_time
-        timings["e2e"] = request.last_token_time - request.arrival_time
-    return timings

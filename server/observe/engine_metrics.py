@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def size_load(engine: Engine) -> dict[str, int]:
     """What load costs in size right now: running requests, those below their ceiling, and both sums of layers."""
-    sizes = [(r.path.size, max(r.sizes)) for r in tuple(engine.scheduler.running) if r.path is not None]
+    sizes = [(r.path.size, max(r.sizes)) for r in tuple(engine.scheduler.running)]
     return {
         "running": len(sizes),
         "degraded": sum(size < ceiling for size, ceiling in sizes),

@@ -33,7 +33,7 @@ __all__ = ["Metrics", "size_load"]
 from server.engine.step_clock import PARTS
 
 if TYPE_CHECKING:
-    from server.core.request import Request, SizeDecision
+    from server.core.request import LiveRequest, SizeDecision
     from server.engine.engine import Engine
     from server.engine.stats import StepStats
 
@@ -300,10 +300,8 @@ class Metrics:
     def on_size_decision(self, decision: SizeDecision) -> None:
         self.size_decisions.labels(self._labels["model_name"], str(decision.size), decision.reason).inc()
 
-    def on_request_finished(self, request: Request) -> None:
+    def on_request_finished(self, request: LiveRequest) -> None:
         reason = request.status.finish_reason
-        if reason == "abort" and isinstance(request.stop_reason, str):
-            reason = "stop"  # a stop string, which the HTTP side finds
         self.success[reason].inc()
         num_cached, num_output = max(request.num_cached_tokens, 0), len(request.output_token_ids)
         self.num_prompt.observe(request.num_prompt_tokens)
@@ -321,7 +319,7 @@ class Metrics:
         if request.decision is not None:
             self._observe_size(request, reason, num_output)
 
-    def _observe_times(self, request: Request, num_output: int) -> None:
+    def _observe_times(self, request: LiveRequest, num_output: int) -> None:
         first, last = request.first_token_time, request.last_token_time
         ttft, e2e = first - request.arrival_time, last - request.arrival_time
         self.ttft.observe(ttft)
@@ -346,7 +344,7 @@ class Metrics:
             for item in met.items():
                 self.slo[item].inc()
 
-    def _observe_size(self, request: Request, reason: str, num_output: int) -> None:
+    def _observe_size(self, request: LiveRequest, reason: str, num_output: int) -> None:
         name, decision = self._labels["model_name"], request.decision
         size = str(decision.size)
         self.size_requests.labels(name, size, reason).inc()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from server.core.config import EngineConfig
-from server.core.request import Request, SampledToken
+from server.core.request import LiveRequest, SampledToken
 from server.core.size_policy import SizePolicy
 from server.core.step_times import StepShape
 from server.cost.model import CostModel
@@ -59,7 +59,7 @@ class Replica:
             spec.config, elasticity, self.kv_cache, self.policy, spec.make_queue(), clock=lambda: self.now
         )
         self.elasticity = elasticity
-        self.inbox: list[Request] = []
+        self.inbox: list[LiveRequest] = []
         self.num_steps = 0
         self.busy = 0.0  # seconds in steps
         self._rng = random.Random(seed * 1_000_003 + index)
@@ -122,7 +122,7 @@ class Replica:
             if request.num_computed_tokens + count == request.num_tokens
         }
 
-    def _shape(self, scheduled: list[tuple[Request, int]]) -> StepShape:
+    def _shape(self, scheduled: list[tuple[LiveRequest, int]]) -> StepShape:
         """The step's features straight from the plan: what `CostModel.shape` reads off a batch."""
         n = len(scheduled)
         counts = np.fromiter((count for _, count in scheduled), np.int64, n)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from server.core.request import Request, RequestStatus, SamplingParams
+from server.core.request import LiveRequest, Request, RequestStatus, SamplingParams
 from server.core.step_times import relative_error
 from server.simulation.jobs import Job, Record
 from server.simulation.replica import Replica, ReplicaSpec
@@ -117,7 +117,7 @@ class Simulator:
         self.samples: list[Sample] = []
         self._events: list[tuple[float, int, str, object]] = []
         self._order = itertools.count()
-        self._jobs: dict[str, tuple[Job, Request, int]] = {}
+        self._jobs: dict[str, tuple[Job, LiveRequest, int]] = {}
         self._awake: set[int] = set()  # replicas with a step event pending
         self._tick = dict.fromkeys(("arrived", "decided", "below", "refused"), 0)
         self._tick_sizes = 0.0
@@ -175,7 +175,7 @@ class Simulator:
         self._tick["arrived"] += 1
         replica = self.router(self.replicas, job)
         sampling = SamplingParams(temperature=0.0, max_tokens=job.output_tokens, ignore_eos=True)
-        request = Request(
+        asked = Request(
             f"{len(self.records)}-{next(self._order)}",
             [0] * job.prompt_tokens,
             sampling,
@@ -186,6 +186,7 @@ class Simulator:
             tenant=job.tenant,
             arrival_time=now,
         )
+        request = LiveRequest(asked)
         self._jobs[request.request_id] = (job, request, replica.index)
         replica.inbox.append(request)
         self._wake(replica, now + self.spec.delivery)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 from server.core.size_policy import PrefillBudget
 from server.cost.model import KNOTS, CostModel
 from server.sizing.candidates import Candidates, CandidateTable
@@ -56,7 +56,7 @@ class Outlook:
         self._all_sizes = np.arange(cost.profile.elasticity.num_teacher_layers + 1, dtype=np.float64)
         self._full_weight = table.full_weight
 
-    def predict(self, candidates: Candidates, request: Request, view: LoadView, now: float) -> Predictions:
+    def predict(self, candidates: Candidates, request: LiveRequest, view: LoadView, now: float) -> Predictions:
         """Plain numbers throughout: for the few sizes of a pair a loop costs less than numpy's calls."""
         cost, load, config = self.cost, view.load, view.config
         sampling = request.sampling
@@ -233,7 +233,7 @@ class Outlook:
             value += cost.decode_context * float(np.asarray(context, np.float64) @ self._all_sizes)
         return value * cost.correction["decode"]
 
-    def pays_to_shrink(self, requests: list[Request], view: LoadView) -> bool:
+    def pays_to_shrink(self, requests: list[LiveRequest], view: LoadView) -> bool:
         """Whether steps get so much shorter that computing these texts again at their floors is worth it."""
         load = view.load
         rows, context = np.asarray(load.rows, np.float64), list(load.context)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from server.core.request import Request, SizeDecision
+from server.core.request import LiveRequest, SizeDecision
 from server.core.size_policy import PrefillBudget, Refusal, SizePolicy
 from server.cost.model import CostModel
 from server.sizing.candidates import Candidates, CandidateTable
@@ -85,11 +85,11 @@ class BudgetPolicy(SizePolicy):
 
     # --- before the queue
 
-    def prepare(self, request: Request, view: LoadView, now: float) -> Refusal | None:
+    def prepare(self, request: LiveRequest, view: LoadView, now: float) -> Refusal | None:
         """Refuse (400) what could not be met even on an idle server."""
         return self.check(request)
 
-    def check(self, request: Request) -> Refusal | None:
+    def check(self, request: LiveRequest) -> Refusal | None:
         """400 with the best achievable figure if no allowed size could meet the request's limits alone on the server.
 
         A limit that the caller did not bring itself is a goal: it refuses nothing unless the policy is strict.
@@ -124,16 +124,16 @@ class BudgetPolicy(SizePolicy):
             )
         return Refusal(" ".join(sentences), 400, param=f"slo.{bad[0][0]}_ms")
 
-    def on_arrival(self, request: Request, now: float) -> None:
+    def on_arrival(self, request: LiveRequest, now: float) -> None:
         self.demand.arrived(request.tenant, request.num_prompt_tokens, now)
 
-    def on_finish(self, request: Request, now: float) -> None:
+    def on_finish(self, request: LiveRequest, now: float) -> None:
         if request.status.finish_reason in ("stop", "length"):
             self.demand.finished(len(request.output_token_ids))
 
     # --- the decision
 
-    def choose(self, request: Request, view: LoadView, now: float) -> SizeDecision | Refusal | None:
+    def choose(self, request: LiveRequest, view: LoadView, now: float) -> SizeDecision | Refusal | None:
         """The size for a request about to run, None to keep it waiting, or a refusal (strict only)."""
         self.num_decisions += 1
         candidates = self.table.candidates(request.sizes)
@@ -156,7 +156,7 @@ class BudgetPolicy(SizePolicy):
         return SizeDecision(size, self._reason(candidates, index, ratios, is_floor, request))
 
     def _ratios(
-        self, predicted: Predictions, candidates: Candidates, request: Request, view: LoadView, now: float
+        self, predicted: Predictions, candidates: Candidates, request: LiveRequest, view: LoadView, now: float
     ) -> list[tuple[float, ...]]:
         """Predicted over allowed, by candidate and by REASONS."""
         budget = request.budget
@@ -186,7 +186,7 @@ class BudgetPolicy(SizePolicy):
         return ratios
 
     def _pick(
-        self, candidates: Candidates, pressure: list[float], request: Request, now: float
+        self, candidates: Candidates, pressure: list[float], request: LiveRequest, now: float
     ) -> tuple[int, tuple, tuple[int, float]]:
         budget = request.budget
         key = (request.tenant, budget.ttft, budget.tpot, budget.e2e)
@@ -213,13 +213,13 @@ class BudgetPolicy(SizePolicy):
                 self._levels.popitem(last=False)
         self._levels.move_to_end(key)
 
-    def _must_wait(self, predicted: Predictions, index: int, request: Request, view: LoadView) -> bool:
+    def _must_wait(self, predicted: Predictions, index: int, request: LiveRequest, view: LoadView) -> bool:
         """Whether admitting now would break the TPOT of running requests that are within their share."""
         if not view.running or predicted.tpot_limit is None:
             return False
         return predicted.step[index] > predicted.tpot_limit * predicted.tpot_limit_share
 
-    def _own_limits_break(self, predicted: Predictions, index: int, request: Request) -> bool:
+    def _own_limits_break(self, predicted: Predictions, index: int, request: LiveRequest) -> bool:
         budget = request.budget
         e2e = predicted.ttft[index] + predicted.step[index] * (predicted.num_output - 1.0)
         return (
@@ -229,7 +229,7 @@ class BudgetPolicy(SizePolicy):
         )
 
     def _reason(
-        self, candidates: Candidates, index: int, ratios: list[tuple[float, ...]], is_floor: bool, request: Request
+        self, candidates: Candidates, index: int, ratios: list[tuple[float, ...]], is_floor: bool, request: LiveRequest
     ) -> str:
         if len(candidates.sizes) == 1 or index == len(candidates.sizes) - 1:
             return request.size_reason
@@ -240,7 +240,7 @@ class BudgetPolicy(SizePolicy):
 
     # --- a running request changes size
 
-    def resize(self, view: LoadView, now: float) -> list[tuple[Request, SizeDecision]]:
+    def resize(self, view: LoadView, now: float) -> list[tuple[LiveRequest, SizeDecision]]:
         """Shrink large running requests while no size holds for new ones, if that pays for itself.
 
         Those that were given much while there was room keep their layers in every step until they end. Computing

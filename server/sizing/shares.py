@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 from server.cost.model import CostModel
 from server.sizing.candidates import CandidateTable
 from server.sizing.tenants import Tenants
@@ -35,7 +35,7 @@ class Shares:
         self._full_weight = table.full_weight
         self._capacity = (-1.0, -1, 0.0)  # limit, version of the cost model, `capacity_rows` for them
 
-    def seen_by(self, request: Request, view: LoadView, tightest: float | None) -> Seen:
+    def seen_by(self, request: LiveRequest, view: LoadView, tightest: float | None) -> Seen:
         """What runs, as this tenant may see it; `tightest` is the smallest TPOT limit among all who run.
 
         Others count up to their share of the machine: what a flood takes beyond that is not this tenant's load. And
@@ -63,7 +63,7 @@ class Shares:
             return Seen(rows, num_rows, crowd, tightest, 0.85)
         return Seen(rows, num_rows, crowd, load.tightest_tpot(skip=over), 1.0)
 
-    def slots_before(self, request: Request, view: LoadView, own_waiting: int, free_slots: int) -> float:
+    def slots_before(self, request: LiveRequest, view: LoadView, own_waiting: int, free_slots: int) -> float:
         """Slots that must fall free before the last of those who wait gets one, as `request`'s tenant may see it.
 
         The queue is fair: of others' requests no more go first than their weights entitle them to.

@@ -7,7 +7,7 @@ import random
 
 from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
-from server.core.request import Request, SampledToken, SamplingParams
+from server.core.request import LiveRequest, Request, SampledToken, SamplingParams
 from server.engine.kv_cache import KVCacheManager
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
@@ -41,11 +41,13 @@ def make_scheduler(num_pages: int = 512, policy=None, queue=None, **changes) -> 
     return Scheduler(config, ELASTICITY, kv_cache, policy, queue, clock=Clock())
 
 
-def make_request(prompt: int | list[int] = 10, size: int | tuple[int, ...] = 6, **kwargs) -> Request:
+def make_request(prompt: int | list[int] = 10, size: int | tuple[int, ...] = 6, **kwargs) -> LiveRequest:
     sampling = SamplingParams(**{"max_tokens": 5} | kwargs.pop("sampling", {}))
     tokens = list(range(100, 100 + prompt)) if isinstance(prompt, int) else list(prompt)
     sizes = size if isinstance(size, tuple) else (size,)
-    return Request(f"r{next(_ids)}", tokens, sampling, sizes=sizes, arrival_time=float(next(_ids)), **kwargs)
+    return LiveRequest(
+        Request(f"r{next(_ids)}", tokens, sampling, sizes=sizes, arrival_time=float(next(_ids)), **kwargs)
+    )
 
 
 def run_step(scheduler: Scheduler, draw: random.Random | None = None) -> SchedulerOutput:

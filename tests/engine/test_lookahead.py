@@ -8,7 +8,7 @@ import pytest
 
 from server.core.batch import build_batch
 from server.core.executor import Executor
-from server.core.request import Request, SampledToken, SamplingParams
+from server.core.request import LiveRequest, Request, SampledToken, SamplingParams
 from server.engine.extras.lookahead import Lookahead
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
@@ -77,7 +77,7 @@ class Loop:
         self.scheduler.check_integrity()
 
 
-def make_requests(count: int, seed: int) -> list[Request]:
+def make_requests(count: int, seed: int) -> list[LiveRequest]:
     rng = random.Random(seed)
     requests = []
     for i in range(count):
@@ -86,11 +86,12 @@ def make_requests(count: int, seed: int) -> list[Request]:
             presence_penalty=0.5 * (rng.random() < 0.1),
         )  # fmt: skip
         prompt = [rng.randrange(31) for _ in range(rng.randrange(1, 12))]
-        requests.append(Request(f"r{i}", prompt, sampling, sizes=(rng.choice([4, 5, 6]),), arrival_time=float(i)))
+        asked = Request(f"r{i}", prompt, sampling, sizes=(rng.choice([4, 5, 6]),), arrival_time=float(i))
+        requests.append(LiveRequest(asked))
     return requests
 
 
-def run(ahead: bool, seed: int, **changes) -> tuple[Loop, list[Request]]:
+def run(ahead: bool, seed: int, **changes) -> tuple[Loop, list[LiveRequest]]:
     """Requests arrive while others run; some are aborted."""
     loop, requests, rng = Loop(ahead, **changes), make_requests(30, seed), random.Random(seed)
     for number, request in enumerate(requests):
@@ -147,6 +148,6 @@ def test_someone_who_could_be_admitted_ends_the_run():
     assert loop.lookahead.planned() is not None
     loop.scheduler.add(second)
     loop.step()  # what was in flight; nothing is launched after it
-    assert loop.lookahead.planned() is None and second.path is None
+    assert loop.lookahead.planned() is None and second.decision is None
     loop.step()
     assert second.path is not None

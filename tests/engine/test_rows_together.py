@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from server.core.request import Request, SamplingParams, TokenLogprobs
+from server.core.request import LiveRequest, Request, SamplingParams, TokenLogprobs
 from server.engine import logprobs
 from server.engine.logprobs import token_logprobs
 from server.engine.penalties import SeenTokens, penalise
@@ -39,7 +39,7 @@ class Mask:
         return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-def processed(row: torch.Tensor, request: Request) -> torch.Tensor:
+def processed(row: torch.Tensor, request: LiveRequest) -> torch.Tensor:
     """One row [V] as the request wants it."""
     row, sampling, output = row.clone(), request.sampling, request.output_token_ids
     for token in range(VOCAB):
@@ -80,7 +80,7 @@ def make_logits(num_rows: int, rng: random.Random) -> torch.Tensor:
     return logits
 
 
-def make_request(name: str, rng: random.Random, **always) -> Request:
+def make_request(name: str, rng: random.Random, **always) -> LiveRequest:
     def maybe(value, otherwise):
         return value if rng.random() < 0.4 else otherwise
 
@@ -95,7 +95,8 @@ def make_request(name: str, rng: random.Random, **always) -> Request:
         "allowed_token_ids": maybe(tuple(rng.sample(range(VOCAB), 150)), None),
         "logprobs": rng.choice([None, None, 0, 1, 3, 3, 20, -1]),
     }  # fmt: skip
-    request = Request(name, prompt, SamplingParams(**(sampling | always)), sizes=(4,), grammar=maybe(Mask(), None))
+    asked = Request(name, prompt, SamplingParams(**(sampling | always)), sizes=(4,), grammar=maybe(Mask(), None))
+    request = LiveRequest(asked)
     request.output_token_ids = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 0, 1, 40]))]
     if request.output_token_ids and rng.random() < 0.5:
         request.output_token_ids[-1] = prompt[-1]  # in prompt and answer; and it completes a bad word
@@ -130,7 +131,7 @@ def test_steps_of_a_mixed_batch(num_rows, seed):
 )
 @pytest.mark.parametrize("output", [[], [5, 5, 9]], ids=str)
 def test_one_penalty_by_itself(penalty, output):
-    request = Request("r", [5, 1, 2, 1], SamplingParams(temperature=0, **penalty), sizes=(4,))
+    request = LiveRequest(Request("r", [5, 1, 2, 1], SamplingParams(temperature=0, **penalty), sizes=(4,)))
     request.output_token_ids = output
     raw = make_logits(1, random.Random(0))
     raw[0, [1, 9]] = torch.tensor([torch.inf, -torch.inf])
@@ -183,7 +184,7 @@ def test_prompt_scores(wanted):
     lengths, pieces = [300, 40, 1, 150], ([200, 20, 1, 149], [100, 20, 0, 1])
     kinds = [wanted, None, wanted, 3]
     requests = [
-        Request(f"r{i}", rng.choices(range(VOCAB), k=n), SamplingParams(prompt_logprobs=kind), sizes=(4,))
+        LiveRequest(Request(f"r{i}", rng.choices(range(VOCAB), k=n), SamplingParams(prompt_logprobs=kind), sizes=(4,)))
         for i, (n, kind) in enumerate(zip(lengths, kinds, strict=True))
     ]
     logits = {request.request_id: make_logits(request.num_prompt_tokens, rng) for request in requests}

@@ -28,7 +28,7 @@ def test_rows_without_numbers_fail_alone(tmp_path, num_poisoned):
     again = [make_request(f"again {i}", [5 + i, 9], 4 + i, max_tokens=4) for i in range(2)]
     bad = [make_request(f"bad {i}", [8, POISON, i], 5, max_tokens=4) for i in range(num_poisoned)]
     for request in (*again, *bad):
-        engine.add_request(request)
+        engine.add(request)
     outputs = []
     while engine.has_work:
         outputs += engine.step()

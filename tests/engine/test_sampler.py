@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
 from server.engine.sampler import Sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
 
 
-def make_request(prompt=(1,), output=(), **sampling) -> Request:
-    request = Request("r", list(prompt), SamplingParams(**sampling), sizes=(4,))
+def make_request(prompt=(1,), output=(), **sampling) -> LiveRequest:
+    request = LiveRequest(Request("r", list(prompt), SamplingParams(**sampling), sizes=(4,)))
     request.output_token_ids = list(output)
     return request
 
 
-def frequencies(request: Request, logits: torch.Tensor = LOGITS, draws: int = 4000) -> torch.Tensor:
+def frequencies(request: LiveRequest, logits: torch.Tensor = LOGITS, draws: int = 4000) -> torch.Tensor:
     sampler = Sampler(seed=0)
     rows = [request] * draws
     tokens = sampler.sample(logits.expand(draws, -1).clone(), rows)

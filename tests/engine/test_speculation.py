@@ -83,7 +83,7 @@ def test_a_perfect_draft_is_always_accepted(tmp_path):
     _, fast = engines(pair, loaded)
     request = make_request("r", [1, 2, 3], 6, max_tokens=25)
     steps = 0
-    fast.add_request(request)
+    fast.add(request)
     while fast.has_work:
         fast.step()
         fast.check_integrity()
@@ -148,7 +148,7 @@ def test_preemption_and_aborts_leave_nothing_behind(pair, loaded):
     assert fast.scheduler.num_preemptions > 0 and fast.speculator.stats.drafts[6] > 0
     rng = random.Random(3)
     for i, p in enumerate(prompts(12, seed=1)):
-        fast.add_request(make_request(f"a{i}", p, SIZES[i % 3], max_tokens=30))
+        fast.add(make_request(f"a{i}", p, SIZES[i % 3], max_tokens=30))
     while fast.has_work:
         fast.step()
         if fast.scheduler.running and rng.random() < 0.2:
@@ -177,7 +177,7 @@ def test_failures_do_not_spread(pair, loaded, monkeypatch):
     made = [[make_request(f"r{i}", p, 6, max_tokens=20) for i, p in enumerate(prompts(3))] for _ in range(2)]
     expected = texts(plain, made[0])
     for request in made[1]:
-        fast.add_request(request)
+        fast.add(request)
     guess, forward, calls = fast.speculator._guess, fast.executor.forward, iter(range(1000))
     monkeypatch.setattr(fast.speculator, "_guess", lambda ready: 1 / 0 if next(calls) % 3 == 2 else guess(ready))
 

@@ -169,8 +169,7 @@ def run_engine(executor: str, pair: LoadedPair) -> tuple[Engine, list[list[int]]
         Request(f"r{i}", [*shared, i], SamplingParams(max_tokens=7, ignore_eos=True, **setting), sizes=(2 + i,))
         for i, setting in enumerate(settings)
     ]
-    for request in requests:
-        engine.add_request(request)
+    requests = [engine.add_request(request) for request in requests]
     while engine.has_work:
         engine.step()
         engine.check_integrity()

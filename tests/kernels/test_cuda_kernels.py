@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from model_store.int8 import dense, quantise
 from model_store.lowrank import LowRankTerm
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
 from server.engine.sampler import Sampler
 from server.kernels.cuda.activation import activate
 from server.kernels.cuda.draw import draw
@@ -124,13 +124,13 @@ def test_rotary_norm_and_pages(rotary_dim, has_norm, dtype):
         assert_close(written, wanted, dtype)
 
 
-def make_draws(num_rows: int) -> list[Request]:
+def make_draws(num_rows: int) -> list[LiveRequest]:
     rng = random.Random(5)
     return [
-        Request(f"r{i}", [1], SamplingParams(
+        LiveRequest(Request(f"r{i}", [1], SamplingParams(
             temperature=rng.choice([0.0, 0.7, 1.3]), top_p=rng.choice([1.0, 0.9, 0.4]), top_k=rng.choice([0, 0, 1, 7]),
             min_p=rng.choice([0.0, 0.05]), seed=i,
-        ), sizes=(1,)) for i in range(num_rows)
+        ), sizes=(1,))) for i in range(num_rows)
     ]  # fmt: skip
 
 

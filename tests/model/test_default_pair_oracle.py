@@ -75,8 +75,7 @@ def test_sizes_of_the_default_pair_match_transformers(pair, loaded, executor):
         for i, prompt in enumerate(PROMPTS)
     ]
     outputs = {request.request_id: [] for request in requests}
-    for request in requests:
-        engine.add_request(request)
+    requests = [engine.add_request(request) for request in requests]
     while engine.has_work:
         for output in engine.step():
             outputs[output.request_id].append(output)

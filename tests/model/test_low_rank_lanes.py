@@ -82,7 +82,7 @@ def test_the_cost_model_knows_the_form(folders):
         model = CostModel(profile, np.zeros(NUM_FEATURES))
         joint, teacher, student = profile.station_weights()
         for i, size in enumerate((6, 4)):
-            engine.add_request(make_request(f"r{i}", [3, 4], size))
+            engine.add(make_request(f"r{i}", [3, 4], size))
         batch = engine.build_batch(engine.scheduler.schedule().scheduled)
         read = model.shape(batch).features[1]  # layer weights, each segment once
         assert read == pytest.approx(joint.sum() + teacher.sum() + student.sum())

@@ -8,7 +8,7 @@ import torch
 from model_store.pair import open_pair
 from model_store.weight_form import WeightForm
 from server.core.config import EngineConfig
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
 from server.engine.engine import Engine
 from server.kernels.cpu import library
 from tests.tiny_pairs import FAMILIES, VOCAB, Oracle, make_pair
@@ -44,10 +44,10 @@ def make_engine(pair, executor, dtype=torch.float32, loaded=None, **changes) -> 
     return Engine(loaded or pair.load(WeightForm(dtype)), config)
 
 
-def run(engine: Engine, requests: list[Request], check: bool = True) -> dict[str, list]:
+def run(engine: Engine, requests: list[LiveRequest], check: bool = True) -> dict[str, list]:
     outputs = {request.request_id: [] for request in requests}
     for request in requests:
-        engine.add_request(request)
+        engine.add(request)
     while engine.has_work:
         for output in engine.step():
             outputs[output.request_id].append(output)
@@ -56,9 +56,9 @@ def run(engine: Engine, requests: list[Request], check: bool = True) -> dict[str
     return outputs
 
 
-def make_request(name, prompt, size, **sampling) -> Request:
+def make_request(name, prompt, size, **sampling) -> LiveRequest:
     values = {"max_tokens": 6, "temperature": 0, "ignore_eos": True} | sampling
-    return Request(name, list(prompt), SamplingParams(**values), sizes=(size,))
+    return LiveRequest(Request(name, list(prompt), SamplingParams(**values), sizes=(size,)))
 
 
 def all_logprobs(outputs) -> torch.Tensor:

@@ -119,8 +119,8 @@ def test_pages_below_the_first_difference_stay(family):
     teacher, student, _ = family
     engine = make_engine(open_order(teacher, student, "first_to_last"), "torch", state_bytes=1 << 20)
     request = make_scheduled(((5, 4), (6, 0)), 21)  # 24 tokens are computed at the change, three blocks
-    engine.add_request(request)
-    while request.path is None or request.path.size == 5:
+    engine.add(request)
+    while request.decision is None or request.path.size == 5:
         before = [block.pages for block in request.blocks]
         engine.step()
     blocks, cache = request.blocks, engine.kv_cache

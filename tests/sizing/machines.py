@@ -6,7 +6,7 @@ import itertools
 
 from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
-from server.core.request import Budget, Request, SamplingParams
+from server.core.request import Budget, LiveRequest, Request, SamplingParams
 from server.cost.devices import Device, roofline_cost_model
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
@@ -53,11 +53,11 @@ def make_replica(tenants: Tenants | None = None, **changes) -> Replica:
     return Replica(0, make_spec(tenants, **changes))
 
 
-def make_request(prompt: int = 64, output: int = 32, **fields) -> Request:
+def make_request(prompt: int = 64, output: int = 32, **fields) -> LiveRequest:
     budget = Budget(**fields.pop("budget", {}))
     sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
     values = {"sizes": ELASTICITY.sizes, "size_reason": "auto", "arrival_time": 0.0} | fields
-    return Request(f"r{next(_ids)}", [0] * prompt, sampling, budget=budget, **values)
+    return LiveRequest(Request(f"r{next(_ids)}", [0] * prompt, sampling, budget=budget, **values))
 
 
 def steady(rate: float, seconds: float, tenant: str = "", start: float = 0.0, prompt: int = 64, **limits) -> list[Job]:

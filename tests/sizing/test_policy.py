@@ -7,14 +7,14 @@ import random
 
 import pytest
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 from server.core.size_policy import LargestSize
 from server.simulation.report import summarise
 from server.sizing.tenants import Tenant, Tenants
 from tests.sizing.machines import CONFIG, make_policy, make_replica, make_request, make_spec, play, steady
 
 
-def admit(request: Request, **changes):
+def admit(request: LiveRequest, **changes):
     replica = make_replica(**changes)
     refusal = replica.scheduler.prepare(request)
     if refusal is None:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.api.generate.detokenizer import Detokenizer
@@ -45,7 +45,9 @@ class Sequence:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    timings: dict[str, float] | None = None
+    scheduled_time: float | None = None  # these on the clock of `Request.arrival_time`
+    first_token_time: float | None = None
+    last_token_time: float | None = None
     is_finished: bool = False
     finish_reason: str | None = None
 
@@ -75,13 +77,9 @@ class Sequence:
         self.num_output_tokens += len(token_ids)
         logprobs = None if output.new_logprobs is None else output.new_logprobs[: len(token_ids)]
         if finish_reason is not None:
-            grammar = self.request.grammar
-            if grammar is not None and grammar.error is not None:
-                raise APIError(f"The constraint could not be followed: {grammar.error}", param="response_format")
             if detokenizer.finish():
                 finish_reason, stop_reason = "stop", detokenizer.stop_string
             self.is_finished, self.finish_reason = True, finish_reason
-            self.timings = output.timings
         text = detokenizer.take(is_final=finish_reason is not None)
         return Delta(self.index, text, token_ids, logprobs, offsets, finish_reason, stop_reason)
 
@@ -176,7 +174,7 @@ class Generation:
         if not is_pinned:
             for sequence in rest:
                 if self.size:
-                    sequence.request.sizes, sequence.request.size_reason = (self.size,), self.reason
+                    sequence.request = replace(sequence.request, sizes=(self.size,), size_reason=self.reason)
                 self._submit(sequence)
 
     async def deltas(self) -> AsyncIterator[Delta]:
@@ -251,6 +249,12 @@ class Generation:
 
     def _note(self, sequence: Sequence, output: RequestOutput) -> None:
         self._leave_queue(sequence)
+        if output.scheduled_time is not None:
+            sequence.scheduled_time = output.scheduled_time
+        if output.first_token_time is not None:
+            sequence.first_token_time = output.first_token_time
+        if output.last_token_time is not None:
+            sequence.last_token_time = output.last_token_time
         if output.decision is not None and sequence.index == 0:
             if output.decision.size != self.size:
                 self.changes.append((output.decision.size, output.decision.after_tokens))
@@ -263,9 +267,8 @@ class Generation:
 
     async def _retire(self, sequence: Sequence, delta: Delta) -> None:
         """A stop string ends a sequence before the engine knows: tell it, and the metrics why."""
-        if delta.finish_reason == "stop" and isinstance(delta.stop_reason, str):
-            sequence.request.stop_reason = delta.stop_reason
-        await sequence.stream.aclose()
+        is_stop_string = delta.finish_reason == "stop" and isinstance(delta.stop_reason, str)
+        await sequence.stream.aclose(delta.stop_reason if is_stop_string else None)
 
     def _raise_if_failed(self, output: RequestOutput) -> None:
         if output.finish_reason == "error":
@@ -312,14 +315,14 @@ class Generation:
 
     def timings(self) -> dict[str, float]:
         """Milliseconds of the first choice, in vLLM's names; those that are known by now."""
-        request = self.sequences[0].request
-        scheduled, first, last = request.scheduled_time, request.first_token_time, request.last_token_time
+        sequence = self.sequences[0]
+        scheduled, first, last = sequence.scheduled_time, sequence.first_token_time, sequence.last_token_time
         if scheduled is None or first is None or last is None:
             return {}
-        num_tokens = self.sequences[0].num_output_tokens
+        num_tokens, arrival = sequence.num_output_tokens, sequence.request.arrival_time
         known = {
-            "queue_time_ms": scheduled - request.arrival_time,
-            "time_to_first_token_ms": first - request.arrival_time,
+            "queue_time_ms": scheduled - arrival,
+            "time_to_first_token_ms": first - arrival,
             "generation_time_ms": last - first,
         }
         if num_tokens > 1:
@@ -331,8 +334,9 @@ class Generation:
 
     def phases(self) -> list[tuple[str, float, float]]:
         """(name, begin, end) of what the first choice went through, on the clock of `time.monotonic`."""
-        request = self.sequences[0].request
-        marks = (request.arrival_time, request.scheduled_time, request.first_token_time, request.last_token_time)
+        sequence = self.sequences[0]
+        arrival = sequence.request.arrival_time
+        marks = (arrival, sequence.scheduled_time, sequence.first_token_time, sequence.last_token_time)
         spans = zip(("queue", "prefill", "decode"), marks, marks[1:], strict=False)
         return [(name, begin, end) for name, begin, end in spans if begin is not None and end is not None]
 

@@ -1,6 +1,6 @@
 """Drafts: for each speculating request a second sequence on a smaller path, with block tables and pages of its own.
 
-No torch. A draft is an ordinary `Request` object that no queue knows. Its pages are worth less than anybody's: when the
+No torch. A draft is a `LiveRequest` that no queue knows. Its pages are worth less than anybody's: when the
 scheduler runs out, drafts go before a request is preempted, and a request whose draft is gone simply goes on without.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from model_store.assembly import LayerPath
-from server.core.request import Request
+from server.core.request import LiveRequest
 from server.engine.kv_cache import KVCacheManager
 
 
@@ -19,11 +19,11 @@ class DraftPool:
     def __init__(self, kv_cache: KVCacheManager, path: LayerPath, slots: range) -> None:
         self.kv_cache = kv_cache
         self.path = path
-        self.drafts: dict[str, Request] = {}
+        self.drafts: dict[str, LiveRequest] = {}
         self._slots = slots
         self._free_slots = list(slots)[::-1]
 
-    def draft_of(self, request: Request) -> Request | None:
+    def draft_of(self, request: LiveRequest) -> LiveRequest | None:
         """The request's draft, brought level with it: what it computed beyond the request's tokens is taken back.
 
         Made on first use, with what the prefix cache has for it; None if there is no slot left.
@@ -42,15 +42,10 @@ class DraftPool:
         self.kv_cache.cache_full_blocks(draft)
         return draft
 
-    def _make(self, request: Request) -> Request:
-        draft = Request(
-            request.request_id,
-            request.prompt_token_ids,
-            replace(request.sampling, logprobs=None, prompt_logprobs=None),
-            sizes=(self.path.size,),
-            cache_salt=request.cache_salt,
-            arrival_time=request.arrival_time,
-        )
+    def _make(self, request: LiveRequest) -> LiveRequest:
+        sampling = replace(request.sampling, logprobs=None, prompt_logprobs=None)
+        asked = replace(request.asked, sampling=sampling, sizes=(self.path.size,), size_schedule=(), grammar=None)
+        draft = LiveRequest(asked)
         draft.path, draft.slot = self.path, self._free_slots.pop()
         draft.output_token_ids = list(request.output_token_ids)
         self.kv_cache.adopt(draft, self.kv_cache.find_prefix(draft, self.path, counts=False))
@@ -71,7 +66,7 @@ class DraftPool:
         self.drop(max(self.drafts.values(), key=lambda draft: len(draft.blocks)).request_id)
         return True
 
-    def check_integrity(self, running: list[Request]) -> None:
+    def check_integrity(self, running: list[LiveRequest]) -> None:
         """Assert that every draft belongs to a running request and every slot to one draft."""
         names = {request.request_id for request in running}
         assert names.issuperset(self.drafts), "a draft has outlived its request"

@@ -16,7 +16,7 @@ import numpy as np
 from model_store.assembly import LayerPath
 from server.core.batch import ForwardBatch
 from server.core.executor import Draw, Executor, Follows, PendingTokens
-from server.core.request import Request, RequestStatus
+from server.core.request import LiveRequest, RequestStatus
 from server.engine.sampler import Sampler, needs_processing
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
@@ -49,7 +49,7 @@ class Lookahead:
 
     def __init__(
         self, executor: Executor, scheduler: Scheduler, sampler: Sampler,
-        build_batch: Callable[[list[tuple[Request, int]]], ForwardBatch],
+        build_batch: Callable[[list[tuple[LiveRequest, int]]], ForwardBatch],
     ) -> None:  # fmt: skip
         self._executor, self._scheduler, self._sampler = executor, scheduler, sampler
         self._build_batch = build_batch
@@ -137,7 +137,7 @@ class Lookahead:
             raise
         return launched
 
-    def _goes_on(self, request: Request) -> bool:
+    def _goes_on(self, request: LiveRequest) -> bool:
         """Whether the request wants a token after the one that is being drawn, for all that is known."""
         is_last = len(request.output_token_ids) + 1 >= request.sampling.max_tokens
         return not is_last and request.num_tokens + 1 < self._scheduler.config.max_model_len
@@ -148,7 +148,7 @@ class Lookahead:
                 self._sampler.give_back(request, draw)
 
 
-def _is_plain_decode(request: Request) -> bool:
+def _is_plain_decode(request: LiveRequest) -> bool:
     return (
         request.num_tokens == request.num_computed_tokens + 1
         and request.sampling.max_tokens > 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from server.core.request import Request
+from server.core.request import LiveRequest
 
 # Acceptance of one guess before any was measured: hopeful, so that it gets measured. Counts like so many guesses.
 _HOPE, _HOPE_WEIGHT = 0.8, 10.0
@@ -39,8 +39,8 @@ class Payoff:
 
     def depth(
         self,
-        scheduled: Sequence[tuple[Request, int]],
-        candidates: Sequence[Request],
+        scheduled: Sequence[tuple[LiveRequest, int]],
+        candidates: Sequence[LiveRequest],
         decode_seconds: DecodeSeconds,
     ) -> int:
         """Guesses per candidate in this step; 0: it does not pay."""

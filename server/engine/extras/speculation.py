@@ -22,7 +22,7 @@ import torch
 
 from server.core.batch import ForwardBatch
 from server.core.executor import Executor
-from server.core.request import Request, SampledToken
+from server.core.request import LiveRequest, SampledToken
 from server.engine.extras.drafts import DraftPool
 from server.engine.extras.payoff import Payoff
 from server.engine.sampler import Sampler, SamplerState, needs_processing
@@ -37,9 +37,9 @@ _CATCH_UP = 256
 class Runner(Protocol):
     """What an engine lends."""
 
-    def build_batch(self, scheduled: list[tuple[Request, int]]) -> ForwardBatch: ...
+    def build_batch(self, scheduled: list[tuple[LiveRequest, int]]) -> ForwardBatch: ...
     def forward_rows(self, batch: ForwardBatch, faults: dict[str, Exception]) -> tuple[torch.Tensor, int] | None: ...
-    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[Request]) -> list[int] | None: ...
+    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest]) -> list[int] | None: ...
 
     @property
     def executor(self) -> Executor: ...
@@ -111,7 +111,7 @@ class Speculator:
         for request, _ in planned.scheduled:
             request.draft_token_ids = []
 
-    def _can(self, request: Request) -> bool:
+    def _can(self, request: LiveRequest) -> bool:
         """Whether its next tokens can be guessed: nothing may depend on the tokens in between but the model."""
         return (
             request.path.size > self.size
@@ -122,7 +122,7 @@ class Speculator:
             and len(request.output_token_ids) + 2 <= request.sampling.max_tokens
         )
 
-    def _ready(self, candidates: list[Request], depth: int) -> list[tuple[Request, Request, int]]:
+    def _ready(self, candidates: list[LiveRequest], depth: int) -> list[tuple[LiveRequest, LiveRequest, int]]:
         """(request, draft, guesses) of those whose draft is level; the others' drafts catch up."""
         kv_cache, config = self.pool.kv_cache, self.scheduler.config
         ready, behind = [], []
@@ -148,7 +148,7 @@ class Speculator:
                 draft.num_computed_tokens += count
         return ready
 
-    def _prepare_draws(self, request: Request, draft: Request) -> None:
+    def _prepare_draws(self, request: LiveRequest, draft: LiveRequest) -> None:
         """Give the draft its random numbers: the request's next ones, or for rejection sampling its own."""
         if request.sampling.is_greedy:
             return
@@ -160,7 +160,7 @@ class Speculator:
         else:
             draft.sampler_state.random.setstate(source.getstate())
 
-    def _guess(self, ready: list[tuple[Request, Request, int]]) -> None:
+    def _guess(self, ready: list[tuple[LiveRequest, LiveRequest, int]]) -> None:
         """One more guess for each."""
         by_id = {draft.request_id: (request, draft) for request, draft, _ in ready}
         batch, found = self._run([(draft, draft.num_tokens - draft.num_computed_tokens) for _, draft, _ in ready])
@@ -175,7 +175,7 @@ class Speculator:
             draft.output_token_ids.append(token)
             request.draft_token_ids.append(token)
 
-    def _draw(self, logits: torch.Tensor, pairs: list[tuple[Request, Request]]) -> list[int]:
+    def _draw(self, logits: torch.Tensor, pairs: list[tuple[LiveRequest, LiveRequest]]) -> list[int]:
         """A guess per row, for (request, its draft); keeps the distribution where rejection sampling asks for it."""
         tokens = [0] * len(pairs)
         exact = [row for row, (request, _) in enumerate(pairs) if not _rejects(request)]
@@ -188,7 +188,7 @@ class Speculator:
                 self._probs.setdefault(request.request_id, []).append(q[0])
         return tokens
 
-    def _run(self, scheduled: list[tuple[Request, int]]) -> tuple[ForwardBatch, tuple[torch.Tensor, int] | None]:
+    def _run(self, scheduled: list[tuple[LiveRequest, int]]) -> tuple[ForwardBatch, tuple[torch.Tensor, int] | None]:
         batch = self.runner.build_batch(scheduled)
         started = time.monotonic()
         found = self.runner.forward_rows(batch, {})
@@ -198,7 +198,7 @@ class Speculator:
 
     # --- after the model
 
-    def verify(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
+    def verify(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[SampledToken]:
         """Tokens of this step; logits [S, V] has 1 + guesses rows for each request, in order."""
         widths = [1 + len(request.draft_token_ids) for request in requests]
         first = np.concatenate(([0], np.cumsum(widths)))
@@ -217,13 +217,13 @@ class Speculator:
         self._count(requests, tokens)
         return tokens
 
-    def settle(self, drawn: list[SampledToken], requests: list[Request]) -> list[SampledToken]:
+    def settle(self, drawn: list[SampledToken], requests: list[LiveRequest]) -> list[SampledToken]:
         """As `verify`, for requests whose rows were decided without logits."""
         tokens = self._accept(drawn, requests)
         self._count(requests, tokens)
         return tokens
 
-    def _verify_exact(self, logits: torch.Tensor, requests: list[Request]) -> list[SampledToken]:
+    def _verify_exact(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[SampledToken]:
         """A guess stands if the requested size draws it too. Random numbers of rows that fall are put back."""
         states = {
             request.request_id: self.sampler.state(request).random.getstate()
@@ -240,7 +240,7 @@ class Speculator:
                     generator.random()
         return tokens
 
-    def _accept(self, drawn: list[SampledToken], requests: list[Request]) -> list[SampledToken]:
+    def _accept(self, drawn: list[SampledToken], requests: list[LiveRequest]) -> list[SampledToken]:
         """From a token per row: those up to the first that differs from its guess."""
         tokens, rows = [], iter(drawn)
         for request in requests:
@@ -248,7 +248,7 @@ class Speculator:
             tokens.append(_chain(own[: _common(request.draft_token_ids, [one.token_id for one in own]) + 1]))
         return tokens
 
-    def _verify_rejecting(self, logits: torch.Tensor, request: Request) -> SampledToken:
+    def _verify_rejecting(self, logits: torch.Tensor, request: LiveRequest) -> SampledToken:
         guesses = request.draft_token_ids
         generator = self.sampler.state(request).random
         wanted = self._probabilities(logits, [request] * len(logits))
@@ -265,18 +265,18 @@ class Speculator:
         kept.append(int(self.sampler.invert(last[None], [request])[0]))
         return _chain([SampledToken(token) for token in kept])
 
-    def _probabilities(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    def _probabilities(self, logits: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:
         weights = self.sampler.weights(logits, requests)
         return weights / weights.sum(dim=-1, keepdim=True)
 
-    def _count(self, requests: list[Request], tokens: list[SampledToken]) -> None:
+    def _count(self, requests: list[LiveRequest], tokens: list[SampledToken]) -> None:
         for request, token in zip(requests, tokens, strict=True):
             if num_guesses := len(request.draft_token_ids):
                 self.stats.add(request.path.size, num_guesses, len(token.following), self.max_guesses)
                 self.payoff.observe(request.path.size, num_guesses, len(token.following))
 
 
-def _rejects(request: Request) -> bool:
+def _rejects(request: LiveRequest) -> bool:
     """Whether its guesses go through rejection sampling: plain sampling that nobody expects to repeat."""
     sampling = request.sampling
     return not (
