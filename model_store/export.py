@@ -84,7 +84,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
 
     ExportError for a weight that float16 cannot hold.
     """
-    from model_store.gguf_import import _write_tensors
+    from model_store.gguf_import import write_safetensors
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
                 names.append(name)
                 yield name, tensor
 
-        _write_tensors(target, noted())
+        write_safetensors(target, noted())
         tied = not any(name in ("lm_head.weight", "embed_out.weight") for name in names)
         config = _config(json.loads((pair.teacher_path / "config.json").read_text()), size, tied, dtype)
         (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,27 +1,31 @@
-"""GGUF as an import format: dequantised once into an ordinary checkpoint folder, never read while serving.
+"""GGUF as an import format: turned once into an ordinary checkpoint folder, never read while serving.
 
-The `gguf` package reads and dequantises, transformers rebuilds the tokenizer; names, layouts and config are ours,
-because every tensor of the file must be accounted for: one that is silently left out (a bias, rope factors) would
-give a model that answers, and answers wrong.
+The `gguf` package dequantises; names, layouts and config are ours, because every tensor and every key of the model must
+be accounted for: one that is silently left out (a bias, rope factors, a window) would give a model that answers, and
+answers wrong.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from model_store.gguf_file import GgufError, GgufFile, GgufTensor, read_gguf
+from model_store.gguf_tokenizer import write_tokenizer
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import StoreError
 
+IMPORT_RULES = 2  # counts up whenever the same file would be turned into something else
 _MAX_SHARD_BYTES = 4 << 30
 
 _LLAMA_NAMES = {
@@ -43,144 +47,264 @@ _ARCHITECTURES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM", _LLAMA_NAMES, "model.layers."),
     "gpt2": ("gpt2", "GPT2LMHeadModel", _GPT2_NAMES, "transformer.h."),
 }
-# Vocabularies whose text was cut into single digits before byte-level BPE (llama.cpp, src/llama-vocab.cpp).
-_DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
 
 
 def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config.json, safetensors (in `dtype`), generation config and tokenizer files into `folder`.
 
-    Peak memory is one shard of 4 GiB. Raises StoreError for a file that cannot be read or turned into a model that
-    this server runs exactly.
+    `path` may be any part of a split file. Peak memory is one shard of 4 GiB. Raises StoreError for a file that cannot
+    be read or turned into a model that this server runs exactly.
     """
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError) as error:
-        raise StoreError(f"{path.name} is not a readable GGUF file: {error}") from error
-    values = {key: _value(field) for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.to")}
-    architecture = values.get("general.architecture")
+        file = read_gguf(path)
+        config = gguf_config(file, str(dtype).removeprefix("torch."))
+        spec = ModelSpec.from_hf_config(config)
+        _check_metadata(file)
+        tensors = hf_tensors(file, spec)
+        ends = write_tokenizer(file, folder)
+    except (GgufError, SpecError) as error:
+        raise StoreError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
+    shown = tqdm(tensors, desc=f"dequantising {file.name}", unit="tensor", disable=not progress)
+    write_safetensors(folder, ((tensor.name, tensor.dequantised().to(dtype)) for tensor in shown))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+    if ends:
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
+
+
+class _Keys:
+    """The metadata of the file's architecture, each as the type it must have. GgufError names a key that is not."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file, self.architecture = file, file.metadata.get("general.architecture")
+
+    def has(self, name: str) -> bool:
+        return f"{self.architecture}.{name}" in self.file.metadata
+
+    def _get(self, name: str, default: Any, kind: type | tuple[type, ...], wanted: str) -> Any:
+        key = f"{self.architecture}.{name}"
+        value = self.file.metadata.get(key, default)
+        if value is None:
+            raise GgufError(f"{self.file.name} lacks the metadata key {key}")
+        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+            value = value[0]  # one number for each layer, all alike
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise GgufError(f"{self.file.name}: the metadata key {key} is {_short(value)}, not {wanted}")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A positive whole number below 2 ** 31."""
+        value = self._get(name, default, int, "one whole number")
+        if not 0 < value < 1 << 31:
+            raise GgufError(f"{self.file.name}: the metadata key {self.architecture}.{name} is {value}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self._get(name, default, (int, float), "a number")
+
+    def text(self, name: str, default: str) -> str:
+        return self._get(name, default, str, "a text")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def gguf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
+    """The Hugging Face config that the metadata describe. GgufError or SpecError for what is missing or unknown."""
+    keys = _Keys(file)
+    architecture = keys.architecture
     if architecture not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
-        raise StoreError(f"{path.name}: GGUF architecture {architecture!r} is not supported (supported: {known})")
-    try:
-        config = _config(architecture, values, reader, str(dtype).removeprefix("torch."))
-        spec = ModelSpec.from_hf_config(config)
-    except KeyError as error:
-        raise StoreError(f"{path.name} lacks the metadata key {error}") from error
-    except SpecError as error:
-        raise StoreError(f"{path.name}: {error}") from error
-    _write_tensors(folder, ((n, t.to(dtype)) for n, t in _tensors(architecture, spec, reader, path.name, progress)))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    tokens = {f"{key}_token_id": values.get(f"tokenizer.ggml.{name}_token_id") for key, name in _SPECIAL.items()}
-    ends = [tokens["eos_token_id"], values.get("tokenizer.ggml.eot_token_id")]
-    ends = [end for i, end in enumerate(ends) if end is not None and end not in ends[:i]]
-    generation = tokens | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-    generation = {key: value for key, value in generation.items() if value not in (None, [])}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
-    _write_tokenizer(path, folder, values)
-
-
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}
-
-
-def _value(field: Any) -> Any:
-    value = field.contents()
-    if isinstance(value, float):  # float32 in the file: the shortest decimal that means the same, 1e-05 for 9.99e-06
-        value = float(str(np.float32(value)))
-    return value
-
-
-def _config(architecture: str, values: dict[str, Any], reader: gguf.GGUFReader, dtype: str) -> dict[str, Any]:
-    """The Hugging Face config that the metadata describe. KeyError for a key that must be there."""
-
-    def key(name: str, *default: Any) -> Any:
-        full = f"{architecture}.{name}"
-        return values.get(full, *default) if default else values[full]
-
+        raise GgufError(f"{file.name}: GGUF architecture {architecture!r} is not supported (supported: {known})")
     model_type, class_name, *_ = _ARCHITECTURES[architecture]
-    names = {tensor.name for tensor in reader.tensors}
-    shape = next(tensor.shape for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    hidden, vocab = int(shape[0]), int(shape[1])
-    heads, layers = key("attention.head_count"), key("block_count")
-    config = {
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise GgufError(f"{file.name} has no token_embd.weight (vocabulary x hidden): it is no whole language model")
+    vocab, hidden = embedding.shape
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > vocab:
+        raise GgufError(f"{file.name} has {len(tokens)} tokens and token_embd.weight has {vocab} rows")
+    if (said := keys.count("embedding_length", hidden)) != hidden:
+        raise GgufError(
+            f"{file.name}: token_embd.weight has rows of {hidden}, {architecture}.embedding_length is {said}"
+        )
+    heads, layers = keys.count("attention.head_count"), keys.count("block_count")
+    present = {int(match[1]) for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+    if present != set(range(layers)):
+        raise GgufError(
+            f"{file.name} has tensors of {len(present)} layers, {architecture}.block_count is {layers}: it is not whole"
+        )
+    config: dict[str, Any] = {
         "architectures": [class_name], "model_type": model_type, "dtype": dtype, "vocab_size": vocab,
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
     }  # fmt: skip
-    for name, gguf_name in _SPECIAL.items():
-        if (token := values.get(f"tokenizer.ggml.{gguf_name}_token_id")) is not None:
+    for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = file.metadata.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if isinstance(token, int) and 0 <= token < vocab:
             config[f"{name}_token_id"] = token
     if architecture == "gpt2":
         return config | {
-            "n_layer": layers, "n_head": heads, "n_embd": hidden, "n_positions": key("context_length"),
-            "n_inner": key("feed_forward_length"), "layer_norm_epsilon": key("attention.layer_norm_epsilon"),
+            "n_layer": layers, "n_head": heads, "n_embd": hidden, "n_positions": keys.count("context_length"),
+            "n_inner": keys.count("feed_forward_length"),
+            "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
         }  # fmt: skip
+    head_dim = keys.count("attention.key_length", keys.count("rope.dimension_count", hidden // heads))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (size := keys.count(name, head_dim)) != head_dim:
+            raise GgufError(f"{file.name}: {architecture}.{name} is {size} where heads have {head_dim}: not supported")
     config |= {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": key("feed_forward_length"), "max_position_embeddings": key("context_length"),
-    }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)} | _rope_scaling(key, names, reader)
-    config |= {
-        "num_key_value_heads": key("attention.head_count_kv", heads), "hidden_act": "silu",
-        "head_dim": key("attention.key_length", key("rope.dimension_count", hidden // heads)),
-        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"), "rope_parameters": rope,
+        "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads), "hidden_act": "silu", "head_dim": head_dim,
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_theta": keys.number("rope.freq_base", 10000.0), **_rope_scaling(file, keys)},
     }  # fmt: skip
     if architecture == "llama":
+        names = file.tensors
         config |= {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_down.bias" in names}
     return config
 
 
-def _rope_scaling(key: Callable, names: set[str], reader: gguf.GGUFReader) -> dict[str, Any]:
-    kind = key("rope.scaling.type", "none")
+# Keys that change what a model computes, with the values under which they change nothing; and those that never do.
+_NEUTRAL = {
+    "attention.sliding_window": (0,), "attention.causal": (True,), "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,), "attention.scale": (0.0,), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,), "embedding_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0), "expert_count": (0,), "expert_used_count": (0,), "use_parallel_residual": (True, False),
+    "rope.scaling.attn_factor": (1.0,), "rope.scaling.finetuned": (True, False), "nextn_predict_layers": (0,),
+    "pooling_type": (0,), "attention.temperature_length": (0,), "rope.scaling.yarn_log_multiplier": (0.0,),
+}  # fmt: skip
+_READ = {
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scale_linear",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "tensor_data_layout",
+}  # fmt: skip
+
+
+def _check_metadata(file: GgufFile) -> None:
+    """GgufError for a key of the model that nobody here reads and that is not known to change nothing."""
+    start = f"{file.metadata['general.architecture']}."
+    for key, value in file.metadata.items():
+        name = key.removeprefix(start)
+        if name == key or name in _READ or value in _NEUTRAL.get(name, ()):
+            continue
+        raise GgufError(f"{file.name}: the metadata key {key} ({_short(value)}) changes the model and is not supported")
+    for name in ("add_sep_token", "remove_extra_whitespaces", "suppress_tokens", "normalizer.lowercase"):
+        if (name != "remove_extra_whitespaces" or file.metadata.get("tokenizer.ggml.model") != "llama") and (
+            file.metadata.get(f"tokenizer.ggml.{name}")
+        ):
+            raise GgufError(f"{file.name}: the metadata key tokenizer.ggml.{name} is not supported")
+    for name in file.metadata:
+        if name.startswith("adapter.") or (name == "general.type" and file.metadata[name] not in ("model", "")):
+            raise GgufError(f"{file.name} is no model ({name} is {_short(file.metadata[name])})")
+
+
+def _rope_scaling(file: GgufFile, keys: _Keys) -> dict[str, Any]:
+    """As llama.cpp's loader does: linear where no type is given, the factor under its new or its old key."""
+    kind = keys.text("rope.scaling.type", "linear")
+    old = keys.number("rope.scale_linear", 0.0)
+    factor = keys.number("rope.scaling.factor", old)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return _llama3_scaling(file, keys)
+    if "rope_freqs.weight" in file.tensors:
+        raise GgufError(f"{file.name} has both rope_freqs.weight and {keys.architecture}.rope.scaling.type {kind!r}")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": key("rope.scaling.factor")}
-    if kind == "yarn":
-        original = key("rope.scaling.original_context_length")
-        return {
-            "rope_type": "yarn", "factor": key("rope.scaling.factor"), "original_max_position_embeddings": original,
-        }  # fmt: skip
-    if kind != "none":
-        raise SpecError(f"rope scaling {kind!r} is not supported")
-    if "rope_freqs.weight" not in names:
-        return {}
+        return {"rope_type": "linear", "factor": float(factor)}
+    if kind != "yarn":
+        raise GgufError(f"{file.name}: {keys.architecture}.rope.scaling.type {kind!r} is not supported")
+    if factor in (0.0, 1.0):
+        raise GgufError(f"{file.name}: {keys.architecture}.rope.scaling.type is yarn and there is no scaling.factor")
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": float(factor)}
+    if (extrapolation := keys.number("rope.scaling.yarn_ext_factor", 1.0)) not in (1.0, -1.0):
+        raise GgufError(
+            f"{file.name}: {keys.architecture}.rope.scaling.yarn_ext_factor {extrapolation} is not supported"
+        )
+    for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if keys.has(f"rope.scaling.{key}"):
+            scaling[name] = keys.number(f"rope.scaling.{key}")
+    # llama.cpp multiplies its attention factor (1 by default) by 0.1 ln(factor) + 1.
+    own = keys.number("rope.scaling.yarn_attn_factor", keys.number("rope.scaling.attn_factor", 1.0))
+    if own != 1.0:
+        scaling["attention_factor"] = own * (0.1 * math.log(factor) + 1.0)
+    original = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
+    return scaling | {"original_max_position_embeddings": original}
+
+
+def _llama3_scaling(file: GgufFile, keys: _Keys) -> dict[str, Any]:
+    if "rope_freqs.weight" not in file.tensors:
+        return {"rope_type": "default"}
     # Llama 3.1 and later: the file carries the resulting factor of each frequency instead of the four parameters.
-    factors = np.array(next(t.data for t in reader.tensors if t.name == "rope_freqs.weight"), dtype=np.float32)
+    factors = file.tensors["rope_freqs.weight"].dequantised()
+    factor = float(factors.max())
     scaling = {
-        "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     exponents = np.arange(len(factors)) / len(factors)
-    wavelength = 2 * np.pi * key("rope.freq_base", 10000.0) ** exponents
+    wavelength = 2 * np.pi * keys.number("rope.freq_base", 10000.0) ** exponents
     smooth = np.clip((8192 / wavelength - 1.0) / 3.0, 0.0, 1.0)
-    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    expected = 1 / ((1 - smooth) / factor + smooth)
     if not np.allclose(factors, expected, rtol=1e-3):
         raise SpecError("its rope_freqs are not those of Llama 3.1 scaling: import it from the original checkpoint")
     return scaling
 
 
-def _tensors(
-    architecture: str, spec: ModelSpec, reader: gguf.GGUFReader, file_name: str, progress: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and float32 tensor of every weight, in Hugging Face's names and layouts."""
+@dataclass(frozen=True)
+class HfTensor:
+    """A weight of the file under its Hugging Face name, still as the file has it.
+
+    `source.data` holds rows of quantised blocks. They are the rows of the Hugging Face matrix after `rows` has put them
+    in order (None: they are already), and its columns where `is_transposed`.
+    """
+
+    name: str
+    source: GgufTensor
+    rows: np.ndarray | None = None
+    is_transposed: bool = False
+
+    def dequantised(self) -> torch.Tensor:
+        """float32, in Hugging Face's layout."""
+        array = self.source.dequantised()
+        if self.rows is not None:
+            array = array[self.rows]
+        if self.is_transposed:
+            array = array.T
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def hf_tensors(file: GgufFile, spec: ModelSpec) -> list[HfTensor]:
+    """Every weight of the file. GgufError for one that the family has no place for."""
+    architecture = file.metadata["general.architecture"]
     _, _, names, prefix = _ARCHITECTURES[architecture]
-    for tensor in tqdm(reader.tensors, desc=f"dequantising {file_name}", unit="tensor", disable=not progress):
+    found = []
+    for tensor in file.tensors.values():
         if tensor.name == "rope_freqs.weight":
             continue  # in the config
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?([a-z_]+)\.(weight|bias)", tensor.name)
         if not match or match[2] not in names:
-            raise StoreError(f"{file_name} has a tensor that this family does not: {tensor.name}")
+            raise GgufError(f"{file.name} has a tensor that this family does not: {tensor.name}")
         layer, part, kind = match.groups()
-        array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        name = f"{prefix}{layer}.{names[part]}.{kind}" if layer is not None else f"{names[part]}.{kind}"
+        rows = None
         if architecture == "llama" and part in ("attn_q", "attn_k"):
             heads = spec.num_heads if part == "attn_q" else spec.num_kv_heads
+            if tensor.shape[0] != heads * spec.head_dim:
+                raise GgufError(f"{file.name}: {tensor.name} has {tensor.shape[0]} rows, not {heads} x {spec.head_dim}")
             # llama.cpp rotates neighbouring channels, Hugging Face the two halves: undo its reordering.
-            array = array.reshape(heads, spec.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
-        elif architecture == "gpt2" and layer is not None and kind == "weight" and array.ndim == 2:
-            array = array.T  # Conv1D
-        name = f"{prefix}{layer}.{names[part]}.{kind}" if layer is not None else f"{names[part]}.{kind}"
-        yield name, torch.from_numpy(np.require(array, requirements="CW"))
+            rows = np.arange(tensor.shape[0]).reshape(heads, spec.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+        is_conv = architecture == "gpt2" and layer is not None and kind == "weight" and len(tensor.shape) == 2  # Conv1D
+        found.append(HfTensor(name, tensor, rows, is_conv))
+    return found
 
 
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Shards of at most 4 GiB, with an index if there are several."""
     shard: dict[str, torch.Tensor] = {}
     size, total, weight_map, files = 0, 0, {}, 0
 
@@ -205,25 +329,3 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) ->
         return
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _write_tokenizer(path: Path, folder: Path, values: dict[str, Any]) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise StoreError(f"the tokenizer of {path.name} cannot be rebuilt: {error}") from error
-    if values.get("tokenizer.ggml.pre") in _DIGIT_SPLITTING:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    tokenizer.save_pretrained(folder)
-    # Leave out what describes this machine or this run; name a class that every version of transformers knows.
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    for name in ("backend", "is_local", "local_files_only", "name_or_path", "model_max_length"):
-        config.pop(name, None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(config, indent=1, ensure_ascii=False))

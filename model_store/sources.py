@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -83,16 +84,23 @@ def default_teacher(store: Path | str | None = None, *, force: bool = False) -> 
 
 
 def import_gguf_file(path: Path, store: Path | str | None = None) -> Path:
-    """Turn a GGUF file into a checkpoint folder in the store, once per content."""
-    from model_store.gguf_import import import_gguf
+    """Turn a GGUF file, or the split file that it is a part of, into a checkpoint folder, once per content."""
+    from model_store.gguf_file import GgufError, parts_of
+    from model_store.gguf_import import IMPORT_RULES, import_gguf
 
-    digest = sha256(path, progress=True)
+    try:
+        parts = parts_of(path)
+    except GgufError as error:
+        raise StoreError(str(error)) from error
+    digests = [sha256(part, progress=True) for part in parts]
+    digest = digests[0] if len(parts) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def fill(folder: Path) -> dict[str, Any]:
-        import_gguf(path, folder)
-        return {"source": path.name, "source_sha256": digest}
+        import_gguf(parts[0], folder)
+        return {"source": parts[0].name, "source_sha256": digest}
 
-    target = install(f"{path.stem}-{digest[:12]}", fill, store)
+    # What an older version of these rules made of the file is not taken for what this one makes.
+    target = install(f"{parts[0].stem}-{digest[:12]}-{IMPORT_RULES}", fill, store)
     verify(target)
     return target
 

@@ -132,7 +132,7 @@ def test_the_tokenizer_and_its_template(tmp_path):
     assert tokenizer("<|im_end|>").input_ids == [2] and tokenizer.eos_token_id == 2 and tokenizer.bos_token_id == 1
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n"
-    assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == [2, 0]  # llama.cpp ends at both
     written = (path / "config.json").read_text() + (path / "tokenizer_config.json").read_text()
     assert str(tmp_path) not in written
 

@@ -212,7 +212,7 @@ def test_an_interrupted_import_does_not_download_again(index, root, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("model_store.gguf_import._write_tokenizer", interrupt)
+        patch.setattr("model_store.gguf_import.write_tokenizer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             default_teacher()
     assert not model_dir(DEFAULT_TEACHER).exists() and len(index.ranges) == 1
