@@ -27,6 +27,8 @@ from model_store.assembly import Elasticity, LayerPath
 from server.core.request import LiveRequest
 from server.core.state_rows import Part, StateCopy, parts_of, state_copies
 
+Scheduled = list[tuple[LiveRequest, int]]  # (request, tokens it advances by)
+
 
 class Segment(NamedTuple):
     """Run layer `layer` (global id) over requests [start, stop) of the sorted batch.
@@ -85,18 +87,18 @@ class ForwardBatch:
 
 
 def build_batch(
-    scheduled: list[tuple[LiveRequest, int]],
+    scheduled: Scheduled,
     elasticity: Elasticity,
     block_tables: np.ndarray,
     shared_stations: Collection[int] = (),
     page_size: int = 0,
 ) -> ForwardBatch:
-    """Pack `scheduled` = [(request, tokens it advances by)] into one batch.
+    """Pack a plan into one batch.
 
     `shared_stations`: those at which the executor runs teacher and student rows through the same products.
     `page_size` is asked for where requests keep hidden states.
     """
-    parts = []
+    parts: list[Part] = []
     for request, count in scheduled:
         if request.resume_stop > request.num_computed_tokens:
             parts += parts_of(request, count, page_size)
@@ -104,9 +106,9 @@ def build_batch(
             parts.append(Part(request, request.num_computed_tokens, count))
     # Within a size decode rows come first, so that kernels meet runs of one-token rows, and rows that start above the
     # embedding last, so that segments are cut as seldom as can be.
-    parts.sort(key=lambda part: (-part.request.path.size, part.station, part.count > 1))
+    parts.sort(key=lambda part: (-part.request.path.size, part.station, part.num_tokens > 1))
     requests = [part.request for part in parts]
-    counts = np.fromiter((part.count for part in parts), np.int32, len(parts))
+    counts = np.fromiter((part.num_tokens for part in parts), np.int32, len(parts))
     computed = np.fromiter((part.begin for part in parts), np.int32, len(parts))
     sizes = np.fromiter((request.path.size for request in requests), np.int32, len(requests))
     query_start = np.zeros(len(requests) + 1, np.int32)
@@ -148,7 +150,9 @@ def build_batch(
 
     plan = _plan(elasticity, frozenset(shared_stations), sizes.tobytes())
     program = plan.program
-    saves, restores, depths = [], [], None
+    saves: list[StateCopy] = []
+    restores: list[StateCopy] = []
+    depths = None
     if any(request.keep_station or request.resume_stop for request in requests):
         saves, restores = state_copies(parts, page_size)
     if restores:
@@ -191,7 +195,7 @@ class BatchBuilder:
         self._lanes: list[tuple[LiveRequest, LayerPath, int]] = []  # of `_last`, as scheduled: request, path, slot
         self._last: ForwardBatch | None = None
 
-    def __call__(self, scheduled: list[tuple[LiveRequest, int]]) -> ForwardBatch:
+    def __call__(self, scheduled: Scheduled) -> ForwardBatch:
         decodes = all(count == 1 and _is_decode(request) for request, count in scheduled)
         if not decodes:
             self._last = None
@@ -206,11 +210,24 @@ class BatchBuilder:
         requests = last.requests
         positions = np.array([request.num_computed_tokens for request in requests], np.int32)
         return ForwardBatch(
-            requests, last.sizes, np.array([request.output_token_ids[-1] for request in requests], np.int32), positions,
-            last.query_start, positions + 1, last.slots, last.block_tables, last.program, last.embed_cut, last.norm_cut,
-            last.head_cut, last.logits_rows, last.logits_start, last.sample_requests, last.sample_rows,
+            requests=requests,
+            sizes=last.sizes,
+            input_ids=np.array([request.output_token_ids[-1] for request in requests], np.int32),
+            positions=positions,
+            query_start=last.query_start,
+            context_lens=positions + 1,
+            slots=last.slots,
+            block_tables=last.block_tables,
+            program=last.program,
+            embed_cut=last.embed_cut,
+            norm_cut=last.norm_cut,
+            head_cut=last.head_cut,
+            logits_rows=last.logits_rows,
+            logits_start=last.logits_start,
+            sample_requests=last.sample_requests,
+            sample_rows=last.sample_rows,
             layout=last.layout,
-        )  # fmt: skip
+        )
 
 
 def _is_decode(request: LiveRequest) -> bool:

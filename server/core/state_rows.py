@@ -14,11 +14,11 @@ from server.core.request import LiveRequest
 
 
 class Part(NamedTuple):
-    """`count` tokens of a request from position `begin` on, all of which start at `station` (0: the embedding)."""
+    """`num_tokens` tokens of a request from position `begin` on, all of which start at `station` (0: the embedding)."""
 
     request: LiveRequest
     begin: int
-    count: int
+    num_tokens: int
     station: int = 0
 
 
@@ -41,7 +41,7 @@ def parts_of(request: LiveRequest, count: int, page_size: int) -> list[Part]:
             station = block.state_station if block.resumes else 0
             stop = min(end, request.resume_stop, (position // page_size + 1) * page_size)
         if parts and parts[-1].station == station:
-            parts[-1] = parts[-1]._replace(count=parts[-1].count + stop - position)
+            parts[-1] = parts[-1]._replace(num_tokens=parts[-1].num_tokens + stop - position)
         else:
             parts.append(Part(request, position, stop - position, station))
         position = stop

@@ -56,6 +56,7 @@ class OutputStream:
         await self._ready.wait()
         self._ready.clear()
         output, self._pending = self._pending, None
+        assert output is not None, "ready without an output"
         self._finished = output.is_finished
         return output
 
@@ -106,7 +107,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         if self.engine.executor.can_ring:
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._loop.add_reader(self._bell, self._answer)
+            self._loop.add_reader(self._bell, self._answer, self._bell)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -118,7 +119,7 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 30)
-        if self._bell is not None and not self.is_alive:
+        if self._bell is not None and self._loop is not None and not self.is_alive:
             self._loop.remove_reader(self._bell)
             os.close(self._bell)
             self._bell = None
@@ -258,14 +259,15 @@ class AsyncEngine:
             self._loop_call(self._deliver)
 
     def _loop_call(self, function: Callable, *args: object) -> None:
+        assert self._loop is not None, "the thread starts with a loop"
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
             self._loop.call_soon_threadsafe(function, *args)
 
     # --- event loop
 
-    def _answer(self) -> None:
+    def _answer(self, bell: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+            os.eventfd_read(bell)
         self._deliver()
 
     def _deliver(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from model_store.pair import LoadedPair
-from server.core.batch import ForwardBatch
+from server.core.batch import ForwardBatch, Scheduled
 from server.core.config import EngineConfig
 from server.core.executor import Executor
-from server.core.request import LiveRequest, Request, RequestOutput, SamplingParams
+from server.core.request import LiveRequest, Request, RequestOutput, SampledToken, SamplingParams
 from server.core.size_policy import RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool
 from server.engine.extras.lookahead import Lookahead
@@ -20,12 +21,11 @@ from server.engine.isolation import (
     EngineBroken,
     NoTokenLeft,
     Quarantine,
-    Scheduled,
     bisect,
     is_out_of_memory,
 )
 from server.engine.kv_cache import KVCacheManager
-from server.engine.runner import StepRunner, outcome
+from server.engine.runner import Faults, StepRunner, outcome
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerOutput
 from server.engine.stats import EngineStats, MetricsSink, StepStats
@@ -33,6 +33,18 @@ from server.engine.step_clock import Gap, StepClock
 from server.model.executor import allocate_states, create_executor
 
 logger = logging.getLogger(__name__)
+
+
+class _Computed(NamedTuple):
+    """A step that has been computed and is not booked yet. Times in seconds, on the monotonic clock."""
+
+    batch: ForwardBatch
+    sampled: dict[str, SampledToken]
+    faults: Faults
+    start: float  # of the model call
+    end: float
+    drafting: float  # seconds that guessing took before it
+    gap: Gap
 
 
 class Engine:
@@ -54,20 +66,27 @@ class Engine:
         self.executor = executor or create_executor(pair, config)
         num_pages = max(config.kv_cache_bytes // self.executor.page_bytes(), 1)
         self.executor.allocate_kv(num_pages)
-        num_layers = self.elasticity.num_teacher_layers + len(self.elasticity.stations)
         self.kv_cache = KVCacheManager(
             num_pages=num_pages,
             page_size=config.page_size,
-            num_layers=num_layers,
+            num_layers=self.elasticity.num_global_layers,
             max_num_seqs=config.max_num_seqs * (1 if config.speculative_size is None else 2),  # and their drafts
             max_model_len=config.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             num_state_pages=allocate_states(self.executor, config.state_bytes),
         )
-        self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy)
+        drafts = None
+        if config.speculative_size is not None:
+            slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
+            drafts = DraftPool(self.kv_cache, self.elasticity.path(config.speculative_size), slots)
+        self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy, drafts=drafts)
         self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
         self.runner = StepRunner(self.executor, self.sampler, self.elasticity, self.kv_cache)
-        self.speculator = None if config.speculative_size is None else self._speculator(config)
+        self.speculator: Speculator | None = None
+        if drafts is not None:
+            self.speculator = Speculator(
+                self.runner, self.scheduler, self.sampler, drafts, config.num_speculative_tokens
+            )
         self.lookahead: Lookahead | None = None
         if self.speculator is None and self.executor.can_launch:
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
@@ -76,12 +95,6 @@ class Engine:
         self.before_model: Callable[[], None] | None = None  # called when a step is about to leave Python
         self._quarantine = Quarantine()
         self.num_step_failures = 0
-
-    def _speculator(self, config: EngineConfig) -> Speculator:
-        path = self.elasticity.path(config.speculative_size)
-        slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
-        pool = self.scheduler.drafts = DraftPool(self.kv_cache, path, slots)
-        return Speculator(self.runner, self.scheduler, self.sampler, pool, config.num_speculative_tokens)
 
     # --- requests
 
@@ -116,6 +129,9 @@ class Engine:
 
     # --- one step
 
+    def build_batch(self, scheduled: Scheduled) -> ForwardBatch:
+        return self.runner.build_batch(scheduled)
+
     def step(self) -> list[RequestOutput]:
         """Advance everyone who can. A failure costs the requests that cause it, nobody else, and is not raised.
 
@@ -123,20 +139,134 @@ class Engine:
         """
         started = time.monotonic()
         self._clock.lap("publish")
-        planned = self.lookahead and self.lookahead.planned()
-        if planned is None:
-            planned = self.scheduler.schedule()
-        self._clock.lap("schedule")
-        self._count_decisions(planned.outputs)
+        planned = self._schedule()
         if not planned.scheduled:
             self._rest()
             return planned.outputs
         try:
             return planned.outputs + self._advance(planned, started)
         except ComputeError as failure:
-            error = failure.error
+            return planned.outputs + self._salvage(planned.scheduled, failure.error, started)
+
+    def _schedule(self) -> SchedulerOutput:
+        planned = None if self.lookahead is None else self.lookahead.planned()
+        if planned is None:
+            planned = self.scheduler.schedule()
+        self._clock.lap("schedule")
+        self._count_decisions(planned.outputs)
+        return planned
+
+    def _advance(self, planned: SchedulerOutput, started: float) -> list[RequestOutput]:
+        """Compute a plan and book it. ComputeError, with nothing booked, if it cannot be computed."""
+        try:
+            step = self._compute(planned)
+        except Exception as error:
+            if self.speculator is not None:
+                self.speculator.retract(planned)
+            raise ComputeError(error) from error
+        faulty = []
+        if step.faults:
+            faulty = [request for request, _ in planned.scheduled if request.request_id in step.faults]
+            planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in step.faults]
+        num_prompt = 0 if step.batch.layout else _num_prompt_tokens(planned.scheduled)
+        outputs = self._update(planned, step.sampled)
+        try:
+            self._observe(planned, step, started, num_prompt)
+        except Exception:  # the step is booked: what only watches it must not undo that
+            logger.exception("a step could not be observed")
+        self._clock.lap("book")
+        for request in faulty:
+            outputs += self._condemn(request, step.faults[request.request_id])
+        if not self.has_work:
+            self._rest()
+        return outputs
+
+    def _compute(self, planned: SchedulerOutput) -> _Computed:
+        """Guess, build the batch, run the model and sample; or take over the step that already runs ahead."""
+        drafting = 0.0 if self.speculator is None else self._draft(self.speculator, planned)
+        if self.lookahead is not None and self.lookahead.takes(planned):
+            start, gap = self._model_begins(drafting)
+            batch, tokens = self.lookahead.run(planned)
+            sampled, faults = outcome(batch.requests, tokens)
+        else:
+            batch = self.build_batch(planned.scheduled)
+            start, gap = self._model_begins(drafting)
+            sampled, faults = self.runner.run(batch, self.speculator)
+        end = time.monotonic()
+        self._clock.model_ended(end)
+        return _Computed(batch, sampled, faults, start, end, drafting, gap)
+
+    def _model_begins(self, drafting: float) -> tuple[float, Gap]:
+        """Now, and the time since the last model call."""
+        self._clock.lap("build")
+        if self.before_model is not None:
+            self.before_model()
+        start = time.monotonic()
+        return start, self._clock.model_starts(start, drafting)
+
+    def _draft(self, speculator: Speculator, planned: SchedulerOutput) -> float:
+        """Let the speculator guess; seconds that took."""
+        if self.before_model is not None:
+            self.before_model()
+        started = time.monotonic()
+        speculator.draft(planned)
+        drafting = time.monotonic() - started
+        self._clock.lap("draft")
+        return drafting
+
+    def _update(self, planned: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
+        """Book a computed step; what clients should hear of it."""
+        outputs = self.scheduler.update(planned, sampled)
+        self.runner.prompt_scores.attach(outputs)
+        self._forget([request for request, _ in planned.scheduled if request.is_finished])
+        self._count_decisions(outputs)
+        return outputs
+
+    def _observe(self, planned: SchedulerOutput, step: _Computed, started: float, num_prompt: int) -> None:
+        """Tell policy and metrics of a booked step; `num_prompt` tokens of it were of prompts."""
+        batch, seconds = step.batch, step.end - step.start
+        self.scheduler.policy.observe_step(batch, seconds, step.end)
+        if self.metrics_sink is None:
+            return
+        num_first = 0
+        if not batch.layout:  # with one, everybody had a token before
+            num_first = sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled)
+        self.metrics_sink.on_step(
+            StepStats(
+                num_scheduled_tokens=batch.num_tokens,
+                num_prompt_tokens=num_prompt,
+                num_generation_tokens=sum(1 + len(token.following) for token in step.sampled.values()),
+                step_time=time.monotonic() - started,
+                model_time=step.drafting + seconds,
+                gap=step.gap,
+                num_preempted=planned.num_preempted,
+                num_first_tokens=num_first,
+            )
+        )
+
+    def _rest(self) -> None:
+        """The time to the next step is waiting for work, not overhead."""
+        self._clock.rest()
+        self.scheduler.policy.on_idle()
+
+    def _count_decisions(self, outputs: list[RequestOutput]) -> None:
+        if self.metrics_sink is not None:
+            for output in outputs:
+                if output.decision is not None:
+                    self.metrics_sink.on_size_decision(output.decision)
+
+    def _forget(self, requests: list[LiveRequest]) -> None:
+        for request in requests:
+            self.runner.prompt_scores.forget(request.request_id)
+            if self.metrics_sink is not None:
+                self.metrics_sink.on_request_finished(request)
+
+    # --- when a step fails
+
+    def _salvage(self, scheduled: Scheduled, error: Exception, started: float) -> list[RequestOutput]:
+        """A step could not be computed: advance those that can be computed without the others, fail the rest."""
         self.num_step_failures += 1
-        logger.error("a step of %d requests failed", len(planned.scheduled), exc_info=error)
+        logger.error("a step of %d requests failed", len(scheduled), exc_info=error)
         self._clock.rest()
 
         def run(part: Scheduled) -> list[RequestOutput]:
@@ -145,66 +275,8 @@ class Engine:
             except ComputeError as failure:
                 raise failure.error from None
 
-        outputs = bisect(planned.scheduled, error, run, self._condemn)
-        return planned.outputs + [output for part in outputs for output in part]
-
-    def _advance(self, planned: SchedulerOutput, started: float) -> list[RequestOutput]:
-        """Compute a plan and book it. ComputeError, with nothing booked, if it cannot be computed."""
-        try:
-            drafting = 0.0 if self.speculator is None else self._draft(planned)
-            is_ahead = self.lookahead is not None and self.lookahead.takes(planned)
-            batch = None if is_ahead else self.build_batch(planned.scheduled)
-            self._clock.lap("build")
-            if self.before_model is not None:
-                self.before_model()
-            model_start = time.monotonic()
-            gap = self._clock.model_starts(model_start, drafting)
-            if is_ahead:
-                batch, tokens = self.lookahead.run(planned)
-                sampled, faults = outcome(batch.requests, tokens)
-            else:
-                sampled, faults = self.runner.run(batch, self.speculator)
-            model_end = time.monotonic()
-            self._clock.model_ended(model_end)
-        except Exception as error:
-            if self.speculator is not None:
-                self.speculator.retract(planned)
-            raise ComputeError(error) from error
-        faulty = []
-        if faults:
-            faulty = [request for request, _ in planned.scheduled if request.request_id in faults]
-            planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in faults]
-        num_prompt = 0 if batch.layout else _num_prompt_tokens(planned.scheduled)
-        num_generated = sum(1 + len(token.following) for token in sampled.values())
-        outputs = self.scheduler.update(planned, sampled)
-        self.runner.prompt_scores.attach(outputs)
-        if finished := [request for request, _ in planned.scheduled if request.is_finished]:
-            self._forget(finished)
-        self._count_decisions(outputs)
-        try:
-            times = (started, model_start, model_end, drafting)
-            self._observe(planned, batch, times, gap, num_prompt, num_generated)
-        except Exception:  # the step is booked: what only watches it must not undo that
-            logger.exception("a step could not be observed")
-        self._clock.lap("book")
-        for request in faulty:
-            outputs += self._condemn(request, faults[request.request_id])
-        if not self.has_work:
-            self._rest()
-        return outputs
-
-    def _draft(self, planned: SchedulerOutput) -> float:
-        """Let the speculator guess; seconds that took."""
-        if self.before_model is not None:
-            self.before_model()
-        started = time.monotonic()
-        self.speculator.draft(planned)
-        drafting = time.monotonic() - started
-        self._clock.lap("draft")
-        return drafting
-
-    def build_batch(self, scheduled: list[tuple[LiveRequest, int]]) -> ForwardBatch:
-        return self.runner.build_batch(scheduled)
+        outputs = bisect(scheduled, error, run, self._condemn)
+        return [output for part in outputs for output in part]
 
     def _condemn(self, request: LiveRequest, error: Exception) -> list[RequestOutput]:
         """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""
@@ -244,52 +316,6 @@ class Engine:
             return f"{type(error).__name__}: {error}"
         fault = faults.get(request.request_id)
         return None if fault is None else str(fault)
-
-    def _rest(self) -> None:
-        """The time to the next step is waiting for work, not overhead."""
-        self._clock.rest()
-        self.scheduler.policy.on_idle()
-
-    def _count_decisions(self, outputs: list[RequestOutput]) -> None:
-        if self.metrics_sink is not None:
-            for output in outputs:
-                if output.decision is not None:
-                    self.metrics_sink.on_size_decision(output.decision)
-
-    def _forget(self, requests: list[LiveRequest]) -> None:
-        for request in requests:
-            self.runner.prompt_scores.forget(request.request_id)
-            if self.metrics_sink is not None:
-                self.metrics_sink.on_request_finished(request)
-
-    def _observe(
-        self,
-        planned: SchedulerOutput,
-        batch: ForwardBatch,
-        times: tuple[float, float, float, float],
-        gap: Gap,
-        num_prompt: int,
-        num_generated: int,
-    ) -> None:
-        started, model_start, model_end, drafting = times
-        self.scheduler.policy.observe_step(batch, model_end - model_start, model_end)
-        if self.metrics_sink is None:
-            return
-        num_first = 0
-        if not batch.layout:  # with one, everybody had a token before
-            num_first = sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled)
-        self.metrics_sink.on_step(
-            StepStats(
-                num_scheduled_tokens=batch.num_tokens,
-                num_prompt_tokens=num_prompt,
-                num_generation_tokens=num_generated,
-                step_time=time.monotonic() - started,
-                model_time=drafting + model_end - model_start,
-                gap=gap,
-                num_preempted=planned.num_preempted,
-                num_first_tokens=num_first,
-            )
-        )
 
     # --- reports
 

@@ -18,12 +18,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from server.core.batch import Scheduled
 from server.core.request import LiveRequest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Scheduled = list[tuple[LiveRequest, int]]
 
 
 class EngineBroken(RuntimeError):

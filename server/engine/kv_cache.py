@@ -105,7 +105,7 @@ class KVCacheManager:
         first = num_full - 1
         while first > 0 and request.blocks[first - 1].hash is None:
             first -= 1
-        parent = request.blocks[first - 1].hash if first else self._root(request, request.path)
+        parent = (request.blocks[first - 1].hash if first else None) or self._root(request, request.path)
         for index in range(first, num_full):
             parent = self._chain(parent, request, index)
             block = request.blocks[index]
@@ -236,6 +236,7 @@ class KVCacheManager:
         for block in blocks:
             block.ref_count += 1
         for block in woken:
+            assert block.hash is not None, "a block that nobody holds is found by its hash"
             del self._evictable[block.hash]
             self.states.wake(block)
         if woken:

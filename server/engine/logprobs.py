@@ -48,8 +48,8 @@ def _score(logprobs: torch.Tensor, tokens: Sequence[int], num_top: Sequence[int]
     top, start = [], 2 * num_rows
     for length, count in runs:
         middle, stop = start + length * count, start + 2 * length * count
-        values = packed[start:middle].view(np.float32).reshape(length, count).tolist()
-        ids = packed[middle:stop].reshape(length, count).tolist()
-        top += [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+        top_values = packed[start:middle].view(np.float32).reshape(length, count).tolist()
+        top_ids = packed[middle:stop].reshape(length, count).tolist()
+        top += [tuple(zip(*row, strict=True)) for row in zip(top_ids, top_values, strict=True)]
         start = stop
     return [TokenLogprobs(*fields) for fields in zip(tokens, *scores, top, strict=True)]

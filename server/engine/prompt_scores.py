@@ -39,7 +39,7 @@ class PromptScores:
                 logits = executor.logits(rows, len(rows) if first < head_rows else 0)
                 tokens = request.token_ids(begin + start + 1, begin + start + 1 + len(rows))
                 scores += token_logprobs(logits, tokens, [wanted] * len(rows))
-            if any(math.isnan(score.logprob) for score in scores[known:]):
+            if any(score is not None and math.isnan(score.logprob) for score in scores[known:]):
                 faulty.append(request)
         return faulty
 

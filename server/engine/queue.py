@@ -125,13 +125,15 @@ class WaitingQueue:
         heap, late = line.heap, line.late
         while late and not self._is_member(late[0][3]):
             late.popleft()
-        if late and now - late[0][3].arrival_time > PATIENCE * late[0][3].budget.ttft:
-            return late[0]
+        if late:
+            oldest = late[0][3]
+            if oldest.budget.ttft is not None and now - oldest.arrival_time > PATIENCE * oldest.budget.ttft:
+                return late[0]
         while heap:
             _, rank, _, request = heap[0]
             if not self._is_member(request):
                 heapq.heappop(heap)
-            elif rank and request.budget.ttft is not None and self._is_late(request, now, first_token_after):
+            elif rank and self._is_late(request, now, first_token_after):
                 late.append(heapq.heappop(heap))
             else:
                 return heap[0]
@@ -141,6 +143,8 @@ class WaitingQueue:
 
     @staticmethod
     def _is_late(request: LiveRequest, now: float, first_token_after: Callable[[LiveRequest], float] | None) -> bool:
+        if request.budget.ttft is None:
+            return False
         left = request.budget.ttft - (now - request.arrival_time)
         return left < 0.0 or (first_token_after is not None and left < first_token_after(request))
 

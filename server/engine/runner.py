@@ -104,7 +104,8 @@ class StepRunner:
             tokens = speculator.verify(logits, requests)
         # NaN anywhere below ends up here, and so does a request whose constraints leave it no token at all.
         chosen = [[one.token_id for one in (token, *token.following)] for token in tokens]
-        rows, first = [], 0
+        rows: list[int] = []
+        first = 0
         for request, own in zip(requests, chosen, strict=True):
             rows += range(first, first + len(own))
             first += 1 + len(request.draft_token_ids)
@@ -132,7 +133,8 @@ def _owners(requests: list[LiveRequest]) -> list[LiveRequest]:
 
 def outcome(requests: Sequence[LiveRequest], tokens: Sequence[int]) -> tuple[dict[str, SampledToken], Faults]:
     """What `StepRunner.run` returns, for tokens that were drawn elsewhere; -1 where there was no number to choose."""
-    sampled, faults = {}, {}
+    sampled: dict[str, SampledToken] = {}
+    faults: Faults = {}
     for request, token in zip(requests, tokens, strict=True):
         if token < 0:
             faults[request.request_id] = ArithmeticError(_NO_NUMBER)

@@ -50,9 +50,13 @@ class Sampler:
     def sample(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[SampledToken]:
         """logits float32 [S, V], row i for requests[i]; modified in place. Returns a token (and logprobs) per row."""
         # Rows that want equally many of the likeliest tokens stand together.
-        scored = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
-        scored.sort(key=lambda row: requests[row].sampling.logprobs)
-        raw = logits[send(np.array(scored), logits.device)] if scored else None
+        wanted = sorted(
+            (request.sampling.logprobs, row)
+            for row, request in enumerate(requests)
+            if request.sampling.logprobs is not None
+        )
+        scored = [row for _, row in wanted]
+        raw = logits[send(np.array(scored), logits.device)] if scored else logits[:0]
         self._process(logits, requests)
         if self._native_draw is None and all(request.sampling.is_greedy for request in requests):
             tokens = logits.argmax(dim=-1).tolist()
@@ -60,8 +64,7 @@ class Sampler:
             tokens = self._draw(logits, requests)
         sampled = [SampledToken(token) for token in tokens]
         if scored:
-            wanted = [requests[row].sampling.logprobs for row in scored]
-            scores = token_logprobs(raw, [tokens[row] for row in scored], wanted)
+            scores = token_logprobs(raw, [tokens[row] for row in scored], [number for number, _ in wanted])
             for row, score in zip(scored, scores, strict=True):
                 sampled[row].logprobs = score
         return sampled

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from model_store.assembly import Elasticity
+from server.core.batch import Scheduled
 from server.core.config import EngineConfig
 from server.core.load import Load
 from server.core.request import LiveRequest, RequestOutput, RequestStatus, SampledToken, SizeDecision
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 class SchedulerOutput:
     """One step's plan. `scheduled`: (request, tokens it advances by); `outputs`: admissions and refusals to report."""
 
-    scheduled: list[tuple[LiveRequest, int]] = field(default_factory=list)
+    scheduled: Scheduled = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
     num_preempted: int = 0
 
@@ -47,7 +48,9 @@ class Scheduler:
         policy: SizePolicy | None = None,
         queue: WaitingQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
+        drafts: DraftPool | None = None,
     ) -> None:
+        """`drafts`: where requests speculate."""
         self.config = config
         self.elasticity = elasticity
         self.kv_cache = kv_cache
@@ -60,7 +63,7 @@ class Scheduler:
         self.num_resizes = 0
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
-        self.drafts: DraftPool | None = None  # set where requests speculate
+        self.drafts = drafts
 
     # --- the way in and out
 

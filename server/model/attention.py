@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,27 +49,18 @@ class Lane:
     start: int
     stop: int
     tokens: slice
-    cos: torch.Tensor | None  # [T, 1, rotary_dim]
-    sin: torch.Tensor | None
+    block_tables: np.ndarray  # of the batch
     write_slots: np.ndarray  # [T] block-table row of each token
     write_blocks: np.ndarray  # [T] block index of each token
     write_offsets: torch.Tensor  # [T] position within the page
     decode: list[DecodeGroup]
     chunks: list[Chunk]
-
-
-class AttentionBackend(Protocol):
-    """Writes this step's K and V and attends over the pages of one layer."""
-
-    def prepare(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
-        """Everything about requests [start, stop) that does not depend on the layer."""
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, lane: Lane) -> torch.Tensor:
-        """q [T, H, D], k and v [T, K, D], rotated -> [T, H, D]."""
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos and sin [T, 1, rotary_dim]
 
 
 class TorchAttention:
-    """Gathers pages and calls scaled_dot_product_attention: decode rows padded together, chunks one by one."""
+    """Writes this step's K and V, gathers the pages of one layer and calls scaled_dot_product_attention: decode rows
+    padded together, chunks one by one."""
 
     def __init__(self, *, page_size: int, scale: float, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         self.page_size = page_size
@@ -78,9 +68,7 @@ class TorchAttention:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.k_pages: torch.Tensor | None = None  # [pages, K, P, D]
-        self.v_pages: torch.Tensor | None = None
-        self._tables: np.ndarray | None = None
+        self.k_pages = self.v_pages = torch.empty(0)  # [pages, K, P, D] once allocated
 
     def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
@@ -88,8 +76,8 @@ class TorchAttention:
         self.k_pages, self.v_pages = (_zeros(shape, dtype, device) for _ in "kv")
 
     def prepare(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
+        """Everything about requests [start, stop) that does not depend on the layer."""
         device = self.k_pages.device
-        self._tables = batch.block_tables
         tokens = batch.tokens(start, stop)
         positions = batch.positions[tokens]
         counts = np.diff(batch.query_start[start : stop + 1])
@@ -119,8 +107,7 @@ class TorchAttention:
             start=start,
             stop=stop,
             tokens=tokens,
-            cos=None,
-            sin=None,
+            block_tables=batch.block_tables,
             write_slots=np.repeat(slots, counts),
             write_blocks=positions // self.page_size,
             write_offsets=torch.from_numpy((positions % self.page_size).astype(np.int64)).to(device),
@@ -129,7 +116,8 @@ class TorchAttention:
         )
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, lane: Lane) -> torch.Tensor:
-        table = self._tables[layer]  # [max_num_seqs, max_blocks]
+        """q [T, H, D], k and v [T, K, D], rotated -> [T, H, D]."""
+        table = lane.block_tables[layer]  # [max_num_seqs, max_blocks]
         self._write(k, v, table[lane.write_slots, lane.write_blocks], lane.write_offsets)
         out = torch.empty_like(q)
         groups = self.num_heads // self.num_kv_heads

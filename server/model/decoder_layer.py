@@ -14,7 +14,7 @@ from model_store.int8 import Matrix
 from model_store.lowrank import LowRankTerm
 from model_store.spec import ModelSpec
 from model_store.weights import LayerWeights
-from server.model.attention import AttentionBackend, Lane
+from server.model.attention import Lane, TorchAttention
 from server.model.linear import linear
 
 
@@ -72,7 +72,7 @@ def mlp(x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, rows: list[Rows
 
 
 def attend(
-    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: AttentionBackend, rows: list[Rows]
+    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: TorchAttention, rows: list[Rows]
 ) -> torch.Tensor:
     """x [T, E] normed -> attention output [T, E]; writes the KV of every part under its own layer."""
     heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -80,18 +80,17 @@ def attend(
     attended = []
     for part in rows:
         q, k, v = part.of(qkv).split((heads, kv_heads, kv_heads), dim=1)
-        if spec.qk_norm:
+        if weights.q_norm_weight is not None and weights.k_norm_weight is not None:
             q = norm(q, weights.q_norm_weight, None, spec)
             k = norm(k, weights.k_norm_weight, None, spec)
-        lane = part.lane
-        if lane.cos is not None:
-            q, k = rotate(q, lane.cos, lane.sin), rotate(k, lane.cos, lane.sin)
-        attended.append(backend.forward(q, k, v, part.layer, lane).reshape(-1, heads * dim))
+        if part.lane.rotary is not None:
+            q, k = rotate(q, *part.lane.rotary), rotate(k, *part.lane.rotary)
+        attended.append(backend.forward(q, k, v, part.layer, part.lane).reshape(-1, heads * dim))
     return project(_joined(attended), weights.o_weight, weights.o_bias, "o", rows)
 
 
 def decoder_layer(
-    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: AttentionBackend, rows: list[Rows]
+    x: torch.Tensor, weights: LayerWeights, spec: ModelSpec, backend: TorchAttention, rows: list[Rows]
 ) -> torch.Tensor:
     """One layer over the rows of a segment. x [T, E] -> [T, E]."""
 

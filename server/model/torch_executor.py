@@ -5,6 +5,8 @@ T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,7 @@ class TorchExecutor(Executor):
             num_kv_heads=self.spec.num_kv_heads,
             head_dim=self.spec.head_dim,
         )
-        self.states: torch.Tensor | None = None  # [state pages * page_size, E]
+        self.states = torch.empty(0)  # [state pages * page_size, E] once allocated
         self._inv_freq: torch.Tensor | None = None
         if self.spec.rotary_dim:
             inv_freq, self._rope_factor = self.spec.rope_inv_freq()
@@ -73,21 +75,21 @@ class TorchExecutor(Executor):
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = self._embed(batch)
-        for _, tokens, rows in batch.restores:
-            hidden[self._index(tokens)] = self.states[self._index(rows)]
+        for restore in batch.restores:
+            hidden[self._index(restore.tokens)] = self.states[self._index(restore.rows)]
         lanes: dict[tuple[int, int], Lane] = {}
         saves = list(batch.saves)
         for segment in batch.program:
             while saves and saves[0].station <= segment.station:
-                _, tokens, rows = saves.pop(0)
-                self.states[self._index(rows)] = hidden[self._index(tokens)]
+                save = saves.pop(0)
+                self.states[self._index(save.rows)] = hidden[self._index(save.tokens)]
             rows = self._rows(batch, segment, lanes)
             tokens = batch.tokens(segment.start, segment.stop)
             weights = self.layers[segment.layer]
             hidden[tokens] = decoder_layer(hidden[tokens], weights, self.spec, self.attention, rows)
-        rows = hidden[self._index(batch.logits_rows)]
+        wanted = hidden[self._index(batch.logits_rows)]
         split = int(batch.logits_start[batch.norm_cut])
-        return self._by_side(rows, split, self._final_norm)
+        return self._by_side(wanted, split, self._final_norm)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
@@ -107,7 +109,7 @@ class TorchExecutor(Executor):
         hidden = self._by_side(ids, split, lambda rows, end: embed(rows, end.embed, self.dtype))
         if self.spec.learned_positions:
             positions = self._index(batch.positions)
-            hidden = hidden + self._by_side(positions, split, lambda rows, end: F.embedding(rows, end.positions))
+            hidden = hidden + self._by_side(positions, split, _positions)
         return hidden
 
     def _rows(self, batch: ForwardBatch, segment: Segment, lanes: dict[tuple[int, int], Lane]) -> list[Rows]:
@@ -132,14 +134,16 @@ class TorchExecutor(Executor):
             positions = torch.from_numpy(batch.positions[lane.tokens]).to(self.device, torch.float32)
             angles = torch.outer(positions, self._inv_freq)
             angles = torch.cat((angles, angles), dim=-1)[:, None]  # halves convention
-            lane.cos = (angles.cos() * self._rope_factor).to(self.dtype)
-            lane.sin = (angles.sin() * self._rope_factor).to(self.dtype)
+            cos, sin = ((turn * self._rope_factor).to(self.dtype) for turn in (angles.cos(), angles.sin()))
+            lane.rotary = cos, sin
         return lane
 
     def _final_norm(self, rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
         return norm(rows, end.final_norm_weight, end.final_norm_bias, self.spec)
 
-    def _by_side(self, rows: torch.Tensor, split: int, apply) -> torch.Tensor:
+    def _by_side(
+        self, rows: torch.Tensor, split: int, apply: Callable[[torch.Tensor, EndWeights], torch.Tensor]
+    ) -> torch.Tensor:
         """apply(rows, end weights) on [:split] with the teacher's ends and on [split:] with the student's."""
         teacher, student = self.ends["teacher"], self.ends["student"]
         if split == len(rows) or teacher is student:
@@ -147,3 +151,8 @@ class TorchExecutor(Executor):
         if split == 0:
             return apply(rows, student)
         return torch.cat((apply(rows[:split], teacher), apply(rows[split:], student)))
+
+
+def _positions(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
+    assert end.positions is not None, "a model with learned positions has them"
+    return F.embedding(rows, end.positions)

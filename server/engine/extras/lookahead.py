@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from model_store.assembly import LayerPath
-from server.core.batch import ForwardBatch
+from server.core.batch import ForwardBatch, Scheduled
 from server.core.executor import Draw, Executor, Follows, PendingTokens
 from server.core.request import LiveRequest, RequestStatus
 from server.engine.sampler import Sampler, needs_processing
@@ -34,6 +34,10 @@ class _Launched:
     draws: list[Draw]
     tokens: PendingTokens | None  # None until it is launched
 
+    def wait(self) -> list[int]:
+        assert self.tokens is not None, "launched before it is waited for"
+        return self.tokens.wait()
+
     def alive(self) -> list[int]:
         """Rows whose request still wants this step."""
         rows = zip(self.batch.requests, self.paths, self.positions, strict=True)
@@ -49,7 +53,7 @@ class Lookahead:
 
     def __init__(
         self, executor: Executor, scheduler: Scheduler, sampler: Sampler,
-        build_batch: Callable[[list[tuple[LiveRequest, int]]], ForwardBatch],
+        build_batch: Callable[[Scheduled], ForwardBatch],
     ) -> None:  # fmt: skip
         self._executor, self._scheduler, self._sampler = executor, scheduler, sampler
         self._build_batch = build_batch
@@ -79,8 +83,9 @@ class Lookahead:
 
         Returns the batch, and a token id for each of its requests (-1: there is none).
         """
-        if self._matches(planned):
-            step, self._next = self._next, None
+        step = self._next
+        if step is not None and self._matches(planned):
+            self._next = None
             self._run_length += 1
             self.num_ahead += 1
         else:
@@ -92,7 +97,7 @@ class Lookahead:
             is_whole = len(rows) == len(self._scheduler.running) and not self._scheduler.can_admit
             if is_whole and self._run_length < _MAX_RUN:
                 self._next = self._launch_next(step, rows)
-            tokens = step.tokens.wait()
+            tokens = step.wait()
         except Exception:
             self.drop()
             self._give_back(step)
@@ -123,6 +128,7 @@ class Lookahead:
         batch = self._build_batch([(request, 1) for request in requests])
         assert batch.requests == requests, "rows must stay in order"
         batch = replace(batch, positions=batch.positions + 1, context_lens=batch.context_lens + 1)
+        assert step.tokens is not None, "the step before is launched"
         return self._launch(batch, (step.tokens, np.asarray(rows, np.int32)))
 
     def _launch(self, batch: ForwardBatch, follows: Follows | None) -> _Launched:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from server.core.batch import Scheduled
 from server.core.request import LiveRequest
 
 # Acceptance of one guess before any was measured: hopeful, so that it gets measured. Counts like so many guesses.
@@ -39,7 +40,7 @@ class Payoff:
 
     def depth(
         self,
-        scheduled: Sequence[tuple[LiveRequest, int]],
+        scheduled: Scheduled,
         candidates: Sequence[LiveRequest],
         decode_seconds: DecodeSeconds,
     ) -> int:
@@ -54,7 +55,13 @@ class Payoff:
         if plain is None:
             return self.max_guesses
         measured = {size: self.acceptance.get(size, _HOPE) for size in np.flatnonzero(guessing).tolist()}
-        best = self._best(plain, rows, guessing, measured, decode_seconds)
+
+        def predicted(rows: np.ndarray) -> float:
+            seconds = decode_seconds(rows)
+            assert seconds is not None, "what predicts one step predicts all"
+            return seconds
+
+        best = self._best(plain, rows, guessing, measured, predicted)
         if best:
             self._quiet_steps = 0
             return best
@@ -63,7 +70,7 @@ class Payoff:
             return 0
         self._quiet_steps = 0
         always = dict.fromkeys(measured, 1.0)
-        return min(self._best(plain, rows, guessing, always, decode_seconds), 1)
+        return min(self._best(plain, rows, guessing, always, predicted), 1)
 
     def _best(
         self,
@@ -71,16 +78,16 @@ class Payoff:
         rows: np.ndarray,
         guessing: np.ndarray,
         acceptance: dict[int, float],
-        decode_seconds: DecodeSeconds,
+        predicted: Callable[[np.ndarray], float],
     ) -> int:
         """The depth with the most tokens per second, if that beats a plain step."""
         drafting = np.zeros_like(rows)
         drafting[self.draft_size] = guessing.sum()
-        one_guess = decode_seconds(drafting)
+        one_guess = predicted(drafting)
         others = rows.sum() - guessing.sum()
         best, most = 0, rows.sum() / plain * _MARGIN
         for depth in range(1, self.max_guesses + 1):
-            seconds = depth * one_guess + decode_seconds(rows + depth * guessing)
+            seconds = depth * one_guess + predicted(rows + depth * guessing)
             tokens = others + sum(
                 guessing[size] * sum(a**i for i in range(depth + 1)) for size, a in acceptance.items()
             )

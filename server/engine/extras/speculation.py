@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from server.core.batch import ForwardBatch
+from server.core.batch import ForwardBatch, Scheduled
 from server.core.executor import Executor
 from server.core.request import LiveRequest, SampledToken
 from server.engine.extras.drafts import DraftPool
@@ -37,7 +37,7 @@ _CATCH_UP = 256
 class Runner(Protocol):
     """What an engine lends."""
 
-    def build_batch(self, scheduled: list[tuple[LiveRequest, int]]) -> ForwardBatch: ...
+    def build_batch(self, scheduled: Scheduled) -> ForwardBatch: ...
     def forward_rows(self, batch: ForwardBatch, faults: dict[str, Exception]) -> tuple[torch.Tensor, int] | None: ...
     def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest]) -> list[int] | None: ...
 
@@ -164,6 +164,7 @@ class Speculator:
         """One more guess for each."""
         by_id = {draft.request_id: (request, draft) for request, draft, _ in ready}
         batch, found = self._run([(draft, draft.num_tokens - draft.num_computed_tokens) for _, draft, _ in ready])
+        assert found is not None, "every draft is to get a token"
         pairs = [by_id[batch.requests[row].request_id] for row in batch.sample_requests]
         drafts = [draft for _, draft in pairs]
         tokens = self.runner.greedy_tokens(*found, drafts)
@@ -188,7 +189,7 @@ class Speculator:
                 self._probs.setdefault(request.request_id, []).append(q[0])
         return tokens
 
-    def _run(self, scheduled: list[tuple[LiveRequest, int]]) -> tuple[ForwardBatch, tuple[torch.Tensor, int] | None]:
+    def _run(self, scheduled: Scheduled) -> tuple[ForwardBatch, tuple[torch.Tensor, int] | None]:
         batch = self.runner.build_batch(scheduled)
         started = time.monotonic()
         found = self.runner.forward_rows(batch, {})
@@ -204,7 +205,7 @@ class Speculator:
         first = np.concatenate(([0], np.cumsum(widths)))
         exact = [i for i, request in enumerate(requests) if widths[i] == 1 or not _rejects(request)]
         rows = [row for i in exact for row in range(first[i], first[i + 1])]
-        tokens: list[SampledToken | None] = [None] * len(requests)
+        tokens: dict[int, SampledToken] = {}  # by row
         own = logits[rows] if len(rows) < len(logits) else logits
         chosen = self._verify_exact(own, [requests[i] for i in exact]) if exact else []
         if own is not logits:
@@ -212,10 +213,11 @@ class Speculator:
         for i, token in zip(exact, chosen, strict=True):
             tokens[i] = token
         for i, request in enumerate(requests):
-            if tokens[i] is None:
+            if i not in tokens:
                 tokens[i] = self._verify_rejecting(logits[first[i] : first[i + 1]], request)
-        self._count(requests, tokens)
-        return tokens
+        verified = [tokens[i] for i in range(len(requests))]
+        self._count(requests, verified)
+        return verified
 
     def settle(self, drawn: list[SampledToken], requests: list[LiveRequest]) -> list[SampledToken]:
         """As `verify`, for requests whose rows were decided without logits."""
