@@ -27,6 +27,14 @@ class Settings:
     # --- HTTP server
     host: str = option("0.0.0.0", "address to listen on", group="server")
     port: int = option(8000, "port to listen on; 0 lets the system pick one", group="server", minimum=0, maximum=65535)
+    metrics_port: int | None = option(
+        None,
+        "serve /metrics, /health and /live on this port, from a thread of their own; /metrics is then nowhere else",
+        kind="int",
+        group="server",
+        minimum=0,
+        maximum=65535,
+    )
     uds: str | None = option(None, "listen on this Unix socket instead of a port", group="server")
     root_path: str = option("", "path prefix that a proxy in front strips", group="server")
     ssl_keyfile: str | None = option(None, "TLS private key (PEM)", group="server")
@@ -62,9 +70,17 @@ class Settings:
     )
 
     # --- security
-    api_key: tuple[str, ...] = option((), "accepted API keys; none: no authentication", group="security", secret=True)
+    api_key: tuple[str, ...] = option(
+        (), "accepted API keys; none: no authentication", group="security", secret=True, guards=True
+    )
     api_key_file: str | None = option(
-        None, "file with one API key per line, or a YAML list of {key, tenant, ...}", group="security"
+        None,
+        "file with one API key per line, or a YAML list of {key, tenant, ...}; read again on SIGHUP",
+        group="security",
+        guards=True,
+    )
+    share_prefix_cache: bool = option(
+        False, "one prefix cache for all API keys: a key can then tell what others have sent", group="security"
     )
 
     # --- model
@@ -88,8 +104,8 @@ class Settings:
     )  # fmt: skip
     weight_compression: str = option(
         "auto",
-        "auto: the native executor keeps bfloat16 weights in twelve bits, without loss; off: it keeps sixteen bits, "
-        "which is faster from 16 requests on",
+        "auto: the native executor keeps bfloat16 weights in twelve bits, without loss: the same model in three "
+        "quarters of the memory traffic; off: as they are",
         group="model",
         choices=("auto", "off"),
     )
@@ -98,8 +114,8 @@ class Settings:
     )
     low_rank: str = option(
         "auto",
-        "whether a low-rank student stays a difference to the teacher. on: least memory, cheapest mixes of sizes; "
-        "off: expanded, fastest small sizes; auto: on only if the expanded student does not fit --memory-budget",
+        "a student kept as a low-rank difference runs as one (on: least memory, cheapest mixes of sizes) or expanded "
+        "(off: fastest small sizes); auto: as one where the expanded one does not fit --memory-budget",
         group="model",
         choices=("auto", "on", "off"),
     )
@@ -131,17 +147,12 @@ class Settings:
         32, "tokens per KV page", group="engine", minimum=1, maximum=1024, aliases=("--block-size",)
     )
     enable_prefix_caching: bool = option(True, "keep KV of finished prefixes for reuse", group="engine")
-    executor: str = option(
-        "auto",
-        "which executor computes steps; auto: the first that can",
-        group="engine",
-        choices=("auto", "cuda", "native", "torch"),
-    )
+    executor: str = option("auto", "what computes a step", group="engine", choices=("auto", "cuda", "native", "torch"))
     enforce_eager: bool = option(False, "record no CUDA graphs", group="engine")
     speculative_size: str = option(
         "off",
-        "size that guesses tokens for requests of larger sizes: a size, auto (the smallest) or off; the server guesses "
-        "only where it predicts that guessing pays",
+        "size that guesses tokens for requests of larger sizes: a size, auto (the smallest), off; it guesses only "
+        "where that is predicted to pay",
         group="engine",
     )
     num_speculative_tokens: int = option(3, "tokens guessed ahead, at most", group="engine", minimum=1, maximum=16)
@@ -149,6 +160,13 @@ class Settings:
     seed: int = option(0, "seed for requests without one", group="engine")
     num_threads: int | None = option(
         None, "CPU threads for the model [all cores]", kind="int", group="engine", minimum=1
+    )
+
+    step_timeout: float = option(
+        300.0,
+        "seconds after which a step counts as hung: the process then says where it hangs and exits",
+        group="engine",
+        minimum=1,
     )
 
     # --- size choice
@@ -163,10 +181,7 @@ class Settings:
     )
     slo_e2e_ms: float | None = option(None, "default limit on total time", kind="float", group="sizes", minimum=0)
     slo_policy: str = option(
-        "best_effort",
-        "if a limit cannot be met now: serve at the floor (best_effort), or refuse with 503 (strict)",
-        group="sizes",
-        choices=("best_effort", "strict"),
+        "best_effort", "what happens when a limit cannot be met now", group="sizes", choices=("best_effort", "strict")
     )
     memory_budget_mb: float | None = option(
         None, "default limit on a request's own weights plus KV, in MiB", kind="float", group="sizes", minimum=0
@@ -184,7 +199,7 @@ class Settings:
         None, "waiting prompt tokens before new requests get 503", kind="int", group="limits", minimum=0
     )
     max_logprobs: int = option(20, "largest logprobs / top_logprobs", group="limits", minimum=-1)
-    max_body_bytes: int = option(16 * MiB, "largest request body", kind="bytes", group="limits", minimum=1)
+    max_body_bytes: int = option(4 * MiB, "largest request body", kind="bytes", group="limits", minimum=1)
     max_completion_prompts: int = option(1024, "prompts in one request", group="limits", minimum=1)
     max_n: int = option(128, "largest n", group="limits", minimum=1)
     max_stop_strings: int = option(64, "stop strings in one request", group="limits", minimum=0)
@@ -203,6 +218,12 @@ class Settings:
     )
     max_requests_per_minute_per_key: int | None = option(
         None, "requests per minute and API key", kind="int", group="limits", minimum=1
+    )
+    max_sequences_per_minute_per_key: int | None = option(
+        None, "sequences (prompts times n) per minute and API key", kind="int", group="limits", minimum=1
+    )
+    max_tokens_per_minute_per_key: int | None = option(
+        None, "prompt and requested output tokens per minute and API key", kind="int", group="limits", minimum=1
     )
 
     # --- reporting

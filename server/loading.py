@@ -138,7 +138,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
             max_model_len,
         )
     if not is_cuda and kv_bytes + state_bytes > (ram := _available_ram()):
-        # Memory is committed on first use: without this warning, the first sign would be an OOM kill under load.
+        # It is had as it is used: without this, the first sign would be the system ending the server under load.
         logger.warning(
             "--kv-cache-memory: the KV cache may grow to %.2f GiB and %.2f GiB are available: lower it",
             (kv_bytes + state_bytes) / GiB,
@@ -236,7 +236,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         config.kv_cache_bytes / GiB,
     )
     clock.report()
-    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants)
+    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants, resolve)
 
 
 def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, tenants: Tenants) -> None:

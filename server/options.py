@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -54,6 +55,10 @@ def _parse_list(value: Any) -> tuple[str, ...]:
     return tuple(str(item).strip() for item in value if str(item).strip())
 
 
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
 def _parse_int(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError(f"{value!r} is not a whole number")
@@ -81,9 +86,12 @@ _PARSERS = {
 
 def convert(item: Field, value: Any, source: str) -> Any:
     """Parse and check one raw value from a flag, the environment or YAML; SettingsError names `source`."""
+    metadata = item.metadata
+    if metadata.get("guards") and value is not None and not any(map(str.strip, map(str, _as_list(value)))):
+        # Taken as "none", it would open the server without a word.
+        raise SettingsError(f"{source}: given, but empty")
     if value is None or (value == "" and item.default is None):
         return item.default
-    metadata = item.metadata
     try:
         parsed = _PARSERS[metadata["kind"]](value)
     except (TypeError, ValueError) as error:
@@ -151,6 +159,7 @@ def load_settings(
     flags = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments or {})
     config_file = flags.get("config") or environ.get(ENV_PREFIX + "CONFIG")
     from_file = read_yaml(config_file) if config_file else {}
+    check_environment(environ)
     values: dict[str, Any] = {}
     for item in setting_fields():
         if flags.get(item.name) is not None:
@@ -167,6 +176,31 @@ def load_settings(
     if bool(settings.ssl_keyfile) != bool(settings.ssl_certfile):
         raise SettingsError("--ssl-keyfile and --ssl-certfile are needed together")
     return settings
+
+
+# Variables that start like a setting and are read by something else: the compose file, HAProxy, the autoscaler and its
+# gate, the kernels' build, the tests.
+_OTHERS = re.compile(
+    r"BOOMERANG_(CONFIG|CPU_VARIANT|BACKEND|BIND|RESOLVER|SLOTS|STATS_BIND|CHECK_PORT|GPU|GPU_1|IMAGE|VERSION|SECRETS|PEERS"
+    r"|(MIN_|MAX_)?REPLICAS|PUBLISH(_[A-Z]+)?|FAULT_REPORT|(AUTOSCALER|GATE|TEST|FUZZ)_[A-Z0-9_]+)"
+)
+# What Kubernetes sets in every pod for a Service called `boomerang`.
+_SERVICE_LINK = re.compile(r"BOOMERANG_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_[0-9]+_(TCP|UDP)(_[A-Z]+)?)?)")
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """SettingsError for a BOOMERANG_* variable that nobody reads: a misspelt setting must not pass silently."""
+    known = {env_name(item) for item in setting_fields()}
+    for name in sorted(environ):
+        is_link = _SERVICE_LINK.fullmatch(name) and (name not in known or "://" in environ[name])
+        if is_link:
+            raise SettingsError(
+                f"{name}: Kubernetes sets this variable because a Service is called `boomerang`; put "
+                "`enableServiceLinks: false` into the pod's spec"
+            )
+        if name.startswith(ENV_PREFIX) and name not in known and not _OTHERS.fullmatch(name):
+            close = difflib.get_close_matches(name, known, 1)
+            raise SettingsError(f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -195,3 +229,19 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise SettingsError(f"--config: {path}: there is no setting {key!r}")
         result[name] = value
     return result
+
+
+def settings_table() -> str:
+    """The table of docs/configuration.md: flag, environment variable, default, meaning."""
+    lines = []
+    for group, title in GROUPS.items():
+        lines += [f"### {title}", "", "| flag | environment | default | meaning |", "|---|---|---|---|"]
+        for item in setting_fields():
+            if item.metadata["group"] == group:
+                names = " ".join(f"`{name}`" for name in (flag_name(item), *item.metadata.get("aliases", ())))
+                choices = item.metadata["choices"]
+                text = item.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+                default = f"`{default_text(item)}`" if default_text(item) else ""
+                lines.append(f"| {names} | `{env_name(item)}` | {default} | {text.replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import ipaddress
 import logging
+import os
 import signal
 import socket
 import ssl
+import stat
 import sys
-from pathlib import Path
+import threading
 from types import FrameType
 
 import uvicorn
@@ -16,6 +20,7 @@ import uvicorn
 from model_store.errors import BoomerangError
 from server.api.http.app import create_app
 from server.api.http.connection import guarded_protocol
+from server.api.http.probes import ProbeServer
 from server.api.http.state import ServerState
 from server.config import Settings
 from server.loading import load_model
@@ -23,6 +28,8 @@ from server.observe.startup import StartupClock
 
 logger = logging.getLogger(__name__)
 
+_WATCH_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 10.0  # for answers that can still be sent
 _BACKLOG = 2048  # connections that the system holds until they are accepted
 
 
@@ -38,7 +45,24 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(signal.SIGHUP, self.state.reload_keys)
+        watching = asyncio.ensure_future(self._watch_steps())
         await super().serve(sockets)
+        watching.cancel()
+
+    async def _watch_steps(self) -> None:
+        """A hung step never returns, and its thread cannot be ended: say where it hangs, tell everybody, and leave."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            engine = self.state.async_engine
+            if engine is not None and engine.seconds_in_step > self.state.settings.step_timeout:
+                faulthandler.dump_traceback(all_threads=True)
+                error = RuntimeError(f"a step has not returned for {engine.seconds_in_step:.0f} s")
+                logger.error("the engine hangs: %s", error)
+                self.fail(error)
+                # Not on the event loop, which waits for the engine's thread once it shuts down.
+                threading.Timer(_LAST_WORDS_SECONDS, os._exit, (1,)).start()
+                return
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not recorded for re-raising, as uvicorn does: a drained server has ended well.
@@ -80,7 +104,10 @@ class Server(uvicorn.Server):
 def bind(settings: Settings) -> socket.socket:
     """The listening socket; OSError if the address is taken."""
     if settings.uds:
-        Path(settings.uds).unlink(missing_ok=True)
+        if os.path.exists(settings.uds):
+            if not stat.S_ISSOCK(os.stat(settings.uds).st_mode):
+                raise FileExistsError(f"--uds: {settings.uds} exists and is no socket")
+            os.unlink(settings.uds)  # left over by an earlier process
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(settings.uds)
         return listener
@@ -88,13 +115,14 @@ def bind(settings: Settings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.host, settings.port))
-    listener.set_inheritable(True)
     listener.listen(_BACKLOG)  # who connects from here on waits for an answer instead of being turned away
     return listener
 
 
 def serve(settings: Settings) -> int:
     """Run until a signal ends it. Returns the exit status."""
+    faulthandler.enable()  # a crash in native code says where
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until keys can be read again
     clock = StartupClock()
     listener = bind(settings)
     app = create_app(settings, lambda: load_model(settings, clock), lambda error: server.fail(error))
@@ -120,8 +148,18 @@ def serve(settings: Settings) -> int:
         "https" if settings.ssl_certfile else "http", settings.host, listener.getsockname()[1]
     )
     logger.info("listening on %s", where)
+    if app.state.server.keys.is_open and not settings.uds and not is_loopback(settings.host):
+        logger.warning(
+            "no API keys are set, and %s is not loopback: whoever reaches this port may use it", settings.host
+        )
+    probes = None
+    if settings.metrics_port is not None:
+        probes = ProbeServer((settings.host, settings.metrics_port), app.state.server)
+        logger.info("metrics on port %d", probes.server_address[1])
     clock.mark("port")
     server.run(sockets=[listener])
+    if probes is not None:
+        probes.close()
     if server.failure is None:
         return 0
     logger.error(
@@ -131,6 +169,13 @@ def serve(settings: Settings) -> int:
         exc_info=None if _is_expected(server.failure) else server.failure,
     )
     return 1
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _is_expected(error: BaseException) -> bool:

@@ -45,6 +45,7 @@ TTFT = (
 PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 HTTP_FINE = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60)
 _MOST_UNBOOKED = 64  # steps; beyond that the engine books them itself
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
@@ -145,6 +146,9 @@ class Metrics:
             ("handler", "method"),
             buckets=(0.1, 0.5, 1),
             registry=registry,
+        )
+        self._lag = Histogram(
+            "boomerang:event_loop_lag_seconds", "Lateness of the event loop", buckets=LAG, registry=registry
         )
         self._rejections = Counter(
             "vllm:admission_rejections", "Requests refused before they were queued", ("reason",), registry=registry
@@ -260,6 +264,9 @@ class Metrics:
         self.http_response_size.labels(handler).observe(response_bytes)
         self.http_duration_fine.observe(seconds)
         self.http_duration.labels(handler, method).observe(seconds)
+
+    def observe_lag(self, seconds: float) -> None:
+        self._lag.observe(seconds)
 
     # --- engine thread
 

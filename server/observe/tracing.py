@@ -92,7 +92,8 @@ class Telemetry:
             **self._server,
         }
         if generation is not None:
-            shared["gen_ai.request.model"] = generation.requested_model
+            # Not what the client wrote: `NAME:0.7499` and its like would be a new series each.
+            shared["gen_ai.request.model"] = generation.state.catalog.name
             if generation.size:
                 shared["gen_ai.response.model"] = generation.model_id
         if failure := _failure(status, generation):

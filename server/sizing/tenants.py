@@ -35,6 +35,10 @@ class Tenants:
         self.default = default or Tenant()
         self._by_name = {tenant.name: tenant for tenant in tenants}
 
+    def take(self, other: Tenants) -> None:
+        """Be `other` from now on, for all who hold this object."""
+        self.default, self._by_name = other.default, other._by_name
+
     def __getitem__(self, name: str) -> Tenant:
         return self._by_name.get(name, self.default)
 

@@ -5,7 +5,7 @@ import pytest
 from server.api.generate.catalog import Catalog, SizeInfo
 from server.api.generate.protocol import SizeFields
 from server.api.generate.size_choice import SizeChooser
-from server.api.http.auth import KeyRing, read_key_file
+from server.api.http.auth import KeyRing, read_key_file, tenant_name
 from server.api.http.errors import APIError
 from server.config import Settings
 from server.core.request import Budget
@@ -38,7 +38,8 @@ def choose(chooser, tenant="", headers=None, **body):
 
 
 def test_a_key_has_its_own_floor_ceiling_limits_and_share(chooser):
-    gold, free, plain = (choose(chooser, tenant) for tenant in ("gold", "free", "file-2"))
+    unnamed = tenant_name("plain")
+    gold, free, plain = (choose(chooser, tenant) for tenant in ("gold", "free", unnamed))
     assert (gold.sizes[0], gold.sizes[-1], gold.reason, gold.priority) == (24, 30, "auto", -1)
     assert (free.sizes[0], free.sizes[-1], free.reason, free.priority) == (16, 20, "tenant_ceiling", 5)
     assert plain.sizes == SIZES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# What a template can raise over a conversation that it was not written for.
+_CLASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Marks where the final message ends, to cut off whatever the template adds after it.
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -79,23 +83,30 @@ class ChatTemplate:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
-        **kwargs: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text. TemplateError if the template raises (wrong order of roles, missing field)."""
+        """The prompt text; `variables` are further names for the template.
+
+        TemplateError if the template raises (wrong order of roles, missing field).
+        """
         if continue_final_message:
             final = messages[-1].get("content")
             if not isinstance(final, str):
                 raise TemplateError("the final message has no text to continue")
             messages = [*messages[:-1], {**messages[-1], "content": final + _TAG}]
         try:
+            # One mapping: as keywords a variable called `self` would clash with the library's own parameter.
             text = self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens, **kwargs},
+                {
+                    **self.special_tokens,
+                    **(variables or {}),
+                    "messages": messages,
+                    "tools": tools,
+                    "documents": documents,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (jinja2.TemplateError, *_CLASHES) as error:
             raise TemplateError(f"the chat template failed: {error}") from None
         if not continue_final_message:
             return text

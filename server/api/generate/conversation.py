@@ -163,7 +163,7 @@ def render(
             continue_final_message=continue_final,
             tools=tools,
             documents=getattr(body, "documents", None),
-            **options,
+            variables=options,
         )
     except TemplateError as error:
         raise invalid(f"messages: {error}", "messages") from None

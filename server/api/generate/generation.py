@@ -133,7 +133,8 @@ class Generation:
             priority=priority,
             tenant=tenant,
             size_schedule=self.choice.schedule,
-            cache_salt=cache_salt,
+            # What is cached shows in an answer's `cached_tokens` and in its time: each key has a cache of its own.
+            cache_salt=cache_salt if self.state.settings.share_prefix_cache else f"{tenant}\0{cache_salt}",
             grammar=grammar,
             arrival_time=arrival_time,
         )

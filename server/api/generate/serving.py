@@ -204,7 +204,11 @@ async def respond(
 ) -> Response:
     """Run the generation as one answer or as a stream. Whatever happens, nothing of it is left running."""
 
-    request.scope["state"]["generation"] = generation  # for log and traces
+    carried = request.scope["state"]
+    carried["generation"] = generation  # for log and traces
+    asked = [sequence.request for sequence in generation.sequences]
+    num_tokens = sum(len(one.prompt_token_ids) + one.sampling.max_tokens for one in asked)
+    generation.state.limits.spend(carried["tenant"], len(asked), num_tokens)
 
     async def run() -> Response:
         handed_over = False

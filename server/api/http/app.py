@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api.http.auth import KeyRing
-from server.api.http.errors import APIError, handle_api_error, handle_http_error, handle_unexpected
+from server.api.http.errors import APIError, handle_api_error, handle_http_error, handle_recursion, handle_unexpected
 from server.api.http.gateway import Gateway
 from server.api.http.state import ServedModel, ServerState
 from server.api.playground import router as playground_router
@@ -28,6 +28,8 @@ from server.observe.tracing import create_telemetry
 from server.version import __version__
 
 logger = logging.getLogger(__name__)
+
+_LAG_INTERVAL = 0.1  # seconds between two looks
 
 
 def create_app(
@@ -46,9 +48,11 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.ensure_future(_load(state, load, on_failure))
+        watching = asyncio.ensure_future(_watch_lag(state.metrics))
         try:
             yield
         finally:
+            watching.cancel()
             state.is_draining = True
             if not loading.done():
                 loading.cancel()
@@ -67,13 +71,14 @@ def create_app(
     )
     app.state.server = state
     add_operations(app, state)
-    app.include_router(playground_router)
+    app.router.routes.extend(playground_router.routes)
     app.add_exception_handler(APIError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_error)
+    app.add_exception_handler(RecursionError, handle_recursion)
     app.add_exception_handler(Exception, handle_unexpected)
     app.openapi = lambda: openapi_document(app)
     # The last one added is the outermost: CORS headers belong on refusals too.
-    app.add_middleware(Gateway, state=state)
+    app.add_middleware(Gateway, state=state, routes=app.router.routes)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(settings.allowed_origins),
@@ -83,6 +88,15 @@ def create_app(
         expose_headers=["x-request-id", "x-boomerang-size", "x-boomerang-size-reason", "retry-after"],
     )
     return app
+
+
+async def _watch_lag(metrics: Metrics) -> None:
+    """How late the event loop runs what is due: everything that it does for anybody waits so long."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_INTERVAL
+        await asyncio.sleep(_LAG_INTERVAL)
+        metrics.observe_lag(max(0.0, loop.time() - due))
 
 
 async def _load(

@@ -22,6 +22,8 @@ class Tenant:
     name: str
     max_concurrent: int | None = None
     max_requests_per_minute: int | None = None
+    max_sequences_per_minute: int | None = None
+    max_tokens_per_minute: int | None = None
     sizing: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -37,12 +39,23 @@ class KeyRing:
     @classmethod
     def from_settings(cls, settings: Settings) -> KeyRing:
         """Keys of `--api-key` (one tenant each) and of `--api-key-file`. SettingsError if the file is unusable."""
-        tenants = {key: Tenant(f"key-{index}") for index, key in enumerate(settings.api_key)}
+        entries = [(key, Tenant(tenant_name(key))) for key in settings.api_key]
         if settings.api_key_file:
-            tenants |= read_key_file(Path(settings.api_key_file))
-            if not tenants:
+            found = read_key_file(Path(settings.api_key_file))
+            if not found:
                 raise SettingsError(f"--api-key-file: {settings.api_key_file} holds no key")
+            entries += found
+        tenants: dict[str, Tenant] = {}
+        for key, tenant in entries:
+            if key in tenants:
+                # Which of the two would apply? The key itself stays out of the log.
+                raise SettingsError(f"an API key is given twice, for {tenants[key].name!r} and for {tenant.name!r}")
+            tenants[key] = tenant
         return cls(tenants)
+
+    def take(self, other: KeyRing) -> None:
+        """Be `other` from now on, all keys at once."""
+        self._entries = other._entries
 
     @property
     def is_open(self) -> bool:
@@ -69,7 +82,12 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def read_key_file(path: Path) -> dict[str, Tenant]:
+def tenant_name(key: str) -> str:
+    """The tenant of a key that names none. Not its place in the file: that changes when another key is revoked."""
+    return "key-" + _digest(key).hex()[:8]
+
+
+def read_key_file(path: Path) -> list[tuple[str, Tenant]]:
     """One key per line (`#` starts a comment), or for .yaml/.yml/.json a list of {key, tenant, min_size, ...}."""
     try:
         text = path.read_text()
@@ -77,7 +95,7 @@ def read_key_file(path: Path) -> dict[str, Tenant]:
         raise SettingsError(f"--api-key-file: cannot read {path}: {error}") from None
     if path.suffix not in (".yaml", ".yml", ".json"):
         lines = [line.split("#")[0].strip() for line in text.splitlines()]
-        return {key: Tenant(f"file-{index}") for index, key in enumerate(line for line in lines if line)}
+        return [(key, Tenant(tenant_name(key))) for key in lines if key]
     import yaml
 
     try:
@@ -86,17 +104,18 @@ def read_key_file(path: Path) -> dict[str, Tenant]:
         raise SettingsError(f"--api-key-file: {path}: {error}") from None
     if not isinstance(entries, list):
         raise SettingsError(f"--api-key-file: {path} is not a list of keys")
-    return dict(_tenant(path, index, entry) for index, entry in enumerate(entries))
+    return [_tenant(path, index, entry) for index, entry in enumerate(entries)]
 
 
 def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Tenant]:
-    if isinstance(entry, str):
-        return entry, Tenant(f"file-{index}")
+    if isinstance(entry, str) and entry.strip():
+        return entry, Tenant(tenant_name(entry))
     try:
         fields = dict(entry)
-        key, name = fields.pop("key"), str(fields.pop("tenant", f"file-{index}"))
-        if not isinstance(key, str) or not key:
+        key = fields.pop("key")
+        if not isinstance(key, str) or not key.strip():
             raise ValueError("key must be text")
+        name = str(fields.pop("tenant", None) or tenant_name(key))
         limits = {limit: _whole(limit, fields.pop(limit, None)) for limit in _LIMITS}
         tenant_from_config({"tenant": name, **fields}, _check_size)
         return key, Tenant(name, **limits, sizing=fields)
@@ -104,7 +123,7 @@ def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Tenant]:
         raise SettingsError(f"--api-key-file: {path}: entry {index}: {error}") from None
 
 
-_LIMITS = ("max_concurrent", "max_requests_per_minute")
+_LIMITS = ("max_concurrent", "max_requests_per_minute", "max_sequences_per_minute", "max_tokens_per_minute")
 
 
 def _whole(name: str, value: Any) -> int | None:

@@ -64,6 +64,7 @@ INSTEAD = {
     "lora_request": "model",
 }
 _seen_unknown: set[str] = set()
+MAX_NESTING = 64
 
 
 class Body(BaseModel):
@@ -74,14 +75,30 @@ T = TypeVar("T", bound=Body)
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object, or APIError. orjson refuses NaN, infinities, lone surrogates, bad UTF-8 and deep nesting."""
+    """A JSON object, or APIError for anything else, and for one nested deeper than `MAX_NESTING`.
+
+    orjson refuses NaN, infinities, lone surrogates and bad UTF-8.
+    """
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise invalid(f"The request body is not valid JSON: {error}") from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING:
+        check_nesting(value)
     if not isinstance(value, dict):
         raise invalid("The request body must be a JSON object.")
     return value
+
+
+def check_nesting(value: Any, param: str | None = None) -> None:
+    """400 for lists and objects within each other deeper than `MAX_NESTING`: what reads them next is recursive."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_NESTING):
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise invalid(f"The JSON is nested deeper than {MAX_NESTING} levels.", param)
 
 
 def parse_body(model: type[T], raw: bytes) -> T:
@@ -104,6 +121,6 @@ def check_extra(extra: dict[str, Any]) -> None:
             if not any(value == ok and type(value) is type(ok) for ok in neutral):
                 instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
                 raise APIError(f"{name} is not supported{instead}.", param=name, code="unsupported_parameter")
-        elif name not in _seen_unknown and len(_seen_unknown) < 1000:
-            _seen_unknown.add(name)
-            logger.info("ignoring unknown request field %r", name[:100])
+        elif len(_seen_unknown) < 1000 and (shown := name[:100]) not in _seen_unknown:
+            _seen_unknown.add(shown)
+            logger.info("ignoring unknown request field %r", shown)

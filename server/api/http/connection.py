@@ -1,4 +1,4 @@
-"""HTTP connections that cannot be held open for nothing: slow heads, endless heads, clients that do not read.
+"""HTTP connections that cannot be held open for nothing: slow or endless heads and bodies, clients that do not read.
 
 A client that stops reading fills the socket's buffers, then uvicorn's, and then its handler waits. The engine does not
 (outputs merge while nobody takes them), but the request would count as running, and a shutdown would wait for it.
@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
+BODY_SECONDS = 120.0
+# The answer has gone and the body still comes: nobody will read it.
+UNREAD_SECONDS = 5.0
 
 
 def guarded_protocol(stall_seconds: float) -> type[HttpToolsProtocol]:
@@ -28,6 +31,7 @@ def guarded_protocol(stall_seconds: float) -> type[HttpToolsProtocol]:
 class _GuardedProtocol(HttpToolsProtocol):
     stall_seconds = 60.0
     _head_timer: asyncio.TimerHandle | None = None  # runs while a head is incomplete
+    _body_timer: asyncio.TimerHandle | None = None  # runs while a body is incomplete
     _stall_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
     _head_bytes = 0
 
@@ -36,8 +40,8 @@ class _GuardedProtocol(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._drop)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop("_head_timer")
-        self._stop("_stall_timer")
+        for name in ("_head_timer", "_body_timer", "_stall_timer"):
+            self._stop(name)
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -56,7 +60,20 @@ class _GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop("_head_timer")
+        self._stop("_body_timer")
+        # Whoever reads the body answers 408 by then; this is for the routes that do not.
+        self._body_timer = self.loop.call_later(BODY_SECONDS + UNREAD_SECONDS, self._drop)
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop("_body_timer")
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._body_timer is not None and not self.transport.is_closing():
+            self._stop("_body_timer")
+            self._body_timer = self.loop.call_later(UNREAD_SECONDS, self._drop)
 
     def pause_writing(self) -> None:
         super().pause_writing()

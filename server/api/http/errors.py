@@ -110,6 +110,11 @@ async def handle_http_error(request: Request, error: Any) -> Response:
     return APIError(str(error.detail), status=error.status_code).response(request.url.path)
 
 
+async def handle_recursion(request: Request, error: RecursionError) -> Response:
+    """Something that reads what the client sent is recursive: the client's to mend."""
+    return invalid("The request is nested too deeply.").response(request.url.path)
+
+
 async def handle_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours. The text stays in the log: it may hold what other requests sent."""
     return APIError("The server failed to handle this request.", status=500).response(request.url.path)

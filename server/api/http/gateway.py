@@ -9,10 +9,11 @@ import logging
 import re
 import time
 import uuid
-from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.generate.generation import Generation
@@ -25,23 +26,27 @@ access_logger = logging.getLogger("boomerang.access")
 # Reachable without a key: probes and scrapers rarely have one, and the page itself holds no data.
 PUBLIC = frozenset({"/health", "/live", "/ping", "/version", "/metrics", "/", "/favicon.ico"})
 PUBLIC_PREFIXES = ("/playground/",)
-# What costs engine time: refused while loading and draining, counted against a key's limits.
-_INFERENCE = re.compile(
-    r"/(v1/(completions|chat/completions|messages|responses|messages/count_tokens)|tokenize|detokenize|tokenizer_info)"
-)
-_NEEDS_MODEL = re.compile(r"/(v1/|tokeni|detokeni|load)")
+_NO_ROUTE = "none"
+_MOST_LOGGED = 1000  # characters of a path
+# Routes that answer without a model.
+_PROBES = PUBLIC | {"/openapi.json", "/docs", "/redoc"}
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Gateway:
-    """Wraps the application. `scope["state"]` gets `request_id`, `tenant` and `arrival_time`."""
+    """Wraps the application. `scope["state"]` gets `request_id`, `tenant` and `arrival_time`.
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    What a request is, the router decides: keys, limits, the drain and the log go by the path of the route that it
+    matches (`/v1/models/{model}`), never by the path that the client wrote.
+    """
+
+    def __init__(self, app: ASGIApp, state: ServerState, routes: Sequence[BaseRoute]) -> None:
         self.app = app
         self.state = state
-        settings = state.settings
-        self.quiet = frozenset(settings.disable_access_log_for_endpoints)
-        self.limits = KeyLimits(settings.max_concurrent_per_key, settings.max_requests_per_minute_per_key)
+        self.routes = routes
+        self.quiet = frozenset(state.settings.disable_access_log_for_endpoints)
+        self.limits = state.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,11 +70,14 @@ class Gateway:
                 num_bytes += len(message.get("body", b""))
             await send(message)
 
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        is_inference = scope["method"] == "POST" and _INFERENCE.fullmatch(path) is not None
+        path = self._route(scope)
+        # Whatever is posted costs the engine or the tokenizer: refused while loading and draining, counted by key.
+        is_inference = scope["method"] == "POST" and path not in _PROBES and path != _NO_ROUTE
         tenant: Tenant | None = None
         try:
             try:
+                if not scope["path"].isprintable():
+                    raise APIError("The path holds characters that cannot be printed.")
                 carried["tenant"] = self._authenticate(path, scope["method"], headers)
                 self._check(path, is_inference, headers)
                 if is_inference:
@@ -89,6 +97,14 @@ class Gateway:
             if is_inference and self.state.telemetry is not None:
                 self.state.telemetry.observe(path, headers, status or 499, started, request_id, generation)
 
+    def _route(self, scope: Scope) -> str:
+        """The path of the route that the router will choose, as it was declared."""
+        for route in self.routes:
+            match, _ = route.matches(scope)
+            if match is Match.FULL:
+                return getattr(route, "path", _NO_ROUTE)
+        return _NO_ROUTE
+
     # --- before
 
     def _authenticate(self, path: str, method: str, headers: Headers) -> Tenant:
@@ -106,7 +122,7 @@ class Gateway:
         return tenant
 
     def _check(self, path: str, is_inference: bool, headers: Headers) -> None:
-        if _NEEDS_MODEL.match(path):
+        if path not in _PROBES and path != _NO_ROUTE and not path.startswith(PUBLIC_PREFIXES):
             problem = self.state.problem()
             # While draining, what needs no engine is still answered.
             if problem and (is_inference or self.state.model is None):
@@ -128,12 +144,11 @@ class Gateway:
         num_bytes: int,
         request_id: str,
     ) -> None:
-        route = scope.get("route")
-        handler = getattr(route, "path", "none")  # the template: a raw path would be an unbounded label
+        method = scope["method"] if scope["method"] in _METHODS else "other"  # labels are few
         status = status or 499  # the client left before there was an answer
         length = headers.get("content-length", "")
         self.state.metrics.observe_http(
-            handler, scope["method"], status, seconds, int(length) if length.isdigit() else 0, num_bytes
+            path, method, status, seconds, int(length) if length.isdigit() else 0, num_bytes
         )
         if self.state.settings.access_log and path not in self.quiet:
             client = scope.get("client") or ("-", 0)
@@ -141,13 +156,13 @@ class Gateway:
                 '%s "%s %s" %d %.1f ms',
                 client[0],
                 scope["method"],
-                path,
+                scope["path"][:_MOST_LOGGED],
                 status,
                 seconds * 1000,
                 extra={
                     "request_id": request_id,
                     "method": scope["method"],
-                    "path": path,
+                    "path": scope["path"][:_MOST_LOGGED],
                     "status": status,
                     "duration_ms": round(seconds * 1000, 3),
                     "tenant": scope["state"]["tenant"].name,
@@ -170,42 +185,3 @@ def _generated(generation: Generation | None) -> dict[str, Any]:
         "finish_reasons": [sequence.finish_reason for sequence in generation.sequences],
         **generation.timings(),
     }
-
-
-class KeyLimits:
-    """Requests in flight, and requests in the last minute, per tenant."""
-
-    def __init__(self, max_concurrent: int | None, max_per_minute: int | None) -> None:
-        self.max_concurrent, self.max_per_minute = max_concurrent, max_per_minute
-        self._active: dict[str, int] = {}
-        self._recent: dict[str, deque[float]] = {}
-
-    def enter(self, tenant: Tenant) -> None:
-        """Book one request, or 429. Anonymous callers are one tenant."""
-        concurrent = tenant.max_concurrent or self.max_concurrent
-        per_minute = tenant.max_requests_per_minute or self.max_per_minute
-        active = self._active.get(tenant.name, 0)
-        if concurrent is not None and active >= concurrent:
-            raise APIError(
-                f"This key has {active} requests in flight; {concurrent} are allowed.",
-                status=429,
-                code="rate_limit_exceeded",
-                retry_after=1,
-            )
-        if per_minute is not None:
-            now = time.monotonic()
-            recent = self._recent.setdefault(tenant.name, deque())
-            while recent and recent[0] <= now - 60:
-                recent.popleft()
-            if len(recent) >= per_minute:
-                raise APIError(
-                    f"This key has sent {per_minute} requests within a minute, which is its limit.",
-                    status=429,
-                    code="rate_limit_exceeded",
-                    retry_after=recent[0] + 60 - now,
-                )
-            recent.append(now)
-        self._active[tenant.name] = active + 1
-
-    def leave(self, tenant: Tenant) -> None:
-        self._active[tenant.name] -= 1

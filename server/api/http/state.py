@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
@@ -14,8 +16,11 @@ from server.api.generate.size_choice import SizeChooser
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.admission import Admission
 from server.api.http.auth import KeyRing
+from server.api.http.errors import APIError
+from server.api.http.limits import KeyLimits
 from server.config import Settings
 from server.observe.metrics import Metrics
+from server.options import SettingsError
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -23,8 +28,7 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
     from server.observe.tracing import Telemetry
 
-# A step that runs longer than this is taken for hung; the largest prefill on the slowest machine is far below.
-WEDGED_SECONDS = 300.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class ServedModel:
     catalog: Catalog
     fingerprint: str = ""
     tenants: Tenants = field(default_factory=Tenants)
+    resolve_size: Callable[[Any], int] | None = None  # "24L", "75%"... into layers
 
 
 class ServerState:
@@ -46,6 +51,7 @@ class ServerState:
         self.keys = keys
         self.metrics = metrics
         self.admission = Admission(settings, metrics)
+        self.limits = KeyLimits(settings)
         self.started = time.time()
         self.is_draining = False
         self.telemetry: Telemetry | None = None
@@ -64,6 +70,18 @@ class ServerState:
         self.admission.retry_after = lambda: model.engine.scheduler.estimated_wait()
         self.grammars = Compiler(model.tokenizer, self.settings)
         self.async_engine = async_engine
+
+    def reload_keys(self) -> None:
+        """Read the API keys again, with what they stand for. If anything is wrong with them the old ones stay."""
+        try:
+            keys = KeyRing.from_settings(self.settings)
+            if self.model is not None and self.model.resolve_size is not None:
+                self.model.tenants.take(keys.sizing(self.model.resolve_size))
+            self.keys.take(keys)
+        except (SettingsError, APIError, ValueError) as error:
+            logger.error("the API keys stay as they were: %s", error)
+        else:
+            logger.info("the API keys were read again: %d", len(keys.tenants))
 
     # Shorthands for the routes, which run only when the model is there (`Gateway` sees to it).
     @property
@@ -91,9 +109,19 @@ class ServerState:
             return "the server is shutting down"
         if not self.async_engine.is_alive:
             return f"the engine has stopped ({self.async_engine.failure or 'on request'})"
-        if self.async_engine.seconds_in_step > WEDGED_SECONDS:
+        if self.async_engine.seconds_in_step > self.settings.step_timeout:
             return "the engine is stuck in a step"
         return None
+
+    def check_health(self) -> None:
+        """503 unless requests are taken."""
+        if (problem := self.problem()) is not None:
+            raise APIError(f"Not ready: {problem}.", status=503, retry_after=5)
+
+    def check_live(self) -> None:
+        """503 if the process should be restarted."""
+        if self.is_broken:
+            raise APIError(f"Broken: {self.problem()}.", status=503)
 
     @property
     def is_broken(self) -> bool:
@@ -101,7 +129,7 @@ class ServerState:
         if self.load_error is not None:
             return True
         engine = self.async_engine
-        return engine is not None and (not engine.is_alive or engine.seconds_in_step > WEDGED_SECONDS)
+        return engine is not None and (not engine.is_alive or engine.seconds_in_step > self.settings.step_timeout)
 
 
 def state_of(request: Request) -> ServerState:

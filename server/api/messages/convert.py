@@ -31,7 +31,16 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         fields["reasoning_effort"] = body.output_config.effort
     if isinstance(body, MessagesRequest):
-        shared = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream", *SizeFields.model_fields)
+        shared = (
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "seed",
+            "stream",
+            "cache_salt",
+            *SizeFields.model_fields,
+        )
         fields |= {name: getattr(body, name) for name in shared}
         fields["stop"] = body.stop_sequences
     try:

@@ -75,3 +75,4 @@ class MessagesRequest(SizeFields, CountTokensRequest):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(default=None, description="as for chat")
     metadata: dict[str, Any] | None = Field(default=None, description="ignored")
     service_tier: str | None = Field(default=None, description="ignored")
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(default=None, description="as for chat")

@@ -16,16 +16,13 @@ router = APIRouter()
 
 @router.get("/health", tags=["health"], summary="200 when requests are taken; 503 while loading, draining or broken")
 async def health(request: Request) -> Response:
-    problem = state_of(request).problem()
-    if problem is None:
-        return json_response({"status": "ok"})
-    raise APIError(f"Not ready: {problem}.", status=503, retry_after=5)
+    state_of(request).check_health()
+    return json_response({"status": "ok"})
 
 
 @router.get("/live", tags=["health"], summary="200 unless the process should be restarted")
 async def live(request: Request) -> Response:
-    if request.app.state.server.is_broken:
-        raise APIError(f"Broken: {state_of(request).problem()}.", status=503)
+    state_of(request).check_live()
     return json_response({"status": "ok"})
 
 
@@ -59,4 +56,6 @@ async def load(request: Request) -> Response:
 
 @router.get("/metrics", tags=["health"], summary="Prometheus metrics")
 async def metrics(request: Request) -> Response:
+    if state_of(request).settings.metrics_port is not None:
+        raise APIError("Metrics are served on a port of their own here.", status=404)
     return Response(state_of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

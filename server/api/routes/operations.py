@@ -51,7 +51,8 @@ POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [
 
 def add_operations(app: FastAPI, state: ServerState) -> None:
     for router in ROUTERS:
-        app.include_router(router)
+        # Not `include_router`: what it adds does not say which of its routes matches, and the gateway asks that.
+        app.router.routes.extend(router.routes)
     for post in POSTS:
         _add_post(app, state, *post)
 
