@@ -244,9 +244,9 @@ def text_table(sizes: Sizes) -> str:
         figures = [_within(row, "perplexity_ratio", 2), _within(row, "kl", 3), f"{row['top1_agreement']:.3f}"]
         speed = row.get("tokens_per_second")
         megabytes = row["weight_bytes"] / 1e6
-        return [str(size), *figures, f"{megabytes:.0f}", f"{speed:.0f}" if speed else "-"]
+        return [str(size), f"{row['perplexity']:.1f}", *figures, f"{megabytes:.0f}", f"{speed:.0f}" if speed else "-"]
 
-    header = "layers | perplexity, x teacher's | KL | top-1 agreement | weights, MB | tokens/s"
+    header = "layers | perplexity | x teacher's | KL | top-1 agreement | weights, MB | tokens/s"
     return _lines(header, [cells(*item) for item in sizes.items()]) + "\n" + _falls(sizes, "kl") + "\n"
 
 
@@ -255,11 +255,12 @@ def chat_table(sizes: Sizes) -> str:
     rows = []
     for size, row in sizes.items():
         shares = [f"{100 * row[key]:.0f} %" for key in ("repetition", "repetition_penalised", "stop_rate")]
-        rows.append([str(size), _within(row, "chat_kl", 3), *shares, f"{row['length_ratio']:.2f}"])
+        rows.append([str(size), _within(row, "chat_kl", 3), f"{row['chat_top1_agreement']:.3f}", *shares])
+        rows[-1].append(f"{row['length_ratio']:.2f}")
     top = sizes[max(sizes)]["repetition"]
     over = [str(size) for size, row in sizes.items() if row["repetition"] > 2 * top]
     verdict = f"Sizes that repeat more than twice as often as the teacher: {', '.join(over) or 'none'}."
-    header = "layers | KL | repeat | repeat, with penalty | stop | length, x teacher's"
+    header = "layers | KL | top-1 agreement | repeat | repeat, with penalty | stop | length, x teacher's"
     return _lines(header, rows) + f"\n{_falls(sizes, 'chat_kl')} {verdict}\n"
 
 

@@ -110,15 +110,11 @@ def _endpoints() -> str:
 
 
 def _unsupported() -> str:
-    """A table of those that something else replaces, and a list of the others."""
-    rows, others = [], []
+    rows = []
     for name, neutral in sorted(UNSUPPORTED.items()):
         values = ", ".join(dict.fromkeys(f"`{_json(value)}`" for value in neutral if value is not None)) or "null"
-        if name in INSTEAD:
-            rows.append((f"`{name}`", values, f"`{INSTEAD[name]}`"))
-        else:
-            others.append(f"`{name}` ({values})")
-    return _rows("field | accepted | use instead", rows) + f"\nWithout a substitute: {', '.join(others)}.\n"
+        rows.append((f"`{name}`", values, f"`{INSTEAD[name]}`" if name in INSTEAD else ""))
+    return _rows("field | accepted | use instead", rows)
 
 
 def _json(value: Any) -> str:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from server.core.step_times import StepTimes
 
 
+MAX_RETRY_AFTER = 60.0  # seconds: a wait that is predicted to be longer is not known well enough to keep clients away
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why a request gets no size: 400 impossible, 503 not now (`retry_after` in seconds)."""
@@ -27,7 +30,7 @@ class Refusal:
 
 
 class RequestRefused(ValueError):
-    """A request that could not run even on an idle server."""
+    """A request that this server could not run, or not within the limits it insists on, even when idle."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -99,7 +102,7 @@ class SizePolicy:
         return Refusal(message, 503, math.ceil(self.estimated_wait(view, now)))
 
     def estimated_wait(self, view: LoadView, now: float) -> float:
-        """Seconds until what waits now will have been admitted. Any thread."""
+        """Seconds until what waits now will have been admitted, 1 to MAX_RETRY_AFTER. Any thread."""
         return 1.0
 
 

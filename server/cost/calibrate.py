@@ -21,8 +21,10 @@ import numpy as np
 
 from server.core.batch import ForwardBatch
 from server.core.request import LiveRequest, Request, SamplingParams
-from server.core.step_times import KINDS
-from server.cost.model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel, fit
+from server.core.step_times import KINDS, StepShape
+from server.cost.best import BestEver
+from server.cost.features import AT, HEAD_KNOTS, KNOTS, NUM_FEATURES, weight_features
+from server.cost.model import CostModel, fit
 from server.cost.profile import CostProfile
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 
 # (requests, tokens each, context before, side) of one group; a step is a list of groups. Sides: t teacher, s student.
 Group = tuple[int, int, int, str]
@@ -68,7 +70,7 @@ def profile_of(
 # --- what to time
 
 
-def plan(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
+def steps_to_time(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list[Group]]:
     """Steps to time, the most telling first."""
     long = min(1024, max_len // 2)
     chunk = min(512, max_tokens, max_len - 1)
@@ -130,7 +132,7 @@ def calibrate(
 ) -> CostModel:
     """Time steps on an idle engine for about `seconds`, beside what compiling takes, and fit. Overwrites the pool."""
     config = engine.config
-    steps = plan(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+    steps = steps_to_time(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
     features, times = [], []
     blank = CostModel(profile, np.zeros(NUM_FEATURES))
     deadline = clock() + seconds
@@ -173,19 +175,16 @@ def prior_from(profile: CostProfile, features: np.ndarray, seconds: np.ndarray) 
     read = 0.8 * seconds[0] / (weights + head)  # of one layer
     # tokens of the large prompt, recovered from its ramp features: weight(layers) * sum of ramps over their spans
     spans = np.diff(KNOTS)
-    tokens = 1.0 + float(features[1, 2 : 1 + len(KNOTS)] @ spans) / weights
+    tokens = 1.0 + float(features[1, AT.layers][1:] @ spans) / weights
     product = max(seconds[1] - seconds[0], 0.2 * seconds[1]) / (weights * max(tokens, 2.0))  # of one layer and token
     parameters = profile.reference_bytes / profile.weight_bytes_per_parameter
     prior = np.zeros(NUM_FEATURES)
-    prior[0] = 0.1 * seconds[0]
-    prior[1] = read
-    prior[2 : 1 + len(KNOTS)] = product * spans
-    start = 1 + len(KNOTS)
-    prior[start] = read * head
-    prior[start + 1 : start + len(HEAD_KNOTS)] = product * head * np.diff(HEAD_KNOTS)
-    prior[-3] = read * profile.kv_bytes / profile.reference_bytes
-    prior[-2] = product * profile.attention_flops / (2.0 * parameters)
-    prior[-1] = 0.02 * read
+    prior[AT.fixed] = 0.1 * seconds[0]
+    prior[AT.layers] = [read, *(product * spans)]
+    prior[AT.head] = [read * head, *(product * head * np.diff(HEAD_KNOTS))]
+    prior[AT.decode_context] = read * profile.kv_bytes / profile.reference_bytes
+    prior[AT.prefill_context] = product * profile.attention_flops / (2.0 * parameters)
+    prior[AT.request_layers] = 0.02 * read
     return prior
 
 
@@ -229,6 +228,7 @@ def save(model: CostModel, path: Path) -> None:
         "overhead_per_request": model.overhead_per_request,
         "spread": {kind: stats.spread() for kind, stats in model.errors.items() if stats.recent} or model.spread,
         "num_observed": model.num_observed,
+        "best": model.best.to_json(),
     }
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(json.dumps(content, indent=1) + "\n")
@@ -243,10 +243,14 @@ def from_json(content: Mapping[str, Any], profile: CostProfile | None = None) ->
         coefficients, prior = np.asarray(content["coefficients"]), np.asarray(content["prior"])
         if coefficients.shape != (NUM_FEATURES,) or prior.shape != (NUM_FEATURES,):
             raise ValueError("a wrong number of coefficients")
-        if not (np.isfinite(coefficients).all() and (coefficients >= 0).all()):
-            raise ValueError("coefficients that are not finite or below 0")
+        best = BestEver.from_json(content["best"])
+        if best.coefficients.shape != (NUM_FEATURES,):
+            raise ValueError("a wrong number of coefficients")
+        for values in (coefficients, best.coefficients):
+            if not (np.isfinite(values).all() and (values >= 0).all()):
+                raise ValueError("coefficients that are not finite or below 0")
         model = CostModel(profile or CostProfile.from_json(content["profile"]), coefficients)
-        model.prior = prior
+        model.prior, model.best = prior, best
         model.correction.update({kind: float(content.get("correction", {}).get(kind, 1.0)) for kind in KINDS})
         model.overhead = float(content["overhead"])
         model.overhead_per_request = float(content.get("overhead_per_request", 0.0))
@@ -281,7 +285,13 @@ def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, sec
             logger.info("cost model: taken from %s (predicts %.2f of a quick check's time)", path, ratio)
             return model
         logger.info("cost model: %s does not fit this machine any more, calibrating", path)
-    model = calibrate(engine, profile, seconds=seconds)
+    fresh = calibrate(engine, profile, seconds=seconds)
+    if model is not None:
+        top = profile.elasticity.sizes[-1]
+        one_row = StepShape(weight_features({1: profile.path_weights()[top]}, [1]), "decode")
+        if model.best.seconds(one_row) < fresh.best.seconds(one_row):
+            fresh.best = model.best  # the machine has been faster than it is now
+    model = fresh
     model.path = path
     keep(model)
     return model

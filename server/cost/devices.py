@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_store.assembly import Elasticity
-from server.cost.model import HEAD_KNOTS, KNOTS, NUM_FEATURES, CostModel
+from server.cost.features import AT, HEAD_KNOTS, KNOTS, NUM_FEATURES
+from server.cost.model import CostModel
 from server.cost.profile import CostProfile
 
 
@@ -96,12 +97,11 @@ def roofline_cost_model(profile: CostProfile, device: Device) -> CostModel:
         return np.diff(values, prepend=0.0)
 
     coefficients = np.zeros(NUM_FEATURES)
-    coefficients[0] = device.fixed
-    coefficients[1 : 1 + len(KNOTS)] = increments(profile.reference_bytes, KNOTS, device.launch)
-    head = slice(1 + len(KNOTS), 1 + len(KNOTS) + len(HEAD_KNOTS))
-    coefficients[head] = increments(profile.head_bytes, HEAD_KNOTS, device.launch)
-    coefficients[head.stop] = profile.kv_bytes / bandwidth
-    coefficients[head.stop + 1] = profile.attention_flops / flops
+    coefficients[AT.fixed] = device.fixed
+    coefficients[AT.layers] = increments(profile.reference_bytes, KNOTS, device.launch)
+    coefficients[AT.head] = increments(profile.head_bytes, HEAD_KNOTS, device.launch)
+    coefficients[AT.decode_context] = profile.kv_bytes / bandwidth
+    coefficients[AT.prefill_context] = profile.attention_flops / flops
     model = CostModel(profile, coefficients)
     model.overhead = device.overhead
     return model

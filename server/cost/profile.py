@@ -46,6 +46,15 @@ class CostProfile:
         teacher = np.array([weights[s.start : s.stop].sum() for s in stations]) - joint
         return joint, teacher, np.array([weights[num_teacher + s.index] for s in stations])
 
+    def path_weights(self) -> dict[int, float]:
+        """Layer weight of each size's path: what one step reads and multiplies by, all rows being of that size."""
+        joint, teacher, student = self.station_weights()
+        thresholds = np.asarray(self.elasticity.thresholds)
+        return {
+            size: float(joint.sum() + np.where(size >= thresholds, teacher, student).sum())
+            for size in self.elasticity.sizes
+        }
+
     def to_json(self) -> dict[str, Any]:
         pair = self.elasticity
         thresholds = {name: getattr(pair, name) for name in _THRESHOLDS}
@@ -63,10 +72,6 @@ class CostProfile:
             shared_stations=frozenset(content["shared_stations"]),
             **fields,
         )
-
-    def kv_bytes_for(self, num_tokens: int, size: int, page_size: int = 1) -> int:
-        """KV bytes of a request of `num_tokens` tokens at `size` layers, whole pages."""
-        return -(-num_tokens // page_size) * page_size * size * self.kv_bytes
 
 
 _THRESHOLDS = ("thresholds", "embed_threshold", "norm_threshold", "head_threshold")

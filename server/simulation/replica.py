@@ -16,7 +16,9 @@ from server.core.config import EngineConfig
 from server.core.request import LiveRequest, SampledToken
 from server.core.size_policy import SizePolicy
 from server.core.step_times import StepShape
+from server.cost.features import step_shape, weight_features
 from server.cost.model import CostModel
+from server.cost.price import StepPrice
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import WaitingQueue
 from server.engine.scheduler import Scheduler, SchedulerOutput
@@ -63,7 +65,7 @@ class Replica:
         self.num_steps = 0
         self.busy = 0.0  # seconds in steps
         self._rng = random.Random(seed * 1_000_003 + index)
-        self._joint, self._teacher, self._student = spec.machine.profile.station_weights()
+        self.price = StepPrice(spec.machine)
 
     @property
     def num_outstanding(self) -> int:
@@ -128,18 +130,13 @@ class Replica:
         counts = np.fromiter((count for _, count in scheduled), np.int64, n)
         sizes = np.fromiter((request.path.size for request, _ in scheduled), np.int64, n)
         context = np.fromiter((request.num_computed_tokens for request, _ in scheduled), np.int64, n) + counts
-        by_size: dict[int, int] = {}
-        num_logits = 0
+        tokens, logits = [0] * (self.price.top + 1), [0] * (self.price.top + 1)
         for request, count in scheduled:
-            size = request.path.size
-            by_size[size] = by_size.get(size, 0) + count
-            num_logits += request.num_computed_tokens + count == request.num_tokens
+            tokens[request.path.size] += count
+            logits[request.path.size] += request.num_computed_tokens + count == request.num_tokens
         segments: dict[int, float] = {}
-        total = sum(by_size.values())
-        for index, threshold in enumerate(self.elasticity.thresholds):
-            above = sum(tokens for size, tokens in by_size.items() if size >= threshold)
-            parts = ((total, self._joint), (above, self._teacher), (total - above, self._student))
-            for tokens, weights in parts:
-                if tokens:
-                    segments[tokens] = segments.get(tokens, 0.0) + weights[index]
-        return self.spec.machine.shape_of(counts, context, sizes, segments, [num_logits] if num_logits else [])
+        for count, weight in self.price.segments(tokens):
+            if count:
+                segments[count] = segments.get(count, 0.0) + weight
+        features = weight_features(segments, [rows for rows in self.price.heads(logits) if rows])
+        return step_shape(features, counts, context, sizes)

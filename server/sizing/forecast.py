@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from bisect import bisect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from server.core.load import LoadView
 from server.cost.model import CostModel
+from server.cost.price import HEADROOM, StepPrice
 from server.sizing.candidates import CandidateTable
 from server.sizing.demand import Demand
-from server.sizing.outlook import NEVER
+from server.sizing.outlook import MOST_BUSY, NEVER
 from server.sizing.tenants import Tenants
 
-if TYPE_CHECKING:
-    from server.core.load import LoadView
-
 _REFRESH = 0.1  # seconds of clock for which a forecast holds
+_ROUNDS, _SETTLED = 16, 0.05  # at most so many rounds to the fixed point, fewer once no size's rows move by more
 
 
 @dataclass(slots=True)
@@ -35,13 +34,22 @@ class Forecast:
 
 
 class Forecaster:
-    def __init__(self, cost: CostModel, table: CandidateTable, demand: Demand, tenants: Tenants, sigmas: float) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        price: StepPrice,
+        table: CandidateTable,
+        demand: Demand,
+        tenants: Tenants,
+        sigmas: float,
+    ) -> None:
         self.cost = cost
+        self.price = price
         self.table = table
         self.demand = demand
         self.tenants = tenants
         self.sigmas = sigmas
-        self._weights: list[float] = table.path_weights(table.all.on_teacher).tolist()
+        self._full_weight = price.path_weights[price.top]
         self._cache: dict[str, Forecast] = {}
 
     def forecast(self, tenant: str, view: LoadView, now: float) -> Forecast:
@@ -79,36 +87,41 @@ class Forecaster:
         tokens_of_kv: int,
         now: float = 0.0,
     ) -> Forecast:
-        """`rate` requests/s of `prompt` and `output` tokens; `limit`: TPOT that chunks of prompt respect."""
+        """`rate` requests/s of `prompt` and `output` tokens; `limit`: TPOT that chunks of prompt respect.
+
+        The loop prices a step of `n` rows of one size as `StepPrice` does.
+        """
         cost = self.cost
         scale, prompt_scale = cost.correction["decode"], cost.prompt_scale(1)
-        knots, g, g_slopes, h, h_slopes = cost.step_curves
-        context = cost.decode_context * (prompt + 0.5 * output) + cost.request_layers
-        attention, head_first = cost.prefill_context * 0.5 * prompt**2, cost.head_seconds_of(1.0)
+        layer, head = cost.layer, cost.head_on_layer_knots
+        knots, g, g_slopes, h, h_slopes = layer.knots, layer.values, layer.slopes, head.values, head.slopes
+        fixed, overhead, overhead_per_request = cost.fixed, cost.overhead, cost.overhead_per_request
+        row_layer = cost.decode_context * (prompt + 0.5 * output) + cost.request_layers
+        attention, first_head = cost.prefill_context * 0.5 * prompt**2, cost.head(1)
         piece, answers = min(prompt, max_tokens), rate * output
         cap = 4.0 * max_num_seqs
-        # By size: weight of its path, seconds of a step's row beside layers and head, of a prompt's tokens and beside.
+        # By size: its path's weight; seconds of a step's row beside weights, of a prompt's tokens, and beside tokens.
         columns = [
-            (weight, context * size + cost.overhead_per_request, prompt * weight / piece, attention * size + head_first)
-            for weight, size in zip(self._weights, self.table.sizes, strict=True)
+            (weight, row_layer * size, prompt * weight / piece, attention * size + first_head)
+            for size, _, weight, _ in self.table.all.columns
         ]
-        start = cost.fixed + cost.overhead
         rows = [1.0] * len(columns)
-        for _ in range(16):
-            found, seen, change = [], 0.0, 0.0
-            for n, (weight, per_row, per_token, beside) in zip(rows, columns, strict=True):
-                if n != seen:  # in the first round, and under a light load in all, sizes have the same rows
-                    seen = n
+        for _ in range(_ROUNDS):
+            found, last_rows, change = [], 0.0, 0.0
+            for n, (weight, per_row, per_token, per_prompt) in zip(rows, columns, strict=True):
+                if n != last_rows:  # in the first round, and under a light load in all, sizes have the same rows
+                    last_rows = n
                     i = bisect(knots, n) - 1
                     beyond = n - knots[i]
-                    alone = g[i] + beyond * g_slopes[i]
-                    around = start + h[i] + beyond * h_slopes[i]
+                    of_layer = g[i] + beyond * g_slopes[i]
+                    fixed_and_head = fixed + h[i] + beyond * h_slopes[i]
+                    between = overhead + overhead_per_request * n
                     i = bisect(knots, n + piece) - 1
-                    more = g[i] + (n + piece - knots[i]) * g_slopes[i] - alone
-                step = (around + weight * alone + per_row * n) * scale
-                prefill = (per_token * more + beside) * prompt_scale
+                    of_piece = g[i] + (n + piece - knots[i]) * g_slopes[i] - of_layer
+                in_model = fixed_and_head + weight * of_layer + per_row * n
+                prefill = (per_token * of_piece + per_prompt) * prompt_scale
                 busy = rate * prefill
-                tpot = step / (1.0 - (busy if busy < 0.95 else 0.95))
+                tpot = (in_model * scale + between) / (1.0 - (busy if busy < MOST_BUSY else MOST_BUSY))
                 new = answers * tpot
                 if new < 1.0:
                     new = 1.0
@@ -117,21 +130,22 @@ class Forecaster:
                 moved = new - n if new > n else n - new
                 if moved > change:
                     change = moved
-                found.append((new, tpot, step, prefill, busy))
+                found.append((new, tpot, in_model, between, prefill, busy))
             rows = [one[0] for one in found]
-            if change < 0.05:
+            if change < _SETTLED:
                 break
         forecast = Forecast([], [], [], now)
-        paced = None if limit is None else 0.9 * limit
+        room = None if limit is None else HEADROOM * limit
         other_slots, kv_share = max(max_num_seqs - 1, 1), (prompt + output) / tokens_of_kv
-        for size, (n, tpot, step, prefill, busy) in zip(self.table.sizes, found, strict=True):
-            per_step = max_tokens
-            if paced is not None:
-                left, least = paced - step, 0.1 * step
+        for size, (n, tpot, in_model, between, prefill, busy) in zip(self.table.sizes, found, strict=True):
+            without_prompt = in_model * prompt_scale + between
+            per_step: float = max_tokens
+            if room is not None:
+                left, least = room - without_prompt, 0.1 * without_prompt
                 fits = (left if left > least else least) * prompt / (prefill if prefill > 1e-12 else 1e-12)
                 if fits < per_step:
                     per_step = fits
-            service = prefill + prompt / per_step * step
+            service = prefill + prompt / per_step * without_prompt
             used = rate * service
             wait = NEVER
             if used < 1.0:
@@ -142,7 +156,7 @@ class Forecaster:
             slots, kv = (n - 1.0) / other_slots, n * size * kv_share
             full = slots if slots > kv else kv
             forecast.tpot.append(tpot)
-            forecast.ttft.append(wait + service + step)
+            forecast.ttft.append(wait + service + in_model * scale + between)
             forecast.occupancy.append(full if full > busy else busy)
         return forecast
 
@@ -155,21 +169,17 @@ class Forecaster:
         weight = self.tenants.weight
         total_weight = weight(tenant) + sum(map(weight, others))
         # Requests per second that the machine carries at full size with its batch as large as the limit lets it be.
-        config = view.config
+        config, price = view.config, self.price
         rows = float(config.max_num_seqs)
         if limit is not None:
-            per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._weights[-1]
-            rows = min(max(self.cost.tokens_within(per_layer), 1.0), rows)
-        g = self.cost.layer_seconds_of
-        step = self.cost.fixed + self.cost.overhead + g(rows) * self._weights[-1]
-        output = self.demand.mean_output * step * self.cost.correction["decode"] / rows
-        total, tokens, alone = own, own * prompt, g(rows)
+            rows = min(price.rows_within(HEADROOM * limit), rows)
+        output_seconds = self.demand.mean_output * price.full_size_seconds(rows) / rows
+        total, tokens = own, own * prompt
         for name in others:
             rate, length = self.demand.rate(name, now, self.sigmas)
             piece = min(max(length, 1.0), config.max_num_batched_tokens)
-            more = (g(rows + piece) - alone) * self.cost.prompt_scale(rows)
-            work = length * more / piece * self._weights[-1] + output
-            rate = min(rate, weight(name) / total_weight / work)
+            prompt_seconds = length * price.token_rate(rows, piece) * self._full_weight
+            rate = min(rate, weight(name) / total_weight / (prompt_seconds + output_seconds))
             total += rate
             tokens += rate * length
         return total, tokens / max(total, 1e-9)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.core.request import LiveRequest, SizeDecision
-from server.core.size_policy import PrefillBudget, Refusal, SizePolicy
+from server.core.size_policy import MAX_RETRY_AFTER, PrefillBudget, Refusal, SizePolicy
 from server.cost.model import CostModel
+from server.cost.price import StepPrice
 from server.sizing.candidates import Candidates, CandidateTable
 from server.sizing.demand import Demand
 from server.sizing.forecast import Forecaster
@@ -51,7 +52,7 @@ REASONS = ("slo_ttft", "slo_tpot", "slo_e2e", "kv_pressure", "load")
 
 
 class BudgetPolicy(SizePolicy):
-    """Implements `SizePolicy` for the scheduler. Engine thread only, but `check` and `estimated_wait`."""
+    """Sizes by cost: see the module."""
 
     shrinks_running = True
 
@@ -72,10 +73,11 @@ class BudgetPolicy(SizePolicy):
         self._keep = keep
         self.config = config or PolicyConfig()
         self.tenants = tenants or Tenants()
-        self.table = CandidateTable(cost.profile, quality)
+        self.price = StepPrice(cost)
+        self.table = CandidateTable(self.price, quality)
         self.demand = Demand(self.config.window)
-        self.forecaster = Forecaster(cost, self.table, self.demand, self.tenants, self.config.sigmas)
-        self.outlook = Outlook(cost, self.table, self.demand, self.tenants, self.config.min_chunk)
+        self.forecaster = Forecaster(cost, self.price, self.table, self.demand, self.tenants, self.config.sigmas)
+        self.outlook = Outlook(cost, self.price, self.demand, self.tenants, self.config.min_chunk)
         self.num_decisions = 0
         self._levels: OrderedDict[tuple, tuple[int, float]] = OrderedDict()  # (tenant, limits) -> (size, last shrink)
         self._last_end: float | None = None
@@ -86,43 +88,45 @@ class BudgetPolicy(SizePolicy):
     # --- before the queue
 
     def prepare(self, request: LiveRequest, view: LoadView, now: float) -> Refusal | None:
-        """Refuse (400) what could not be met even on an idle server."""
-        return self.check(request)
+        """Refuse (400) strict requests whose limits are beyond this machine."""
+        return self.impossible(request, view.config.max_num_batched_tokens)
 
-    def check(self, request: LiveRequest) -> Refusal | None:
-        """400 with the best achievable figure if no allowed size could meet the request's limits alone on the server.
+    def impossible(self, request: LiveRequest, max_tokens: int) -> Refusal | None:
+        """400 with the best figure if no allowed size, alone on the machine at its fastest ever, could meet the limits
+        of a strict request. What is only missed at the moment is for `choose` to say; `best_effort` is always served.
 
-        A limit that the caller did not bring itself is a goal: it refuses nothing unless the policy is strict.
+        `max_tokens` of the largest size are what a step takes.
         """
         budget = request.budget
-        limits = [
-            (name, limit)
-            for name, limit in (("ttft", budget.ttft), ("tpot", budget.tpot), ("e2e", budget.e2e))
-            if limit is not None and (budget.strict or name not in budget.inherited)
-        ]
-        if not limits:
+        limits = {"ttft": budget.ttft, "tpot": budget.tpot, "e2e": budget.e2e}
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        if not budget.strict or not limits:
             return None
-        candidates = self.table.candidates(request.sizes)
-        ttft, tpot = self.outlook.idle(candidates, request.num_prompt_tokens)
         sampling = request.sampling
-        sure = sampling.max_tokens if sampling.ignore_eos else max(sampling.min_tokens, 1)
-        figures = {"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * max(sure - 1, 0)}
-        bad = [(name, limit) for name, limit in limits if figures[name].min() > limit]
-        together = np.all([figures[name] <= limit for name, limit in limits], axis=0)
-        if together.any():
+        num_output = sampling.max_tokens if sampling.ignore_eos else max(sampling.min_tokens, 1)
+        best = StepPrice(self.cost.at_best())
+        figures: dict[int, dict[str, float]] = {}
+        for size in self.table.candidates(request.sizes).sizes:
+            alone = [price.alone(size, request.num_prompt_tokens, max_tokens) for price in (best, self.price)]
+            ttft, tpot = map(min, zip(*alone, strict=True))
+            figures[size] = {"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * max(num_output - 1, 0)}
+        excess = {size: max(figure[name] / limit for name, limit in limits.items()) for size, figure in figures.items()}
+        closest = min(excess, key=excess.__getitem__)
+        if excess[closest] <= 1.0:
             return None
-        if not bad:
-            best = candidates.sizes[int(np.max([figures[name] / limit for name, limit in limits], axis=0).argmin())]
-            message = f"slo: each limit can be met by some allowed size, but no size meets all; {best}L comes closest"
-            return Refusal(message + ".", 400, param="slo")
-        sentences = []
-        for name, limit in bad:
-            best = int(figures[name].argmin())
-            sentences.append(
-                f"slo.{name}_ms: {limit * 1e3:g} cannot be met; the best that an idle server is expected to reach for "
-                f"this request is {figures[name][best] * 1e3:.1f} (at {candidates.sizes[best]}L)."
-            )
-        return Refusal(" ".join(sentences), 400, param=f"slo.{bad[0][0]}_ms")
+        sentences, params = [], []
+        for name, limit in limits.items():
+            size = min(figures, key=lambda size: figures[size][name])
+            if figures[size][name] > limit:
+                params.append(f"slo.{name}_ms")
+                sentences.append(
+                    f"slo.{name}_ms: {limit * 1e3:g} cannot be met; the best that this server is expected to reach for "
+                    f"this request, idle and at its fastest, is {figures[size][name] * 1e3:.1f} (at {size}L)."
+                )
+        if sentences:
+            return Refusal(" ".join(sentences), 400, param=params[0])
+        message = f"slo: each limit can be met by some allowed size, but no size meets all; {closest}L comes closest."
+        return Refusal(message, 400, param="slo")
 
     def on_arrival(self, request: LiveRequest, now: float) -> None:
         self.demand.arrived(request.tenant, request.num_prompt_tokens, now)
@@ -231,12 +235,20 @@ class BudgetPolicy(SizePolicy):
     def _reason(
         self, candidates: Candidates, index: int, ratios: list[tuple[float, ...]], is_floor: bool, request: LiveRequest
     ) -> str:
-        if len(candidates.sizes) == 1 or index == len(candidates.sizes) - 1:
-            return request.size_reason
-        if is_floor and index == 0:
+        if is_floor and (len(candidates.sizes) > 1 or self._misses_own_limit(ratios[index], request)):
             return "floor"
+        if index == len(candidates.sizes) - 1:
+            return request.size_reason
         binding = ratios[index + 1]
         return REASONS[binding.index(max(binding))]
+
+    def _misses_own_limit(self, ratios: tuple[float, ...], request: LiveRequest) -> bool:
+        """Whether a limit that the caller brought itself is not predicted to hold."""
+        inherited = request.budget.inherited
+        return any(
+            ratio > self.config.margin and name not in inherited
+            for name, ratio in zip(("ttft", "tpot", "e2e"), ratios[:3], strict=True)
+        )
 
     # --- a running request changes size
 
@@ -273,14 +285,13 @@ class BudgetPolicy(SizePolicy):
     # --- beside the decision
 
     def estimated_wait(self, view: LoadView, now: float) -> float:
-        """Seconds until the queue of this moment has been admitted, at least 1: what Retry-After says."""
-        return max(1.0, self.outlook.drain_seconds(view))
+        return min(max(1.0, self.outlook.drain_seconds(view)), MAX_RETRY_AFTER)
 
     def prefill_budget(self, view: LoadView, now: float) -> PrefillBudget | None:
         return self.outlook.prefill_budget(view, now, self.config.step_margin)
 
     def decode_seconds(self, rows: np.ndarray) -> float:
-        return self.outlook.mix_seconds(rows)
+        return self.price.decode_seconds(rows.astype(int).tolist())
 
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """Learn from a step of `seconds` in the model that ended at `end` on the scheduler's clock.
@@ -312,6 +323,5 @@ class BudgetPolicy(SizePolicy):
     def on_stop(self) -> None:
         self._learn()
         if self._keep is not None:
-            if self.cost.num_observed >= 64:
-                self.cost.refit(half_life=math.inf)  # what the last minute was like is of no use to the next start
+            self.cost.settle()
             self._keep(self.cost)

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from server.core.load import LoadView
 from server.core.request import LiveRequest
-from server.cost.model import CostModel
-from server.sizing.candidates import CandidateTable
+from server.cost.price import HEADROOM, StepPrice
 from server.sizing.tenants import Tenants
 
-if TYPE_CHECKING:
-    from server.core.load import LoadView
+_ROOM_FOR_OTHERS = 0.85  # share of a TPOT limit that a tenant beyond its share of the machine may use
 
 
 @dataclass(slots=True)
-class Seen:
+class VisibleLoad:
     """The running requests as one tenant may see them."""
 
-    rows: list[float]  # by size, from the smallest on
+    rows: Sequence[float]  # by size, from the smallest on
     num_rows: float
-    crowd: float  # of all rows
-    limit: float | None  # TPOT that admission must keep
-    limit_share: float  # and how much of it may be used
+    fraction: float  # of all rows
+    tpot_limit: float | None  # that admission must keep
+    tpot_limit_share: float  # and how much of it may be used
 
 
 class Shares:
     """Divides the machine among those who run, wait or ask. Keeps only what follows from the cost model."""
 
-    def __init__(self, cost: CostModel, table: CandidateTable, tenants: Tenants) -> None:
-        self.cost = cost
+    def __init__(self, price: StepPrice, tenants: Tenants) -> None:
+        self.price = price
         self.tenants = tenants
-        self._smallest = table.sizes[0]
-        self._full_weight = table.full_weight
-        self._capacity = (-1.0, -1, 0.0)  # limit, version of the cost model, `capacity_rows` for them
+        self._smallest = price.cost.profile.elasticity.sizes[0]
+        self._capacity = 1.0
+        self._capacity_rests_on: tuple[object, ...] | None = None
 
-    def seen_by(self, request: LiveRequest, view: LoadView, tightest: float | None) -> Seen:
+    def visible_to(self, request: LiveRequest, view: LoadView, tightest: float | None) -> VisibleLoad:
         """What runs, as this tenant may see it; `tightest` is the smallest TPOT limit among all who run.
 
         Others count up to their share of the machine: what a flood takes beyond that is not this tenant's load. And
         while others are there, a tenant beyond its share must leave room for them.
         """
         load, tenant, low = view.load, request.tenant, self._smallest
-        rows: list[float] = load.rows[low:]
+        rows: Sequence[float] = load.rows[low:]
         held, waiting = load.held, view.waiting.tenants()
         if not held or (len(held) == 1 and tenant in held and len(waiting) <= 1):
-            return Seen(rows, load.num_rows, 1.0, tightest, 1.0)
+            return VisibleLoad(rows, load.num_rows, 1.0, tightest, 1.0)
         weight = self.tenants.weight
         total_weight = sum(map(weight, dict.fromkeys((*held, *waiting, tenant))))
         capacity = self.capacity_rows(tightest, view.config.max_num_seqs)
@@ -58,10 +57,10 @@ class Shares:
                     lost = 1.0 - share / count
                     rows = [a - b * lost for a, b in zip(rows, load.tenant_rows[name][low:], strict=True)]
         num_rows = sum(rows)
-        crowd = num_rows / max(load.num_rows, 1)
+        fraction = num_rows / max(load.num_rows, 1)
         if tenant in over:
-            return Seen(rows, num_rows, crowd, tightest, 0.85)
-        return Seen(rows, num_rows, crowd, load.tightest_tpot(skip=over), 1.0)
+            return VisibleLoad(rows, num_rows, fraction, tightest, _ROOM_FOR_OTHERS)
+        return VisibleLoad(rows, num_rows, fraction, load.tightest_tpot(skip=over), 1.0)
 
     def slots_before(self, request: LiveRequest, view: LoadView, own_waiting: int, free_slots: int) -> float:
         """Slots that must fall free before the last of those who wait gets one, as `request`'s tenant may see it.
@@ -79,7 +78,8 @@ class Shares:
         """Rows of full size whose decode step stays within `limit` seconds."""
         if limit is None:
             return float(max_num_seqs)
-        if self._capacity[:2] != (limit, self.cost.version):
-            per_layer = (0.9 * limit - self.cost.fixed - self.cost.overhead) / self._full_weight
-            self._capacity = limit, self.cost.version, max(self.cost.tokens_within(per_layer), 1.0)
-        return min(self._capacity[2], float(max_num_seqs))
+        cost = self.price.cost
+        rests_on = limit, cost.layer, cost.correction["decode"], cost.overhead
+        if rests_on != self._capacity_rests_on:
+            self._capacity_rests_on, self._capacity = rests_on, self.price.rows_within(HEADROOM * limit)
+        return min(self._capacity, float(max_num_seqs))

@@ -29,7 +29,12 @@ _ids = itertools.count()
 
 def profile() -> CostProfile:
     return CostProfile(
-        elasticity=ELASTICITY, layer_bytes=(10_000_000,) * 18, head_bytes=5_000_000, kv_bytes=1024, attention_flops=4096
+        elasticity=ELASTICITY,
+        layer_bytes=(10_000_000,) * 18,
+        head_bytes=5_000_000,
+        kv_bytes=1024,
+        attention_flops=4096,
+        shared_head=True,
     )
 
 
