@@ -19,12 +19,12 @@ from server.api.http.auth import KeyRing
 from server.api.http.errors import APIError, handle_api_error, handle_http_error, handle_recursion, handle_unexpected
 from server.api.http.gateway import Gateway
 from server.api.http.state import ServedModel, ServerState
+from server.api.http.tracing import create_telemetry
 from server.api.playground import router as playground_router
 from server.api.routes.openapi import openapi_document
 from server.api.routes.operations import add_operations
 from server.config import Settings
 from server.observe.metrics import Metrics
-from server.observe.tracing import create_telemetry
 from server.version import __version__
 
 logger = logging.getLogger(__name__)

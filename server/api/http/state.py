@@ -24,9 +24,9 @@ from server.options import SettingsError
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
+    from server.api.http.tracing import Telemetry
     from server.engine.async_engine import AsyncEngine
     from server.engine.engine import Engine
-    from server.observe.tracing import Telemetry
 
 logger = logging.getLogger(__name__)
 
