@@ -110,7 +110,7 @@ class Elasticity:
             if is_teacher:
                 layers.extend(range(station.start, station.stop))
             else:
-                layers.append(self.num_teacher_layers + station.index)
+                layers.append(self.student_layer(station.index))
 
         def side(threshold: int) -> Side:
             return "teacher" if size >= threshold else "student"
@@ -126,7 +126,12 @@ class Elasticity:
 
     @property
     def num_global_layers(self) -> int:
+        """How many global layer ids there are, teacher's and student's."""
         return self.num_teacher_layers + self.num_student_layers
+
+    def student_layer(self, index: int) -> int:
+        """Global id of student layer `index`, the one at station `index`."""
+        return self.num_teacher_layers + index
 
     # --- the published counting: k patched blocks, k = 1 .. number of blocks with more than one layer
 

@@ -156,7 +156,6 @@ class Settings:
         group="engine",
     )
     num_speculative_tokens: int = option(3, "tokens guessed ahead, at most", group="engine", minimum=1, maximum=16)
-    attention_backend: str = option("auto", "attention implementation", group="engine")
     seed: int = option(0, "seed for requests without one", group="engine")
     num_threads: int | None = option(
         None, "CPU threads for the model [all cores]", kind="int", group="engine", minimum=1

@@ -155,7 +155,6 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         enable_prefix_caching=settings.enable_prefix_caching,
         executor=settings.executor,
         enforce_eager=settings.enforce_eager,
-        attention_backend=settings.attention_backend,
         speculative_size=speculative_size(settings, pair),
         num_speculative_tokens=settings.num_speculative_tokens,
         seed=settings.seed,

@@ -261,14 +261,13 @@ def _plan(elasticity: Elasticity, shared_stations: frozenset[int], sizes: bytes)
         return int(np.searchsorted(negated, -threshold, side="right"))  # rows of at least so many layers
 
     program: list[Segment] = []
-    num_teacher = elasticity.num_teacher_layers
     for station, threshold in zip(elasticity.stations, elasticity.thresholds, strict=True):
         split, first = cut(threshold), station.start
         if split < end and station.index in shared_stations:
             program.append(Segment(first, 0, end, station.index, split))
             first += 1
         elif split < end:
-            program.append(Segment(num_teacher + station.index, split, end, station.index))
+            program.append(Segment(elasticity.student_layer(station.index), split, end, station.index))
         if split:
             program.extend(Segment(t, 0, split, station.index) for t in range(first, station.stop))
     ends = (elasticity.embed_threshold, elasticity.norm_threshold, elasticity.head_threshold)

@@ -19,7 +19,6 @@ class EngineConfig:
     executor: str = "auto"  # auto | cuda | native | torch: see server.model.executor
     enforce_eager: bool = False  # no CUDA graphs
     compress_weights: bool = True  # bfloat16 in twelve bits, exactly, where the executor can
-    attention_backend: str = "auto"
     speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation
     num_speculative_tokens: int = 3  # guesses ahead, at most
     seed: int = 0

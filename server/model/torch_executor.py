@@ -31,7 +31,7 @@ class TorchExecutor(Executor):
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
         self.weight_form = pair.form
-        self.num_teacher_layers = pair.elasticity.num_teacher_layers
+        self.elasticity = pair.elasticity
         self.shared_stations = pair.shared_stations
         self.ends: dict[str, EndWeights] = pair.ends
         self.dtype = self.ends["teacher"].final_norm_weight.dtype
@@ -115,7 +115,7 @@ class TorchExecutor(Executor):
     def _rows(self, batch: ForwardBatch, segment: Segment, lanes: dict[tuple[int, int], Lane]) -> list[Rows]:
         """The segment's teacher and student rows, those that there are."""
         split = segment.stop if segment.split is None else segment.split
-        student = self.num_teacher_layers + segment.station
+        student = self.elasticity.student_layer(segment.station)
         rows: list[Rows] = []
         for layer, start, stop in ((segment.layer, segment.start, split), (student, split, segment.stop)):
             if start == stop:

@@ -51,7 +51,7 @@ class Replica:
         self.kv_cache = KVCacheManager(
             num_pages=spec.num_pages,
             page_size=spec.config.page_size,
-            num_layers=elasticity.num_teacher_layers + len(elasticity.stations),
+            num_layers=elasticity.num_global_layers,
             max_num_seqs=spec.config.max_num_seqs,
             max_model_len=spec.config.max_model_len,
             enable_prefix_caching=False,  # traces tell lengths, not texts

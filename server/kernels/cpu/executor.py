@@ -92,7 +92,7 @@ class NativeExecutor(Executor):
             factor_type=_TYPES[self._differences.dtype], eps=spec.norm_eps, scale=spec.attention_scale,
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
-        num_layers = pair.elasticity.num_teacher_layers + len(pair.elasticity.stations)
+        num_layers = pair.elasticity.num_global_layers
         self._engine = lib.bs_create(
             ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
             self._differences.table(num_layers), num_layers, end_table(pair, self._weights), self.num_threads,

@@ -94,9 +94,11 @@ class CudaExecutor(Executor):
         self._layers = Layers(spec, pair.layers, self._attention, self._tables, config.max_model_len, device)
         self._graphs = Graphs(device, enabled=not config.enforce_eager)
         self._buckets = buckets(max_rows)
-        num_teacher = self.elasticity.num_teacher_layers
         self._student_slots = np.array(
-            [(num_teacher + station.index - station.start) * num_slots for station in self.elasticity.stations]
+            [
+                (self.elasticity.student_layer(station.index) - station.start) * num_slots
+                for station in self.elasticity.stations
+            ]
         )  # from a row of the block tables of a station's first layer to the same row of its student layer's
         self._inputs = DecodeInputs(
             max_rows, num_stations, device, self._student_slots if self.shared_stations else None
@@ -288,7 +290,7 @@ class CudaExecutor(Executor):
 
     def _run_station(self, index: int, side: int, rows: int) -> None:
         station = self.elasticity.stations[index]
-        layers = range(station.start, station.stop) if side == 0 else (self.elasticity.num_teacher_layers + index,)
+        layers = range(station.start, station.stop) if side == 0 else (self.elasticity.student_layer(index),)
 
         def run() -> None:
             lane = self._inputs.lane(side, rows, index)
@@ -336,7 +338,7 @@ class CudaExecutor(Executor):
         self._graphs.run(("rest", index, rows), run)
 
     def _student_of(self, station: int) -> Difference | None:
-        return self._students.get(self.elasticity.num_teacher_layers + station)
+        return self._students.get(self.elasticity.student_layer(station))
 
     def _move(self, old: int, new: int, num: int) -> None:
         """Requests between the cuts change sides: off the end of one buffer, onto the end of the other."""
