@@ -69,7 +69,6 @@ class TorchExecutor(Executor):
         self.states = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What holds KV; the first dimension is the page."""
         return self.attention.k_pages, self.attention.v_pages
 
     @torch.inference_mode()

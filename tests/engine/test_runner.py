@@ -1,9 +1,11 @@
 """A request whose numbers go wrong in a step fails alone, and so do two of them in one step."""
 
+import numpy as np
 import pytest
 import torch
 
 from model_store.pair import open_pair
+from server.kernels.cpu import library
 from tests.model.test_oracle import make_engine, make_request, run
 from tests.tiny_pairs import make_pair
 
@@ -37,3 +39,20 @@ def test_rows_without_numbers_fail_alone(tmp_path, num_poisoned):
     assert [r.output_token_ids for r in again] == [r.output_token_ids for r in calm]
     assert engine.kv_cache.num_free_pages == engine.kv_cache.num_pages
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_pages_that_may_hold_no_numbers_are_wiped_whole(tmp_path, executor):
+    if executor == "native" and isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
+    engine = make_engine(open_pair(*make_pair(tmp_path), patch_order="last_to_first"), executor)
+    tensors = engine.executor.kv_tensors()
+    assert sum(tensor.nbytes for tensor in tensors) == engine.kv_cache.num_pages * engine.executor.page_bytes()
+    for tensor in tensors:
+        assert len(tensor) == engine.kv_cache.num_pages
+        tensor.view(torch.uint8).fill_(255)  # NaN in every float type
+    engine.runner.wipe(np.array([1, 3]))
+    for tensor in tensors:
+        kept = [page for page in range(len(tensor)) if page not in (1, 3)]
+        values = tensor.view(torch.uint8)
+        assert not values[[1, 3]].any() and (values[kept] == 255).all()

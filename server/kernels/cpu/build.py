@@ -24,7 +24,7 @@ from typing import NamedTuple
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,8 @@ def build_all(folder: Path, for_this_machine: bool = False) -> list[Path]:
                 results.update(zip(VARIANTS, threads.map(attempt, VARIANTS), strict=True))
         built = {variant: result for variant, result in results.items() if isinstance(result, Path)}
         if not built:
-            raise next(reversed(results.values()), BuildError("no variant suits this processor"))
+            failures = [result for result in results.values() if isinstance(result, Exception)]
+            raise failures[-1] if failures else BuildError("no variant suits this processor")
         for variant, result in results.items():
             if variant not in built:
                 logger.warning("kernels (%s) were not built: %s", variant, result)

@@ -97,8 +97,7 @@ class NativeExecutor(Executor):
             ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
             self._differences.table(num_layers), num_layers, end_table(pair, self._weights), self.num_threads,
         )  # fmt: skip
-        self.k_pages: np.ndarray | None = None
-        self.v_pages: np.ndarray | None = None
+        self.k_pages = self.v_pages = np.zeros((0, 0), np.uint8)  # [pages, bytes of K or V of one]
         self.states = np.zeros((0, spec.hidden_size), np.float32)  # [state pages * page_size, E]
         self._layout = 0  # of the batch that `_step` describes
 
@@ -127,7 +126,8 @@ class NativeExecutor(Executor):
         return 2 * self._lib.bs_page_bytes(ctypes.byref(self._description))
 
     def allocate_kv(self, num_pages: int) -> None:
-        self.k_pages, self.v_pages = (zero_bytes(num_pages * self.page_bytes() // 2) for _ in "kv")
+        shape = num_pages, self.page_bytes() // 2
+        self.k_pages, self.v_pages = (zero_bytes(shape[0] * shape[1]).reshape(shape) for _ in "kv")
 
     def state_page_bytes(self) -> int:
         """Bytes of the hidden states of one page of tokens."""
@@ -139,8 +139,7 @@ class NativeExecutor(Executor):
         self.states = values.reshape(-1, self.spec.hidden_size)
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What holds KV; the first dimension is the page."""
-        return self.k_pages, self.v_pages
+        return torch.from_numpy(self.k_pages), torch.from_numpy(self.v_pages)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         if batch.layout == 0 or batch.layout != self._layout:

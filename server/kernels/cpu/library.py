@@ -112,8 +112,8 @@ def choose() -> tuple[str, ctypes.CDLL, list[str]] | list[str]:
         except (build.BuildError, OSError) as error:
             reasons.append(f"{variant}: not built: {error}")
             continue
-        if error := library.bs_prepare():
-            reasons.append(f"{variant}: the system refuses it: {os.strerror(error)}")
+        if code := library.bs_prepare():
+            reasons.append(f"{variant}: the system refuses it: {os.strerror(code)}")
             continue
         return variant, library, reasons
     return reasons

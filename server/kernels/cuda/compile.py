@@ -151,7 +151,8 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
         command = [assembler, "-v", f"-arch={arch}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill", report)]
-    return {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "spilled": sum(spills)}
+    (registers,) = re.findall(r"Used (\d+) registers", report)
+    return {"registers": int(registers), "spilled": sum(spills)}
 
 
 SHAPES = {

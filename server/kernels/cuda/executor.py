@@ -25,20 +25,18 @@ import torch
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
-from server.core.executor import GREEDY, Draw, Executor
+from server.core.executor import GREEDY, Draw, Executor, Follows
 from server.kernels.cuda.attention import PagedAttention
 from server.kernels.cuda.draw import draw
 from server.kernels.cuda.ends import Ends, embed
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
 from server.kernels.cuda.inputs import DecodeInputs, StepInputs
-from server.kernels.cuda.layer import Difference, Layers
+from server.kernels.cuda.layer import Difference, Lane, Layers
 from server.kernels.cuda.runtime import INTERPRETED
 from server.kernels.cuda.staging import Download, Upload
 from server.kernels.cuda.tables import DeviceTables
 
 logger = logging.getLogger(__name__)
-
-Follows = tuple[Download, np.ndarray]
 
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
@@ -212,15 +210,15 @@ class CudaExecutor(Executor):
         split = int(batch.query_start[batch.embed_cut])
         for end, rows in self._ends.sides(split, batch.num_tokens):
             embed(end, inputs.ids[rows], inputs.positions[rows], x[rows])
-        lanes = {}
+        lanes: dict[tuple[int, int], Lane] = {}
         for segment in batch.program:
-            key, rows = (segment.start, segment.stop), x[batch.tokens(segment.start, segment.stop)]
+            key, hidden_rows = (segment.start, segment.stop), x[batch.tokens(segment.start, segment.stop)]
             if segment.split is not None:
                 lane = inputs.joint_lane(*key, segment.split, int(self._student_slots[segment.station]))
-                self._layers.run(rows, segment.layer, lane, student=self._student_of(segment.station))
+                self._layers.run(hidden_rows, segment.layer, lane, student=self._student_of(segment.station))
                 continue
             lane = lanes.get(key) or lanes.setdefault(key, inputs.lane(*key))
-            self._layers.run(rows, segment.layer, lane)
+            self._layers.run(hidden_rows, segment.layer, lane)
         wanted = x.index_select(0, inputs.logits_rows)
         hidden = torch.empty_like(wanted)
         for end, rows in self._ends.sides(int(batch.logits_start[batch.norm_cut]), len(wanted)):
@@ -236,15 +234,17 @@ class CudaExecutor(Executor):
         """Leaves final-normed rows in `_hidden` and their logits in `_logits`, in batch order."""
         self._ready = None
         updates = self._tables.changes(batch, self.page_size)
-        before, rows = follows or (None, np.zeros(0, np.int32))
-        if len(updates) or len(rows):
-            updates, rows = self._upload.send([updates, rows])
-            self._tables.apply(updates)
+        before, followed = follows or (None, np.zeros(0, np.int32))
+        assert before is None or isinstance(before, Download), "a step follows one of this executor's own"
+        sent: list[torch.Tensor] = []
+        if len(updates) or len(followed):
+            sent = self._upload.send([updates, followed])
+            self._tables.apply(sent[0])
         num, sizes = batch.num_requests, batch.sizes
         splits = np.searchsorted(-sizes, -np.asarray(self.elasticity.thresholds), side="right").astype(np.int32)
         self._inputs.send(batch, splits)
-        if before is not None:
-            self._inputs.take_ids(before.values.index_select(0, rows))
+        if before is not None and sent:
+            self._inputs.take_ids(before.values.index_select(0, sent[1]))
         if sizes[0] == sizes[-1]:
             self._run_path(int(sizes[0]), bucket_of(num, self._buckets))
         elif self.shared_stations:

@@ -51,6 +51,7 @@ class Graphs:
             self._record(key, function)
 
     def _record(self, key: Hashable, function: Callable[[], None]) -> None:
+        assert self._stream is not None, "there is one where graphs are enabled"
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)

@@ -59,11 +59,17 @@ class StepInputs:
         starts[0, 1:][is_decode] = decode_numbers
         starts[1, 1:][~is_decode] = chunk_numbers
         np.cumsum(starts, axis=1, out=starts)
-        arrays = [
-            batch.input_ids, batch.positions, np.repeat(batch.slots, counts), batch.logits_rows, updates, decode, chunks
-        ]  # fmt: skip
-        sent = upload.send(arrays)
-        return cls(batch, *sent, starts[0], starts[1], chunks[1] + chunks[3], no_limit)
+        names = ("ids", "positions", "slots", "logits_rows", "updates", "decode", "chunks")
+        slots = np.repeat(batch.slots, counts)
+        arrays = [batch.input_ids, batch.positions, slots, batch.logits_rows, updates, decode, chunks]
+        return cls(
+            batch=batch,
+            decode_start=starts[0],
+            chunk_start=starts[1],
+            chunk_keys=chunks[1] + chunks[3],
+            no_limit=no_limit,
+            **dict(zip(names, upload.send(arrays), strict=True)),
+        )
 
     def lane(self, start: int, stop: int) -> Lane:
         """Requests [start, stop) of the batch."""
@@ -88,7 +94,8 @@ class StepInputs:
         return lane
 
     def _items(self, items: torch.Tensor, start: int, stop: int, is_decode: bool, max_keys: int | None = None) -> Items:
-        return Items(*items[:, start:stop], count=self.no_limit, is_decode=is_decode, max_keys=max_keys)
+        token, queries, slots, positions = items[:, start:stop]
+        return Items(token, queries, slots, positions, count=self.no_limit, is_decode=is_decode, max_keys=max_keys)
 
 
 def _moved(slots: torch.Tensor, first: int, offset: int) -> torch.Tensor:

@@ -61,12 +61,11 @@ class Layers:
         self._cos = (angles.cos() * factor).to(device)
         self._sin = (angles.sin() * factor).to(device)
         self._from_the_first = torch.zeros(1, dtype=torch.int32, device=device)
-        self.k_pages: torch.Tensor | None = None  # [pages, K, P, D]
-        self.v_pages: torch.Tensor | None = None
+        self.k_pages = self.v_pages = torch.empty(0)  # [pages, K, P, D] once allocated
 
     def allocate(self, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         shape = (num_pages, self.spec.num_kv_heads, page_size, self.spec.head_dim)
-        self.k_pages = self.v_pages = None  # an old pool goes first
+        self.k_pages = self.v_pages = torch.empty(0)  # an old pool goes first
         self.k_pages = torch.empty(shape, dtype=dtype, device=self._cos.device)
         self.v_pages = torch.empty(shape, dtype=dtype, device=self._cos.device)
 
@@ -83,9 +82,11 @@ class Layers:
         split = self._from_the_first if lane.split is None else lane.split
 
         def normalise(name: str) -> torch.Tensor:
-            own, other = getattr(weights, f"{name}_weight"), student and getattr(student, f"{name}_weight")
-            bias = getattr(weights, f"{name}_bias")
-            return norm(x, own, bias, kind=spec.norm, eps=spec.norm_eps, other=other, split=student and split)
+            own, bias = getattr(weights, f"{name}_weight"), getattr(weights, f"{name}_bias")
+            if student is None:
+                return norm(x, own, bias, kind=spec.norm, eps=spec.norm_eps)
+            other = getattr(student, f"{name}_weight")
+            return norm(x, own, bias, kind=spec.norm, eps=spec.norm_eps, other=other, split=split)
 
         def differ(out: torch.Tensor, rows: torch.Tensor, name: str) -> None:
             if student:

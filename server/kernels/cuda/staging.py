@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
 
 class Upload:
@@ -15,7 +16,7 @@ class Upload:
     no such care: its readers were enqueued before the copy that overwrites it.
     """
 
-    def __init__(self, capacity: int, dtype: np.dtype, device: torch.device) -> None:
+    def __init__(self, capacity: int, dtype: DTypeLike, device: torch.device) -> None:
         self._dtype, self._device = np.dtype(dtype), device
         self._turn = 0
         self._copied: list[torch.cuda.Event | None] = [None, None]
@@ -61,15 +62,16 @@ class Download:
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
+        self._event: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host, self._event = values.clone(), None
+            self._host = values.clone()
 
-    def wait(self) -> list:
+    def wait(self) -> list[int]:
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()
