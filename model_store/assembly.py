@@ -133,18 +133,6 @@ class Elasticity:
         """Global id of student layer `index`, the one at station `index`."""
         return self.num_teacher_layers + index
 
-    # --- the published counting: k patched blocks, k = 1 .. number of blocks with more than one layer
-
-    def size_of_k(self, k: int) -> int:
-        """The size the published code calls `num_layers_to_patch = k`."""
-        if not 1 <= k < len(self.sizes):
-            raise AssemblyError(f"k = {k} is not between 1 and {len(self.sizes) - 1}")
-        return self.sizes[k]
-
-    def k_of_size(self, size: int) -> int:
-        """Patched blocks of a size; 0 is the pure student, which the published code does not build."""
-        return self.sizes.index(size)
-
     # --- orders
 
     @classmethod
@@ -193,11 +181,6 @@ class Elasticity:
             return before[-1] if before else after[0]
 
         return cls(num_teacher_layers, kept, [threshold_of[host(station)] for station in range(len(kept))])
-
-    @classmethod
-    def from_thresholds(cls, num_teacher_layers: int, kept: Sequence[int], thresholds: Sequence[int]) -> Elasticity:
-        """Any nested order, as the smallest size that runs the teacher's block at each station."""
-        return cls(num_teacher_layers, kept, thresholds)
 
 
 def _real_blocks(num_teacher_layers: int, kept: Sequence[int]) -> list[int]:

@@ -48,10 +48,8 @@ def profile_of(
     item = pair.ends["teacher"].final_norm_weight.dtype.itemsize  # of K and V; weights may be quantized
 
     def num_bytes(layer: int) -> int:
-        if layer - num_layers in shared_stations:
-            weights = pair.low_rank.get(layer)
-        else:
-            weights = pair.layers.get(layer)
+        is_shared = layer - num_layers in shared_stations
+        weights = pair.low_rank.get(layer) if is_shared else pair.layers.get(layer)
         return 0 if weights is None else sum(tensor.nbytes for tensor in weights.tensors())
 
     layer_bytes = [num_bytes(layer) for layer in range(num_layers + len(elasticity.stations))]
@@ -137,19 +135,16 @@ def calibrate(
     blank = CostModel(profile, np.zeros(NUM_FEATURES))
     deadline = clock() + seconds
     for index, batch in enumerate(batches(engine, steps)):
-        best = None
-        for repeat in range(3):
+        took: list[float] = []
+        for _ in range(3):
             started = clock()
             engine.runner.run(batch)
-            took = clock() - started
-            # The first run of a shape pays for page faults and, on some executors, for compilation.
-            if repeat:
-                best = took if best is None else min(best, took)
-            else:
-                first = took
-            if best is not None and (clock() > deadline or took > 0.25):
+            took.append(clock() - started)
+            if len(took) > 1 and (clock() > deadline or took[-1] > 0.25):
                 break
-        deadline += max(first - best, 0.0)
+        # The first run of a shape pays for page faults and, on some executors, for compilation.
+        best = min(took[1:])
+        deadline += max(took[0] - best, 0.0)
         features.append(blank.shape(batch).features)
         times.append(best)
         if clock() > deadline and index >= 4:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ TABLE = 4097  # arguments 0, 1, 2, ... that a curve keeps the values of
 
 
 class Lookup(Protocol):
-    def __getitem__(self, number: int, /) -> float: ...
+    def __getitem__(self, number: Any, /) -> float: ...
 
 
 class Curve:

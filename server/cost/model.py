@@ -95,13 +95,13 @@ class CostModel:
         # Segments and head are often those of a step not long ago.
         num_logits = len(batch.logits_rows)
         key = (batch.program, batch.query_start.tobytes(), int(batch.logits_start[batch.head_cut]), num_logits)
-        features = self._weight_features.get(key)
-        if features is None:
+        of_weights = self._weight_features.get(key)
+        if of_weights is None:
             if len(self._weight_features) >= 256:
                 self._weight_features.clear()
-            features = self._weight_features[key] = self._features_of_weights(batch)
+            of_weights = self._weight_features[key] = self._features_of_weights(batch)
         depths = batch.sizes if batch.depths is None else batch.depths
-        shape = step_shape(features, np.diff(batch.query_start), batch.context_lens, depths)
+        shape = step_shape(of_weights, np.diff(batch.query_start), batch.context_lens, depths)
         if batch.layout:
             self._layout, self._layout_features = batch.layout, shape.features
         return shape

@@ -65,7 +65,7 @@ class StepPrice:
         segments = self.segments(tokens)
         total = segments[0][0]
         curve = self.cost.layer.upto(total) if isinstance(total, int) else self.cost.layer
-        return sum([weight * curve[count] for count, weight in segments])
+        return sum([weight * curve[count] for count, weight in segments], 0.0)
 
     def heads(self, rows: Sequence[float]) -> tuple[float, float]:
         """Rows at the teacher's head and at the student's; all at the teacher's where both are one."""

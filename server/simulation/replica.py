@@ -75,17 +75,18 @@ class Replica:
     def has_work(self) -> bool:
         return bool(self.inbox) or self.scheduler.has_work
 
-    def run_step(self, now: float) -> tuple[float, list]:
-        """One pass of the engine's loop, begun at `now`: (when it ends, outputs and refusals)."""
+    def run_step(self, now: float) -> tuple[float, list[tuple[str, int, float | None]]]:
+        """One pass of the engine's loop, begun at `now`: (when it ends, [(request id, status, retry after)] of requests
+        that ended; status 0 is an answer)."""
         self.now = now
-        outputs = []
+        outputs: list[tuple[str, int, float | None]] = []
         for request in self.inbox:
             refusal = self.scheduler.prepare(request)
             if refusal is None and len(self.scheduler.waiting) >= self.spec.max_queued_requests:
                 wait = self.policy.estimated_wait(self.scheduler, now)
-                outputs.append((request, 503, wait))
+                outputs.append((request.request_id, 503, wait))
             elif refusal is not None:
-                outputs.append((request, refusal.status, None))
+                outputs.append((request.request_id, refusal.status, None))
             else:
                 self.scheduler.add(request)
         self.inbox.clear()
@@ -105,14 +106,12 @@ class Replica:
         self.scheduler.update(planned, self.sample(planned))
         machine = self.spec.machine
         overhead = machine.overhead + machine.overhead_per_request * len(planned.scheduled)
-        cost = self.policy.cost
-        if cost is not None:
-            cost.observe(shape, seconds)
-            cost.observe_overhead(overhead, len(planned.scheduled))
+        if self.policy.cost is not None:
+            self.policy.cost.observe(shape, seconds)
+            self.policy.cost.observe_overhead(overhead, len(planned.scheduled))
         self.num_steps += 1
         self.busy += seconds + overhead
-        finished = [request for request, _ in planned.scheduled if request.is_finished]
-        outputs.extend((request, 0, None) for request in finished)
+        outputs += [(request.request_id, 0, None) for request, _ in planned.scheduled if request.is_finished]
         self.now += overhead
         return self.now, outputs
 
@@ -135,8 +134,8 @@ class Replica:
             tokens[request.path.size] += count
             logits[request.path.size] += request.num_computed_tokens + count == request.num_tokens
         segments: dict[int, float] = {}
-        for count, weight in self.price.segments(tokens):
-            if count:
-                segments[count] = segments.get(count, 0.0) + weight
-        features = weight_features(segments, [rows for rows in self.price.heads(logits) if rows])
+        for segment, weight in self.price.segments(tokens):
+            if segment:
+                segments[int(segment)] = segments.get(int(segment), 0.0) + weight
+        features = weight_features(segments, [int(rows) for rows in self.price.heads(logits) if rows])
         return step_shape(features, counts, context, sizes)

@@ -96,7 +96,7 @@ def plot(
 
     matplotlib.rcParams["svg.hashsalt"] = "boomerang"  # the same figures give the same file
     series = over_time(records, bin_seconds)
-    times = [time + bin_seconds / 2 for time in series["time"]]
+    times = [_nan(time) + bin_seconds / 2 for time in series["time"]]
     panels = 4 if replicas else 3
     figure, axes = pyplot.subplots(panels, 1, sharex=True, figsize=(9, 1.9 * panels), layout="constrained")
     axes[0].step(times, series["rate"], where="mid", color="tab:gray")

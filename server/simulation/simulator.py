@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -115,7 +115,7 @@ class Simulator:
         self.progress = progress
         self.records: list[Record] = []
         self.samples: list[Sample] = []
-        self._events: list[tuple[float, int, str, object]] = []
+        self._events: list[tuple[float, int, str, Any]] = []
         self._order = itertools.count()
         self._jobs: dict[str, tuple[Job, LiveRequest, int]] = {}
         self._awake: set[int] = set()  # replicas with a step event pending
@@ -159,7 +159,7 @@ class Simulator:
 
     # --- events
 
-    def _push(self, time: float, kind: str, item: object) -> None:
+    def _push(self, time: float, kind: str, item: Any) -> None:
         heapq.heappush(self._events, (time, next(self._order), kind, item))
 
     def _push_next(self, source: Iterator[Job]) -> None:
@@ -198,8 +198,8 @@ class Simulator:
 
     def _step(self, replica: Replica, now: float) -> None:
         end, outputs = replica.run_step(now)
-        for item, status, _ in outputs:
-            self._finish(item if isinstance(item, str) else item.request_id, status)
+        for request_id, status, _ in outputs:
+            self._finish(request_id, status)
         self._awake.discard(replica.index)
         if replica.has_work:
             self._wake(replica, end)
@@ -211,6 +211,7 @@ class Simulator:
             self._tick["refused"] += 1
             self.records.append(Record(job, 0, "refused", nan, nan, nan, 0, index, status or 500))
             return
+        assert request.decision and request.first_token_time is not None and request.last_token_time is not None
         lag = 2 * self.spec.delivery
         ttft = request.first_token_time - request.arrival_time + lag
         count = len(request.output_token_ids)
@@ -232,6 +233,7 @@ class Simulator:
         self.samples.append(Sample(now, len(self.replicas), running, waiting, mean, usage))
 
     def _scale(self, now: float) -> None:
+        assert self.autoscaler is not None
         tick, active = self._tick, self.replicas
         state = ClusterState(
             time=now,

@@ -21,7 +21,7 @@ class Candidates(NamedTuple):
     """C sizes worth considering, ascending in layers and in quality."""
 
     sizes: tuple[int, ...]
-    index: tuple[int, ...]  # position in CandidateTable.sizes
+    positions: tuple[int, ...]  # in CandidateTable.sizes
     columns: tuple[Candidate, ...]
 
 

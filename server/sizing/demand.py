@@ -1,4 +1,4 @@
-"""What is about to come: arrival rates and lengths by tenant, as exponentially forgotten counts."""
+"""What is about to come: arrival rates and lengths by tenant, as exponentially decaying counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class _Tally:
     time: float
     start: float
-    arrivals: float = 0.0  # forgotten count
+    arrivals: float = 0.0  # decaying count
     prompt_tokens: float = 0.0
     last: float = 0.0  # time of the last arrival
 
@@ -33,7 +33,7 @@ class Demand:
         tally = self._tallies.get(tenant)
         if tally is None:
             if len(self._tallies) > 4096:
-                self._forget(now)
+                self._drop_stale(now)
             tally = self._tallies[tenant] = _Tally(now, now)
         self._decay(tally, now)
         tally.arrivals += 1.0
@@ -41,7 +41,7 @@ class Demand:
         tally.prompt_tokens += prompt_tokens
 
     def finished(self, output_tokens: int) -> None:
-        """Lengths of answers are learned over all tenants: forgetting by answers, not by time."""
+        """Lengths of answers are learned over all tenants: they decay by answers, not by time."""
         self._finished = self._finished * self._length_decay + 1.0
         self._output_tokens = self._output_tokens * self._length_decay + output_tokens
 
@@ -61,11 +61,11 @@ class Demand:
         if tally is None:
             return 0.0, 1.0
         self._decay(tally, now)
-        # A young tally has not seen a whole window yet: what an unforgotten stream would have weighed by now.
-        seen = self.window * (1.0 - math.exp(-max(now - tally.start, 0.0) / self.window))
-        seen = max(seen, self.window * 0.2)
+        # A young tally has not counted for a whole window yet.
+        seconds = self.window * (1.0 - math.exp(-max(now - tally.start, 0.0) / self.window))
+        seconds = max(seconds, self.window * 0.2)
         count = tally.arrivals
-        rate = (count + sigmas * math.sqrt(count)) / seen
+        rate = (count + sigmas * math.sqrt(count)) / seconds
         return rate, tally.prompt_tokens / count if count > 1e-9 else 1.0
 
     def tenants(self, now: float) -> list[str]:
@@ -80,5 +80,5 @@ class Demand:
             tally.prompt_tokens *= keep
             tally.time = now
 
-    def _forget(self, now: float) -> None:
+    def _drop_stale(self, now: float) -> None:
         self._tallies = {name: t for name, t in self._tallies.items() if now - t.last < 3.0 * self.window}

@@ -98,8 +98,8 @@ class BudgetPolicy(SizePolicy):
         `max_tokens` of the largest size are what a step takes.
         """
         budget = request.budget
-        limits = {"ttft": budget.ttft, "tpot": budget.tpot, "e2e": budget.e2e}
-        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        named = (("ttft", budget.ttft), ("tpot", budget.tpot), ("e2e", budget.e2e))
+        limits = {name: limit for name, limit in named if limit is not None}
         if not budget.strict or not limits:
             return None
         sampling = request.sampling
@@ -171,8 +171,10 @@ class BudgetPolicy(SizePolicy):
         around = later = predicted.tpot_limit
         if tpot_limit is not None:
             later = tpot_limit if around is None else min(tpot_limit, around)
-        columns = zip(candidates.index, predicted.ttft, predicted.tpot, predicted.queue_ttft, predicted.kv, strict=True)
-        ratios = []
+        columns = zip(
+            candidates.positions, predicted.ttft, predicted.tpot, predicted.queue_ttft, predicted.kv, strict=True
+        )
+        ratios: list[tuple[float, ...]] = []
         for k, ttft, tpot, queue_ttft, kv in columns:
             tpot_later, ttft_later, load = forecast.tpot[k], forecast.ttft[k], forecast.occupancy[k]
             e2e = 0.0

@@ -12,9 +12,8 @@ def quality_by_size(measured: Mapping[int, Mapping[str, Any]], sizes: Sequence[i
     So the student is worth 0 and the teacher 1. None unless every size (but the teacher, whose KL is 0 by definition)
     was measured.
     """
-    kl = {size: measured.get(size, {}).get("kl") for size in sizes}
-    if kl[sizes[-1]] is None:
-        kl[sizes[-1]] = 0.0
-    if any(value is None for value in kl.values()) or not kl[sizes[0]] > 0:
+    kl: dict[int, float] = {size: row["kl"] for size, row in measured.items() if row.get("kl") is not None}
+    kl.setdefault(sizes[-1], 0.0)
+    if any(size not in kl for size in sizes) or not kl[sizes[0]] > 0:
         return None
-    return {size: 1.0 - value / kl[sizes[0]] for size, value in kl.items()}
+    return {size: 1.0 - kl[size] / kl[sizes[0]] for size in sizes}

@@ -73,7 +73,7 @@ class SizeSpec:
             raise SizeError(f"{shown} is not a share of the full size: it must be above 0 and at most 1 (100%)")
         return cls("fraction", fraction)
 
-    def resolve(self, sizes: Sequence[int], parameters: Mapping[int, int]) -> int:
+    def resolve(self, sizes: Sequence[int], parameters: Mapping[int, float]) -> int:
         """The size (a layer count) meant, out of all sizes of the pair, loaded or not.
 
         `sizes` ascending; `parameters` by size. A share is of the teacher's parameters. Not for `auto`. Raises

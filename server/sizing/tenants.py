@@ -49,12 +49,13 @@ class Tenants:
         return self[name].rank
 
 
-_LIMITS = ("ttft", "tpot", "e2e", "memory")
+_TIMES = ("ttft", "tpot", "e2e")
+_LIMITS = (*_TIMES, "memory")
 
 
 def merge_budget(own: Budget, *defaults: Budget) -> Budget:
     """Limits that `own` leaves open come from `defaults`, the first that has one. `strict` stays the request's."""
-    inherited = {}
+    inherited: dict[str, Any] = {}
     for default in defaults:
         for name in _LIMITS:
             value = getattr(default, name)
@@ -63,8 +64,10 @@ def merge_budget(own: Budget, *defaults: Budget) -> Budget:
     return replace(own, **inherited, inherited=own.inherited | set(inherited)) if inherited else own
 
 
-_MS = {"slo_ttft_ms": "ttft", "slo_tpot_ms": "tpot", "slo_e2e_ms": "e2e"}
-_SETTINGS = ("tenant", "weight", "rank", "min_size", "max_size", "slo_policy", "memory_budget_mb", "priority", *_MS)
+_SETTINGS = (
+    *("tenant", "weight", "rank", "min_size", "max_size", "slo_policy", "memory_budget_mb", "priority"),
+    *(f"slo_{name}_ms" for name in _TIMES),
+)
 
 
 def tenant_from_config(entry: Mapping[str, Any], resolve_size: Callable[[Any], int]) -> Tenant:
@@ -90,10 +93,12 @@ def tenant_from_config(entry: Mapping[str, Any], resolve_size: Callable[[Any], i
     policy = entry.get("slo_policy")
     if policy not in (None, "best_effort", "strict"):
         raise ValueError(f"{who}: slo_policy is best_effort or strict, not {policy!r}")
-    sizes = {name: None if entry.get(name) is None else resolve_size(entry[name]) for name in ("min_size", "max_size")}
-    if None not in sizes.values() and sizes["min_size"] > sizes["max_size"]:
+    smallest, largest = (
+        None if entry.get(name) is None else resolve_size(entry[name]) for name in ("min_size", "max_size")
+    )
+    if smallest is not None and largest is not None and smallest > largest:
         raise ValueError(f"{who}: min_size is above max_size")
-    limits = {target: number(name) for name, target in _MS.items()}
+    ttft, tpot, e2e = (None if (ms := number(f"slo_{name}_ms")) is None else ms / 1000.0 for name in _TIMES)
     memory = number("memory_budget_mb")
     return Tenant(
         name=str(entry.get("tenant", "")),
@@ -101,9 +106,7 @@ def tenant_from_config(entry: Mapping[str, Any], resolve_size: Callable[[Any], i
         rank=whole("rank") or 0,
         priority=whole("priority"),
         strict=None if policy is None else policy == "strict",
-        budget=Budget(
-            **{name: None if value is None else value / 1000.0 for name, value in limits.items()},
-            memory=None if memory is None else int(memory * (1 << 20)),
-        ),
-        **sizes,
+        budget=Budget(ttft=ttft, tpot=tpot, e2e=e2e, memory=None if memory is None else int(memory * (1 << 20))),
+        min_size=smallest,
+        max_size=largest,
     )

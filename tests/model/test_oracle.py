@@ -124,7 +124,7 @@ def test_published_counting_and_ends(family):
     teacher, student, _ = family
     last = open_order(teacher, student, "last_to_first").elasticity
     first = open_order(teacher, student, "first_to_last").elasticity
-    assert [last.size_of_k(k) for k in (1, 2)] == [5, 6] and last.k_of_size(4) == 0
+    assert last.sizes == (4, 5, 6)
     # Blocks of the teacher are {0, 1}, {2, 3} and two of one layer, which ride along with {2, 3} or with the full size.
     one = last.path(5)
     assert one.layers == (6, 2, 3, 4, 5)
