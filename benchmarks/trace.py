@@ -6,9 +6,10 @@
     python -m benchmarks.trace report --plot docs/scheduling.svg
 
 Arrivals are a slice of the Azure LLM inference trace of 2023 (benchmarks/traces), scaled in time, lengths clipped. All
-loads play the same requests, faster. Load 1 is the highest rate tried at which the pinned teacher meets the limits for
-99 % of the requests: `plan` begins where the simulator expects it, with the cost model that a server has calibrated,
-and goes up or down in steps of 7 % with the real server.
+loads play the same requests, faster. Limits are multiples of what the pinned teacher takes on this machine when idle,
+unless they are given. Load 1 is the highest rate tried at which the teacher meets the limits for 99 % of the requests:
+`plan` begins where the simulator expects it, with the cost model that a server has calibrated, and goes up or down in
+steps of 7 % with the real server. It says what it is doing, and how long a try will take, on standard error.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from server.simulation.jobs import Job, Record
 from server.simulation.traces import read_trace, shape_trace
 
 TRACE = Path(__file__).parent / "traces" / "azure_conv_2023.csv"
+TTFT_TIMES, TPOT_TIMES = 10.0, 8.0  # limits over the pinned teacher's idle figures
 POLICIES = {"teacher": "teacher", "student": "student", "auto": "auto"}
 
 
@@ -48,8 +50,8 @@ def main() -> None:
     plan.add_argument("--requests", type=int, default=300)
     plan.add_argument("--max-prompt", type=int, default=256)
     plan.add_argument("--max-output", type=int, default=64)
-    plan.add_argument("--ttft-ms", type=float, default=1500.0, help="limit on the first token")
-    plan.add_argument("--tpot-ms", type=float, default=50.0, help="limit per token after it")
+    plan.add_argument("--ttft-ms", type=float, help=f"limit on the first token [{TTFT_TIMES:g} times the idle figure]")
+    plan.add_argument("--tpot-ms", type=float, help=f"limit per token after it [{TPOT_TIMES:g} times the idle figure]")
     plan.add_argument("--rate", type=float, help="load 1 in requests per second, instead of asking the simulator")
     run = steps.add_parser("run", help="play loads against policies")
     run.add_argument("--load", type=float, nargs="*", default=[1.0, 2.0, 4.0])
@@ -74,8 +76,11 @@ def main() -> None:
 def make_plan(args: argparse.Namespace) -> None:
     from benchmarks.trace_report import rate_of_teacher
 
+    say("starting a server, which calibrates if it has not run here before")
     with LocalServer(args.server_args.split()) as server:
+        say("measuring the idle server: six requests")
         idle = asyncio.run(measure_idle(server.url, args.max_prompt))
+        say("letting the cost model learn from 183 requests at up to 40 at a time")
         asyncio.run(keep_busy(server.url, args.max_prompt, args.max_output))
         models = httpx.get(server.url + "/v1/models").json()["data"]
     sizes = {card["layers"]: (card["quality"] or {}) for card in models if "layers" in card}
@@ -84,12 +89,15 @@ def make_plan(args: argparse.Namespace) -> None:
         "max_prompt": args.max_prompt,
         "max_output": args.max_output,
         "idle": idle,
-        "ttft": args.ttft_ms / 1000,
-        "tpot": args.tpot_ms / 1000,
+        "ttft": args.ttft_ms / 1000 if args.ttft_ms else round(TTFT_TIMES * idle["ttft"], 3),
+        "tpot": args.tpot_ms / 1000 if args.tpot_ms else round(TPOT_TIMES * idle["tpot"], 4),
         "sizes": sorted(sizes),
         "quality": {size: {key: row.get(key) for key in ("kl", "top1_agreement")} for size, row in sizes.items()},
         "calibration": calibration(server),
     }
+    say(f"limits: {1e3 * plan['ttft']:.0f} ms to the first token, then {1e3 * plan['tpot']:.1f} ms per token")
+    if not args.rate:
+        say("asking the simulator for the rate that the teacher carries")
     plan["rate"] = args.rate or measured_rate(args, plan, rate_of_teacher(plan))
     args.plan.write_text(json.dumps(plan, indent=1) + "\n")
     print(
@@ -99,11 +107,16 @@ def make_plan(args: argparse.Namespace) -> None:
     )
 
 
+def say(text: str) -> None:
+    print(f"plan: {text}", file=sys.stderr, flush=True)
+
+
 def measured_rate(args: argparse.Namespace, plan: dict[str, Any], rate: float, wanted: float = 0.99) -> float:
     """The highest of `rate` times or over 1.07, 1.07^2, ... at which the teacher is on time for `wanted` of all."""
     best, step = None, 1.0
     for _ in range(12):
         plan["rate"] = round(rate, 4)
+        say(f"the teacher at {rate:.3f} requests/s, which takes about {args.requests / rate / 60:.1f} minutes")
         result = run_one(args, plan, 1.0, "teacher")
         met = statistics.mean(record["met"] for record in result["records"])
         print(f"teacher at {rate:.3f} requests/s: {met:.1%} met (others took {result['others']:.2f} cores)", flush=True)
