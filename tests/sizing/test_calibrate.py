@@ -30,7 +30,6 @@ def test_a_calibration_that_no_longer_fits_is_made_anew_and_keeps_the_best(tmp_p
     engine = Engine(loaded, EngineConfig(max_model_len=256, max_num_seqs=4, kv_cache_bytes=1 << 22, executor="torch"))
     model = cost_model_for(engine, loaded, tmp_path, seconds=0.2)
     assert model.path is not None and model.path.is_file()
-    assert (cost_model_for(engine, loaded, tmp_path, seconds=0.2).coefficients == model.coefficients).all()
     model.set_coefficients(model.coefficients * factor)
     model.best.coefficients = model.coefficients.copy()
     keep(model)
