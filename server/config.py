@@ -122,6 +122,28 @@ class Settings:
     chat_template: str | None = option(None, "Jinja chat template: a file or the text itself", group="model")
     trust_request_chat_template: bool = option(False, "let requests bring their own chat template", group="model")
     response_role: str = option("assistant", "role of the answers", group="model")
+    tool_template: str = option(
+        "auto",
+        "auto: a chat template that knows no tools gets them described in Hermes' form; none: then tools are refused",
+        group="model",
+        choices=("auto", "none"),
+    )
+    generation_config: str = option(
+        "auto",
+        "auto: sampling defaults come from the model's generation_config.json; none: temperature 1 and no cuts",
+        group="model",
+        choices=("auto", "none"),
+    )
+    override_generation_config: str | None = option(
+        None, 'JSON object of sampling defaults, such as {"temperature": 0.2}', group="model"
+    )
+    default_max_tokens: int | None = option(
+        None, "max_tokens of chats that leave it out; 0: what the context holds [1024 for the default pair, else 0]",
+        kind="int", group="model", minimum=0,
+    )  # fmt: skip
+    echo_requested_model: bool = option(
+        False, "answers name the model as it was asked for; the size stands in `size` and the header", group="model"
+    )
 
     # --- engine
     max_model_len: int | None = option(

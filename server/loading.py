@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.api.generate.catalog import Catalog, size_infos
+from server.api.generate.sampling_defaults import read_sampling_defaults
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.auth import KeyRing
 from server.api.http.state import ServedModel
@@ -208,6 +209,12 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
     infos = size_infos(pair.size_table(engine.executor.weight_form, engine.executor.matrix_bytes))
+    folders = [pair.notes_path, pair.tokenizer_path] if settings.generation_config == "auto" else []
+    defaults = read_sampling_defaults(folders, settings.override_generation_config)
+    if settings.default_max_tokens is not None:
+        defaults = dataclasses.replace(defaults, max_new_tokens=settings.default_max_tokens)
+    if text := defaults.described():
+        logger.info("sampling defaults: %s", text)
     names = settings.served_model_name or (pair.name,)
     catalog = Catalog(
         names=tuple(dict.fromkeys(names)),
@@ -235,7 +242,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         config.kv_cache_bytes / GiB,
     )
     clock.report()
-    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants, resolve)
+    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants, resolve, defaults)
 
 
 def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, tenants: Tenants) -> None:

@@ -105,7 +105,7 @@ def _endpoints() -> str:
     rows = [("POST", f"`{path}`", summary) for path, _, _, _, summary in POSTS]
     for route in (route for router in ROUTERS for route in router.routes):
         if isinstance(route, APIRoute) and route.include_in_schema:
-            rows.append(("/".join(sorted(route.methods)), f"`{route.path}`", route.summary or ""))
+            rows.append(("/".join(sorted(route.methods or ())), f"`{route.path}`", route.summary or ""))
     return _rows("method | path | purpose", rows)
 
 

@@ -64,9 +64,7 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
         default=None, description="and of so many likeliest ones; -1: all"
     )
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(
-        default=None, description="functions to call; needs a chat template that knows tools"
-    )
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(default=None, description="functions to call")
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
         default=None, description="none, auto, required or one function; the last two hold the text to a call"
     )
@@ -77,5 +75,6 @@ class ChatCompletionRequest(SamplingFields):
     echo: bool | None = Field(default=None, description="put the last message in front, if it is of the answer's role")
     documents: list[dict[str, Any]] | None = Field(default=None, description="for the template")
     reasoning_effort: str | None = Field(default=None, description="for the template")
+    enable_thinking: bool | None = Field(default=None, description="for the template: whether to reason first")
     chat_template: str | None = Field(default=None, description="needs --trust-request-chat-template")
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="further variables for the template")

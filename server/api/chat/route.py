@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.chat.protocol import ChatCompletionRequest
-from server.api.generate.conversation import Answer, Conversation, Piece
+from server.api.generate.answer_reader import CallPart, Reasoning, Text
+from server.api.generate.chunks import ChunkWriter, chunk_events
+from server.api.generate.conversation import Answer, Call, Conversation, Piece
 from server.api.generate.generation import Generation
+from server.api.generate.history import message_text
 from server.api.generate.logprobs import LogprobFormatter
 from server.api.generate.serving import created_now, json_response, read_body, respond
-from server.api.generate.tools import message_text
-from server.api.http.sse import DONE, event
+from server.api.generate.submission import Caller
 from server.api.http.state import ServerState
 
 
 async def create_chat_completion(request: Request, state: ServerState) -> Response:
     body = await read_body(request, ChatCompletionRequest, state)
-    call = ChatCall(state, body, body.request_id or request.scope["state"]["request_id"])
-    generation = await call.conversation.generation(request, call.id)
+    caller = Caller.of(request, body.request_id)
+    call = ChatCall(state, body, caller.request_id)
+    generation = await call.conversation.generation(caller, call.id)
     return await respond(request, generation, bool(body.stream), call.whole, call.events)
 
 
-class ChatCall:
+class ChatCall(ChunkWriter):
     """One call and how its answer is written."""
+
+    text_head = b',"delta":{"content":'
+    text_tail = b'},"logprobs":null,"finish_reason":null}]'
 
     def __init__(self, state: ServerState, body: ChatCompletionRequest, request_id: str) -> None:
         self.state = state
@@ -36,6 +41,7 @@ class ChatCall:
         self.created = created_now()
         self.conversation = Conversation(state, body)
         self.num_logprobs = self.conversation.num_logprobs
+        self.is_plain = self.num_logprobs is None and not body.return_token_ids
         self.role = state.settings.response_role
         if body.add_generation_prompt is False or body.continue_final_message:
             self.role = body.messages[-1].role
@@ -44,6 +50,9 @@ class ChatCall:
             state.tokenizer, self.num_logprobs or 0, as_token_ids=bool(body.return_tokens_as_token_ids)
         )
 
+    def usage(self, generation: Generation) -> dict[str, Any]:
+        return self.conversation.usage(generation)
+
     # --- one answer
 
     async def whole(self, generation: Generation) -> Response:
@@ -51,11 +60,11 @@ class ChatCall:
         answer = self._envelope(generation, "chat.completion")
         answer |= {
             "choices": [self._choice(index, item) for index, item in enumerate(answers)],
-            "usage": generation.usage(),
+            "usage": self.usage(generation),
         }
         first = generation.sequences[0]
         if self.body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self.format.prompt(first.prompt_logprobs or [])
+            answer["prompt_logprobs"] = self.format.prompt(first.prompt_scores, self.body.prompt_logprobs)
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = first.request.prompt_token_ids
         return json_response(answer | generation.timing_report(), generation.headers())
@@ -63,9 +72,11 @@ class ChatCall:
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         content = self.echoed + (answer.content or "") if self.echoed else answer.content
         message: dict[str, Any] = {"role": self.role, "content": content}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
         if answer.calls:
-            message["tool_calls"] = answer.calls
-        choice = {
+            message["tool_calls"] = [_tool_call(call) for call in answer.calls]
+        choice: dict[str, Any] = {
             "index": index,
             "message": message,
             "logprobs": None,
@@ -84,58 +95,48 @@ class ChatCall:
             "object": kind,
             "created": self.created,
             "model": generation.model_id,
-            "system_fingerprint": self.state.model.fingerprint,
+            "system_fingerprint": self.state.served.fingerprint,
             "size": generation.size_summary(),
         }
 
     # --- a stream
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        options = self.body.stream_options
-        with_usage = self.state.settings.enable_force_include_usage or bool(options and options.include_usage)
-        every_usage = bool(options and options.continuous_usage_stats) and with_usage
-        envelope = self._envelope(generation, "chat.completion.chunk")
-        is_plain = not (self.num_logprobs is not None or self.body.return_token_ids or every_usage)
-        # Everything but the text is the same in every plain chunk of a choice: written once.
-        head = b"data: " + orjson.dumps(envelope)[:-1]
-        heads = [head + b',"choices":[{"index":%d,"delta":{"content":' % s.index for s in generation.sequences]
-        tail = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-        has_begun = [False] * len(heads)
-        async for piece in self.conversation.pieces(generation):
-            index, text = piece.index, piece.text
-            # The role goes out with the first token: clients take the first chunk's time for time to first token.
-            prefix = b""
-            if not has_begun[index]:
-                has_begun[index] = True
-                prefix = self._role_event(envelope, generation, index, every_usage)
-            if is_plain and not piece.finish_reason:
-                if text or prefix:
-                    yield prefix + (heads[index] + orjson.dumps(text) + tail if text else b"")
-                continue
-            yield prefix + self._chunk(envelope, generation, piece, every_usage)
-        if with_usage:
-            yield event(envelope | {"choices": [], "usage": generation.usage()} | generation.timing_report())
-        yield DONE
+    def events(self, generation: Generation) -> AsyncGenerator[bytes]:
+        pieces = self.conversation.pieces(generation)
+        return chunk_events(self, generation, pieces, self.body, self.state.settings)
 
-    def _role_event(self, envelope: dict[str, Any], generation: Generation, index: int, with_usage: bool) -> bytes:
+    def envelope(self, generation: Generation) -> dict[str, Any]:
+        return self._envelope(generation, "chat.completion.chunk")
+
+    def plain_text(self, piece: Piece) -> str | None:
+        if not self.is_plain or piece.finish_reason or not all(isinstance(part, Text) for part in piece.parts):
+            return None
+        return "".join(part.text for part in piece.parts if isinstance(part, Text))
+
+    def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
+        # The role goes out with the first token: clients take the first chunk's time for time to first token.
         choice: dict[str, Any] = {
-            "index": index,
+            "index": piece.index,
             "delta": {"role": self.role, "content": self.echoed},
             "logprobs": None,
             "finish_reason": None,
         }
-        chunk = envelope | {"choices": [choice]}
         if self.body.return_token_ids:
-            chunk["prompt_token_ids"] = generation.sequences[index].request.prompt_token_ids
-        if with_usage:
-            chunk["usage"] = generation.usage()
-        return event(chunk)
+            choice["prompt_token_ids"] = generation.sequences[piece.index].request.prompt_token_ids
+        return choice
 
-    def _chunk(self, envelope: dict[str, Any], generation: Generation, piece: Piece, with_usage: bool) -> bytes:
+    def choice(self, generation: Generation, piece: Piece, is_first: bool) -> dict[str, Any] | None:
         delta = piece.delta
-        change: dict[str, Any] = {"content": piece.text} if piece.text or not piece.finish_reason else {}
-        if piece.calls:
-            change["tool_calls"] = [{"index": place, **call} for place, call in enumerate(piece.calls)]
+        text = "".join(part.text for part in piece.parts if isinstance(part, Text))
+        thought = "".join(part.text for part in piece.parts if isinstance(part, Reasoning))
+        calls = [_call_delta(part) for part in piece.parts if isinstance(part, CallPart)]
+        change: dict[str, Any] = {"content": text} if text else {}
+        if thought:
+            change["reasoning_content"] = thought
+        if calls:
+            change["tool_calls"] = calls
+        if not (change or piece.finish_reason or not self.is_plain or generation_is_counted(self.body)):
+            return None
         choice: dict[str, Any] = {
             "index": piece.index,
             "delta": change,
@@ -148,7 +149,20 @@ class ChatCall:
             choice["logprobs"] = self.format.chat(list(delta.logprobs or ()))
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-        chunk = envelope | {"choices": [choice]}
-        if with_usage:
-            chunk["usage"] = generation.usage()
-        return event(chunk)
+        return choice
+
+
+def generation_is_counted(body: ChatCompletionRequest) -> bool:
+    """Whether every token is worth a chunk, for the sake of its usage."""
+    return bool(body.stream_options and body.stream_options.continuous_usage_stats)
+
+
+def _tool_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(part: CallPart) -> dict[str, Any]:
+    function = {"arguments": part.arguments}
+    if part.id is None:
+        return {"index": part.index, "function": function}
+    return {"index": part.index, "id": part.id, "type": "function", "function": {"name": part.name, **function}}

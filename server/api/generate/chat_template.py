@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -39,16 +41,75 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter escapes HTML, which would change the prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+class Arguments(dict):
+    """A call's arguments for templates: a mapping whose JSON is the text that the model once wrote."""
+
+    text: str
+
+    @classmethod
+    def read(cls, value: str | dict[str, Any]) -> Any:
+        """From the wire. Text that is no JSON object stays text; none at all is an empty object."""
+        if isinstance(value, dict):
+            return value
+        if not value.strip() or value.strip() == "null":
+            value = "{}"
+        try:
+            parsed = json.loads(value, parse_float=_Float)
+        except (ValueError, RecursionError):
+            return value
+        if not isinstance(parsed, dict):
+            return parsed if parsed is not None else cls.read("{}")
+        arguments = cls(parsed)
+        arguments.text = value
+        return arguments
+
+
+class _Float(float):
+    """A number as it was written: 1e5 stays 1e5."""
+
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+# Stands for what has a text of its own while JSON is written; nobody outside can know it.
+_PLACE = secrets.token_hex(16)
+_PLACES = re.compile(f'"{_PLACE}:(\\d+)"')
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Jinja's own filter escapes HTML, which would change the prompt. Call arguments stay as the model wrote them."""
+    if indent is not None or options or ensure_ascii:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    texts: list[str] = []
+    written = json.dumps(_replaced(value, texts), ensure_ascii=False)
+    return _PLACES.sub(lambda match: texts[int(match[1])], written) if texts else written
+
+
+def _replaced(value: Any, texts: list[str]) -> Any:
+    if isinstance(value, Arguments | _Float):
+        texts.append(value.text)
+        return f"{_PLACE}:{len(texts) - 1}"
+    if isinstance(value, dict):
+        return {key: _replaced(item, texts) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item, texts) for item in value]
+    return value
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
     return environment
@@ -74,6 +135,11 @@ class ChatTemplate:
     @property
     def mentions_tools(self) -> bool:
         return "tools" in self.source
+
+    @property
+    def thinks(self) -> bool:
+        """Whether answers may begin with reasoning between <think> and </think>."""
+        return "</think>" in self.source
 
     def render(
         self,

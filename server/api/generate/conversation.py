@@ -10,14 +10,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.requests import Request
-
 from server.api.chat.protocol import ChatCompletionRequest
+from server.api.generate.answer_reader import THINK, THOUGHT, CallPart, Part, Reasoning, Text
 from server.api.generate.chat_template import ChatTemplate, TemplateError
-from server.api.generate.generation import Delta, Generation, PromptInput
+from server.api.generate.generation import Delta, Generation
 from server.api.generate.grammar import grammar_factory
-from server.api.generate.serving import Plan, encode_prompt, truncate
-from server.api.generate.tools import ToolStream, ToolUse, plain_messages
+from server.api.generate.history import plain_messages, with_tools_in_words
+from server.api.generate.serving import encode_prompt, truncate
+from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
+from server.api.generate.tools import ToolUse
 from server.api.http.errors import invalid
 from server.api.http.state import ServerState
 from server.api.routes.protocol import TokenizeRequest
@@ -25,24 +26,63 @@ from server.api.routes.protocol import TokenizeRequest
 
 @dataclass(slots=True)
 class Piece:
-    """What is new for one choice. `calls` are whole; `finish_reason` is OpenAI's, `tool_calls` included."""
+    """What is new for one choice: `parts` in order. `finish_reason` is OpenAI's, `tool_calls` included."""
 
     index: int
-    text: str
-    calls: list[dict[str, Any]]
+    parts: list[Part]
     delta: Delta
     finish_reason: str | None = None
 
 
 @dataclass(slots=True)
-class Answer:
-    """One finished choice."""
+class Call:
+    """A tool call of a finished answer; `arguments` are JSON as the model wrote it."""
 
-    content: str | None
-    calls: list[dict[str, Any]]
-    finish_reason: str | None
-    stop_reason: int | str | None
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(slots=True)
+class Answer:
+    """One finished choice: what was said, thought and called, in order."""
+
+    items: list[Text | Reasoning | Call] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
     deltas: list[Delta] = field(default_factory=list)
+
+    @property
+    def content(self) -> str | None:
+        """None where there are calls and nothing else."""
+        text = "".join(item.text for item in self.items if isinstance(item, Text))
+        return text or (None if self.calls else "")
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(item.text for item in self.items if isinstance(item, Reasoning))
+
+    @property
+    def calls(self) -> list[Call]:
+        return [item for item in self.items if isinstance(item, Call)]
+
+    def add(self, piece: Piece) -> None:
+        self.deltas.append(piece.delta)
+        for part in piece.parts:
+            last = self.items[-1] if self.items else None
+            if isinstance(part, CallPart):
+                if part.id is not None:
+                    self.items.append(Call(part.id, part.name or "", part.arguments))
+                else:
+                    self.calls[-1].arguments += part.arguments
+            elif isinstance(part, Text) and isinstance(last, Text):
+                self.items[-1] = Text(last.text + part.text)
+            elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
+                self.items[-1] = Reasoning(last.text + part.text)
+            else:
+                self.items.append(part)
+        if piece.finish_reason is not None:
+            self.finish_reason, self.stop_reason = piece.finish_reason, piece.delta.stop_reason
 
 
 class Conversation:
@@ -64,68 +104,91 @@ class Conversation:
             raise invalid(f"top_logprobs is {body.top_logprobs}; 0 to {most} are allowed here.", "top_logprobs")
         self.num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.template = chat_template(body, state)
-        self.tools = ToolUse(body.tools, body.tool_choice, self.template, body.parallel_tool_calls is not False)
-
-    async def generation(self, request: Request, answer_id: str) -> Generation:
-        """Everything checked and tokenised, ready to start."""
-        body, carried = self.body, request.scope["state"]
-        self.state.admission.check(carried["tenant"].name)
-        prompt = await self.prompt()
-        plan = Plan(
-            state=self.state,
-            body=body,
-            request_id=answer_id,
-            arrival_time=carried["arrival_time"],
-            tenant=carried["tenant"],
-            headers=request.headers,
-            num_logprobs=self.num_logprobs,
-            num_prompt_logprobs=body.prompt_logprobs,
-            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-            max_tokens_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
-            grammar=await grammar_factory(body, self.state, self.tools.schema()),
+        self.tools = ToolUse(
+            body.tools,
+            body.tool_choice,
+            self.template,
+            allows_several=body.parallel_tool_calls is not False,
+            is_strict=state.settings.tool_template == "none",
         )
-        plan.check_streaming()
-        return plan.build([prompt])
+        self._has_thought_begun = False
+        self.num_reasoning_tokens = 0
+
+    async def generation(self, caller: Caller, answer_id: str) -> Generation:
+        """Everything checked and tokenised, ready to start."""
+        body, state = self.body, self.state
+        state.admission.check(caller.tenant)
+        prompt = await self.prompt()
+        limits = OutputLimits(
+            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+            param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+            default=state.sampling_defaults.max_new_tokens or None,
+            logprobs=self.num_logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        submission = Submission.build(
+            state,
+            caller,
+            body,
+            [prompt],
+            answer_id=answer_id,
+            limits=limits,
+            grammar=await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags()),
+            marks=self._marks(),
+        )
+        return Generation(state, submission)
 
     async def prompt(self) -> PromptInput:
         body, state = self.body, self.state
-        text = render(body, self.template, self.tools.for_template())
+        text = render(body, self.tools)
+        self._has_thought_begun = self.template.thinks and text.rstrip().endswith(THINK)
         is_cut = body.truncate_prompt_tokens is not None
         prompt = await encode_prompt(text, bool(body.add_special_tokens), state, "messages", is_cut)
         prompt.token_ids = truncate(prompt.token_ids, body, state.catalog.max_model_len)
         return prompt
 
+    def _marks(self) -> dict[int, str]:
+        """Special tokens that calls and reasoning are recognised by."""
+        marks = self.tools.form.marks if self.tools.is_active else ()
+        if self.template.thinks:
+            marks = (*marks, THINK, THOUGHT)
+        return self.state.tokenizer.special_marks(marks)
+
     # --- the answer
 
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer as it comes. Text that may yet turn out to be a call is held back."""
-        streams = [ToolStream(self.tools) for _ in generation.sequences] if self.tools.is_active else None
+        readers = [self.tools.reader(self._has_thought_begun) for _ in generation.sequences]
         async for delta in generation.deltas():
             if not (delta.text or delta.token_ids or delta.finish_reason):
                 continue
-            text, calls = delta.text, []
-            if streams is not None:
-                text = streams[delta.index].push(text)
-                if delta.finish_reason:
-                    rest, calls = streams[delta.index].finish()
-                    text += rest
-            yield Piece(delta.index, text, calls, delta, _finish_reason(delta, calls))
+            reader, finish_reason = readers[delta.index], delta.finish_reason
+            if reader is None:
+                parts: list[Part] = [Text(delta.text)] if delta.text else []
+            else:
+                if reader.is_thinking:
+                    self.num_reasoning_tokens += len(delta.token_ids)
+                parts = reader.push(delta.text)
+                if finish_reason:
+                    is_cut = finish_reason != "stop" or isinstance(delta.stop_reason, str)
+                    parts += reader.finish(is_cut)
+                    if finish_reason == "stop" and reader.num_calls and not reader.is_partial:
+                        finish_reason = "tool_calls"
+            yield Piece(delta.index, parts, delta, finish_reason)
 
     async def answers(self, generation: Generation) -> list[Answer]:
         """All choices, finished."""
-        parts: list[list[Delta]] = [[] for _ in generation.sequences]
-        async for delta in generation.deltas():
-            parts[delta.index].append(delta)
-        answers = []
-        for deltas in parts:
-            last = deltas[-1]
-            content, calls = self.tools.read("".join(delta.text for delta in deltas))
-            answers.append(Answer(content, calls, _finish_reason(last, calls), last.stop_reason, deltas))
+        answers = [Answer() for _ in generation.sequences]
+        async for piece in self.pieces(generation):
+            answers[piece.index].add(piece)
         return answers
 
-
-def _finish_reason(delta: Delta, calls: list[dict[str, Any]]) -> str | None:
-    return "tool_calls" if calls and delta.finish_reason == "stop" else delta.finish_reason
+    def usage(self, generation: Generation) -> dict[str, Any]:
+        """OpenAI's counts; with those of reasoning where the model does that."""
+        usage = generation.usage()
+        if self.template.thinks:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning_tokens}
+        return usage
 
 
 def chat_template(body: ChatCompletionRequest | TokenizeRequest, state: ServerState) -> ChatTemplate:
@@ -142,9 +205,7 @@ def chat_template(body: ChatCompletionRequest | TokenizeRequest, state: ServerSt
     return state.tokenizer.chat_template
 
 
-def render(
-    body: ChatCompletionRequest | TokenizeRequest, template: ChatTemplate, tools: list[dict[str, Any]] | None
-) -> str:
+def render(body: ChatCompletionRequest | TokenizeRequest, tools: ToolUse) -> str:
     """The prompt text. 400 if the template refuses the conversation."""
     continue_final = bool(body.continue_final_message)
     add_prompt = body.add_generation_prompt
@@ -153,15 +214,18 @@ def render(
     options = dict(body.chat_template_kwargs or {})
     if reserved := {"messages", "tools", "documents", "add_generation_prompt"} & options.keys():
         raise invalid(f"chat_template_kwargs must not set {sorted(reserved)[0]}.", "chat_template_kwargs")
-    effort = getattr(body, "reasoning_effort", None)
-    if effort is not None:
-        options.setdefault("reasoning_effort", effort)
+    for name in ("reasoning_effort", "enable_thinking"):
+        if (value := getattr(body, name, None)) is not None:
+            options.setdefault(name, value)
+    messages, described = plain_messages(body.messages or []), tools.for_template()
+    if tools.is_generic:
+        messages, described = with_tools_in_words(messages, described), None
     try:
-        return template.render(
-            plain_messages(body.messages),
+        return tools.template.render(
+            messages,
             add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
             continue_final_message=continue_final,
-            tools=tools,
+            tools=described,
             documents=getattr(body, "documents", None),
             variables=options,
         )

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers.decoders import DecodeStream
 
 from server.api.generate.tokenizer import ServingTokenizer
 
-# Prompt tokens that precede the output in the decoder, so that a sentencepiece model keeps the first word's blank.
+# Tokens that precede the new ones in the decoder, so that a sentencepiece model keeps the first word's blank.
 _CONTEXT_TOKENS = 6
+_UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """One sequence's text.
+    """One sequence's text: decode(prompt + output) less decode(prompt), as far as it is certain.
 
     `text` is what is decided so far, cut at a stop string. `take()` returns what may be sent: text that could still
     turn out to be the beginning of a stop string, and bytes of an unfinished character, wait for the next token.
     """
-
-    __slots__ = (
-        "_min_tokens",
-        "_num_tokens",
-        "_pending",
-        "_sent",
-        "_skip_special",
-        "_stop",
-        "_stream",
-        "_tokenizer",
-        "includes_stop",
-        "stop_string",
-        "text",
-    )
 
     def __init__(
         self,
@@ -42,42 +29,56 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        marks: Mapping[int, str] | None = None,
     ) -> None:
+        """`marks`: special tokens that are kept as this text, whatever `skip_special_tokens` says."""
         self._tokenizer = tokenizer.backend
         self._skip_special = skip_special_tokens
-        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._marks = (marks or {}) if skip_special_tokens else {}
+        self._stream: DecodeStream | None = None
         self._stop = tuple(stop)
         self.includes_stop = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._pending: list[int] = []  # tokens since the last complete text
+        self._context: list[int] = []  # tokens before those, whose text is known
+        self._pending: list[int] = []  # tokens whose text is not known yet
         self._sent = 0
         self.text = ""
         self.stop_string: str | None = None
+        self._settle(list(prompt_token_ids[-_CONTEXT_TOKENS:]))
 
     def push(self, token_id: int) -> bool:
         """Add a token. True if the text now contains a stop string (`stop_string`); push no more after that."""
         self._num_tokens += 1
-        self._pending.append(token_id)
-        try:
-            piece = self._stream.step(self._tokenizer, token_id)
-        except Exception:
-            # The library gives up on sequences that decode differently once more tokens follow; start afresh.
-            piece = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special)
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        if not piece:
+        if token_id in self._marks:
+            piece = self._rest() + self._marks[token_id]
+            self._settle([])
+        elif token_id in self._skipped:
             return False
-        self._pending.clear()
-        return self._append(piece)
+        else:
+            self._pending.append(token_id)
+            piece = self._step(token_id)
+        return bool(piece) and self._append(piece)
 
     def finish(self) -> bool:
         """No more tokens: bytes of an unfinished character become U+FFFD. True if that completed a stop string."""
         if not self._pending or self.stop_string is not None:
             return False
-        piece = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special)
-        self._pending.clear()
+        piece = self._rest()
+        self._settle([])
         return bool(piece) and self._append(piece)
+
+    def offset(self, token_id: int) -> int:
+        """Where the text of a token would begin that is pushed next."""
+        if not self._pending:
+            return len(self.text)
+        known, settled = self._decode(self._context), self._context + self._pending
+        before, after = self._decode(settled), self._decode([*settled, token_id])
+        shared = _num_shared(before, after)
+        if len(after) == len(before):  # more bytes of the character that is unfinished
+            shared = min(shared, max(len(after) - 1, 0))
+        return len(self.text) + max(shared - _num_shared(known, after), 0)
 
     def take(self, is_final: bool = False) -> str:
         """Text not returned before and safe to send."""
@@ -89,6 +90,46 @@ class Detokenizer:
         piece = self.text[self._sent : end]
         self._sent = end
         return piece
+
+    # --- tokens to text
+
+    def _step(self, token_id: int) -> str:
+        """The text that `token_id`, already pending, has made certain."""
+        if self._stream is not None:
+            try:
+                piece = self._stream.step(self._tokenizer, token_id)
+            except Exception:  # it gives up on sequences that decode differently once more tokens follow
+                self._stream = None
+            else:
+                if piece:
+                    self._context = (self._context + self._pending)[-_CONTEXT_TOKENS:]
+                    self._pending = []
+                return piece or ""
+        # The library's stream repeats a prefix that ends inside a character (tokenizers 0.23.3): until there is a whole
+        # one, texts are compared.
+        piece = self._rest()
+        if not piece or piece.endswith(_UNFINISHED):
+            return ""
+        self._settle(self._context + self._pending)
+        return piece
+
+    def _rest(self) -> str:
+        """Text of the pending tokens as far as it differs from what came before them."""
+        before, after = self._decode(self._context), self._decode(self._context + self._pending)
+        return after[_num_shared(before, after) :]
+
+    def _settle(self, token_ids: list[int]) -> None:
+        """All text of these tokens is known: they only serve as context from here on."""
+        self._context, self._pending = token_ids[-_CONTEXT_TOKENS:], []
+        text = self._decode(self._context)
+        self._stream = None
+        if not text.endswith(_UNFINISHED):
+            self._stream = DecodeStream(ids=list(self._context), skip_special_tokens=self._skip_special)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
+
+    # --- stop strings
 
     def _append(self, piece: str) -> bool:
         start = len(self.text)
@@ -115,3 +156,11 @@ class Detokenizer:
                     longest = length
                     break
         return longest
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Length of what both begin with."""
+    if other.startswith(one):
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

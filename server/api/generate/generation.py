@@ -6,15 +6,17 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from server.api.generate.detokenizer import Detokenizer
-from server.api.generate.size_choice import SizeChoice
+from server.api.generate.submission import PromptInput, Submission
 from server.api.http.errors import APIError
-from server.api.http.state import ServerState
 from server.core.request import Request, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.async_engine import OutputStream, merge
+
+if TYPE_CHECKING:
+    from server.api.http.state import ServerState
 
 _serial = itertools.count()
 
@@ -37,6 +39,7 @@ class Sequence:
     """One choice while it is being generated."""
 
     index: int
+    prompt: PromptInput
     request: Request
     detokenizer: Detokenizer
     text_start: int = 0  # characters of echoed prompt in front of the text
@@ -51,6 +54,17 @@ class Sequence:
     is_finished: bool = False
     finish_reason: str | None = None
 
+    @property
+    def outputs(self) -> OutputStream:
+        """Once it has been submitted."""
+        assert self.stream is not None
+        return self.stream
+
+    @property
+    def prompt_scores(self) -> list[TokenLogprobs | None]:
+        """One entry per prompt token; a prompt of one token has nothing to score, and the engine sends nothing."""
+        return self.prompt_logprobs or [None] * len(self.prompt.token_ids)
+
     def feed(self, output: RequestOutput) -> Delta:
         """Turn engine output into text. Sets `is_finished` when a stop string ends the sequence early."""
         sampling, detokenizer = self.request.sampling, self.detokenizer
@@ -61,7 +75,7 @@ class Sequence:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         last = len(token_ids) - 1
         for position, token_id in enumerate(token_ids):
-            offsets.append(self.text_start + len(detokenizer.text))
+            offsets.append(self.text_start + detokenizer.offset(token_id))
             ended_by_token = (
                 position == last
                 and finish_reason == "stop"
@@ -84,71 +98,50 @@ class Sequence:
         return Delta(self.index, text, token_ids, logprobs, offsets, finish_reason, stop_reason)
 
 
-@dataclass(slots=True)
-class PromptInput:
-    """A tokenised prompt; `text` is None until somebody needs it (a prompt that came as token ids)."""
-
-    token_ids: list[int]
-    text: str | None = None
-
-
-@dataclass(slots=True)
 class Generation:
     """All choices of one HTTP request. Close it in any case: closing aborts what is unfinished."""
 
-    state: ServerState
-    request_id: str
-    choice: SizeChoice
-    requested_model: str = ""
-    sequences: list[Sequence] = field(default_factory=list)
-    size: int = 0
-    reason: str = ""
-    changes: list[tuple[int, int]] = field(default_factory=list)  # (size, output tokens before it) of the first choice
-    _first: RequestOutput | None = None
-    _deadline: asyncio.TimerHandle | None = None
-    num_prompt_tokens: int = 0
+    def __init__(self, state: ServerState, submission: Submission) -> None:
+        self.state = state
+        self.submission = submission
+        self.size = 0
+        self.reason = ""
+        self.changes: list[tuple[int, int]] = []  # (size, output tokens before it) of the first choice
+        self._first: RequestOutput | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self.sequences: list[Sequence] = []
+        for prompt, choices in zip(submission.prompts, submission.sampling, strict=True):
+            for sampling in choices:
+                self.sequences.append(self._sequence(len(self.sequences), prompt, sampling))
+        state.metrics.observe_params_n(submission.n)
 
-    def add(
-        self,
-        prompt: PromptInput,
-        sampling: SamplingParams,
-        *,
-        stop: tuple[str, ...],
-        include_stop: bool,
-        skip_special_tokens: bool,
-        priority: int,
-        tenant: str,
-        cache_salt: str,
-        arrival_time: float,
-        grammar: Any = None,
-    ) -> Sequence:
-        index = len(self.sequences)
+    def _sequence(self, index: int, prompt: PromptInput, sampling: SamplingParams) -> Sequence:
+        asked, shares_cache = self.submission, self.state.settings.share_prefix_cache
         request = Request(
-            request_id=f"{self.request_id}-{next(_serial)}",
+            request_id=f"{asked.answer_id}-{next(_serial)}",
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,
-            sizes=self.choice.sizes,
-            size_reason=self.choice.reason,
-            budget=self.choice.budget,
-            priority=priority,
-            tenant=tenant,
-            size_schedule=self.choice.schedule,
+            sizes=asked.sizes.sizes,
+            size_reason=asked.sizes.reason,
+            budget=asked.sizes.budget,
+            priority=asked.sizes.priority,
+            tenant=asked.caller.tenant,
+            size_schedule=asked.sizes.schedule,
             # What is cached shows in an answer's `cached_tokens` and in its time: each key has a cache of its own.
-            cache_salt=cache_salt if self.state.settings.share_prefix_cache else f"{tenant}\0{cache_salt}",
-            grammar=grammar,
-            arrival_time=arrival_time,
+            cache_salt=asked.cache_salt if shares_cache else f"{asked.caller.tenant}\0{asked.cache_salt}",
+            grammar=asked.grammar() if asked.grammar else None,
+            arrival_time=asked.caller.arrival_time,
         )
         detokenizer = Detokenizer(
             self.state.tokenizer,
             prompt.token_ids,
-            stop=stop,
-            include_stop=include_stop,
-            skip_special_tokens=skip_special_tokens,
+            stop=asked.stop,
+            include_stop=asked.include_stop,
+            skip_special_tokens=asked.skip_special_tokens,
             min_tokens=sampling.min_tokens,
+            marks=asked.marks,
         )
-        sequence = Sequence(index, request, detokenizer)
-        self.sequences.append(sequence)
-        return sequence
+        return Sequence(index, prompt, request, detokenizer)
 
     # --- running
 
@@ -169,7 +162,7 @@ class Generation:
         if is_pinned:
             for sequence in rest:
                 self._submit(sequence)
-        self._first = output = await anext(first.stream)
+        self._first = output = await anext(first.outputs)
         self._note(first, output)
         self._raise_if_failed(output)
         if not is_pinned:
@@ -180,6 +173,7 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Everything that follows, in the order in which it happens. APIError if a sequence fails."""
+        assert self._first is not None  # `start` has come first
         if len(self.sequences) == 1:
             sequence = self.sequences[0]
             output = self._first
@@ -190,7 +184,7 @@ class Generation:
                 if sequence.is_finished:
                     await self._retire(sequence, delta)
                     return
-                output = await anext(sequence.stream)
+                output = await anext(sequence.outputs)
                 self._note(sequence, output)
         else:
             async for delta in self._interleaved():
@@ -198,12 +192,13 @@ class Generation:
 
     async def _interleaved(self) -> AsyncIterator[Delta]:
         """Outputs of several sequences as they come; those of one that is not read in time are merged."""
+        assert self._first is not None
         pending: dict[int, RequestOutput] = {0: self._first}
         ready = asyncio.Event()
         ready.set()
 
         async def follow(sequence: Sequence) -> None:
-            async for output in sequence.stream:
+            async for output in sequence.outputs:
                 self._note(sequence, output)
                 before = pending.get(sequence.index)
                 pending[sequence.index] = output if before is None else merge(before, output)
@@ -244,7 +239,7 @@ class Generation:
 
     def _submit(self, sequence: Sequence) -> None:
         num_tokens = len(sequence.request.prompt_token_ids)
-        sequence.stream = self.state.engine.submit(sequence.request)
+        sequence.stream = self.state.async_engine.submit(sequence.request)
         self.state.admission.enter(sequence.request.tenant, num_tokens)
         sequence.is_queued = True
 
@@ -269,7 +264,7 @@ class Generation:
     async def _retire(self, sequence: Sequence, delta: Delta) -> None:
         """A stop string ends a sequence before the engine knows: tell it, and the metrics why."""
         is_stop_string = delta.finish_reason == "stop" and isinstance(delta.stop_reason, str)
-        await sequence.stream.aclose(delta.stop_reason if is_stop_string else None)
+        await sequence.outputs.aclose(str(delta.stop_reason) if is_stop_string else None)
 
     def _raise_if_failed(self, output: RequestOutput) -> None:
         if output.finish_reason == "error":
@@ -289,23 +284,27 @@ class Generation:
                 sequence.stream.put(
                     RequestOutput(sequence.request.request_id, finish_reason="error", error=message, error_status=408)
                 )
-                self.state.engine.abort(sequence.request.request_id)
+                self.state.async_engine.abort(sequence.request.request_id)
 
     # --- reports
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far. A prompt that `n` choices share counts once."""
         completion = sum(sequence.num_output_tokens for sequence in self.sequences)
-        cached = max((sequence.num_cached_tokens for sequence in self.sequences), default=0)
+        num_prompt = self.submission.num_prompt_tokens
+        cached = sum(max(sequence.num_cached_tokens, 0) for sequence in self.sequences[:: self.submission.n])
         return {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": num_prompt,
             "completion_tokens": completion,
-            "total_tokens": self.num_prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": max(cached, 0)},
+            "total_tokens": num_prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     @property
     def model_id(self) -> str:
+        """The size that answers, as a model id; the name that was asked for where the operator wants it back."""
+        if self.state.settings.echo_requested_model:
+            return self.submission.model
         return self.state.catalog.model_id(self.size)
 
     def size_summary(self) -> dict[str, Any]:

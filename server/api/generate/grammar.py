@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from pydantic import ValidationError
 
 from server.api.generate.grammar_trial import Trial
 from server.api.generate.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
+from server.api.generate.schemas import prepare_schema
 from server.api.http.errors import invalid
 from server.config import Settings
 
@@ -73,14 +74,23 @@ class Compiler:
 
 
 async def grammar_factory(
-    body: SamplingFields, state: ServerState, forced_schema: dict[str, Any] | None = None
+    body: SamplingFields,
+    state: ServerState,
+    forced_schema: dict[str, Any] | None = None,
+    call_tags: list[tuple[str, dict[str, Any], str]] | None = None,
 ) -> Callable[[], Grammar] | None:
-    """What constrains the text of this request, or None. `forced_schema` is that of a tool call to be made."""
+    """What constrains the text of this request, or None.
+
+    `forced_schema` is that of a tool call to be made; `call_tags` are (begin, schema, end) of calls that may be made.
+    """
     found = _requested(body)
     if forced_schema is not None:
         if found is not None:
             raise invalid(f"{found[1]} cannot be combined with a forced tool call.", found[1])
         found = (_json(forced_schema, "tools"), "tools")
+    elif call_tags is not None and found is None:
+        tags = [Structure(begin=begin, schema=schema, end=end) for begin, schema, end in call_tags]
+        found = (_tags(tags, [call_tags[0][0].split("\n")[0]], "tools"), "tools")
     if found is None:
         return None
     grammar, param = found
@@ -102,12 +112,16 @@ def _requested(body: SamplingFields) -> tuple[str, str] | None:
 
 def _response_format(asked: ResponseFormat) -> str:
     param = f"response_format.{asked.type}"
+    if asked.schema_ is not None and (asked.type not in ("json_object", "json_schema") or asked.json_schema):
+        raise invalid(f"response_format.schema does not go with {asked.type}.", "response_format.schema")
     if asked.type == "json_object":
-        return _json({"type": "object"}, param)
+        schema: Any = {"type": "object"} if asked.schema_ is None else asked.schema_
+        return _json(schema, param if asked.schema_ is None else "response_format.schema")
     if asked.type == "json_schema":
-        if asked.json_schema is None or asked.json_schema.schema_ is None:
+        schema = asked.schema_ if asked.json_schema is None else asked.json_schema.schema_
+        if schema is None:
             raise invalid("response_format.json_schema.schema is missing.", "response_format.json_schema")
-        return _json(asked.json_schema.schema_, param)
+        return _json(schema, param)
     if asked.type == "structural_tag":
         if not asked.structures or not asked.triggers:
             raise invalid(f"{param} needs structures and triggers.", param)
@@ -121,13 +135,15 @@ def _response_format(asked: ResponseFormat) -> str:
 def _structured(asked: StructuredOutputs) -> str:
     param = "structured_outputs"
     kinds = ("json_", "regex", "choice", "grammar", "json_object", "structural_tag")
-    given = [kind for kind in kinds if getattr(asked, kind) not in (None, False)]
+    wanted = asked.model_copy(update={"json_object": asked.json_object or None})
+    given = [kind for kind in kinds if getattr(wanted, kind) is not None]
     if len(given) != 1:
         raise invalid(f"{param} needs exactly one of json, regex, choice, grammar, json_object, structural_tag.", param)
     kind = given[0]
     if kind in _FORMATS:
         return _FORMATS[kind](getattr(asked, kind), f"{param}.{kind}")
     if kind == "structural_tag":
+        assert asked.structural_tag is not None
         return _structural_tag(asked.structural_tag, f"{param}.structural_tag")
     schema: Any = {"type": "object"} if kind == "json_object" else asked.json_
     if isinstance(schema, str):
@@ -146,7 +162,7 @@ def _choice(texts: list[str], param: str) -> str:
 
     if not 0 < len(texts) <= 1000:
         raise invalid(f"{param} needs 1 to 1000 texts.", param)
-    return grammar_from("choice", texts)
+    return grammar_from("choice", texts)  # type: ignore[arg-type]  # it takes the list that its own docstring shows
 
 
 def _grammar(text: str, param: str) -> str:
@@ -159,7 +175,7 @@ def _grammar(text: str, param: str) -> str:
         raise invalid(f"{param} cannot be read: {str(error)[:300]}", param) from None
 
 
-_FORMATS = {"regex": _regex, "choice": _choice, "grammar": _grammar}
+_FORMATS: dict[str, Callable[[Any, str], str]] = {"regex": _regex, "choice": _choice, "grammar": _grammar}
 
 
 def _structural_tag(text: str, param: str) -> str:
@@ -182,24 +198,29 @@ def _tags(structures: list[Structure], triggers: list[str], param: str) -> str:
         trigger = next((text for text in triggers if text and structure.begin.startswith(text)), None)
         if trigger is None:
             raise invalid(f"{param}: no trigger begins {structure.begin[:100]!r}.", param)
-        tags.append(StructTag(trigger=trigger, begin=structure.begin, grammar=structure.schema_, end=structure.end))
+        schema = prepare_schema(structure.schema_, param)
+        tags.append(StructTag(trigger=trigger, begin=structure.begin, grammar=schema, end=structure.end))
     return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
 
 
 def _loads(text: str, param: str) -> Any:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise invalid(f"{param} is not valid JSON: {error}", param) from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _json(schema: Any, param: str, whitespace: str | None = None, compact: bool = False) -> str:
     from llguidance import LLMatcher
 
-    options: dict[str, Any] = {"whitespace_flexible": False}
+    options: Any = {"whitespace_flexible": False}
     if not compact:
         options = {"whitespace_pattern": _BLANKS if whitespace is None else whitespace}
     try:
-        return LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), overrides=options)
+        return LLMatcher.grammar_from_json_schema(json.dumps(prepare_schema(schema, param)), overrides=options)
     except (ValueError, TypeError) as error:
         raise invalid(f"{param} is not a usable JSON schema: {str(error)[:300]}", param) from None

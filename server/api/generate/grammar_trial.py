@@ -30,6 +30,7 @@ class Trial:
         from server.engine.extras.grammar import GrammarError
 
         process = self._process or await self._start()
+        assert process.stdin is not None and process.stdout is not None
         answer = b""
         try:
             process.stdin.write(orjson.dumps(grammar) + b"\n")
@@ -55,6 +56,7 @@ class Trial:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the server, which goes on until its requests are done
         )
+        assert process.stdin is not None
         setup = {
             "tokenizer": tokenizer.backend.to_str(),
             "vocab_size": tokenizer.vocab_size,

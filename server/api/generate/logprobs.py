@@ -5,6 +5,7 @@ The floats are passed on as they come: a client that compares a token's value wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from server.api.generate.tokenizer import ServingTokenizer
@@ -29,7 +30,7 @@ class LogprobFormatter:
         return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
 
     def legacy(
-        self, entries: list[TokenLogprobs | None], token_ids: list[int], offsets: list[int]
+        self, entries: Sequence[TokenLogprobs | None], token_ids: list[int], offsets: list[int]
     ) -> dict[str, list[Any]]:
         """The completions object. `entries[i]` is None where nothing precedes the token (first of the prompt)."""
         return {
@@ -68,8 +69,11 @@ class LogprobFormatter:
             "bytes": self._tokenizer.token_bytes(token_id),
         }
 
-    def prompt(self, entries: list[TokenLogprobs | None]) -> list[dict[str, dict[str, Any]] | None]:
-        """vLLM's `prompt_logprobs`: per position {token id: {logprob, rank, decoded_token}}."""
+    def prompt(self, entries: list[TokenLogprobs | None], num_top: int) -> list[dict[str, dict[str, Any]] | None]:
+        """vLLM's `prompt_logprobs`: per position {token id: {logprob, rank, decoded_token}}.
+
+        `num_top` of the likeliest (-1: all): the engine may have been asked for more, for the sake of `logprobs`.
+        """
         result: list[dict[str, dict[str, Any]] | None] = []
         for entry in entries:
             if entry is None:
@@ -77,7 +81,7 @@ class LogprobFormatter:
                 continue
             position = {
                 str(token_id): self._ranked(token_id, logprob, rank)
-                for rank, (token_id, logprob) in enumerate(entry.top, start=1)
+                for rank, (token_id, logprob) in enumerate(entry.top if num_top < 0 else entry.top[:num_top], start=1)
             }
             position.setdefault(str(entry.token_id), self._ranked(entry.token_id, entry.logprob, entry.rank))
             result.append(position)

@@ -63,6 +63,7 @@ class Structure(Body):
 
 
 class ResponseFormat(Body):
+    model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"] = Field(
         description="what the text must be; the field of that name says more"
     )
@@ -72,6 +73,9 @@ class ResponseFormat(Body):
     grammar: str | None = Field(default=None, description="for grammar: Lark or GBNF")
     structures: list[Structure] | None = Field(default=None, description="for structural_tag: the tags")
     triggers: list[str] | None = Field(default=None, description="for structural_tag: what starts a tag")
+    schema_: dict[str, Any] | bool | None = Field(
+        default=None, alias="schema", description="for json_object and json_schema: the schema, as llama.cpp has it"
+    )
 
 
 class StructuredOutputs(Body):
@@ -112,7 +116,7 @@ class SamplingFields(SizeFields):
 
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
-        default=None, description="most tokens to generate; completions: 16 if left out, chat: what the context holds"
+        default=None, description="most tokens to generate; completions: 16 if left out, chat: `--default-max-tokens`"
     )
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="0: greedy; default 1")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default 1")
@@ -122,7 +126,7 @@ class SamplingFields(SizeFields):
     )
     n: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(default=None, description="answers per prompt; default 1")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
-        default=None, description="the same seed gives the same text, in any batch"
+        default=None, description="the same seed gives the same text, in any batch; -1: none"
     )
     stop: str | list[str] | None = Field(default=None, description="texts that end the answer")
     stop_token_ids: list[TokenId] | None = Field(default=None, description="tokens that end the answer")

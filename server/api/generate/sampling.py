@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from server.api.generate.protocol import SamplingFields
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.errors import APIError, invalid
 from server.config import Settings
 from server.core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from server.api.http.state import ServerState
 
 
 def stop_strings(body: SamplingFields, settings: Settings) -> tuple[str, ...]:
@@ -46,23 +51,25 @@ def output_limit(
 ) -> int:
     """`max_tokens`, or what is left of the context (at most `default`). 400 if prompt and output do not fit."""
     room = max_model_len - num_prompt_tokens
+    if requested is not None and 0 <= requested <= room:
+        return requested
+    if requested is None and room > 0:
+        return room if default is None else min(default, room)
     if requested is None:
-        requested = room if default is None else min(default, max(room, 1))
-        param = "prompt" if default is not None else "messages"
-    if room < 0 or requested > room or (default is None and room == 0):
-        raise APIError(
-            f"This model's context has {max_model_len} tokens; the prompt has {num_prompt_tokens} and "
-            f"{requested} more were asked for.",
-            param=param,
-            code="context_length_exceeded",
-        )
-    return requested
+        param = "messages" if default is None or param != "max_tokens" else "prompt"
+        detail = "which leaves no room for an answer"
+    else:
+        detail = f"and {requested} more were asked for"
+    raise APIError(
+        f"This model's context has {max_model_len} tokens; the prompt has {num_prompt_tokens}, {detail}.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def sampling_params(
     body: SamplingFields,
-    settings: Settings,
-    tokenizer: ServingTokenizer,
+    state: ServerState,
     *,
     max_tokens: int,
     max_tokens_param: str = "max_tokens",
@@ -71,6 +78,7 @@ def sampling_params(
     index: int = 0,
 ) -> SamplingParams:
     """One sequence's parameters; `index` is its place among `n`, so that a seed gives n different samples."""
+    tokenizer, default = state.tokenizer, state.sampling_defaults
     vocab_size = tokenizer.vocab_size
     if (body.min_tokens or 0) > max_tokens:
         raise invalid(f"min_tokens ({body.min_tokens}) is above {max_tokens_param} ({max_tokens}).", "min_tokens")
@@ -84,14 +92,14 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        seed=None if body.seed is None else body.seed + index,
+        temperature=_or(body.temperature, default.temperature),
+        top_p=_or(body.top_p, default.top_p),
+        top_k=max(default.top_k if body.top_k is None else body.top_k, 0),
+        min_p=_or(body.min_p, default.min_p),
+        seed=_seed(body.seed, index),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        repetition_penalty=_or(body.repetition_penalty, default.repetition_penalty),
         logit_bias=_logit_bias(body.logit_bias, vocab_size),
         allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
         bad_words_ids=_bad_words(body.bad_words, tokenizer),
@@ -101,6 +109,16 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _seed(seed: int | None, index: int) -> int | None:
+    """A seed of its own for each of n choices. -1 is no seed, as for vLLM and llama.cpp, and so is None.
+
+    Python's generator drops the sign, so negative numbers are moved above all others.
+    """
+    if seed is None or seed == -1:
+        return None
+    return (seed if seed >= 0 else 2**65 + seed) + (index << 66)
 
 
 def _or(value: float | None, default: float) -> float:

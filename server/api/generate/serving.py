@@ -1,11 +1,10 @@
-"""What completions and chat have in common: reading the body, tokenising, building a `Generation`."""
+"""What all routes that generate have in common: reading the body, tokenising, running a `Generation`."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import orjson
@@ -15,11 +14,7 @@ from starlette.responses import Response
 from server.api.generate.generation import Generation, PromptInput
 from server.api.generate.protocol import SamplingFields
 from server.api.generate.sampling import (
-    check_logprobs,
     check_token_ids,
-    output_limit,
-    sampling_params,
-    stop_strings,
 )
 from server.api.http.body import Body, parse_body
 from server.api.http.errors import APIError, invalid
@@ -60,97 +55,6 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
 
 def json_response(data: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(data), headers=headers, media_type="application/json")
-
-
-@dataclass(slots=True, kw_only=True)
-class Plan:
-    """A validated request that only lacks its prompts' tokens."""
-
-    state: ServerState
-    body: SamplingFields
-    request_id: str
-    arrival_time: float
-    tenant: Any
-    headers: Any
-    num_logprobs: int | None = None  # of output tokens
-    num_prompt_logprobs: int | None = None
-    max_tokens: int | None = None
-    max_tokens_param: str = "max_tokens"
-    default_max_tokens: int | None = None  # None: what is left of the context
-    grammar: Callable[[], Any] | None = None  # makes a fresh constraint for each choice
-
-    def build(self, prompts: list[PromptInput]) -> Generation:
-        """Check lengths and sizes and add n choices per prompt. APIError names what is wrong."""
-        body, state = self.body, self.state
-        settings, catalog, tokenizer = state.settings, state.catalog, state.tokenizer
-        model_spec = catalog.split_model(body.model)
-        choice = state.chooser.choose(body, model_spec, self.headers, self.tenant.name)
-        stop = stop_strings(body, settings)
-        n = body.n or 1
-        if n > settings.max_n:
-            raise invalid(f"n is {n}; at most {settings.max_n} are allowed here.", "n")
-        most = max(settings.max_completion_prompts, settings.max_n)
-        if n * len(prompts) > most:
-            raise invalid(f"n times the number of prompts is {n * len(prompts)}; at most {most} are allowed.", "n")
-        limits = [
-            output_limit(
-                self.max_tokens,
-                self.max_tokens_param,
-                self.default_max_tokens,
-                len(prompt.token_ids),
-                catalog.max_model_len,
-            )
-            for prompt in prompts
-        ]
-        longest = max(len(prompt.token_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
-        choice = choice.within_memory(catalog, longest)
-        logprobs = check_logprobs(self.num_logprobs, "logprobs", settings, tokenizer.vocab_size)
-        prompt_logprobs = check_logprobs(self.num_prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size)
-        num_entries = 0
-        num_scored = sum(len(prompt.token_ids) for prompt in prompts)
-        for wanted, positions in ((logprobs, sum(limits)), (prompt_logprobs, num_scored)):
-            if wanted is not None:
-                num_entries += n * positions * (1 + (tokenizer.vocab_size if wanted < 0 else wanted))
-        if num_entries > settings.max_logprob_entries:
-            raise invalid(
-                f"{num_entries} log-probabilities may be needed, and one answer holds at most "
-                f"{settings.max_logprob_entries}: lower max_tokens, n, logprobs or the number of prompts.",
-                "prompt_logprobs" if logprobs is None else "logprobs",
-            )
-        generation = Generation(state, self.request_id, choice, body.model or catalog.name)
-        generation.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        for prompt, limit in zip(prompts, limits, strict=True):
-            for index in range(n):
-                generation.add(
-                    prompt,
-                    sampling_params(
-                        body,
-                        settings,
-                        tokenizer,
-                        max_tokens=limit,
-                        max_tokens_param=self.max_tokens_param,
-                        logprobs=logprobs,
-                        prompt_logprobs=prompt_logprobs,
-                        index=index,
-                    ),
-                    stop=stop,
-                    include_stop=bool(body.include_stop_str_in_output),
-                    skip_special_tokens=body.skip_special_tokens is not False,
-                    priority=choice.priority,
-                    tenant=self.tenant.name,
-                    cache_salt=body.cache_salt or "",
-                    arrival_time=self.arrival_time,
-                    grammar=self.grammar() if self.grammar else None,
-                )
-        state.metrics.observe_params_n(n)
-        return generation
-
-    def check_streaming(self) -> None:
-        body = self.body
-        if body.stream_options is not None and not body.stream:
-            raise invalid("stream_options needs stream: true.", "stream_options")
-        if body.stream and body.prompt_logprobs is not None:
-            raise invalid("prompt_logprobs cannot be streamed.", "prompt_logprobs")
 
 
 def truncate(token_ids: list[int], body: SamplingFields, max_model_len: int) -> list[int]:
@@ -199,7 +103,7 @@ async def respond(
     generation: Generation,
     stream: bool,
     whole: Callable[[Generation], Awaitable[Response]],
-    events: Callable[[Generation], AsyncIterator[bytes]],
+    events: Callable[[Generation], AsyncGenerator[bytes]],
     error_event: Callable[[APIError], bytes] | None = None,
 ) -> Response:
     """Run the generation as one answer or as a stream. Whatever happens, nothing of it is left running."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,9 @@ class ServingTokenizer:
         self.backend = backend
         self.config = config
         self.vocab_size = vocab_size or backend.get_vocab_size()
-        self.special_tokens = {
-            name: _token_text(config.get(name))
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if _token_text(config.get(name)) is not None
-        }
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        texts = ((name, _token_text(config.get(name))) for name in names)
+        self.special_tokens = {name: text for name, text in texts if text is not None}
         eos = self.special_tokens.get("eos_token")
         eos_id = backend.token_to_id(eos) if eos else None
         self.eos_token_ids = eos_token_ids | (frozenset() if eos_id is None else {eos_id})
@@ -51,6 +50,9 @@ class ServingTokenizer:
         self.chat_template = ChatTemplate(chat_template, self.special_tokens) if chat_template else None
         # A byte-level vocabulary writes each byte as a printable character; knowing the map gives exact bytes.
         self._byte_of = _byte_level_map() if _is_byte_level(backend) else None
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
         self.longest_token = max(map(len, backend.get_vocab()), default=1)
         self.token_text = lru_cache(maxsize=1 << 17)(self._token_text)
 
@@ -96,6 +98,11 @@ class ServingTokenizer:
     def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def special_marks(self, texts: Iterable[str]) -> dict[int, str]:
+        """Those of `texts` that are special tokens here, by id."""
+        ids = {self.backend.token_to_id(text): text for text in texts}
+        return {token_id: text for token_id, text in ids.items() if token_id in self.special_token_ids}
+
     def _token_text(self, token_id: int) -> str:
         return self.backend.decode([token_id], skip_special_tokens=False)
 
@@ -105,8 +112,8 @@ class ServingTokenizer:
         if piece is None:
             return []
         if self._byte_of is not None and not self._is_added(token_id):
-            known = [self._byte_of.get(character) for character in piece]
-            if None not in known:
+            known = [self._byte_of[character] for character in piece if character in self._byte_of]
+            if len(known) == len(piece):
                 return known
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # sentencepiece byte fallback
             return [int(piece[3:5], 16)]

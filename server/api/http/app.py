@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -53,15 +54,15 @@ def create_app(
             yield
         finally:
             watching.cancel()
-            state.is_draining = True
             if not loading.done():
                 loading.cancel()
-            if state.async_engine is not None:
-                await state.async_engine.stop()
+            await state.stop()
             if state.telemetry is not None:
                 await asyncio.to_thread(state.telemetry.close)
 
-    docs = {} if not settings.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    docs: dict[str, Any] = (
+        {} if not settings.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    )
     app = FastAPI(
         title="boomerang-serve",
         version=__version__,
@@ -72,11 +73,11 @@ def create_app(
     app.state.server = state
     add_operations(app, state)
     app.router.routes.extend(playground_router.routes)
-    app.add_exception_handler(APIError, handle_api_error)
+    app.add_exception_handler(APIError, handle_api_error)  # type: ignore[arg-type]  # Starlette's own typing
     app.add_exception_handler(HTTPException, handle_http_error)
     app.add_exception_handler(RecursionError, handle_recursion)
     app.add_exception_handler(Exception, handle_unexpected)
-    app.openapi = lambda: openapi_document(app)
+    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     # The last one added is the outermost: CORS headers belong on refusals too.
     app.add_middleware(Gateway, state=state, routes=app.router.routes)
     app.add_middleware(

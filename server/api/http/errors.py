@@ -20,12 +20,14 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     500: "internal_error",
     503: "overloaded_error",
 }
 
 
+_LONGEST_RETRY = 30.0  # seconds
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -47,6 +49,7 @@ class APIError(BoomerangError):
         status: int = 400,
         code: str | None = None,
         retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -54,6 +57,7 @@ class APIError(BoomerangError):
         self.status = status
         self.code = code
         self.retry_after = retry_after
+        self.extra_headers = headers or {}
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "internal_error")
@@ -65,10 +69,14 @@ class APIError(BoomerangError):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def headers(self) -> dict[str, str]:
-        """openai-python obeys both: when to come back, and whether that can help at all."""
+        """openai-python obeys both: when to come back, and whether that can help at all.
+
+        openai-python 3.54 sleeps what it is told up to two minutes and above that does not come back at all.
+        """
         if self.status in (429, 503):
-            return {"retry-after": str(max(1, math.ceil(self.retry_after or 1)))}
-        return {"x-should-retry": "false"}
+            seconds = min(self.retry_after or 1, _LONGEST_RETRY)
+            return {"retry-after": str(max(1, math.ceil(seconds))), **self.extra_headers}
+        return {"x-should-retry": "false", **self.extra_headers}
 
     def response(self, path: str = "") -> Response:
         """`path` is that of the request: clients of `/v1/messages` expect another shape."""
@@ -107,7 +115,7 @@ async def handle_api_error(request: Request, error: APIError) -> Response:
 
 async def handle_http_error(request: Request, error: Any) -> Response:
     """Starlette's own 404 and 405, in the same shape."""
-    return APIError(str(error.detail), status=error.status_code).response(request.url.path)
+    return APIError(str(error.detail), status=error.status_code, headers=error.headers).response(request.url.path)
 
 
 async def handle_recursion(request: Request, error: RecursionError) -> Response:

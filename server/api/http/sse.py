@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -19,14 +19,26 @@ logger = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 
 
+# Line ends for clients that split a stream as Python's str.splitlines does; escaped, they mean the same in JSON.
+_LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
+
+
+def dumps(data: Any) -> bytes:
+    """JSON that holds no line end of any kind."""
+    text = orjson.dumps(data)
+    for raw, escaped in _LINE_ENDS:
+        text = text.replace(raw, escaped)
+    return text
+
+
 def event(data: Any) -> bytes:
     """One server-sent event with a JSON payload."""
-    return b"data: " + orjson.dumps(data) + b"\n\n"
+    return b"data: " + dumps(data) + b"\n\n"
 
 
 def named_event(name: str, data: Any) -> bytes:
     """The same with an event name, as Anthropic's and OpenAI's newer streams have it."""
-    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+    return b"event: " + name.encode() + b"\ndata: " + dumps(data) + b"\n\n"
 
 
 class EventStream(Response):
@@ -39,7 +51,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes],
         headers: dict[str, str],
         close: Callable[[], Awaitable[None]],
         error_event: Callable[[APIError], bytes] | None = None,
@@ -74,8 +86,8 @@ class EventStream(Response):
             return
         except Exception:
             logger.exception("stream failed")
-            error = APIError("The server failed to handle this request.", status=500)
-            await send({"type": "http.response.body", "body": self.error_event(error), "more_body": True})
+            failure = APIError("The server failed to handle this request.", status=500)
+            await send({"type": "http.response.body", "body": self.error_event(failure), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from server.api.generate.catalog import Catalog
 from server.api.generate.grammar import Compiler
+from server.api.generate.sampling_defaults import SamplingDefaults
 from server.api.generate.size_choice import SizeChooser
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.admission import Admission
@@ -41,6 +42,7 @@ class ServedModel:
     fingerprint: str = ""
     tenants: Tenants = field(default_factory=Tenants)
     resolve_size: Callable[[Any], int] | None = None  # "24L", "75%"... into layers
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 class ServerState:
@@ -58,10 +60,12 @@ class ServerState:
         self.load_error: str | None = None
         self.num_active = 0  # inference requests between first byte in and last byte out
         self.body_bytes = 0  # of request bodies that are still arriving
-        self.async_engine: AsyncEngine | None = None
-        self.model: ServedModel | None = None
-        self.chooser: SizeChooser | None = None
-        self.grammars: Compiler | None = None
+        self.model: ServedModel | None = None  # until it is loaded
+        self._async_engine: AsyncEngine | None = None
+        # Set by `attach`; routes run only after that (`Gateway` sees to it).
+        self.chooser: SizeChooser
+        self.grammars: Compiler
+        self.sampling_defaults: SamplingDefaults
 
     def attach(self, model: ServedModel, async_engine: AsyncEngine) -> None:
         """The pair is loaded and its engine runs: take work from here on."""
@@ -69,7 +73,8 @@ class ServerState:
         self.chooser = SizeChooser(model.catalog, self.settings, model.tenants)
         self.admission.retry_after = lambda: model.engine.scheduler.estimated_wait()
         self.grammars = Compiler(model.tokenizer, self.settings)
-        self.async_engine = async_engine
+        self.sampling_defaults = model.sampling_defaults
+        self._async_engine = async_engine
 
     def reload_keys(self) -> None:
         """Read the API keys again, with what they stand for. If anything is wrong with them the old ones stay."""
@@ -83,27 +88,36 @@ class ServerState:
         else:
             logger.info("the API keys were read again: %d", len(keys.tenants))
 
-    # Shorthands for the routes, which run only when the model is there (`Gateway` sees to it).
+    async def stop(self) -> None:
+        """Take no more work and end the engine, if there is one."""
+        self.is_draining = True
+        if self._async_engine is not None:
+            await self._async_engine.stop()
+
+    # Shorthands for the routes.
     @property
-    def engine(self) -> AsyncEngine:
-        assert self.async_engine is not None
-        return self.async_engine
+    def async_engine(self) -> AsyncEngine:
+        assert self._async_engine is not None
+        return self._async_engine
+
+    @property
+    def served(self) -> ServedModel:
+        assert self.model is not None
+        return self.model
 
     @property
     def tokenizer(self) -> ServingTokenizer:
-        assert self.model is not None
-        return self.model.tokenizer
+        return self.served.tokenizer
 
     @property
     def catalog(self) -> Catalog:
-        assert self.model is not None
-        return self.model.catalog
+        return self.served.catalog
 
     def problem(self) -> str | None:
         """Why no new work is taken now, or None."""
         if self.load_error is not None:
             return f"the model could not be loaded: {self.load_error}"
-        if self.async_engine is None:
+        if self._async_engine is None:
             return "the model is loading"
         if self.is_draining:
             return "the server is shutting down"
@@ -128,7 +142,7 @@ class ServerState:
         """Whether only a restart helps: loading failed, the engine thread died or hangs."""
         if self.load_error is not None:
             return True
-        engine = self.async_engine
+        engine = self._async_engine
         return engine is not None and (not engine.is_alive or engine.seconds_in_step > self.settings.step_timeout)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-import orjson
 from pydantic import ValidationError
 
 from server.api.chat.protocol import ChatCompletionRequest
@@ -12,8 +12,7 @@ from server.api.generate.protocol import SizeFields
 from server.api.http.errors import from_validation, invalid
 from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
 
-# What the model thought before is no part of what it is told; templates drop it too.
-_DROPPED = ("thinking", "redacted_thinking")
+_DROPPED = ("redacted_thinking",)
 
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
@@ -30,6 +29,8 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
             schema = {"schema": body.output_config.format.schema_}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         fields["reasoning_effort"] = body.output_config.effort
+    if body.thinking is not None and body.thinking.get("type") in ("enabled", "disabled"):
+        fields["enable_thinking"] = body.thinking["type"] == "enabled"
     if isinstance(body, MessagesRequest):
         shared = (
             "max_tokens",
@@ -53,26 +54,34 @@ def _message(message: Message, param: str) -> list[dict[str, Any]]:
     """One of Anthropic's messages is several of OpenAI's when it carries tool results."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
-    texts, calls, results = [], [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for place, block in enumerate(message.content):
         where = f"{param}.content.{place}"
         if block.type == "text":
             texts.append(_text(block, where))
         elif block.type == "tool_use" and message.role == "assistant":
-            arguments = orjson.dumps(block.input or {}).decode()
+            arguments = json.dumps(block.input or {}, ensure_ascii=False)
             call = {"type": "function", "function": {"name": block.name or "", "arguments": arguments}}
             calls.append(call | ({"id": block.id} if block.id else {}))
         elif block.type == "tool_result" and message.role == "user":
             content = _texts(block.content, f"{where}.content") if block.content else ""
+            if block.is_error:  # templates have no field for it
+                content = f"Error: {content}"
             results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+        elif block.type == "thinking" and message.role == "assistant":
+            thoughts.append(block.thinking or "")
         elif block.type not in _DROPPED:
             raise invalid(f"{where}: {block.type[:40]!r} is not understood in a message of the {message.role}.", where)
     # Results answer the calls of the message before, so they come first.
+    own: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+    if thoughts:
+        own["reasoning_content"] = "\n".join(thoughts)
     if calls:
-        return [{"role": message.role, "content": "\n".join(texts), "tool_calls": calls}]
-    if results and not texts:
-        return results
-    return [*results, {"role": message.role, "content": "\n".join(texts)}]
+        return [own | {"tool_calls": calls}]
+    return results if results and not texts else [*results, own]
 
 
 def _texts(content: str | list[Block], param: str) -> str:

@@ -13,8 +13,9 @@ from server.api.http.body import Body
 class Block(Body):
     """One block of content; which fields count depends on `type`."""
 
-    type: str = Field(description="text, tool_use or tool_result; thinking is dropped, anything else refused")
+    type: str = Field(description="text, thinking, tool_use or tool_result; anything else is refused")
     text: str | None = Field(default=None, description="of text")
+    thinking: str | None = Field(default=None, description="of thinking")
     id: str | None = Field(default=None, description="of tool_use")
     name: str | None = Field(default=None, description="of tool_use")
     input: dict[str, Any] | None = Field(default=None, description="of tool_use")
@@ -58,10 +59,12 @@ class CountTokensRequest(Body):
     )
     system: str | list[Block] | None = Field(default=None, description="system prompt")
     tools: Annotated[list[MessageTool], Field(max_length=128)] | None = Field(
-        default=None, description="functions to call; needs a chat template that knows tools"
+        default=None, description="functions to call"
     )
     tool_choice: MessageToolChoice | None = Field(default=None, description="auto, any, none or one tool")
-    thinking: dict[str, Any] | None = Field(default=None, description="an upper limit, which no thinking at all meets")
+    thinking: dict[str, Any] | None = Field(
+        default=None, description="type enabled or disabled: for templates that know enable_thinking"
+    )
     output_config: OutputConfig | None = Field(default=None, description="format of the text")
 
 

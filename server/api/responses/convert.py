@@ -14,7 +14,8 @@ from server.api.responses.protocol import InputItem, ResponsesRequest
 _LOGPROBS = "message.output_text.logprobs"
 _SHARED = (
     *("model", "temperature", "top_p", "top_k", "seed", "stop", "stream", "structured_outputs"),
-    *("parallel_tool_calls", "cache_salt", "request_id", "chat_template_kwargs", "user", *SizeFields.model_fields),
+    *("parallel_tool_calls", "cache_salt", "request_id", "chat_template_kwargs", "enable_thinking", "user"),
+    *SizeFields.model_fields,
 )
 
 
@@ -98,6 +99,8 @@ def _tools(body: ResponsesRequest) -> dict[str, Any]:
             fields["tools"].append({"type": "function", "function": function})
     choice = body.tool_choice
     if choice is not None:
-        named = not isinstance(choice, str)
-        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice
+        if not isinstance(choice, str):
+            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        else:
+            fields["tool_choice"] = choice
     return fields

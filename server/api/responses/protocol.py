@@ -73,7 +73,7 @@ class ResponsesRequest(SizeFields):
     text: TextConfig | None = Field(default=None, description="format of the text")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="as for chat")
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = Field(
-        default=None, description="functions to call; needs a chat template that knows tools"
+        default=None, description="functions to call"
     )
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(
         default=None, description="as for chat"
@@ -92,6 +92,7 @@ class ResponsesRequest(SizeFields):
         default=None, description="part of the answer's id"
     )
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="as for chat")
+    enable_thinking: bool | None = Field(default=None, description="as for chat")
     metadata: dict[str, str] | None = Field(default=None, description="returned as it is")
     user: str | None = Field(default=None, description="returned as it is")
     service_tier: str | None = Field(default=None, description="ignored")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.generate.conversation import Conversation
+from server.api.generate.answer_reader import CallPart, Reasoning, Text
+from server.api.generate.conversation import Call, Conversation
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.logprobs import LogprobFormatter
 from server.api.generate.serving import created_now, json_response, read_body, respond
+from server.api.generate.submission import Caller
 from server.api.http.errors import APIError
 from server.api.http.sse import named_event
 from server.api.http.state import ServerState
@@ -23,8 +25,9 @@ from server.api.responses.protocol import ResponsesRequest
 async def create_response(request: Request, state: ServerState) -> Response:
     body = await read_body(request, ResponsesRequest, state)
     conversation = Conversation(state, to_chat(body))
-    call = ResponseCall(state, body, conversation, body.request_id or request.scope["state"]["request_id"])
-    generation = await conversation.generation(request, call.id)
+    caller = Caller.of(request, body.request_id)
+    call = ResponseCall(state, body, conversation, caller.request_id)
+    generation = await conversation.generation(caller, call.id)
     return await respond(request, generation, bool(body.stream), call.whole, call.events, call.error_event)
 
 
@@ -36,94 +39,70 @@ class ResponseCall:
         self.body = body
         self.conversation = conversation
         self.id = f"resp_{request_id}"
-        self.message_id = f"msg_{uuid.uuid4().hex}"
         self.created = created_now()
         self.format = LogprobFormatter(state.tokenizer, body.top_logprobs or 0)
         self._sequence_number = 0
 
     async def whole(self, generation: Generation) -> Response:
         answer = (await self.conversation.answers(generation))[0]
-        output = []
-        if answer.content or not answer.calls:
-            part = self._part(answer.content or "", answer.deltas)
-            output.append(self._message(_status(answer.finish_reason), [part]))
-        output += [_function_call(call) for call in answer.calls]
-        response = self._response(generation, answer.finish_reason, output)
+        output = _Output(self, answer.finish_reason)
+        for item in answer.items or [Text("")]:
+            if isinstance(item, Text):
+                output.add_message(item.text, answer.deltas)
+            elif isinstance(item, Reasoning):
+                output.add_reasoning(item.text)
+            else:
+                output.add_call(item)
+        response = self._response(generation, answer.finish_reason, output.items)
         return json_response(response, generation.headers())
 
     # --- a stream
 
-    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        deltas: list[Delta] = []
-        text, has_begun, is_open, finish, calls = "", False, False, None, []
-        place = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
+    async def events(self, generation: Generation) -> AsyncGenerator[bytes]:
+        output = _Output(self, None)
+        num_changes = 0
         async for piece in self.conversation.pieces(generation):
-            if not has_begun:
-                has_begun = True
+            if not num_changes:
+                num_changes = len(generation.changes)
                 started = self._response(generation, None, [])
-                yield self._event("response.created", response=started)
-                yield self._event("response.in_progress", response=started)
-            finish, calls = piece.finish_reason, piece.calls
-            deltas.append(piece.delta)
-            if piece.text or (finish and not calls and not is_open):
-                if not is_open:
-                    is_open = True
-                    item = self._message("in_progress", [])
-                    yield self._event("response.output_item.added", output_index=0, item=item)
-                    yield self._event("response.content_part.added", **place, part=self._part("", []))
-                text += piece.text
-                logprobs = self._logprobs([piece.delta])
-                yield self._event("response.output_text.delta", **place, delta=piece.text, logprobs=logprobs)
-        output = []
-        if is_open:
-            part = self._part(text, deltas)
-            yield self._event("response.output_text.done", **place, text=text, logprobs=part["logprobs"])
-            yield self._event("response.content_part.done", **place, part=part)
-            output.append(self._message(_status(finish), [part]))
-            yield self._event("response.output_item.done", output_index=0, item=output[0])
-        for call in calls:
-            for event in self._call_events(_function_call(call), len(output)):
-                yield event
-            output.append(_function_call(call))
-        final = self._response(generation, finish, output)
-        yield self._event(f"response.{final['status']}", response=final)
-
-    def _call_events(self, item: dict[str, Any], index: int) -> list[bytes]:
-        place = {"item_id": item["id"], "output_index": index}
-        arguments = item["arguments"]
-        name = "response.function_call_arguments"
-        return [
-            self._event(
-                "response.output_item.added",
-                output_index=index,
-                item=item | {"arguments": "", "status": "in_progress"},
-            ),
-            self._event(f"{name}.delta", **place, delta=arguments),
-            self._event(f"{name}.done", **place, name=item["name"], arguments=arguments),
-            self._event("response.output_item.done", output_index=index, item=item),
-        ]
+                yield self.event("response.created", response=started)
+                yield self.event("response.in_progress", response=started)
+            change: dict[str, Any] = {}
+            if len(generation.changes) > num_changes:  # of size: shown with the text that it happens at
+                num_changes = len(generation.changes)
+                change = {"size": generation.size_summary()}
+            output.finish = piece.finish_reason
+            output.deltas.append(piece.delta)
+            parts = piece.parts or ([Text("")] if piece.finish_reason and output.is_empty else [])
+            for part in parts:
+                for event in output.write(part, piece.delta, change):
+                    yield event
+        for event in output.close():
+            yield event
+        final = self._response(generation, output.finish, output.items)
+        yield self.event(f"response.{final['status']}", response=final)
 
     def error_event(self, error: APIError) -> bytes:
         detail = error.body()["error"]
-        return self._event("error", code=str(detail["code"]), message=error.message, param=error.param)
+        return self.event("error", code=str(detail["code"]), message=error.message, param=error.param)
 
-    def _event(self, kind: str, **data: Any) -> bytes:
+    def event(self, kind: str, **data: Any) -> bytes:
         number, self._sequence_number = self._sequence_number, self._sequence_number + 1
         return named_event(kind, {"type": kind, "sequence_number": number, **data})
 
     # --- parts
 
-    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.message_id, "type": "message", "status": status, "role": "assistant", "content": content}
+    def message(self, item_id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _part(self, text: str, deltas: list[Delta]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(deltas)}
+    def part(self, text: str, deltas: list[Delta]) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(deltas)}
 
-    def _logprobs(self, deltas: list[Delta]) -> list[dict[str, Any]]:
+    def logprobs(self, deltas: list[Delta]) -> list[dict[str, Any]]:
         return self.format.chat([entry for delta in deltas for entry in delta.logprobs or ()])["content"]
 
     def _response(self, generation: Generation, finish: str | None, output: list[dict[str, Any]]) -> dict[str, Any]:
-        body, chat = self.body, self.conversation.body
+        body, chat, default = self.body, self.conversation.body, self.state.sampling_defaults
         status = _status(finish)
         shown = body.model_dump(include={"tools", "tool_choice", "text"}, exclude_none=True, by_alias=True)
         return {
@@ -142,14 +121,14 @@ class ResponseCall:
             "previous_response_id": None,
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": False,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "temperature": default.temperature if body.temperature is None else body.temperature,
             "text": shown.get("text") or {"format": {"type": "text"}},
             "tool_choice": shown.get("tool_choice", "auto"),
             "tools": shown.get("tools", []),
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": default.top_p if body.top_p is None else body.top_p,
             "top_logprobs": body.top_logprobs or 0,
             "truncation": "disabled",
-            "usage": _usage(generation) if finish else None,
+            "usage": _usage(self.conversation.usage(generation)) if finish else None,
             "user": body.user,
             "metadata": body.metadata or {},
         }
@@ -161,23 +140,125 @@ def _status(finish: str | None) -> str:
     return "incomplete" if finish == "length" else "completed"
 
 
-def _function_call(call: dict[str, Any]) -> dict[str, Any]:
+class _Output:
+    """The items of an answer, in order; streamed, one is open at a time."""
+
+    def __init__(self, call: ResponseCall, finish: str | None) -> None:
+        self._call = call
+        self.finish = finish
+        self.items: list[dict[str, Any]] = []
+        self.deltas: list[Delta] = []  # streamed: of the open item
+        self._open: str | None = None
+        self._item_id = ""
+        self._text = ""
+        self._function: Call | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.items and self._open is None
+
+    # --- whole items
+
+    def add_message(self, text: str, deltas: list[Delta], item_id: str = "") -> dict[str, Any]:
+        """Log-probabilities are those of the first message's tokens and all that follow."""
+        is_first = not any(item["type"] == "message" for item in self.items)
+        part = self._call.part(text, deltas if is_first else [])
+        self.items.append(self._call.message(item_id or _item_id("msg"), _status(self.finish), [part]))
+        return part
+
+    def add_reasoning(self, text: str, item_id: str = "") -> None:
+        content = [{"type": "reasoning_text", "text": text}]
+        item = {"id": item_id or _item_id("rs"), "type": "reasoning", "summary": [], "content": content}
+        self.items.append(item | {"status": "completed"})
+
+    def add_call(self, call: Call) -> None:
+        self.items.append(_function_call(call, "incomplete" if self.finish == "length" else "completed"))
+
+    # --- streamed
+
+    def write(self, part: Text | Reasoning | CallPart, delta: Delta, extra: dict[str, Any]) -> Iterator[bytes]:
+        if isinstance(part, CallPart):
+            if part.id is not None:
+                yield from self.close()
+                self._open, self._function = "call", Call(part.id, part.name or "", "")
+                self._item_id = part.id.replace("call_", "fc_")
+                yield self._added(_function_call(self._function, "in_progress"))
+            assert self._function is not None
+            self._function.arguments += part.arguments
+            if part.arguments:
+                yield self._event("response.function_call_arguments.delta", delta=part.arguments, **extra)
+        elif isinstance(part, Reasoning):
+            if self._open != "reasoning":
+                yield from self.close()
+                self._begin("reasoning", "rs")
+                item = {"id": self._item_id, "type": "reasoning", "summary": [], "content": []}
+                yield self._added(item | {"status": "in_progress"})
+            self._text += part.text
+            yield self._event("response.reasoning_text.delta", content_index=0, delta=part.text, **extra)
+        else:
+            if self._open != "message":
+                yield from self.close()
+                self._begin("message", "msg")
+                yield self._added(self._call.message(self._item_id, "in_progress", []))
+                part_of = self._call.part("", [])
+                yield self._event("response.content_part.added", content_index=0, part=part_of)
+            self._text += part.text
+            logprobs = self._call.logprobs([delta])
+            name = "response.output_text.delta"
+            yield self._event(name, content_index=0, delta=part.text, logprobs=logprobs, **extra)
+
+    def close(self) -> Iterator[bytes]:
+        """End the open item, if there is one."""
+        kind, text, self._open = self._open, self._text, None
+        if kind is None:
+            return
+        index = len(self.items)
+        if kind == "message":
+            part = self.add_message(text, self.deltas, self._item_id)
+            logprobs = part["logprobs"]
+            yield self._event("response.output_text.done", index, content_index=0, text=text, logprobs=logprobs)
+            yield self._event("response.content_part.done", index, content_index=0, part=part)
+        elif kind == "reasoning":
+            self.add_reasoning(text, self._item_id)
+            yield self._event("response.reasoning_text.done", index, content_index=0, text=text)
+        else:
+            assert self._function is not None
+            self.add_call(self._function)
+            name, arguments = self._function.name, self._function.arguments
+            yield self._event("response.function_call_arguments.done", index, name=name, arguments=arguments)
+        yield self._call.event("response.output_item.done", output_index=index, item=self.items[-1])
+
+    def _begin(self, kind: str, prefix: str) -> None:
+        self._open, self._item_id, self._text = kind, _item_id(prefix), ""
+
+    def _added(self, item: dict[str, Any]) -> bytes:
+        return self._call.event("response.output_item.added", output_index=len(self.items), item=item)
+
+    def _event(self, kind: str, index: int | None = None, **data: Any) -> bytes:
+        index = len(self.items) if index is None else index
+        return self._call.event(kind, item_id=self._item_id, output_index=index, **data)
+
+
+def _item_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+def _function_call(call: Call, status: str) -> dict[str, Any]:
     return {
-        "id": call["id"].replace("call_", "fc_"),
+        "id": call.id.replace("call_", "fc_"),
         "type": "function_call",
-        "status": "completed",
-        "call_id": call["id"],
-        "name": call["function"]["name"],
-        "arguments": call["function"]["arguments"],
+        "status": status,
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
     }
 
 
-def _usage(generation: Generation) -> dict[str, Any]:
-    usage = generation.usage()
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": usage["prompt_tokens_details"],
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage.get("completion_tokens_details", {"reasoning_tokens": 0}),
         "total_tokens": usage["total_tokens"],
     }

@@ -40,7 +40,7 @@ async def version() -> Response:
 @router.get("/load", tags=["health"], summary="How busy this replica is")
 async def load(request: Request) -> Response:
     state = state_of(request)
-    stats = state.engine.engine.stats()
+    stats = state.served.engine.stats()
     return json_response(
         {
             "server_load": state.num_active,

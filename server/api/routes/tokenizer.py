@@ -26,10 +26,11 @@ async def tokenize(request: Request, state: ServerState) -> Response:
         if not body.messages:
             raise invalid("messages is an empty list.", "messages")
         template = chat_template(body, state)
-        text = render(body, template, ToolUse(body.tools, None, template).for_template())
+        is_strict = state.settings.tool_template == "none"
+        text = render(body, ToolUse(body.tools, None, template, is_strict=is_strict))
         add_special = bool(body.add_special_tokens)
     else:
-        text, add_special = body.prompt, body.add_special_tokens is not False
+        text, add_special = body.prompt or "", body.add_special_tokens is not False
     token_ids = await tokenizer.encode_async(text, add_special)
     answer = {"count": len(token_ids), "max_model_len": state.catalog.max_model_len, "tokens": token_ids}
     if body.return_token_strs:

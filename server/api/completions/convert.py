@@ -1,0 +1,109 @@
+"""Prompts in any of four forms -> token ids, and the echoed text on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from server.api.completions.protocol import CompletionRequest
+from server.api.generate.answer_reader import Text
+from server.api.generate.conversation import Piece
+from server.api.generate.detokenizer import Detokenizer
+from server.api.generate.generation import Generation
+from server.api.generate.grammar import grammar_factory
+from server.api.generate.serving import check_prompt_ids, encode_prompt, truncate
+from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
+from server.api.http.errors import invalid
+from server.api.http.state import ServerState
+
+
+class Continuation:
+    """One request's prompts on their way in, and its text on the way back."""
+
+    def __init__(self, state: ServerState, body: CompletionRequest) -> None:
+        self.state = state
+        self.body = body
+        self.echo = bool(body.echo)
+        if body.max_tokens == 0 and not self.echo and body.prompt_logprobs is None:
+            raise invalid("max_tokens must be at least 1 unless echo or prompt_logprobs is asked for.", "max_tokens")
+
+    async def generation(self, caller: Caller, answer_id: str) -> Generation:
+        """Everything checked and tokenised, ready to start."""
+        body, state = self.body, self.state
+        state.admission.check(caller.tenant)
+        prompts = await self._prompts()
+        limits = OutputLimits(
+            max_tokens=body.max_tokens, default=16, logprobs=body.logprobs, prompt_logprobs=self._num_scored
+        )
+        grammar = await grammar_factory(body, state)
+        submission = Submission.build(state, caller, body, prompts, answer_id=answer_id, limits=limits, grammar=grammar)
+        generation = Generation(state, submission)
+        if self.echo:  # echoed text comes first, and offsets of generated tokens count from its beginning
+            for sequence in generation.sequences:
+                sequence.text_start = len(self.prompt_text(sequence.prompt))
+        return generation
+
+    async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
+        """The answer as it comes."""
+        async for delta in generation.deltas():
+            yield Piece(delta.index, [Text(delta.text)] if delta.text else [], delta, delta.finish_reason)
+
+    @property
+    def _num_scored(self) -> int | None:
+        """Likeliest tokens wanted at prompt positions, for either field."""
+        body = self.body
+        if self.echo and body.logprobs is not None:
+            return max(body.logprobs, body.prompt_logprobs or 0) if body.logprobs >= 0 else -1
+        return body.prompt_logprobs
+
+    # --- prompts
+
+    async def _prompts(self) -> list[PromptInput]:
+        """Tokenised prompts. 400 for anything that is not text, texts, ids or lists of ids."""
+        body, state = self.body, self.state
+        most = state.settings.max_completion_prompts
+        value = body.prompt
+        if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(prompt, str | list) for prompt in value):
+            raise invalid("prompt must be text, a list of texts, token ids, or a list of lists of token ids.", "prompt")
+        if not value:
+            raise invalid("prompt is an empty list.", "prompt")
+        if len(value) > most:
+            raise invalid(f"prompt has {len(value)} entries; at most {most} are allowed here.", "prompt")
+        special = body.add_special_tokens is not False
+        is_cut = body.truncate_prompt_tokens is not None
+        prompts = []
+        for prompt in value:
+            if isinstance(prompt, str):
+                item = await encode_prompt(prompt, special, state, "prompt", is_cut)
+            else:
+                item = check_prompt_ids(prompt, state, "prompt")
+            kept = truncate(item.token_ids, body, state.catalog.max_model_len)
+            if len(kept) < len(item.token_ids):
+                item = PromptInput(kept)
+            prompts.append(item)
+        return prompts
+
+    # --- echo
+
+    def prompt_text(self, prompt: PromptInput) -> str:
+        """The prompt as it is echoed: the caller's own text, or what the ids decode to."""
+        if prompt.text is None:
+            skip = self.body.skip_special_tokens is not False
+            prompt.text = self.state.tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
+        return prompt.text
+
+    def prompt_offsets(self, prompt: PromptInput) -> list[int]:
+        """Where each token of the prompt begins in the echoed text."""
+        tokenizer, text = self.state.tokenizer, self.prompt_text(prompt)
+        skip = self.body.skip_special_tokens is not False
+        before = 0  # what the tokenizer has put in front of the caller's text
+        full = tokenizer.decode(prompt.token_ids)
+        if full != text and tokenizer.decode(prompt.token_ids, skip_special_tokens=skip) != text:
+            before = len(full) - len(text) if full.endswith(text) else 0
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip and full != text and not before)
+        offsets = []
+        for token_id in prompt.token_ids:
+            offsets.append(min(max(detokenizer.offset(token_id) - before, 0), len(text)))
+            detokenizer.push(token_id)
+        return offsets

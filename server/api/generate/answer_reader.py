@@ -1,0 +1,519 @@
+"""Reads an answer's text as it comes: reasoning, content, tool calls. Whole answers go through the same reader.
+
+Every decision depends on the text alone, never on how it was cut into pieces, and nothing that was handed out is taken
+back: text that may yet turn out to be a call waits. Without tools and reasoning no reader is needed.
+
+Forms of calls, by what the template teaches (`ToolForm.of`):
+  hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, anywhere; Qwen 2.5 and 3, Hermes
+  llama3   the whole answer is {"name": ..., "parameters": {...}}, several with `;` between; may follow <|python_tag|>
+  mistral  [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] or [TOOL_CALLS]name[ARGS]{...}
+  generic  hermes or llama3: for a template that shows no form
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from server.api.generate.json_text import ObjectScanner, parse
+
+_BLANKS = " \t\r\n"
+# Members of a bare call; another one shows that an answer in JSON is just that.
+_CALL_MEMBERS = frozenset({"name", "arguments", "parameters", "type", "id"})
+_MISTRAL_NAME = re.compile(r"[ \t\r\n]*([A-Za-z0-9_.:-]{1,256})(?:\[CALL_ID\]\w+)?(\[ARGS\])?[ \t\r\n]*(?=\{)")
+_MISTRAL_BEGUN = re.compile(r"[ \t\r\n]*(?:[A-Za-z0-9_.:-]{1,256}(?:\[[A-Z_]*\]?\w*)?(?:\[[A-Z]*\]?)?[ \t\r\n]*)?")
+THINK, THOUGHT = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolForm:
+    """How a model writes its calls."""
+
+    name: str
+    opening: str = ""  # mark in front of a call, anywhere in the text
+    closing: str = ""
+    bare: bool = False  # an answer that is nothing but JSON objects may be calls
+    prefix: str = ""  # mark that may precede those
+
+    @staticmethod
+    def of(template: str) -> ToolForm:
+        """The form that a chat template teaches."""
+        if "[TOOL_CALLS]" in template:
+            return MISTRAL
+        if "<tool_call>" in template:
+            return HERMES
+        if "<|python_tag|>" in template or '"parameters":' in template.replace("'", '"'):
+            return LLAMA3
+        return GENERIC
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts that may be special tokens and must not be skipped."""
+        extra = ("[ARGS]", "[CALL_ID]") if self is MISTRAL else ()
+        return tuple(mark for mark in (self.opening, self.closing, self.prefix, *extra) if mark)
+
+
+HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>")
+LLAMA3 = ToolForm("llama3", bare=True, prefix="<|python_tag|>")
+MISTRAL = ToolForm("mistral", "[TOOL_CALLS]")
+GENERIC = ToolForm("generic", "<tool_call>", "</tool_call>", bare=True, prefix="<|python_tag|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """More of the content."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallPart:
+    """A call begins (`id` and `name`), or its arguments go on (JSON text as the model wrote it)."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+Part = Text | Reasoning | CallPart
+
+
+class AnswerReader:
+    """One choice. `push` text as it comes, then `finish`; both return what became certain, in order."""
+
+    def __init__(
+        self,
+        names: Collection[str] = (),
+        form: ToolForm | None = None,
+        *,
+        is_forced: bool = False,
+        allows_several: bool = True,
+        thinks: bool = False,
+        has_thought_begun: bool = False,
+    ) -> None:
+        """`names`: the functions; without any nothing is a call. `is_forced`: a grammar holds the text to one call.
+
+        `thinks`: the template knows <think>; `has_thought_begun`: the prompt ends with it.
+        """
+        self._names = frozenset(names)
+        self._form = form if self._names else None
+        self._allows_several = allows_several
+        self._buffer = ""  # not handed out yet
+        self._blanks = ""  # trailing blanks of content, dropped if the answer ends in calls
+        self._state = "lead"
+        if is_forced:
+            self._state = "forced"
+        elif has_thought_begun:
+            self._state = "thought"
+        elif thinks:
+            self._state = "before"
+        self._has_text = False
+        self._strips_lead = False
+        self._thought_text = False
+        self.num_calls = 0
+        self.is_partial = False  # the last call was cut short
+        self._scanner: ObjectScanner | None = None
+        self._list_at = 0
+        self._found: list[tuple[str, str]] = []  # bare calls that count if nothing else follows
+        self._sent = 0  # forced: arguments handed out
+        self._parts: list[Part] = []
+        self._is_final = self._is_cut = False
+
+    @property
+    def is_thinking(self) -> bool:
+        return self._state in ("before", "thought")
+
+    def push(self, text: str) -> list[Part]:
+        self._buffer += text
+        return self._run()
+
+    def finish(self, is_cut: bool = False) -> list[Part]:
+        """`is_cut`: the answer ended for want of tokens or at a stop string; a call that had begun is handed out."""
+        self._is_final, self._is_cut = True, is_cut
+        parts = self._run()
+        if not self.num_calls and self._blanks:
+            parts.append(Text(self._blanks))
+        return parts
+
+    def _run(self) -> list[Part]:
+        self._parts = []
+        while getattr(self, f"_{self._state}")():
+            pass
+        return _joined(self._parts)
+
+    # --- states: True if there may be more to do
+
+    def _before(self) -> bool:
+        """Nothing but blanks so far; reasoning may begin."""
+        rest = self._buffer.lstrip()
+        if rest.startswith(THINK):
+            self._buffer, self._state = rest[len(THINK) :], "thought"
+            return True
+        if THINK.startswith(rest) and not self._is_final:
+            return False
+        self._state = "lead"
+        return True
+
+    def _thought(self) -> bool:
+        at = self._buffer.find(THOUGHT)
+        if at >= 0:
+            self._think(self._buffer[:at].rstrip())
+            self._buffer, self._state, self._strips_lead = self._buffer[at + len(THOUGHT) :], "lead", True
+            return True
+        end = len(self._buffer) if self._is_final else len(self._buffer) - _begun(self._buffer, THOUGHT)
+        end = len(self._buffer[:end].rstrip())
+        self._think(self._buffer[:end])
+        self._buffer = "" if self._is_final else self._buffer[end:]
+        return False
+
+    def _think(self, text: str) -> None:
+        if not self._thought_text:
+            text = text.lstrip()
+        if text:
+            self._thought_text = True
+            self._parts.append(Reasoning(text))
+
+    def _lead(self) -> bool:
+        """The answer proper begins."""
+        rest = self._buffer.lstrip()
+        if self._strips_lead:  # blanks between reasoning and answer belong to neither
+            self._buffer = rest
+        form = self._form
+        if form is None or not form.bare:
+            if self._strips_lead and not rest and not self._is_final:
+                return False
+            self._state = "text"
+            return True
+        if not self._is_final and form.prefix.startswith(rest):
+            return False
+        self._list_at = len(self._buffer) - len(rest)
+        if rest.startswith(form.prefix):
+            self._list_at += len(form.prefix)
+            self._state = "bare"
+        else:
+            self._state = "bare" if rest[:1] == "{" else "text"
+        return True
+
+    def _text(self) -> bool:
+        form = self._form
+        if form is None or not form.opening:
+            self._say(self._buffer)
+            self._buffer = ""
+            return False
+        at = self._buffer.find(form.opening)
+        if at >= 0:
+            self._say(self._buffer[:at])
+            self._buffer, self._state, self._scanner = self._buffer[at:], "call", None
+            self._list_at = 0
+            if form is MISTRAL:
+                self._state = "mistral"
+            return True
+        end = len(self._buffer) if self._is_final else len(self._buffer) - _begun(self._buffer, form.opening)
+        self._say(self._buffer[:end])
+        self._buffer = self._buffer[end:]
+        return False
+
+    def _call(self) -> bool:
+        """The buffer begins with the opening mark: one JSON value, then the closing one."""
+        form = self._form
+        assert form is not None
+        scanner = self._object(len(form.opening))
+        if scanner is None:
+            return False
+        if scanner.is_broken:
+            return self._reject()
+        if scanner.end is None:
+            if self._is_final:
+                return self._partial(scanner) or self._reject()
+            return False
+        end = _skip(self._buffer, scanner.end)
+        rest = self._buffer[end:]
+        if not rest.startswith(form.closing):
+            if not form.closing.startswith(rest):
+                return self._reject()
+            if not self._is_final:
+                return False
+        call = self._read(scanner)
+        end = min(end + len(form.closing), len(self._buffer))
+        if call is None:
+            self._say(self._buffer[:end])
+        else:
+            self._emit(*call)
+        self._buffer, self._state = self._buffer[end:], "text"
+        return True
+
+    def _mistral(self) -> bool:
+        """The buffer begins with [TOOL_CALLS]: an array of calls, or a name and its arguments."""
+        start = len(MISTRAL.opening)
+        at = _skip(self._buffer, start)
+        if self._buffer[at : at + 1] == "[":
+            self._list_at, self._state = at + 1, "array"
+            return True
+        named = _MISTRAL_NAME.match(self._buffer, start)
+        if named is None:
+            begun = _MISTRAL_BEGUN.match(self._buffer, start)
+            if not self._is_final and begun is not None and begun.end() == len(self._buffer):
+                return False
+            return self._reject()
+        scanner = self._object(named.end())
+        assert scanner is not None
+        if named[1] not in self._names or scanner.is_broken or (scanner.end is None and self._is_final):
+            if self._is_cut and named[1] in self._names and not scanner.is_broken:
+                self._emit(named[1], self._buffer[named.end() :])
+                self._buffer, self._state, self.is_partial = "", "text", True
+                return True
+            return self._reject()
+        if scanner.end is None:
+            return False
+        arguments = self._buffer[named.end() : scanner.end]
+        if not _is_json(arguments):
+            return self._reject()
+        self._emit(named[1], arguments)
+        self._buffer, self._state = self._buffer[scanner.end :], "text"
+        return True
+
+    def _array(self) -> bool:
+        """Inside of [TOOL_CALLS][...: the next call, a comma, or the end. What is no call ends the list."""
+        scanner = self._object(self._list_at)
+        if scanner is None:
+            return False
+        if scanner.is_broken or (scanner.end is None and self._is_final):
+            return (scanner.end is None and self._partial(scanner)) or self._reject()
+        if scanner.end is None:
+            return False
+        end = _skip(self._buffer, scanner.end)
+        following = self._buffer[end : end + 1]
+        if following not in ("", ",", "]"):
+            return self._reject()
+        if not following and not self._is_final:
+            return False
+        call = self._read(scanner)
+        if call is None:
+            return self._reject()
+        self._emit(*call)
+        # What remains is a list whose mark has been dealt with.
+        self._buffer, self._scanner = MISTRAL.opening + "[" + self._buffer[end + 1 :], None
+        self._list_at = len(MISTRAL.opening) + 1
+        if following != ",":
+            self._buffer, self._state = self._buffer[self._list_at :], "text"
+        return True
+
+    def _bare(self) -> bool:
+        """Nothing but JSON objects so far: calls, if nothing else follows."""
+        scanner = self._object(self._list_at)
+        if scanner is None:
+            return False
+        known = scanner.members
+        if scanner.is_broken or not self._could_be_call(scanner):
+            return self._no_call()
+        if scanner.end is None:
+            if not self._is_final:
+                return False
+            if self._is_cut and "name" in known:
+                self._emit_found()
+                if self._partial(scanner):
+                    return True
+            return self._no_call()
+        call = self._read(scanner)
+        if call is None:
+            return self._no_call()
+        end = _skip(self._buffer, scanner.end)
+        following = self._buffer[end : end + 1]
+        if not following and not self._is_final:
+            return False
+        self._found.append(call)
+        self._scanner = None
+        if following == ";":
+            self._list_at = end + 1
+            if not self._is_final or self._buffer[end + 1 :].strip():
+                return True
+            following = ""
+        elif following == "{":
+            self._list_at = end
+            return True
+        if following:
+            return self._no_call()
+        self._emit_found()
+        self._buffer, self._state = "", "text"
+        return False
+
+    def _forced(self) -> bool:
+        """By construction one call: its name is known early, its arguments are handed out as they come."""
+        scanner = self._object(0)
+        if scanner is None:
+            return False
+        self.is_partial = scanner.end is None
+        name = self._member(scanner, "name")
+        if name is None and self._is_final and len(self._names) == 1:
+            name = next(iter(self._names))
+        if name is None:
+            return False
+        if not self.num_calls:
+            self.num_calls = 1
+            self._parts.append(CallPart(0, "", _call_id(), name))
+        end = len(self._buffer)
+        if "arguments" in scanner.members:
+            start, end = scanner.members["arguments"]
+        elif scanner.open_name == "arguments" and scanner.open_at is not None:
+            start = scanner.open_at
+        else:
+            return False
+        if end > (begin := max(start, self._sent)):
+            self._parts.append(CallPart(0, self._buffer[begin:end]))
+            self._sent = end
+        return False
+
+    # --- parts
+
+    def _object(self, start: int) -> ObjectScanner | None:
+        """The object that begins behind `start`, scanned as far as it goes; None if there is nothing to see yet."""
+        if self._scanner is None:
+            if not self._is_final and not self._buffer[start:].lstrip(_BLANKS):
+                return None
+            self._scanner = ObjectScanner(_skip(self._buffer, start))
+        self._scanner.scan(self._buffer)
+        return self._scanner
+
+    def _member(self, scanner: ObjectScanner, name: str) -> Any:
+        """A complete member of the object being read, None if there is none or it is no text."""
+        if name not in scanner.members:
+            return None
+        try:
+            value = parse(self._buffer[slice(*scanner.members[name])])
+        except ValueError:
+            return None
+        # Numbers are left as text: only what is quoted is a string.
+        return value if self._buffer[scanner.members[name][0]] == '"' else None
+
+    def _could_be_call(self, scanner: ObjectScanner) -> bool:
+        """Whether what is known of a bare object is what a call looks like."""
+        names = {*scanner.members, *([scanner.open_name] if scanner.open_name is not None else [])}
+        if not names <= _CALL_MEMBERS:
+            return False
+        if "name" in scanner.members:
+            return self._member(scanner, "name") in self._names
+        if scanner.open_name != "name" or scanner.open_at is None:
+            return True
+        return self._buffer[scanner.open_at] == '"'
+
+    def _read(self, scanner: ObjectScanner) -> tuple[str, str] | None:
+        """(name, arguments as JSON text) of a complete object, None if it calls no given function."""
+        try:
+            value = parse(self._buffer[scanner.start : scanner.end])
+        except ValueError:
+            return None
+        name = self._member(scanner, "name")
+        if not isinstance(name, str) or name not in self._names or not isinstance(value, dict):
+            return None
+        key = "arguments" if "arguments" in scanner.members else "parameters"
+        if key not in scanner.members:
+            return name, "{}"
+        arguments = _arguments(self._buffer[slice(*scanner.members[key])])
+        return None if arguments is None else (name, arguments)
+
+    def _partial(self, scanner: ObjectScanner) -> bool:
+        """Hand out a call that was cut short inside its arguments."""
+        name = self._member(scanner, "name")
+        if not self._is_cut or name not in self._names or scanner.open_at is None:
+            return False
+        if scanner.open_name not in ("arguments", "parameters") or self._buffer[scanner.open_at] != "{":
+            return False
+        self._emit(name, self._buffer[scanner.open_at :])
+        self._buffer, self._state, self.is_partial = "", "text", True
+        return True
+
+    def _emit(self, name: str, arguments: str) -> None:
+        if self.num_calls and not self._allows_several:
+            return
+        self._parts.append(CallPart(self.num_calls, arguments, _call_id(), name))
+        self.num_calls += 1
+
+    def _emit_found(self) -> None:
+        for call in self._found:
+            self._emit(*call)
+        self._found = []
+
+    def _reject(self) -> bool:
+        """The mark at the buffer's beginning opens no call: it is text, and what follows is looked at anew."""
+        assert self._form is not None
+        size = len(self._form.opening)
+        self._say(self._buffer[:size])
+        self._buffer, self._state, self._scanner = self._buffer[size:], "text", None
+        return True
+
+    def _no_call(self) -> bool:
+        """An answer in JSON that calls nothing."""
+        self._state, self._scanner, self._found = "text", None, []
+        return True
+
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        if self._form is None:
+            self._parts.append(Text(text))
+            return
+        text = self._blanks + text
+        end = len(text.rstrip())
+        self._blanks = text[end:]
+        if end:
+            self._parts.append(Text(text[:end]))
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Neighbours of one kind as one."""
+    result: list[Part] = []
+    for part in parts:
+        last = result[-1] if result else None
+        if isinstance(part, Text) and isinstance(last, Text):
+            result[-1] = Text(last.text + part.text)
+        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
+            result[-1] = Reasoning(last.text + part.text)
+        elif isinstance(part, CallPart) and isinstance(last, CallPart) and part.id is None:
+            result[-1] = replace(last, arguments=last.arguments + part.arguments)
+        else:
+            result.append(part)
+    return result
+
+
+def _arguments(text: str) -> str | None:
+    """The JSON object that a call's arguments are, as it was written; None if they are something else."""
+    if text == "null":
+        return "{}"
+    if text.startswith('"'):  # an object within a string, as OpenAI's API itself has it
+        text = parse(text).strip()
+        if not text:
+            return "{}"
+    return text if text.startswith("{") and _is_json(text) else None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _skip(text: str, start: int) -> int:
+    """The first position from `start` on that is no blank."""
+    return len(text) - len(text[start:].lstrip(_BLANKS))
+
+
+def _begun(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that begins the mark."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
