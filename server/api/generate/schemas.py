@@ -16,10 +16,9 @@ from server.api.http.errors import invalid
 ENFORCED_FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 )
-# Bounds pass through a double and then an int64 there: up to 2**53 every integer survives, and these are the last two.
+# Numbers pass through a double and then an int64 there: up to 2**53 every integer survives; this is the last that can.
 _EXACT = 2**53
 _LARGEST = 2**63 - 1024
-_MOST_LISTED = 1000  # a range of so few integers is written out, which is exact
 
 _ONE = (
     *("items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties", "contains"),
@@ -114,8 +113,9 @@ def _rewrite(schema: dict[str, Any], change: Callable[[dict[str, Any]], dict[str
 def _prepare(schema: dict[str, Any], param: str) -> dict[str, Any]:
     if "format" in schema and schema["format"] not in ENFORCED_FORMATS:
         schema = {key: value for key, value in schema.items() if key != "format"}
-    if any(_is_integer(value) and not -(2**63) <= value < 2**63 for value in _constants(schema)):
-        raise invalid(f"{param}: integers in enum and const must fit into 64 bits.", param)
+    for value in _constants(schema):
+        if _is_integer(value) and abs(value) > _EXACT and (abs(value) > _LARGEST or int(float(value)) != value):
+            raise invalid(f"{param}: {str(value)[:40]} cannot be generated exactly; a double does not hold it.", param)
     return _bounded(schema, param)
 
 
@@ -130,10 +130,6 @@ def _bounded(schema: dict[str, Any], param: str) -> dict[str, Any]:
         low += [bounds.pop(name) + 1 for name in ("exclusiveMinimum",) if name in bounds]
         high += [bounds.pop(name) - 1 for name in ("exclusiveMaximum",) if name in bounds]
     rest = {key: value for key, value in schema.items() if key not in _BOUNDS}
-    if is_integer and low and high and rest.keys() == {"type"}:
-        values = range(max(low), min(high) + 1)
-        if 0 <= min(high) - max(low) < _MOST_LISTED and values[0] >= -(2**63) and values[-1] < 2**63:
-            return {"enum": list(values)}
     # What is left are bounds that are no integers, and exclusive ones of numbers that need not be whole.
     changed = {name: schema[name] for name in _BOUNDS if name in schema and not _is_integer(schema[name])}
     for name, bound in bounds.items():
