@@ -182,6 +182,7 @@ class LiveRequest:
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     decision: SizeDecision | None = None  # the last one; None until admitted
+    decisions: list[SizeDecision] = field(default_factory=list)  # all of them, the first and every change
     path: LayerPath = field(init=False)  # set at admission, and by the KV cache at a change of size; unset before
     slot: int = -1  # row of the block tables while running
     keep_station: int = 0  # hidden states are kept before this station, for a change of size to come; 0: nowhere
@@ -251,6 +252,7 @@ class RequestOutput:
 
     request_id: str
     decision: SizeDecision | None = None
+    earlier_decisions: tuple[SizeDecision, ...] = ()  # changes before `decision` that nobody has heard of yet
     new_token_ids: list[int] = field(default_factory=list)
     new_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None

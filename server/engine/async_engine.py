@@ -69,7 +69,10 @@ class OutputStream:
 
 def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
     """Two consecutive outputs of one request as one."""
-    then.decision = then.decision or first.decision
+    if then.decision is None:
+        then.decision, then.earlier_decisions = first.decision, first.earlier_decisions
+    elif first.decision is not None:
+        then.earlier_decisions = (*first.earlier_decisions, first.decision, *then.earlier_decisions)
     then.new_token_ids = first.new_token_ids + then.new_token_ids
     if first.new_logprobs is not None or then.new_logprobs is not None:
         then.new_logprobs = (first.new_logprobs or []) + (then.new_logprobs or [])

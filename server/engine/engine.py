@@ -230,7 +230,10 @@ class Engine:
             return
         num_first = 0
         if not batch.layout:  # with one, everybody had a token before
-            num_first = sum(len(request.output_token_ids) == 1 for request, _ in planned.scheduled)
+            for request, _ in planned.scheduled:
+                if len(request.output_token_ids) == 1 and request.request_id in step.sampled:
+                    num_first += 1
+                    self.metrics_sink.on_first_token(request)
         self.metrics_sink.on_step(
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,

@@ -245,6 +245,8 @@ class Scheduler:
             is_change = request.decision is not None and request.decision.size != choice.size
             choice = replace(choice, after_tokens=len(request.output_token_ids))
             request.path, request.decision = path, choice
+            if is_change or not request.decisions:
+                request.decisions.append(choice)
             request.slot = self._free_slots.pop()
             request.keep_station = self._keep_station(request)
             self.kv_cache.adopt(request, prefix)
@@ -341,6 +343,7 @@ class Scheduler:
         self.load.leave(request)
         self.kv_cache.move(request, self.elasticity.path(decision.size))
         request.decision = replace(decision, after_tokens=len(request.output_token_ids))
+        request.decisions.append(request.decision)
         if request.size_schedule:
             request.sizes = (decision.size,)
         request.keep_station = self._keep_station(request)

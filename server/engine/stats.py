@@ -47,5 +47,8 @@ class MetricsSink(Protocol):
     def book_steps(self) -> None:
         """Called off the engine's thread while it computes: the time for what `on_step` has put off."""
 
+    def on_first_token(self, request: LiveRequest) -> None:
+        """The first token of an answer has been booked; not again after a preemption or a change of size."""
+
     def on_request_finished(self, request: LiveRequest) -> None: ...
     def on_size_decision(self, decision: SizeDecision) -> None: ...

@@ -253,8 +253,10 @@ class Metrics:
     def admission_rejected(self, reason: str) -> None:
         self._rejections.labels(reason).inc()
 
-    def observe_params_n(self, n: int) -> None:
+    def observe_choices(self, n: int, longest: int) -> None:
+        """One HTTP request has ended: its `n`, and the tokens of the longest of its choices."""
         self.params_n.observe(n)
+        self.max_generated.observe(longest)
 
     def observe_http(
         self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
@@ -288,7 +290,6 @@ class Metrics:
                 self._book_step(self._steps.popleft())
 
     def _book_step(self, stats: StepStats) -> None:
-        self.prompt_tokens.inc(stats.num_prompt_tokens)
         self.generation_tokens.inc(stats.num_generation_tokens)
         self.iteration.observe(stats.num_scheduled_tokens)
         self.step_time.observe(stats.step_time)
@@ -307,19 +308,25 @@ class Metrics:
     def on_size_decision(self, decision: SizeDecision) -> None:
         self.size_decisions.labels(self._labels["model_name"], str(decision.size), decision.reason).inc()
 
+    def on_first_token(self, request: LiveRequest) -> None:
+        """A prompt counts once, when its answer begins: where it came from adds up to all of it, as for vLLM."""
+        num_cached = max(request.num_cached_tokens, 0)
+        self.prompt_tokens.inc(request.num_prompt_tokens)
+        self.cached_tokens.inc(num_cached)
+        self.by_source["local_cache_hit"].inc(num_cached)
+        self.by_source["local_compute"].inc(request.num_prompt_tokens - num_cached)
+
     def on_request_finished(self, request: LiveRequest) -> None:
         reason = request.status.finish_reason
         self.success[reason].inc()
         num_cached, num_output = max(request.num_cached_tokens, 0), len(request.output_token_ids)
         self.num_prompt.observe(request.num_prompt_tokens)
         self.num_generated.observe(num_output)
-        self.max_generated.observe(num_output)
         self.max_tokens.observe(request.sampling.max_tokens)
         if request.scheduled_time is not None:
             self.queue.observe(request.scheduled_time - request.arrival_time)
-            self.cached_tokens.inc(num_cached)
-            self.by_source["local_cache_hit"].inc(num_cached)
-            self.by_source["local_compute"].inc(request.num_prompt_tokens - num_cached)
+            if not request.output_token_ids and reason in ("stop", "length"):  # a prompt that was only scored
+                self.on_first_token(request)
             self.kv_computed.observe(request.num_prompt_tokens - num_cached)
         if request.first_token_time is not None:
             self._observe_times(request, num_output)
@@ -339,7 +346,7 @@ class Metrics:
             self.tpot.observe(tpot)
         if request.decision is not None:
             labels = (self._labels["model_name"], str(request.decision.size))
-            self.size_ttft.labels(*labels).observe(ttft)
+            self.size_ttft.labels(labels[0], str(request.decisions[0].size)).observe(ttft)
             self.size_e2e.labels(*labels).observe(e2e)
             if num_output > 1:
                 self.size_tpot.labels(*labels).observe(tpot)
@@ -355,8 +362,12 @@ class Metrics:
         name, decision = self._labels["model_name"], request.decision
         size = str(decision.size)
         self.size_requests.labels(name, size, reason).inc()
-        self.size_prompt_tokens.labels(name, size).inc(request.num_prompt_tokens)
-        self.size_generation_tokens.labels(name, size).inc(num_output)
+        # Tokens belong to the size that made them, the prompt to the first.
+        self.size_prompt_tokens.labels(name, str(request.decisions[0].size)).inc(request.num_prompt_tokens)
+        begins = [decision.after_tokens for decision in request.decisions]
+        for made_by, begin, end in zip(request.decisions, begins, [*begins[1:], num_output], strict=True):
+            if end > begin:
+                self.size_generation_tokens.labels(name, str(made_by.size)).inc(end - begin)
         ceiling = max(request.sizes)
         self.served_layers.inc(decision.size)
         self.ceiling_layers.inc(ceiling)

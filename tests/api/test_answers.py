@@ -83,7 +83,12 @@ def test_an_answer_in_json_flows_though_tools_are_given(servers):
 
 def test_a_schema_of_the_answer_beside_tools_is_no_call(plain):
     """Whatever object the text holds: a name that is no text is no call, and nothing fails."""
-    inner = {"type": "object", "properties": {"first": {"const": "Ann"}}, "required": ["first"], "additionalProperties": False}
+    inner = {
+        "type": "object",
+        "properties": {"first": {"const": "Ann"}},
+        "required": ["first"],
+        "additionalProperties": False,
+    }
     schema = {"type": "object", "properties": {"name": inner}, "required": ["name"], "additionalProperties": False}
     body = {"tools": [F], "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
     for stream in (False, True):
@@ -117,13 +122,20 @@ def test_forced_calls_follow_references_within_their_own_schema(plain, route, st
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"type": "object", "properties": {}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_function_without_parameters_is_called_with_none(plain, parameters, stream):
-    got = chat(plain.url, {"tools": [tool("get_time", parameters)], "tool_choice": "required", "max_tokens": 60}, stream)
+    got = chat(
+        plain.url, {"tools": [tool("get_time", parameters)], "tool_choice": "required", "max_tokens": 60}, stream
+    )
     assert got.calls == [("get_time", "{}")] and got.finish == "tool_calls" and got.content is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_mark_within_a_forced_argument_is_text(plain, stream):
-    schema = {"type": "object", "properties": {"s": {"const": "use <tool_call> tag"}}, "required": ["s"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"s": {"const": "use <tool_call> tag"}},
+        "required": ["s"],
+        "additionalProperties": False,
+    }
     for route, choice in ((chat, "required"), (asking.responses, "required"), (asking.messages, {"type": "any"})):
         got = route(plain.url, {"tools": [tool("f", schema)], "tool_choice": choice}, stream)
         arguments = got.calls[0][1]
@@ -132,7 +144,12 @@ def test_a_mark_within_a_forced_argument_is_text(plain, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_forced_call_cut_short_is_a_partial_call(plain, stream):
-    schema = {"type": "object", "properties": {"s": {"const": "a long text " * 5}}, "required": ["s"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"s": {"const": "a long text " * 5}},
+        "required": ["s"],
+        "additionalProperties": False,
+    }
     body = {"tools": [tool("f", schema)], "tool_choice": "required"}
     got = chat(plain.url, body | {"max_tokens": 30}, stream)
     assert got.finish == "length" and got.content is None and got.calls[0][0] == "f"
@@ -145,14 +162,26 @@ def test_a_forced_call_cut_short_is_a_partial_call(plain, stream):
 
 
 def test_forced_arguments_arrive_as_they_are_written(plain):
-    schema = {"type": "object", "properties": {"s": {"const": "a long text " * 4}}, "required": ["s"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"s": {"const": "a long text " * 4}},
+        "required": ["s"],
+        "additionalProperties": False,
+    }
     got = chat(plain.url, {"tools": [tool("f", schema)], "tool_choice": "required"}, stream=True)
     assert sum("tool_calls" in choice["delta"] for chunk in got.chunks for choice in chunk["choices"]) > 5
 
 
-@pytest.mark.parametrize("kind", ["password", "byte", "binary", "int64", "uri-reference", "json-pointer", "regex", "path", "decimal"])
+@pytest.mark.parametrize(
+    "kind", ["password", "byte", "binary", "int64", "uri-reference", "json-pointer", "regex", "path", "decimal"]
+)
 def test_formats_that_nobody_enforces_are_annotations(plain, kind):
-    schema = {"type": "object", "properties": {"s": {"type": "string", "format": kind, "maxLength": 3}}, "required": ["s"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"s": {"type": "string", "format": kind, "maxLength": 3}},
+        "required": ["s"],
+        "additionalProperties": False,
+    }
     got = chat(plain.url, {"tools": [tool("f", schema)], "tool_choice": "required"})
     assert len(json.loads(got.calls[0][1])["s"]) <= 3
     post(plain.url, "/v1/chat/completions", {
@@ -168,7 +197,11 @@ def test_formats_that_nobody_enforces_are_annotations(plain, kind):
     [
         ("", "", "{}"),
         ("null", "", "{}"),
-        ('{"x":1e5,"y":123456789012345678901}', "[x=1e5][y=123456789012345678901]", '{"x":1e5,"y":123456789012345678901}'),
+        (
+            '{"x":1e5,"y":123456789012345678901}',
+            "[x=1e5][y=123456789012345678901]",
+            '{"x":1e5,"y":123456789012345678901}',
+        ),
         ({"x": 2}, "[x=2]", '{"x": 2}'),
     ],
 )

@@ -47,7 +47,7 @@ CASES = {
         SAMPLING | TEMPLATE | {
             "messages": HELLO, "max_completion_tokens": 2, "logprobs": True, "top_logprobs": (1, {"logprobs": True}),
             "tool_choice": ("auto", {"tools": [TOOL]}), "parallel_tool_calls": False, "echo": True,
-            "documents": [{"text": "a"}], "reasoning_effort": "low",
+            "documents": [{"text": "a"}], "reasoning_effort": "low", "enable_thinking": True,
         },
     ),
     "/v1/messages": (
@@ -69,7 +69,7 @@ CASES = {
             "stop": "x", "stream": True, "stream_options": {"include_obfuscation": False},
             "text": {"format": {"type": "text"}}, "structured_outputs": {"choice": ["a"]},
             "tools": [{"type": "function", "name": "f", "parameters": PARAMETERS}], "tool_choice": "none",
-            "parallel_tool_calls": False, "reasoning": {"effort": "low"}, "truncation": "disabled", "store": True,
+            "parallel_tool_calls": False, "reasoning": {"effort": "low"}, "enable_thinking": True, "truncation": "disabled", "store": True,
             "background": False, "previous_response_id": None, "conversation": None, "prompt": None,
             "max_tool_calls": 1, "cache_salt": "s", "request_id": "mine", "chat_template_kwargs": {"a": 1},
             "metadata": {"a": "b"}, "user": "me", "service_tier": "auto",

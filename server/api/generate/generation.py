@@ -109,11 +109,11 @@ class Generation:
         self.changes: list[tuple[int, int]] = []  # (size, output tokens before it) of the first choice
         self._first: RequestOutput | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._is_closed = False
         self.sequences: list[Sequence] = []
         for prompt, choices in zip(submission.prompts, submission.sampling, strict=True):
             for sampling in choices:
                 self.sequences.append(self._sequence(len(self.sequences), prompt, sampling))
-        state.metrics.observe_params_n(submission.n)
 
     def _sequence(self, index: int, prompt: PromptInput, sampling: SamplingParams) -> Sequence:
         asked, shares_cache = self.submission, self.state.settings.share_prefix_cache
@@ -228,6 +228,10 @@ class Generation:
 
     async def close(self) -> None:
         """Abort whatever still runs. Safe to call twice."""
+        if not self._is_closed and self._first is not None:
+            longest = max(sequence.num_output_tokens for sequence in self.sequences)
+            self.state.metrics.observe_choices(self.submission.n, longest)
+        self._is_closed = True
         if self._deadline is not None:
             self._deadline.cancel()
         for sequence in self.sequences:
@@ -252,9 +256,10 @@ class Generation:
         if output.last_token_time is not None:
             sequence.last_token_time = output.last_token_time
         if output.decision is not None and sequence.index == 0:
-            if output.decision.size != self.size:
-                self.changes.append((output.decision.size, output.decision.after_tokens))
-            self.size, self.reason = output.decision.size, output.decision.reason
+            for decision in (*output.earlier_decisions, output.decision):
+                if decision.size != self.size:
+                    self.changes.append((decision.size, decision.after_tokens))
+                self.size, self.reason = decision.size, decision.reason
 
     def _leave_queue(self, sequence: Sequence) -> None:
         if sequence.is_queued:

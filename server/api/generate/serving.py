@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -18,7 +17,7 @@ from server.api.generate.sampling import (
 )
 from server.api.http.body import Body, parse_body
 from server.api.http.errors import APIError, invalid
-from server.api.http.sse import EventStream, until_disconnect
+from server.api.http.sse import EventStream, dumps, until_disconnect
 from server.api.http.state import ServerState
 
 T = TypeVar("T", bound=Body)
@@ -31,6 +30,10 @@ _FULL_BODIES = 16
 
 async def read_body(request: Request, model: type[T], state: ServerState) -> T:
     """The parsed body. APIError for one that is too large, too slow, or not valid."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"Content-Encoding {encoding[:40]!r} is not understood: send the body as it is."
+        raise APIError(message, status=415, headers={"accept-encoding": "identity"})
     limit = state.settings.max_body_bytes
     chunks: list[bytes] = []
     size = 0
@@ -54,7 +57,7 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
 
 
 def json_response(data: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(data), headers=headers, media_type="application/json")
+    return Response(dumps(data), headers=headers, media_type="application/json")
 
 
 def truncate(token_ids: list[int], body: SamplingFields, max_model_len: int) -> list[int]:

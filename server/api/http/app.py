@@ -68,6 +68,7 @@ def create_app(
         version=__version__,
         lifespan=lifespan,
         root_path=settings.root_path,
+        redirect_slashes=False,  # to an absolute http:// address, which loses keys behind a TLS proxy
         **docs,
     )
     app.state.server = state

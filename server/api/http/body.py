@@ -5,7 +5,9 @@ Types are strict: a bool is no int, a float no int, NaN and infinity are refused
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from typing import Any, TypeVar
 
 import orjson
@@ -63,6 +65,7 @@ INSTEAD = {
     "function_call": "tool_choice",
     "lora_request": "model",
 }
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _seen_unknown: set[str] = set()
 MAX_NESTING = 64
 
@@ -81,7 +84,9 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """
     try:
         value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
+        if _LONG_NUMBER.search(raw):  # beyond 64 bits it would be a float
+            value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
         raise invalid(f"The request body is not valid JSON: {error}") from None
     if raw.count(b"[") + raw.count(b"{") > MAX_NESTING:
         check_nesting(value)

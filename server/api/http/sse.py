@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
@@ -25,7 +26,10 @@ _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\
 
 def dumps(data: Any) -> bytes:
     """JSON that holds no line end of any kind."""
-    text = orjson.dumps(data)
+    try:
+        text = orjson.dumps(data)
+    except TypeError:  # a caller's schema that is handed back may hold integers of any length
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
     for raw, escaped in _LINE_ENDS:
         text = text.replace(raw, escaped)
     return text

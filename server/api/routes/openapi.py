@@ -26,6 +26,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         for path, operations in document["paths"].items():
             name = "AnthropicError" if path.startswith("/v1/messages") else "Error"
             error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+            operations.pop("head", None)
             for operation in operations.values():
                 answers = operation["responses"]
                 answers.pop("422", None)
