@@ -26,6 +26,12 @@ def tool(name: str, parameters: Any = None) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name} | ({} if parameters is None else {"parameters": parameters})}
 
 
+def closed(**properties: Any) -> dict[str, Any]:
+    """The schema of an object with all of these and nothing else."""
+    fields = {"properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "object", **fields}
+
+
 def post(url: str, path: str, body: dict[str, Any], status: int = 200) -> dict[str, Any]:
     response = httpx.post(url + path, json=body, timeout=60)
     assert response.status_code == status, response.text

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from tests.api import asking, templates
-from tests.api.asking import chat, post, tool
+from tests.api.asking import chat, closed, post, tool
 from tests.api.tiny import RunningServer
 
-X = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+X = closed(x={"type": "integer"})
 F = tool("f", X)
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 
@@ -25,27 +25,39 @@ def ask(url, text, form="hermes", stream=False, **fields):
     return chat(url, body | fields, stream)
 
 
+def tagged(value: str) -> str:
+    return f"<tool_call>{value}</tool_call>"
+
+
+NO_CALLS = [
+    "\n\nHello <tool_call>garbage",
+    tagged('{"name": "g", "arguments": {}}'),
+    tagged('{"name": ["f"], "arguments": {}}'),
+    tagged('{"name": "f", "arguments": [1]}'),
+    '{"name": {"first": "Ann"}}',
+    "  \n",
+]
+ARGUMENTS = {
+    '{"x": 123456789012345678901}': '{"x": 123456789012345678901}',
+    '{"x":1e5,"s":"</tool_call>"}': '{"x":1e5,"s":"</tool_call>"}',
+    "null": "{}",
+    '""': "{}",
+    '"{\\"x\\": 2}"': '{"x": 2}',
+}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("text", "content", "calls"),
     [
-        ("\n\nHello <tool_call>garbage", "\n\nHello <tool_call>garbage", []),
-        (f"Hi {CALL} bye", "Hi  bye", ["{\"x\": 1}"]),
-        (f"Text\n\n{CALL}", "Text", ["{\"x\": 1}"]),
-        (f"{CALL}\n{CALL}", None, ["{\"x\": 1}"] * 2),
-        ('<tool_call>{"name": "g", "arguments": {}}</tool_call>', '<tool_call>{"name": "g", "arguments": {}}</tool_call>', []),
-        ('<tool_call>{"name": ["f"], "arguments": {}}</tool_call>', '<tool_call>{"name": ["f"], "arguments": {}}</tool_call>', []),
-        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', []),
-        ('<tool_call>{"name": "f", "arguments": {"x": 123456789012345678901}}</tool_call>', None, ['{"x": 123456789012345678901}']),
-        ('<tool_call>{"name": "f", "arguments": {"x":1e5,"s":"</tool_call>"}}</tool_call>', None, ['{"x":1e5,"s":"</tool_call>"}']),
-        ('<tool_call>{"name": "f", "arguments": null}</tool_call>', None, ["{}"]),
-        ('<tool_call>{"name": "f", "arguments": ""}</tool_call>', None, ["{}"]),
-        ('<tool_call>{"name": "f", "arguments": "{\\"x\\": 2}"}</tool_call>', None, ['{"x": 2}']),
-        ('<tool_call>{"name": "f"}</tool_call>', None, ["{}"]),
-        ('{"name": {"first": "Ann"}}', '{"name": {"first": "Ann"}}', []),
-        ("  \n", "  \n", []),
+        (f"Hi {CALL} bye", "Hi  bye", ['{"x": 1}']),
+        (f"Text\n\n{CALL}", "Text", ['{"x": 1}']),
+        (f"{CALL}\n{CALL}", None, ['{"x": 1}'] * 2),
+        (tagged('{"name": "f"}'), None, ["{}"]),
+        *((text, text, []) for text in NO_CALLS),
+        *((tagged(f'{{"name": "f", "arguments": {given}}}'), None, [wanted]) for given, wanted in ARGUMENTS.items()),
     ],
-)  # fmt: skip
+)
 def test_hermes_calls(servers, text, content, calls, stream):
     got = ask(servers, text, stream=stream)
     assert (got.content, [arguments for _, arguments in got.calls]) == (content, calls)
@@ -98,19 +110,14 @@ def test_a_schema_of_the_answer_beside_tools_is_no_call(plain):
 
 # --- forced calls
 
-ZIP = {
-    "$defs": {"A": {"type": "object", "properties": {"zip": {"type": "string", "maxLength": 5}}, "required": ["zip"],
-                    "additionalProperties": False}},
-    "type": "object", "properties": {"to": {"$ref": "#/$defs/A"}}, "required": ["to"], "additionalProperties": False,
-}  # fmt: skip
+ZIP = closed(to={"$ref": "#/$defs/A"}) | {"$defs": {"A": closed(zip={"type": "string", "maxLength": 5})}}
+SEVEN = closed(n={"$ref": "#/$defs/A"}, m={"$ref": "#/properties/n"}) | {"$defs": {"A": {"const": 7}}}
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", [chat, asking.responses, asking.messages])
 def test_forced_calls_follow_references_within_their_own_schema(plain, route, stream):
-    other = {"$defs": {"A": {"const": 7}}, "type": "object", "properties": {"n": {"$ref": "#/$defs/A"}, "m": {
-        "$ref": "#/properties/n"}}, "required": ["n", "m"], "additionalProperties": False}  # fmt: skip
-    for parameters, others in ((ZIP, other), (other, ZIP)):
+    for parameters, others in ((ZIP, SEVEN), (SEVEN, ZIP)):
         choice = {"type": "any"} if route is asking.messages else "required"
         got = route(plain.url, {"tools": [tool("f", parameters), tool("g", others)], "tool_choice": choice}, stream)
         name, arguments = got.calls[0]
@@ -172,21 +179,16 @@ def test_forced_arguments_arrive_as_they_are_written(plain):
     assert sum("tool_calls" in choice["delta"] for chunk in got.chunks for choice in chunk["choices"]) > 5
 
 
-@pytest.mark.parametrize(
-    "kind", ["password", "byte", "binary", "int64", "uri-reference", "json-pointer", "regex", "path", "decimal"]
-)
+UNENFORCED = "password byte binary int64 uri-reference json-pointer regex path decimal"
+
+
+@pytest.mark.parametrize("kind", UNENFORCED.split())
 def test_formats_that_nobody_enforces_are_annotations(plain, kind):
-    schema = {
-        "type": "object",
-        "properties": {"s": {"type": "string", "format": kind, "maxLength": 3}},
-        "required": ["s"],
-        "additionalProperties": False,
-    }
+    schema = closed(s={"type": "string", "format": kind, "maxLength": 3})
     got = chat(plain.url, {"tools": [tool("f", schema)], "tool_choice": "required"})
     assert len(json.loads(got.calls[0][1])["s"]) <= 3
-    post(plain.url, "/v1/chat/completions", {
-        "messages": asking.MESSAGES, "max_tokens": 2, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
-    })  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    assert len(json.loads(chat(plain.url, {"response_format": form}).content)["s"]) <= 3
 
 
 # --- history
@@ -208,7 +210,7 @@ def test_formats_that_nobody_enforces_are_annotations(plain, kind):
 def test_calls_in_the_history_are_what_they_were(servers, arguments, walked, written):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     history = [*asking.MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    for template, text in ((templates.WALKING, walked), (templates.HERMES, f'"arguments": {written}}}')):
+    for template, text in ((templates.WALKING, walked), (templates.HERMES, f'"arguments": {written or arguments}}}')):
         body = {"messages": history, "tools": [F], "chat_template": template}
         ids = post(servers, "/tokenize", body)["tokens"]
         assert text in post(servers, "/detokenize", {"tokens": ids})["prompt"]

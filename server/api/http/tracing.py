@@ -168,7 +168,7 @@ def _details(generation: Generation) -> dict[str, Any]:
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.choice.count": len(generation.sequences),
-        "gen_ai.response.id": generation.request_id,
+        "gen_ai.response.id": generation.submission.answer_id,
         "gen_ai.response.finish_reasons": [s.finish_reason or "error" for s in generation.sequences],
         "gen_ai.usage.input_tokens": usage["prompt_tokens"],
         "gen_ai.usage.output_tokens": usage["completion_tokens"],
