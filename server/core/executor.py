@@ -25,7 +25,7 @@ class Draw(NamedTuple):
     top_p: float
     min_p: float
     top_k: int  # 0: all
-    uniform: float  # number of [0, 1) at which the cumulative distribution is inverted
+    uniform: float  # number of [0, 1); its 64 bits are the key of the race's noise
 
 
 GREEDY = Draw(temperature=0.0, top_p=1.0, min_p=0.0, top_k=0, uniform=0.0)

@@ -3,8 +3,10 @@
 S = rows, V = vocabulary. Order of operations: raw logprobs -> grammar and allowed tokens -> bad words, min_tokens ->
 logit bias -> repetition, presence and frequency penalties -> temperature -> min_p -> top_k -> top_p -> draw.
 
-The draw inverts the cumulative distribution at one uniform number per row, taken on the host from the request's own
-generator. So a seed gives the same text on any device and in any batch, up to rounding of the logits.
+The draw is an exponential race: token i arrives after -log(1 - v_i) / weight_i, the first one wins, and v_i is a hash
+of i and of one number per row that the host takes from the request's own generator. The winner has its distribution
+(the Gumbel-max trick, Maddison et al. 2014), and a token whose logit moves by d loses to another with probability about
+d. So a seed gives the same text on any device and in any batch, but for the rare race that rounding decides.
 """
 
 from __future__ import annotations
@@ -158,7 +160,7 @@ class Sampler:
 
     def _draw_plain(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[int]:
         """No top_k, no top_p: the whole (min_p-masked) distribution, no sort. logits [S, V]."""
-        return self.invert(self.weights(logits, requests), requests).tolist()
+        return self.race(self.weights(logits, requests), requests).tolist()
 
     def weights(self, logits: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:
         """Probabilities without top_k and top_p, up to a factor where min_p cut some off. [S, V] -> [S, V]."""
@@ -194,17 +196,35 @@ class Sampler:
             width = vocab
         # Keep the smallest set whose mass reaches top_p: an entry stays if the mass before it has not.
         probs = probs.masked_fill_(mass - probs >= top_p, 0.0)
-        choice = self.invert(probs, requests)
+        choice = self.race(probs, requests, ids)
         return ids.gather(1, choice[:, None]).squeeze(1).tolist()
 
-    def invert(self, probs: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:
-        """Index of the first entry whose cumulative weight exceeds u x total. probs [S, n], need not sum to 1."""
-        mass = probs.cumsum(dim=-1, dtype=torch.float64)
-        uniform = _column([self.uniform(r) for r in requests], mass)
-        index = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1)
-        # u x total may round up to total itself: fall back to the last entry that has any weight.
-        last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
-        return torch.minimum(index, last)
+    def race(
+        self, weights: torch.Tensor, requests: list[LiveRequest], ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Index [S] of each row's winner. weights [S, n] need not sum to 1; ids [S, n]: tokens, if not 0 .. n-1."""
+        if ids is None:
+            ids = torch.arange(weights.shape[-1], device=weights.device)[None]
+        numbers = np.array([self.uniform(request) for request in requests])
+        times = race_noise(ids, torch.from_numpy(numbers.view(np.int64)).to(weights.device)) / weights.double()
+        return times.argmin(dim=-1)
+
+
+_LOW = 0xFFFFFFFF
+
+
+def race_noise(ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Exponential(1) numbers float64 [S, n] of token ids int64 [S or 1, n] and 64 bits per row, keys int64 [S].
+
+    The hash is Wellons' lowbias32 with the key put in before and between its rounds; the native draw
+    (kernels/cpu/sampling.h) and the CUDA one (kernels/cuda/draw.py) compute the same.
+    """
+    low, high = (keys & _LOW)[:, None], (keys >> 32 & _LOW)[:, None]
+    h = (ids * 0x9E3779B9 + low) & _LOW
+    h = ((h ^ h >> 16) * 0x7FEB352D) & _LOW
+    h = ((h ^ h >> 15 ^ high) * 0x846CA68B) & _LOW
+    h ^= h >> 16
+    return -torch.log1p(-(h.double() + 0.5) * 2.0**-32)
 
 
 def is_plain_greedy(request: LiveRequest) -> bool:

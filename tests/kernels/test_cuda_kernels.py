@@ -150,20 +150,20 @@ def test_draws_like_the_sampler(dtype):
 
 
 def test_draw_matches_the_distribution_and_reports_rows_without_numbers():
-    num = 20
+    num, rng = 400, random.Random(1)
     logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf, 2.0]], device=DEVICE, dtype=torch.bfloat16).repeat(num + 2, 1)
     logits[num], logits[num + 1] = torch.nan, -torch.inf
     settings = torch.zeros(5, num + 2, dtype=torch.float64, device=DEVICE)
-    settings[0], settings[1], settings[4, :num] = 1.0, 0.8, (torch.arange(num) + 0.5) / num
+    settings[0], settings[1] = 1.0, 0.8
+    settings[4, :num] = torch.tensor([rng.random() for _ in range(num)], dtype=torch.float64)
     tokens = torch.zeros(num + 2, dtype=torch.int32, device=DEVICE)
     draw(logits, settings, tokens)
-    # Mass by rank: 0.39, 0.39, 0.14, ...: 0.8 is reached with the third; 1 and 4 are equal and come in order of id.
-    probabilities = torch.softmax(logits[0].float(), dim=0)[[1, 4, 2]]
-    expected = (probabilities / probabilities.sum() * num).round().int().tolist()
-    counts = torch.bincount(tokens[:num], minlength=5)
-    assert all(abs(a - b) <= 1 for a, b in zip(counts[[1, 4, 2]].tolist(), expected, strict=True))
-    assert int(counts[[1, 4, 2]].sum()) == num and tokens[num:].tolist() == [-1, -1]
-    assert tokens[:num].tolist() == sorted(tokens[:num].tolist(), key=[1, 4, 2].index)
+    # Mass by rank: 0.39, 0.39, 0.14, ...: 0.8 is reached with the third.
+    probabilities = torch.softmax(logits[0].double(), dim=0)[[1, 4, 2]].cpu()
+    expected = probabilities / probabilities.sum() * num
+    counts = torch.bincount(tokens[:num], minlength=5)[[1, 4, 2]].cpu()
+    assert ((counts - expected).abs() < 4 * expected.sqrt()).all() and int(counts.sum()) == num
+    assert tokens[num:].tolist() == [-1, -1]
 
 
 def test_block_tables_send_only_what_changed():

@@ -185,7 +185,7 @@ class Speculator:
         for row, (request, draft) in enumerate(pairs):
             if _rejects(request):
                 q = self._probabilities(logits[row : row + 1], [draft])
-                tokens[row] = int(self.sampler.invert(q, [draft])[0])
+                tokens[row] = int(self.sampler.race(q, [draft])[0])
                 self._probs.setdefault(request.request_id, []).append(q[0])
         return tokens
 
@@ -264,7 +264,7 @@ class Speculator:
             kept.append(guess)
         else:
             last = wanted[len(guesses)]
-        kept.append(int(self.sampler.invert(last[None], [request])[0]))
+        kept.append(int(self.sampler.race(last[None], [request])[0]))
         return _chain([SampledToken(token) for token in kept])
 
     def _probabilities(self, logits: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:

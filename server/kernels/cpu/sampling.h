@@ -1,9 +1,12 @@
 // Draws one token from a row of logits: temperature, then min_p, then top_k, then top_p, as server/engine/sampler.py.
 //
-// The draw inverts the cumulative distribution at one uniform number. Nothing is sorted but the few entries that can
-// matter for top_k and top_p: a histogram over the logits says where the cut lies.
+// The draw is an exponential race, whose noise is a hash of the token and of the row's number: the same as there. Nothing
+// is sorted but the few entries that can matter for top_k and top_p: a histogram over the logits says where the cut lies.
 #pragma once
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "simd.h"
@@ -27,6 +30,53 @@ inline int argmax(const float* row, int n) {
     return 0;
 }
 
+// The noise of token `id`, 32 bits: sampler.py `race_noise` computes the same.
+inline uint32_t race_hash(uint32_t id, uint32_t low, uint32_t high) {
+    uint32_t h = id * 0x9E3779B9u + low;
+    h = (h ^ h >> 16) * 0x7FEB352Du;
+    h = (h ^ h >> 15 ^ high) * 0x846CA68Bu;
+    return h ^ h >> 16;
+}
+
+struct Race {
+    uint32_t low, high;
+    double best = INFINITY;
+    int winner;
+
+    Race(double number, int first) : winner(first) {
+        uint64_t bits;
+        std::memcpy(&bits, &number, 8);
+        low = uint32_t(bits);
+        high = uint32_t(bits >> 32);
+    }
+
+    void enter(int id, double weight) {
+        const double time = -std::log1p(-(race_hash(uint32_t(id), low, high) + 0.5) * 0x1p-32) / weight;
+        if (time < best || (time == best && id < winner)) best = time, winner = id;
+    }
+
+    // All entries of a row. A token arrives no earlier than its hash says, so most are passed over without a logarithm;
+    // the first loop has no branch and is one that compilers turn into vector instructions.
+    void enter_all(const float* weights, int n) {
+        enter(winner, weights[winner]);
+        constexpr int kBlock = 256;
+        for (int begin = 0; begin < n; begin += kBlock) {
+            const int end = std::min(n, begin + kBlock);
+            const float bound = float(best) * 1.0001f;
+            int hits = 0;
+            for (int i = begin; i < end; i++) {
+                const float at_least = float(int32_t(race_hash(uint32_t(i), low, high) >> 8)) * 0x1p-24f;
+                hits |= at_least < bound * weights[i];
+            }
+            if (!hits) continue;
+            for (int i = begin; i < end; i++) {
+                const float at_least = float(int32_t(race_hash(uint32_t(i), low, high) >> 8)) * 0x1p-24f;
+                if (at_least < float(best) * 1.0001f * weights[i]) enter(i, weights[i]);
+            }
+        }
+    }
+};
+
 inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch& scratch) {
     const int peak_at = argmax(row, n);
     if (d.temperature < 1e-5f || !std::isfinite(row[peak_at])) return peak_at;
@@ -35,7 +85,7 @@ inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch&
     const F16 peak = set16(row[peak_at]), inverse = set16(1.0f / d.temperature);
     const F16 floor = set16(d.min_p), dead = set16(-80.0f);
 
-    // Weights relative to the likeliest, summed per run of 1024 entries, so that the draw looks into one run only.
+    // Weights relative to the likeliest, summed per run of 1024 entries: runs without any are passed over.
     constexpr int kRun = 1024;
     const int runs = (n + kRun - 1) / kRun;
     static thread_local std::vector<double> run_mass;
@@ -56,21 +106,9 @@ inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch&
     }
 
     if (d.top_p >= 1.0f && (d.top_k <= 0 || d.top_k >= n)) {
-        double target = d.uniform * total;
-        int last = peak_at;
-        for (int r = 0; r < runs; r++) {
-            if (target >= run_mass[r] && r + 1 < runs) {
-                target -= run_mass[r];
-                continue;
-            }
-            for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i++) {
-                if (weights[i] <= 0.0f) continue;
-                last = i;
-                target -= weights[i];
-                if (target < 0.0) return i;
-            }
-        }
-        return last;  // rounding: the last entry that has any weight
+        Race race(d.uniform, peak_at);
+        race.enter_all(weights, n);
+        return race.winner;
     }
 
     // Histogram of weights by binary exponent and two bits of mantissa: bucket 0 holds the largest.
@@ -123,12 +161,9 @@ inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch&
     double kept = 0.0;
     size_t size = 0;
     while (size < candidates.size() && kept < d.top_p * whole) kept += weights[candidates[size++]];
-    double target = d.uniform * kept;
-    for (size_t i = 0; i < size; i++) {
-        target -= weights[candidates[i]];
-        if (target < 0.0) return candidates[i];
-    }
-    return candidates[size - 1];
+    Race race(d.uniform, candidates[0]);
+    for (size_t i = 0; i < size; i++) race.enter(candidates[i], weights[candidates[i]]);
+    return race.winner;
 }
 
 }  // namespace boomerang

@@ -1,9 +1,9 @@
-"""Draws one token per row on the device, by the sampler's rules (server/engine/sampler.py): one uniform number per row
-inverts the cumulative distribution, so a seed gives the same text here as anywhere, up to rounding.
+"""Draws one token per row on the device, by the sampler's rules (server/engine/sampler.py): an exponential race whose
+noise is a hash of the token and of the row's number, so a seed gives the same text here as anywhere, up to rounding.
 
-Nothing is sorted and nothing waits for the host. What top_k, top_p and the draw need of an order by likelihood is the
-mass or the number of entries above a value; that falls as the value rises, so each is found by bisection over the
-bits of the logit (16 steps for bfloat16). Equal logits count in the order of their ids.
+Nothing is sorted and nothing waits for the host. What top_k and top_p need of an order by likelihood is the mass or the
+number of entries above a value; that falls as the value rises, so each is found by bisection over the bits of the
+logit (16 steps for bfloat16). Equal logits count in the order of their ids.
 
 S = rows, V = vocabulary.
 """
@@ -58,17 +58,15 @@ def _from(row_ptr, vocab, key, top, scale, min_p, SHIFT: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _search(
-    row_ptr, vocab, low, high, target, top, scale, min_p, BY_COUNT: tl.constexpr, STRICT: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    row_ptr, vocab, low, high, target, top, scale, min_p, BY_COUNT: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key of [low, high) from which on mass (or count) reaches (or, STRICT, exceeds) the target."""
+    """The largest key of [low, high) from which on mass (or count) reaches the target."""
     while high - low > 1:
         middle = low + (high - low) // 2
         mass, count = _from(row_ptr, vocab, middle, top, scale, min_p, SHIFT, BLOCK)
         if BY_COUNT:
             reached = count.to(tl.float64) >= target
-        elif STRICT:
-            reached = mass > target
         else:
             reached = mass >= target
         low = tl.where(reached, middle, low)
@@ -77,74 +75,64 @@ def _search(
 
 
 @triton.jit
-def _draw_in_id_order(row_ptr, vocab, uniform, top, scale, min_p, BLOCK: tl.constexpr):
-    """The first entry, by id, at which the running mass exceeds uniform x total."""
-    total = tl.zeros([], tl.float64)
-    last = tl.zeros([], tl.int32)
+def _times(ids, weights, low, high):
+    """When each token arrives: exponential noise of its id and the row's number over its weight; without one, never."""
+    h = ids.to(tl.uint32) * 0x9E3779B9 + low
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15) ^ high) * 0x846CA68B
+    h = h ^ (h >> 16)
+    v = (h.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    # Close to 0, 1 - v would lose what tells unlikely tokens apart.
+    noise = tl.where(v < 0.01, v * (1.0 + v * (0.5 + v * (1.0 / 3.0 + v * 0.25))), -tl.log(1.0 - v))
+    return tl.where(weights > 0.0, noise / weights, float("inf"))
+
+
+@triton.jit
+def _race(
+    row_ptr, vocab, low, high, bound, num_equal, top, scale, min_p, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The first to arrive of the entries above the key `bound` and the first `num_equal`, by id, at it."""
+    best = tl.full([], float("inf"), tl.float32)
+    token = tl.zeros([], tl.int32)
+    seen = tl.zeros([], tl.int32)
     for start in range(0, vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        weights = _weight(x, top, scale, min_p)
-        total += tl.sum(weights, axis=0).to(tl.float64)
-        last = tl.maximum(last, tl.max(tl.where(weights > 0.0, ids, 0), axis=0))
-    target = uniform * total
-    before = tl.zeros([], tl.float64)
-    token = last  # if rounding lets the target reach the total
-    is_found = before > target
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        weights = _weight(x, top, scale, min_p)
-        mass = tl.sum(weights, axis=0).to(tl.float64)
-        if (before + mass > target) & (is_found == 0):
-            running = tl.cumsum(weights, axis=0).to(tl.float64)
-            exceeds = (before + running > target) & (weights > 0.0)
-            here = tl.min(tl.where(exceeds, ids, vocab), axis=0)
-            token = tl.where(here < vocab, here, token)
-            is_found = here < vocab
-        before += mass
+        key = _key(x, SHIFT)
+        is_equal = (ids < vocab) & (key == bound)
+        rank = seen + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1
+        is_in = (ids < vocab) & ((key > bound) | (is_equal & (rank < num_equal)))
+        times = _times(ids, tl.where(is_in, _weight(x, top, scale, min_p), 0.0), low, high)
+        first = tl.min(times, axis=0)
+        here = tl.min(tl.where(times == first, ids, vocab), axis=0)
+        token = tl.where(first < best, here, token)
+        best = tl.minimum(first, best)
+        seen += tl.sum(is_equal.to(tl.int32), axis=0)
     return token
 
 
 @triton.jit
-def _draw_in_rank_order(
-    row_ptr, vocab, uniform, top_p, top_k, top, scale, min_p, SHIFT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The first entry, likeliest first, at which the running mass exceeds uniform x what top_k and top_p keep."""
+def _cut(row_ptr, vocab, top_p, top_k, top, scale, min_p, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """What top_k and top_p keep: the entries above a key, and how many at it."""
     lowest = _key(tl.full([], float("-inf"), tl.float32), SHIFT)
     above = _key(top, SHIFT) + 1
-    bound = lowest  # keys below it are cut off
+    bound = lowest
+    num_equal = tl.full([], 2147483647, tl.int32)
     kept, count = _from(row_ptr, vocab, lowest, top, scale, min_p, SHIFT, BLOCK)
     if (top_k > 0) & (top_k < vocab):
-        bound = _search(
-            row_ptr, vocab, lowest, above, top_k.to(tl.float64), top, scale, min_p, True, False, SHIFT, BLOCK
-        )
+        bound = _search(row_ptr, vocab, lowest, above, top_k.to(tl.float64), top, scale, min_p, True, SHIFT, BLOCK)
         mass, count = _from(row_ptr, vocab, bound + 1, top, scale, min_p, SHIFT, BLOCK)
-        kept = mass + (top_k - count) * _weight(_value(bound, SHIFT), top, scale, min_p).to(tl.float64)
+        num_equal = top_k - count
+        kept = mass + num_equal * _weight(_value(bound, SHIFT), top, scale, min_p).to(tl.float64)
     if top_p < 1.0:
         target = top_p * kept
-        bound = _search(row_ptr, vocab, bound, above, target, top, scale, min_p, False, False, SHIFT, BLOCK)
+        at_k = bound
+        bound = _search(row_ptr, vocab, bound, above, target, top, scale, min_p, False, SHIFT, BLOCK)
         mass, count = _from(row_ptr, vocab, bound + 1, top, scale, min_p, SHIFT, BLOCK)
         weight = tl.maximum(_weight(_value(bound, SHIFT), top, scale, min_p).to(tl.float64), 1e-300)
-        kept = tl.minimum(kept, mass + tl.maximum(tl.ceil((target - mass) / weight), 1.0) * weight)
-    target = uniform * kept
-    chosen = _search(row_ptr, vocab, bound, above, target, top, scale, min_p, False, True, SHIFT, BLOCK)
-    mass, count = _from(row_ptr, vocab, chosen + 1, top, scale, min_p, SHIFT, BLOCK)
-    weight = tl.maximum(_weight(_value(chosen, SHIFT), top, scale, min_p).to(tl.float64), 1e-300)
-    wanted = tl.minimum(tl.floor(tl.maximum((target - mass) / weight, 0.0)), 1e9).to(tl.int32)  # of equal entries
-    seen = tl.zeros([], tl.int32)
-    token = tl.zeros([], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        is_equal = (ids < vocab) & (_key(x, SHIFT) == chosen)
-        number = tl.sum(is_equal.to(tl.int32), axis=0)
-        if (number > 0) & (seen <= wanted):
-            rank = seen + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1
-            # The last of them where rounding asks for one more.
-            token = tl.max(tl.where(is_equal & (rank <= wanted), ids, 0), axis=0)
-        seen += number
-    return token
+        wanted = tl.minimum(tl.maximum(tl.ceil((target - mass) / weight), 1.0), 1e9).to(tl.int32)
+        num_equal = tl.where(bound == at_k, tl.minimum(num_equal, wanted), wanted)
+    return bound, num_equal
 
 
 # The stride is the number of rows: without this, variants for 1, for multiples of 16 and for the rest are compiled.
@@ -170,12 +158,14 @@ def draw_kernel(
         top_p = tl.load(settings_ptr + settings_stride + row)
         min_p = tl.load(settings_ptr + 2 * settings_stride + row).to(tl.float32)
         top_k = tl.load(settings_ptr + 3 * settings_stride + row).to(tl.int32)
-        uniform = tl.load(settings_ptr + 4 * settings_stride + row)
+        number = tl.load(settings_ptr + 4 * settings_stride + row).to(tl.int64, bitcast=True)
+        low, high = (number & 0xFFFFFFFF).to(tl.uint32), ((number >> 32) & 0xFFFFFFFF).to(tl.uint32)
         scale = (1.0 / temperature).to(tl.float32)
+        bound = _key(tl.full([], float("-inf"), tl.float32), SHIFT)
+        num_equal = tl.full([], 2147483647, tl.int32)
         if (top_p < 1.0) | ((top_k > 0) & (top_k < vocab)):
-            token = _draw_in_rank_order(row_ptr, vocab, uniform, top_p, top_k, top, scale, min_p, SHIFT, BLOCK)
-        else:
-            token = _draw_in_id_order(row_ptr, vocab, uniform, top, scale, min_p, BLOCK)
+            bound, num_equal = _cut(row_ptr, vocab, top_p, top_k, top, scale, min_p, SHIFT, BLOCK)
+        token = _race(row_ptr, vocab, low, high, bound, num_equal, top, scale, min_p, SHIFT, BLOCK)
     tl.store(tokens_ptr + row, tl.where(is_finite, token, -1))
 
 
