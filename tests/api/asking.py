@@ -46,7 +46,7 @@ def events(url: str, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def chat(url: str, body: dict[str, Any], stream: bool = False) -> Got:
-    body = {"messages": MESSAGES, "max_tokens": 150, "temperature": 0, **body}
+    body = {"messages": MESSAGES, "max_tokens": 200, "temperature": 0, **body}
     if not stream:
         choice = post(url, "/v1/chat/completions", body)["choices"][0]
         message = choice["message"]
@@ -71,7 +71,7 @@ def chat(url: str, body: dict[str, Any], stream: bool = False) -> Got:
 
 def responses(url: str, body: dict[str, Any], stream: bool = False) -> Got:
     tools = [{"type": "function", **item["function"]} for item in body.pop("tools", [])]
-    body = {"input": "hi", "max_output_tokens": 150, "temperature": 0, "tools": tools, **body}
+    body = {"input": "hi", "max_output_tokens": 200, "temperature": 0, "tools": tools, **body}
     answer = events(url, "/v1/responses", body)[-1]["response"] if stream else post(url, "/v1/responses", body)
     got = Got(finish=answer["status"])
     for item in answer["output"]:
@@ -88,7 +88,7 @@ def messages(url: str, body: dict[str, Any], stream: bool = False) -> Got:
     """`body` has chat's words for tools and forced text; the text itself is forced by `output_config`."""
     functions = [item["function"] for item in body.pop("tools", [])]
     tools = [{"name": f["name"], "input_schema": f.get("parameters")} for f in functions]
-    body = {"messages": MESSAGES, "max_tokens": 150, "temperature": 0, "tools": tools, **body}
+    body = {"messages": MESSAGES, "max_tokens": 200, "temperature": 0, "tools": tools, **body}
     got = Got()
     if not stream:
         answer = post(url, "/v1/messages", body)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.api import asking, templates
 from tests.api.asking import chat, closed, post, tool
-from tests.api.tiny import RunningServer
+from tests.api.tiny import RunningServer, make_pair
 
 X = closed(x={"type": "integer"})
 F = tool("f", X)
@@ -14,7 +14,12 @@ CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def servers(pair):
+def pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("roomy"), max_len=1024)
+
+
+@pytest.fixture(scope="module")
+def url(pair):
     """One server whose requests bring their own template."""
     with RunningServer(pair, "--trust-request-chat-template") as server:
         yield server.url
@@ -58,8 +63,8 @@ ARGUMENTS = {
         *((tagged(f'{{"name": "f", "arguments": {given}}}'), None, [wanted]) for given, wanted in ARGUMENTS.items()),
     ],
 )
-def test_hermes_calls(servers, text, content, calls, stream):
-    got = ask(servers, text, stream=stream)
+def test_hermes_calls(url, text, content, calls, stream):
+    got = ask(url, text, stream=stream)
     assert (got.content, [arguments for _, arguments in got.calls]) == (content, calls)
     assert got.finish == ("tool_calls" if calls else "stop")
 
@@ -82,18 +87,18 @@ def test_hermes_calls(servers, text, content, calls, stream):
         ("mistral", '[TOOL_CALLS][{"name": ["f"]}]', '[TOOL_CALLS][{"name": ["f"]}]', []),
     ],
 )  # fmt: skip
-def test_other_forms_of_calls(servers, form, text, content, calls, stream):
-    got = ask(servers, text, form, stream)
+def test_other_forms_of_calls(url, form, text, content, calls, stream):
+    got = ask(url, text, form, stream)
     assert (got.content, [arguments for _, arguments in got.calls]) == (content, calls)
 
 
-def test_an_answer_in_json_flows_though_tools_are_given(servers):
+def test_an_answer_in_json_flows_though_tools_are_given(url):
     text = json.dumps({"name": "Ann", "about": "She lives in a small house by the sea and reads."})
-    got = ask(servers, text, "llama3", stream=True)
+    got = ask(url, text, "llama3", stream=True)
     assert got.content == text and len(got.chunks) > 8
 
 
-def test_a_schema_of_the_answer_beside_tools_is_no_call(plain):
+def test_a_schema_of_the_answer_beside_tools_is_no_call(url):
     """Whatever object the text holds: a name that is no text is no call, and nothing fails."""
     inner = {
         "type": "object",
@@ -104,7 +109,7 @@ def test_a_schema_of_the_answer_beside_tools_is_no_call(plain):
     schema = {"type": "object", "properties": {"name": inner}, "required": ["name"], "additionalProperties": False}
     body = {"tools": [F], "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
     for stream in (False, True):
-        got = chat(plain.url, body, stream)
+        got = chat(url, body, stream)
         assert json.loads(got.content) == {"name": {"first": "Ann"}} and got.finish == "stop" and not got.calls
 
 
@@ -116,10 +121,10 @@ SEVEN = closed(n={"$ref": "#/$defs/A"}, m={"$ref": "#/properties/n"}) | {"$defs"
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", [chat, asking.responses, asking.messages])
-def test_forced_calls_follow_references_within_their_own_schema(plain, route, stream):
+def test_forced_calls_follow_references_within_their_own_schema(url, route, stream):
     for parameters, others in ((ZIP, SEVEN), (SEVEN, ZIP)):
         choice = {"type": "any"} if route is asking.messages else "required"
-        got = route(plain.url, {"tools": [tool("f", parameters), tool("g", others)], "tool_choice": choice}, stream)
+        got = route(url, {"tools": [tool("f", parameters), tool("g", others)], "tool_choice": choice}, stream)
         name, arguments = got.calls[0]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         wanted = {"f": parameters, "g": others}[name]
@@ -128,15 +133,13 @@ def test_forced_calls_follow_references_within_their_own_schema(plain, route, st
 
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"type": "object", "properties": {}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_function_without_parameters_is_called_with_none(plain, parameters, stream):
-    got = chat(
-        plain.url, {"tools": [tool("get_time", parameters)], "tool_choice": "required", "max_tokens": 60}, stream
-    )
+def test_a_function_without_parameters_is_called_with_none(url, parameters, stream):
+    got = chat(url, {"tools": [tool("get_time", parameters)], "tool_choice": "required", "max_tokens": 60}, stream)
     assert got.calls == [("get_time", "{}")] and got.finish == "tool_calls" and got.content is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_mark_within_a_forced_argument_is_text(plain, stream):
+def test_a_mark_within_a_forced_argument_is_text(url, stream):
     schema = {
         "type": "object",
         "properties": {"s": {"const": "use <tool_call> tag"}},
@@ -144,13 +147,13 @@ def test_a_mark_within_a_forced_argument_is_text(plain, stream):
         "additionalProperties": False,
     }
     for route, choice in ((chat, "required"), (asking.responses, "required"), (asking.messages, {"type": "any"})):
-        got = route(plain.url, {"tools": [tool("f", schema)], "tool_choice": choice}, stream)
+        got = route(url, {"tools": [tool("f", schema)], "tool_choice": choice}, stream)
         arguments = got.calls[0][1]
         assert (json.loads(arguments) if isinstance(arguments, str) else arguments) == {"s": "use <tool_call> tag"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_forced_call_cut_short_is_a_partial_call(plain, stream):
+def test_a_forced_call_cut_short_is_a_partial_call(url, stream):
     schema = {
         "type": "object",
         "properties": {"s": {"const": "a long text " * 5}},
@@ -158,24 +161,24 @@ def test_a_forced_call_cut_short_is_a_partial_call(plain, stream):
         "additionalProperties": False,
     }
     body = {"tools": [tool("f", schema)], "tool_choice": "required"}
-    got = chat(plain.url, body | {"max_tokens": 30}, stream)
+    got = chat(url, body | {"max_tokens": 30}, stream)
     assert got.finish == "length" and got.content is None and got.calls[0][0] == "f"
     assert got.calls[0][1].startswith("{") and not got.calls[0][1].endswith("}")
-    assert asking.responses(plain.url, dict(body) | {"max_output_tokens": 30}, stream).finish == "incomplete"
-    first = chat(plain.url, body | {"max_tokens": 1}, stream)
+    assert asking.responses(url, dict(body) | {"max_output_tokens": 30}, stream).finish == "incomplete"
+    first = chat(url, body | {"max_tokens": 1}, stream)
     assert first.calls == [("f", "")] and first.finish == "length"
-    stopped = chat(plain.url, body | {"stop": "long"}, stream)
+    stopped = chat(url, body | {"stop": "long"}, stream)
     assert stopped.finish == "stop" and stopped.calls[0][1].endswith("a ")
 
 
-def test_forced_arguments_arrive_as_they_are_written(plain):
+def test_forced_arguments_arrive_as_they_are_written(url):
     schema = {
         "type": "object",
         "properties": {"s": {"const": "a long text " * 4}},
         "required": ["s"],
         "additionalProperties": False,
     }
-    got = chat(plain.url, {"tools": [tool("f", schema)], "tool_choice": "required"}, stream=True)
+    got = chat(url, {"tools": [tool("f", schema)], "tool_choice": "required"}, stream=True)
     assert sum("tool_calls" in choice["delta"] for chunk in got.chunks for choice in chunk["choices"]) > 5
 
 
@@ -183,12 +186,12 @@ UNENFORCED = "password byte binary int64 uri-reference json-pointer regex path d
 
 
 @pytest.mark.parametrize("kind", UNENFORCED.split())
-def test_formats_that_nobody_enforces_are_annotations(plain, kind):
+def test_formats_that_nobody_enforces_are_annotations(url, kind):
     schema = closed(s={"type": "string", "format": kind, "maxLength": 3})
-    got = chat(plain.url, {"tools": [tool("f", schema)], "tool_choice": "required"})
+    got = chat(url, {"tools": [tool("f", schema)], "tool_choice": "required"})
     assert len(json.loads(got.calls[0][1])["s"]) <= 3
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
-    assert len(json.loads(chat(plain.url, {"response_format": form}).content)["s"]) <= 3
+    assert len(json.loads(chat(url, {"response_format": form}).content)["s"]) <= 3
 
 
 # --- history
@@ -207,13 +210,13 @@ def test_formats_that_nobody_enforces_are_annotations(plain, kind):
         ({"x": 2}, "[x=2]", '{"x": 2}'),
     ],
 )
-def test_calls_in_the_history_are_what_they_were(servers, arguments, walked, written):
+def test_calls_in_the_history_are_what_they_were(url, arguments, walked, written):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     history = [*asking.MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
     for template, text in ((templates.WALKING, walked), (templates.HERMES, f'"arguments": {written or arguments}}}')):
         body = {"messages": history, "tools": [F], "chat_template": template}
-        ids = post(servers, "/tokenize", body)["tokens"]
-        assert text in post(servers, "/detokenize", {"tokens": ids})["prompt"]
+        ids = post(url, "/tokenize", body)["tokens"]
+        assert text in post(url, "/detokenize", {"tokens": ids})["prompt"]
 
 
 # --- reasoning
@@ -230,14 +233,14 @@ def test_calls_in_the_history_are_what_they_were(servers, arguments, walked, wri
         (templates.OPENED, "hm\n</think>\nYes.", "hm", "Yes."),
     ],
 )
-def test_reasoning_is_apart_from_the_answer(servers, template, text, reasoning, content, stream):
+def test_reasoning_is_apart_from_the_answer(url, template, text, reasoning, content, stream):
     body = {"structured_outputs": {"choice": [text]}, "chat_template": template}
-    got = chat(servers, body, stream)
+    got = chat(url, body, stream)
     assert (got.reasoning, got.content) == (reasoning, content)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasoning_and_calls_on_the_other_routes(pair, servers, stream, tmp_path):
+def test_reasoning_and_calls_on_the_other_routes(pair, stream, tmp_path):
     (tmp_path / "template").write_text(templates.THINKING)
     text = f"<think>hm</think>{CALL}"
     with RunningServer(pair, "--chat-template", str(tmp_path / "template")) as server:

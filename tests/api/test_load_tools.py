@@ -34,7 +34,7 @@ def test_vllm_bench_serve(client):
     chunks = stream(client, "/v1/completions", body, **{"x-request-id": "bench-0"})
     assert chunks[0]["choices"] and "text" in chunks[0]["choices"][0]  # time to first token
     assert not chunks[-1]["choices"] and chunks[-1]["usage"]["completion_tokens"] == 9
-    assert all("usage" not in chunk for chunk in chunks[:-1])
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
     messages = [{"role": "user", "content": [{"type": "text", "text": "The quick"}]}]
     body = {
         "model": NAME, "messages": messages, "max_completion_tokens": 9, "stream": True, "temperature": 0.0,

@@ -58,7 +58,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def make_model(num_layers: int, seed: int) -> LlamaForCausalLM:
+def make_model(num_layers: int, seed: int, max_len: int = MAX_LEN) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -67,7 +67,7 @@ def make_model(num_layers: int, seed: int) -> LlamaForCausalLM:
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=MAX_LEN,
+        max_position_embeddings=max_len,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -81,11 +81,11 @@ def make_model(num_layers: int, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def make_pair(folder: Path) -> tuple[Path, Path]:
+def make_pair(folder: Path, max_len: int = MAX_LEN) -> tuple[Path, Path]:
     """Teacher and student folders."""
     teacher, student = folder / NAME, folder / "student"
-    make_model(NUM_LAYERS, 1).save_pretrained(teacher)
-    make_model(len(KEPT), 2).save_pretrained(student)
+    make_model(NUM_LAYERS, 1, max_len).save_pretrained(teacher)
+    make_model(len(KEPT), 2, max_len).save_pretrained(student)
     make_tokenizer(teacher)
     pruned = [layer for layer in range(NUM_LAYERS) if layer not in KEPT]
     config = {"copied_teacher_layers": list(KEPT), "pruned_teacher_layers": pruned}

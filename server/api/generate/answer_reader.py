@@ -369,6 +369,13 @@ class AnswerReader:
             start = scanner.open_at
         else:
             return False
+        if not self._sent:
+            inside = self._buffer[start + 1 : end].lstrip(_BLANKS)
+            if not inside and not self._is_final:
+                return False
+            if inside[:1] == "}":  # blanks in an empty object are the grammar's, not the model's
+                self._parts.append(CallPart(0, "{}"))
+                self._sent = end
         if end > (begin := max(start, self._sent)):
             self._parts.append(CallPart(0, self._buffer[begin:end]))
             self._sent = end

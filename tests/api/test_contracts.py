@@ -1,0 +1,229 @@
+"""Schemas, counters, streams and HTTP manners: what clients of other servers take for granted."""
+
+import gzip
+import json
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.api import asking
+from tests.api.asking import closed, events, post
+from tests.api.tiny import RunningServer
+
+
+def completion(url, status=200, **fields):
+    return post(url, "/v1/completions", {"prompt": "x", "max_tokens": 40, "temperature": 0, **fields}, status)
+
+
+# --- schemas
+
+
+@pytest.mark.parametrize("low, high", [(2**53 + 1, 2**53 + 1), (2**63 - 5, 2**63 - 3), (2**64, 2**64 + 5)])
+def test_bounds_that_cannot_be_kept_exactly_are_refused(plain, low, high):
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    for fields in (
+        {"structured_outputs": {"json": schema}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": closed(a=schema)}}},
+        {"structured_outputs": {"json": {"const": low}}} if low != 2**64 else {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"json": {"anyOf": [{"enum": [{"a": [2**53 + 1]}]}]}}},
+    ):
+        assert "exactly" in completion(plain.url, 400, **fields)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"minimum": -(2**63), "maximum": 2**63 - 1},
+        {"minimum": 0, "maximum": 2**64 - 1},
+        {"minimum": 2**53 + 1},
+        {"exclusiveMinimum": 2**53, "exclusiveMaximum": 2**60},
+    ],
+)
+def test_large_integers_lie_within_their_bounds(plain, bounds):
+    for seed in range(6):
+        form = {"structured_outputs": {"json": {"type": "integer", **bounds}}, "temperature": 2, "seed": seed}
+        choice = completion(plain.url, **form)["choices"][0]
+        if choice["finish_reason"] == "stop":
+            value = int(choice["text"])
+            assert bounds.get("minimum", value) <= value <= bounds.get("maximum", value)
+            assert bounds.get("exclusiveMinimum", value - 1) < value < bounds.get("exclusiveMaximum", value + 1)
+
+
+def test_boolean_schemas_and_json_objects_with_a_schema(plain):
+    wanted = closed(a={"const": 5})
+    for form in (
+        {"response_format": {"type": "json_object", "schema": wanted}},
+        {"response_format": {"type": "json_schema", "schema": wanted}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}},
+    ):
+        assert json.loads(completion(plain.url, **form)["choices"][0]["text"]) == {"a": 5}
+    for form in (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+        {"structured_outputs": {"json": True}},
+    ):
+        completion(plain.url, **form)
+    for form, param in (
+        ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
+        ({"response_format": {"type": "regex", "regex": "a", "schema": wanted}}, "response_format.schema"),
+        ({"response_format": {"type": "json_object", "scheme": wanted}}, "response_format.scheme"),
+    ):
+        assert completion(plain.url, 400, **form)["error"]["param"] == param
+
+
+# --- counters
+
+
+def metric(url, name, **labels):
+    total = 0.0
+    for family in text_string_to_metric_families(httpx.get(url + "/metrics").text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                total += sample.value
+    return total
+
+
+@pytest.fixture(scope="module")
+def counting(pair):
+    with RunningServer(pair) as server:
+        yield server.url
+
+
+def test_prompt_tokens_are_the_sum_of_their_sources(counting):
+    prompt = list(range(3, 103))
+    for _ in range(2):
+        completion(counting, prompt=prompt, max_tokens=3)
+    completion(counting, prompt=prompt, max_tokens=0, echo=True, logprobs=0)
+    total = metric(counting, "vllm:prompt_tokens_total")
+    assert total == metric(counting, "vllm:prompt_tokens_by_source_total") == 300
+    assert metric(counting, "vllm:prompt_tokens_by_source_total", source="local_cache_hit") >= 96
+
+
+def test_n_choices_are_one_request_for_the_longest(counting):
+    before = metric(counting, "vllm:request_max_num_generation_tokens_count")
+    completion(counting, n=4, max_tokens=5, ignore_eos=True, temperature=1)
+    assert metric(counting, "vllm:request_max_num_generation_tokens_count") == before + 1
+    assert metric(counting, "vllm:request_max_num_generation_tokens_sum") >= 5
+
+
+def test_tokens_and_first_tokens_belong_to_the_size_that_made_them(counting):
+    def counts():
+        names = ("boomerang:generation_tokens_total", "boomerang:time_to_first_token_seconds_count")
+        return {(name, size): metric(counting, name, size=size) for name in names for size in ("4", "5", "6")}
+
+    before, prompts = counts(), metric(counting, "vllm:prompt_tokens_total")
+    legs = [{"size": "4L", "tokens": 3}, {"size": "5L", "tokens": 3}, {"size": "6L"}]
+    completion(counting, size_schedule=legs, max_tokens=9, ignore_eos=True, prompt="The quick brown fox")
+    got = {key: value - before[key] for key, value in counts().items()}
+    assert [got["boomerang:generation_tokens_total", size] for size in "456"] == [3, 3, 3]
+    assert [got["boomerang:time_to_first_token_seconds_count", size] for size in "456"] == [1, 0, 0]
+    asked = len(post(counting, "/tokenize", {"prompt": "The quick brown fox"})["tokens"])
+    assert metric(counting, "vllm:prompt_tokens_total") == prompts + asked
+
+
+def test_cached_tokens_add_up_over_prompts(plain):
+    body = {"prompt": [list(range(7, 107)), list(range(9, 209))], "max_tokens": 1}
+    post(plain.url, "/v1/completions", body)
+    usage = post(plain.url, "/v1/completions", body)["usage"]
+    assert usage["prompt_tokens"] == 300 and usage["prompt_tokens_details"]["cached_tokens"] == 96 + 192
+
+
+def test_prompt_logprobs_are_as_many_as_were_asked_for(plain):
+    body = {"prompt": "The capital of France is", "max_tokens": 1, "echo": True, "logprobs": 5, "prompt_logprobs": 0}
+    choice = post(plain.url, "/v1/completions", body)["choices"][0]
+    assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [1] * (len(choice["prompt_logprobs"]) - 1)
+    assert max(len(entry) for entry in choice["logprobs"]["top_logprobs"][1:]) >= 5
+    assert completion(plain.url, max_tokens=1, prompt_logprobs=0)["choices"][0]["prompt_logprobs"] == [None]
+
+
+# --- streams
+
+LEGS = {"size_schedule": [{"size": "4L", "tokens": 2}, {"size": "6L"}]}
+
+
+def test_streams_show_a_change_of_size_on_every_route(plain):
+    changes = [{"layers": 4, "after_tokens": 0}, {"layers": 6, "after_tokens": 2}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": asking.MESSAGES}),
+    ):
+        body |= LEGS | {"max_tokens": 6, "ignore_eos": True, "stream_options": {"include_usage": True}}
+        chunks = events(plain.url, path, body)
+        assert chunks[0]["model"] == "tiny:4L" and "changes" not in chunks[0]["size"]
+        assert chunks[-1]["model"] == "tiny:6L" and chunks[-1]["size"]["changes"] == changes
+        assert sum("changes" not in chunk["size"] for chunk in chunks) <= 3
+        assert all(chunk["usage"] is None for chunk in chunks[:-1]) and chunks[-1]["usage"]["completion_tokens"] == 6
+    long = LEGS | {"temperature": 0}
+    last = events(plain.url, "/v1/responses", {"input": "x", "max_output_tokens": 9} | long)
+    assert last[-1]["response"]["size"].get("changes", changes) == changes
+    message = events(plain.url, "/v1/messages", {"messages": asking.MESSAGES, "max_tokens": 9} | long)
+    delta = next(event for event in message if event["type"] == "message_delta")
+    if delta["usage"]["output_tokens"] > 3:
+        assert delta["model"] == "tiny:6L" and delta["size"]["changes"] == changes
+
+
+# --- manners
+
+
+def test_wrong_methods_say_which_are_right(plain):
+    for path, method, allowed in (
+        ("/v1/completions", "GET", {"POST"}),
+        ("/v1/models", "DELETE", {"GET", "HEAD"}),
+        ("/health", "PUT", {"GET", "HEAD"}),
+    ):
+        response = httpx.request(method, plain.url + path)
+        assert response.status_code == 405 and set(response.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/v1/models", "/v1/models/tiny:4L", "/version", "/metrics", "/load", "/", "/docs"]
+)
+def test_head_is_answered_where_get_is(plain, path):
+    response = httpx.head(plain.url + path)
+    assert response.status_code == 200 and not response.content
+
+
+def test_a_trailing_slash_is_not_sent_elsewhere(plain):
+    for path in ("/v1/completions/", "/v1/models/", "/health/"):
+        assert httpx.post(plain.url + path, json={}).status_code in (404, 405)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"]
+)
+def test_compressed_bodies_are_refused_by_name(plain, path):
+    body = gzip.compress(json.dumps({"prompt": "x"}).encode())
+    response = httpx.post(plain.url + path, content=body, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415 and response.headers["accept-encoding"] == "identity"
+    assert "gzip" in response.json()["error"]["message"]
+
+
+def test_no_error_counts_below_nothing(plain):
+    long = "hi " * 400
+    for path, body in (
+        ("/v1/completions", {"prompt": long}),
+        ("/v1/completions", {"prompt": long, "max_tokens": 5}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("/v1/responses", {"input": long}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": long}], "max_tokens": 5}),
+    ):
+        message = post(plain.url, path, body, 400)["error"]["message"]
+        assert "-" not in message and "256" in message
+
+
+def test_failed_tools_are_reported_to_the_model(plain):
+    def prompt(**fields):
+        block = {"type": "tool_result", "tool_use_id": "t", "content": "no such city", **fields}
+        call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+        turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [block]}]
+        return post(plain.url, "/v1/messages/count_tokens", {"messages": [*asking.MESSAGES, *turns]})["input_tokens"]
+
+    assert prompt(is_error=True) > prompt()
+
+
+def test_an_empty_message_is_one_empty_block_whole_and_streamed(plain):
+    for stream in (False, True):
+        body = {"messages": asking.MESSAGES, "max_tokens": 9, "stop_sequences": ["{"], "output_config": {
+            "format": {"type": "json_schema", "schema": {"type": "object"}}}}  # fmt: skip
+        got = asking.messages(plain.url, body, stream)
+        assert got.content == "" and got.finish == "stop_sequence"
