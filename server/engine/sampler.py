@@ -199,9 +199,7 @@ class Sampler:
         choice = self.race(probs, requests, ids)
         return ids.gather(1, choice[:, None]).squeeze(1).tolist()
 
-    def race(
-        self, weights: torch.Tensor, requests: list[LiveRequest], ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def race(self, weights: torch.Tensor, requests: list[LiveRequest], ids: torch.Tensor | None = None) -> torch.Tensor:
         """Index [S] of each row's winner. weights [S, n] need not sum to 1; ids [S, n]: tokens, if not 0 .. n-1."""
         if ids is None:
             ids = torch.arange(weights.shape[-1], device=weights.device)[None]
