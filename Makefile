@@ -43,11 +43,11 @@ test-ray: install
 # LiteLLM and LangChain as clients: many packages, so not part of `make test`.
 test-clients: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,clients]'
-	$(BIN)/python -m pytest tests/api/test_clients.py $(ARGS)
+	BOOMERANG_TEST_NPM=1 $(BIN)/python -m pytest tests/api/test_clients.py tests/api/test_tool_loops.py $(ARGS)
 
 # 10,000 mutated requests and 200 examples of every operation in the OpenAPI document; the suite tries a few of each.
 fuzz: install
-	BOOMERANG_FUZZ_REQUESTS=10000 BOOMERANG_FUZZ_EXAMPLES=200 $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
+	BOOMERANG_FUZZ_REQUESTS=10000 BOOMERANG_FUZZ_EXAMPLES=200 BOOMERANG_PROPERTY_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
 
 # Half an hour at 80 % of capacity, clients leaving at random: no leaked block, flat memory, the same greedy answers.
 soak: install

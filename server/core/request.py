@@ -20,6 +20,15 @@ from model_store.assembly import LayerPath
 from server.core.block import Block
 
 
+@dataclass(frozen=True, slots=True)
+class RepetitionLimit:
+    """An answer that ends in a pattern of so many tokens, repeated so often, has fallen into a loop. vLLM's words."""
+
+    min_pattern_size: int
+    max_pattern_size: int
+    min_count: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn. Validated by the API; `n` is expanded there into one request per sample."""
@@ -40,6 +49,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()  # the model's own; not consulted when ignore_eos
     ignore_eos: bool = False
+    repetition: RepetitionLimit | None = None  # ends a loop
     logprobs: int | None = None  # None: none; 0: of the sampled token only; n: and of the n likeliest; -1: all
     prompt_logprobs: int | None = None  # the same for prompt positions 1..
 
@@ -78,6 +88,7 @@ class RequestStatus(enum.IntEnum):
     FINISHED_LENGTH = 4
     FINISHED_ABORT = 5
     FINISHED_ERROR = 6
+    FINISHED_REPETITION = 7
 
     @property
     def is_finished(self) -> bool:
@@ -85,7 +96,7 @@ class RequestStatus(enum.IntEnum):
 
     @property
     def finish_reason(self) -> str | None:
-        return {3: "stop", 4: "length", 5: "abort", 6: "error"}.get(int(self))
+        return {3: "stop", 4: "length", 5: "abort", 6: "error", 7: "repetition"}.get(int(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from server.core.request import LiveRequest, RequestStatus
+from collections.abc import Sequence
+
+from server.core.request import LiveRequest, RepetitionLimit, RequestStatus
+
+_LOOK_EVERY = 8  # tokens: a loop goes on, so it is found a little later
+
+
+def is_looping(token_ids: Sequence[int], limit: RepetitionLimit) -> bool:
+    """Whether the end of the text is some pattern over and over."""
+    for size in range(max(limit.min_pattern_size, 1), limit.max_pattern_size + 1):
+        length = size * limit.min_count
+        if length > len(token_ids):
+            return False
+        # Shifted by one pattern, such an end is itself.
+        if token_ids[-1] == token_ids[-1 - size] and token_ids[-length:-size] == token_ids[-length + size :]:
+            return True
+    return False
 
 
 def stop_status(request: LiveRequest, token_id: int, max_model_len: int) -> RequestStatus | None:
@@ -23,6 +39,9 @@ def stop_status(request: LiveRequest, token_id: int, max_model_len: int) -> Requ
             return RequestStatus.FINISHED_STOP
     if grammar is not None and grammar.is_terminated():
         return RequestStatus.FINISHED_STOP
+    is_looked_at = num_output % _LOOK_EVERY == 0 and num_output >= sampling.min_tokens
+    if is_looked_at and sampling.repetition is not None and is_looping(request.output_token_ids, sampling.repetition):
+        return RequestStatus.FINISHED_REPETITION
     if num_output >= sampling.max_tokens or request.num_tokens >= max_model_len:
         return RequestStatus.FINISHED_LENGTH
     return None

@@ -32,3 +32,7 @@ THINKING = _TURNS.replace(
 # The prompt itself opens the reasoning, as DeepSeek R1's does.
 OPENED = _TURNS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}{# </think> #}")
 FORMS = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL}
+NO_TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)

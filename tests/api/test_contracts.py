@@ -2,14 +2,15 @@
 
 import gzip
 import json
+import shutil
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.api import asking
+from tests.api import asking, templates
 from tests.api.asking import closed, events, post
-from tests.api.tiny import RunningServer
+from tests.api.tiny import RunningServer, make_pair
 
 
 def completion(url, status=200, **fields):
@@ -227,3 +228,109 @@ def test_an_empty_message_is_one_empty_block_whole_and_streamed(plain):
             "format": {"type": "json_schema", "schema": {"type": "object"}}}}  # fmt: skip
         got = asking.messages(plain.url, body, stream)
         assert got.content == "" and got.finish == "stop_sequence"
+
+
+# --- loops, defaults, names
+
+
+def test_an_answer_in_a_loop_ends_with_repetition(plain):
+    loop = {"allowed_token_ids": [20], "max_tokens": 100, "ignore_eos": True}
+    limit = {"max_pattern_size": 4, "min_pattern_size": 2, "min_count": 5}
+    choice = completion(plain.url, **loop, repetition_detection=limit)["choices"][0]
+    assert choice["finish_reason"] == "repetition"
+    body = {"messages": asking.MESSAGES, **loop, "repetition_detection": limit}
+    chunks = events(plain.url, "/v1/chat/completions", body)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "repetition"
+    assert completion(plain.url, **loop)["usage"]["completion_tokens"] == 100
+    wrong = {"max_pattern_size": 4, "min_pattern_size": 5}
+    assert completion(plain.url, 400, repetition_detection=wrong)["error"]["param"].startswith("repetition_detection")
+
+
+@pytest.fixture(scope="module")
+def configured(pair, tmp_path_factory):
+    """A pair whose makers say how it is to be sampled; names are echoed."""
+    teacher = tmp_path_factory.mktemp("configured") / "tiny"
+    shutil.copytree(pair[0], teacher)
+    config = {
+        "temperature": 1e-9, "top_k": 5, "repetition_penalty": 1.2, "max_new_tokens": 7, "eos_token_id": 2,
+        "repetition_detection": {"min_pattern_size": 1, "max_pattern_size": 4, "min_count": 4},
+    }  # fmt: skip
+    (teacher / "generation_config.json").write_text(json.dumps(config))
+    return teacher, pair[1]
+
+
+def test_sampling_defaults_are_those_of_the_makers(configured, plain):
+    body = {"messages": asking.MESSAGES, "ignore_eos": True}
+    with RunningServer(configured, "--echo-requested-model", "--served-model-name", "tiny", "other") as server:
+        first, again = (post(server.url, "/v1/chat/completions", body) for _ in range(2))
+        greedy = body | {"temperature": 0, "repetition_penalty": 1.2, "max_tokens": 7}
+        assert first["choices"][0]["message"] == again["choices"][0]["message"]
+        assert first["choices"] == post(plain.url, "/v1/chat/completions", greedy)["choices"]
+        assert first["usage"]["completion_tokens"] == 7 and first["choices"][0]["finish_reason"] == "length"
+        hot = [post(server.url, "/v1/chat/completions", body | {"temperature": 2})["choices"][0] for _ in range(2)]
+        assert hot[0]["message"] != hot[1]["message"]
+        for name in ("other", "tiny", "tiny:4L"):
+            answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1, "model": name})
+            assert answer.json()["model"] == name and answer.headers["x-boomerang-size"].endswith("L")
+    flags = (
+        "--override-generation-config",
+        '{"top_p": 0.5}',
+        "--default-max-tokens",
+        "9",
+        "--generation-config",
+        "none",
+    )
+    with RunningServer(configured, *flags) as server:
+        assert post(server.url, "/v1/chat/completions", body)["usage"]["completion_tokens"] == 9
+        assert any("sampling defaults: top_p 0.5, max_new_tokens 9" in line for line in server.log)
+
+
+# --- tools for a model whose template knows none
+
+F = asking.tool("light", closed(on={"type": "boolean"}))
+
+
+@pytest.fixture(scope="module")
+def toolless(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toolless")
+    (folder / "template").write_text(templates.NO_TOOLS)
+    pair = make_pair(folder, max_len=1024)
+    with RunningServer(pair, "--chat-template", str(folder / "template")) as server:
+        yield server
+    with RunningServer(pair, "--chat-template", str(folder / "template"), "--tool-template", "none") as strict:
+        body = {"messages": asking.MESSAGES, "tools": [F]}
+        assert post(strict.url, "/v1/chat/completions", body, 400)["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_are_described_where_the_template_knows_none(toolless, stream):
+    url = toolless.url
+    call = {"id": "c", "type": "function", "function": {"name": "light", "arguments": '{"on":true}'}}
+    history = [
+        {"role": "system", "content": "Be brief."},
+        *asking.MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "done"},
+        {"role": "tool", "tool_call_id": "d", "content": "also"},
+    ]
+    ids = post(url, "/tokenize", {"messages": history, "tools": [F]})["tokens"]
+    prompt = post(url, "/detokenize", {"tokens": ids})["prompt"]
+    assert prompt.startswith("<|im_start|>system\nBe brief.\n\n# Tools") and '"name": "light"' in prompt
+    assert '<tool_call>\n{"name": "light", "arguments": {"on":true}}\n</tool_call><|im_end|>' in prompt
+    assert "user\n<tool_response>\ndone\n</tool_response>\n<tool_response>\nalso\n</tool_response>" in prompt
+    for choice in ("required", {"type": "function", "function": {"name": "light"}}):
+        got = asking.chat(url, {"messages": history, "tools": [F], "tool_choice": choice, "size": "4L"}, stream)
+        assert got.finish == "tool_calls" and json.loads(got.calls[0][1])["on"] in (True, False)
+    got = asking.chat(url, {"tools": [F], "max_tokens": 5}, stream)  # auto: free text that may open a call
+    assert got.finish == "length" and not got.calls
+    assert sum("knows no tools" in line for line in toolless.log) == 1
+
+
+def test_a_call_that_auto_opens_follows_the_schema(toolless):
+    """A bias makes the model open a call; from there on a grammar holds it to the schema."""
+    ids = post(toolless.url, "/tokenize", {"prompt": "<tool_call>", "add_special_tokens": False})["tokens"]
+    got = asking.chat(toolless.url, {"tools": [F], "logit_bias": {str(ids[0]): 30}, "max_tokens": 120})
+    text = got.content or ""
+    assert got.calls or "<tool_call>\n" in text or not text.startswith("<tool_call>")
+    for _, arguments in got.calls:
+        assert json.loads(arguments)["on"] in (True, False)

@@ -30,6 +30,7 @@ SAMPLING = SIZE | {
     "seed": 7, "stop": ["x", "y"], "stop_token_ids": [9], "include_stop_str_in_output": True,
     "min_tokens": 1, "ignore_eos": True,
     "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {"5": 2.0},
+    "repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 50},
     "allowed_token_ids": [5, 6], "bad_words": ["fox"], "stream": True, "stream_options": ({}, {"stream": True}),
     "skip_special_tokens": False, "truncate_prompt_tokens": 2, "truncation_side": "right", "prompt_logprobs": 1,
     "return_token_ids": True, "return_tokens_as_token_ids": True, "response_format": {"type": "text"},

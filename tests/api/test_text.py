@@ -1,73 +1,14 @@
 """Text is bytes: what a server sends is decode(prompt + output) less decode(prompt), wherever tokens cut characters."""
 
-import os
-
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from server.api.generate.detokenizer import Detokenizer
-from server.api.generate.tokenizer import ServingTokenizer
 from tests.api import asking
 from tests.api.asking import events, post
-from tests.api.tiny import make_tokenizer
-
-NUM_EXAMPLES = int(os.environ.get("BOOMERANG_PROPERTY_EXAMPLES", "300"))
-TEXTS = [
-    "secret \ufffd",
-    "Bonjour 你好 世界 🌶🌶 fin",
-    "Grüße, \ufffd\ufffd\n\u2028 🫠 שלום",
-    "<|im_start|>user\nHi<|im_end|>\n",
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return ServingTokenizer.from_folder(folder)
 
 
 def common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_new_text_is_the_whole_less_the_prompt(tokenizer, data):
-    """For any text, cut at any token, and for tokens in any order."""
-    text = data.draw(st.sampled_from(TEXTS) | st.text(max_size=20))
-    ids = tokenizer.encode(text.encode("utf-8", "ignore").decode(), add_special_tokens=False)
-    if data.draw(st.booleans()):
-        ids += data.draw(st.lists(st.integers(0, tokenizer.backend.get_vocab_size() - 1), max_size=8))
-    cut = data.draw(st.integers(0, len(ids)))
-    detokenizer, pieces = Detokenizer(tokenizer, ids[:cut]), []
-    for token_id in ids[cut:]:
-        assert detokenizer.offset(token_id) >= len(detokenizer.text)
-        detokenizer.push(token_id)
-        pieces.append(detokenizer.take())
-    detokenizer.finish()
-    pieces.append(detokenizer.take(is_final=True))
-    prompt, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:cut], ids))
-    assert "".join(pieces) == detokenizer.text == whole[common(prompt, whole) :]
-
-
-@settings(max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_a_stop_string_cuts_at_its_first_place(tokenizer, data):
-    text = data.draw(st.sampled_from(TEXTS) | st.text(alphabet="ab🌶é ", max_size=30))
-    stop = data.draw(st.text(alphabet="ab🌶é", min_size=1, max_size=3))
-    detokenizer, taken = Detokenizer(tokenizer, stop=(stop,)), ""
-    for token_id in tokenizer.encode(text, add_special_tokens=False):
-        if detokenizer.push(token_id):
-            break
-        taken += detokenizer.take()
-        assert stop not in taken
-    detokenizer.finish()
-    taken += detokenizer.take(is_final=True)
-    shown = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=True)
-    assert taken == shown.split(stop)[0]
 
 
 def ids_of(url, text):

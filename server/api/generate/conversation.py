@@ -119,12 +119,14 @@ class Conversation:
         body, state = self.body, self.state
         state.admission.check(caller.tenant)
         prompt = await self.prompt()
+        grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags())
         limits = OutputLimits(
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
             default=state.sampling_defaults.max_new_tokens or None,
             logprobs=self.num_logprobs,
             prompt_logprobs=body.prompt_logprobs,
+            repetition=None if grammar or body.ignore_eos else state.sampling_defaults.repetition_detection,
         )
         submission = Submission.build(
             state,
@@ -133,7 +135,7 @@ class Conversation:
             [prompt],
             answer_id=answer_id,
             limits=limits,
-            grammar=await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags()),
+            grammar=grammar,
             marks=self._marks(),
         )
         return Generation(state, submission)

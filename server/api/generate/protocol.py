@@ -111,6 +111,15 @@ class SizeFields(Body):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(default=None, description="lower runs first")
 
 
+class RepetitionDetection(Body):
+    """vLLM's: an answer that ends in a pattern, so often repeated, ends with `repetition`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    max_pattern_size: Annotated[int, Field(ge=0, le=1024)] = Field(description="tokens of the longest; 0: off")
+    min_pattern_size: Annotated[int, Field(ge=0, le=1024)] = Field(default=1, description="tokens of the shortest")
+    min_count: Annotated[int, Field(ge=2, le=1024)] = Field(default=2, description="times it must stand there")
+
+
 class SamplingFields(SizeFields):
     """Fields that completions and chat share."""
 
@@ -118,8 +127,10 @@ class SamplingFields(SizeFields):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="most tokens to generate; completions: 16 if left out, chat: `--default-max-tokens`"
     )
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="0: greedy; default 1")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default 1")
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None, description="0: greedy; default: the model's"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default: the model's")
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 or -1: all")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="least probability, relative to the likeliest token's"
@@ -135,6 +146,7 @@ class SamplingFields(SizeFields):
         default=None, description="no end of text before so many tokens"
     )
     ignore_eos: bool | None = Field(default=None, description="go on after the end-of-text token")
+    repetition_detection: RepetitionDetection | None = Field(default=None, description="ends an answer that loops")
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
         default=None, description="taken off the logits of tokens that were generated"
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from server.api.generate.protocol import SamplingFields
+from server.api.generate.protocol import RepetitionDetection, SamplingFields
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.errors import APIError, invalid
 from server.config import Settings
-from server.core.request import SamplingParams
+from server.core.request import RepetitionLimit, SamplingParams
 
 if TYPE_CHECKING:
     from server.api.http.state import ServerState
@@ -76,6 +76,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     index: int = 0,
+    repetition: RepetitionDetection | None = None,
 ) -> SamplingParams:
     """One sequence's parameters; `index` is its place among `n`, so that a seed gives n different samples."""
     tokenizer, default = state.tokenizer, state.sampling_defaults
@@ -106,9 +107,19 @@ def sampling_params(
         stop_token_ids=frozenset(stop_ids),
         eos_token_ids=tokenizer.eos_token_ids,
         ignore_eos=bool(body.ignore_eos),
+        repetition=_repetition(body.repetition_detection or repetition),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _repetition(asked: RepetitionDetection | None) -> RepetitionLimit | None:
+    if asked is None or not asked.max_pattern_size:
+        return None
+    if asked.min_pattern_size > asked.max_pattern_size:
+        param = "repetition_detection.min_pattern_size"
+        raise invalid(f"{param} is above max_pattern_size.", param)
+    return RepetitionLimit(asked.min_pattern_size, asked.max_pattern_size, asked.min_count)
 
 
 def _seed(seed: int | None, index: int) -> int | None:

@@ -8,6 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from server.api.generate.protocol import RepetitionDetection
+from server.api.http.errors import from_validation
+
 # Allowed ranges, those of the request fields of the same names.
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
@@ -29,13 +34,19 @@ class SamplingDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 0  # of chats that set no limit; 0: what the context holds
+    repetition_detection: RepetitionDetection | None = None  # of chats whose text nothing constrains
 
     def updated(self, values: Mapping[str, Any], source: str) -> SamplingDefaults:
         """With those of `values` that are sampling fields. ValueError names `source` and the field that is wrong."""
         changes: dict[str, Any] = {}
+        if (asked := values.get("repetition_detection")) is not None:
+            try:
+                changes["repetition_detection"] = RepetitionDetection.model_validate(asked)
+            except ValidationError as error:
+                raise ValueError(f"{source}: repetition_detection: {from_validation(error).message}") from None
         for field in fields(self):
             value = values.get(field.name)
-            if value is None:
+            if value is None or field.name not in _RANGES:
                 continue
             low, high = _RANGES[field.name]
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -45,7 +56,7 @@ class SamplingDefaults:
 
     def described(self) -> str:
         """Those that differ from OpenAI's, for the log."""
-        plain, names = SamplingDefaults(), [field.name for field in fields(self)]
+        plain, names = SamplingDefaults(), list(_RANGES)
         changed = [name for name in names if getattr(self, name) != getattr(plain, name)]
         return ", ".join(f"{name} {getattr(self, name):g}" for name in changed)
 
@@ -62,8 +73,9 @@ def read_sampling_defaults(folders: list[Path], overrides: str | None) -> Sampli
     if overrides:
         name = "--override-generation-config"
         values = _object(overrides, name)
-        if unknown := values.keys() - _RANGES.keys():
-            raise ValueError(f"{name}: {sorted(unknown)[0]!r} is no sampling default; {', '.join(_RANGES)} are")
+        known = [field.name for field in fields(SamplingDefaults)]
+        if unknown := values.keys() - set(known):
+            raise ValueError(f"{name}: {sorted(unknown)[0]!r} is no sampling default; {', '.join(known)} are")
         defaults = defaults.updated(values, name)
     return defaults
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from server.api.generate.protocol import SamplingFields
+from server.api.generate.protocol import RepetitionDetection, SamplingFields
 from server.api.generate.sampling import check_logprobs, output_limit, sampling_params, stop_strings
 from server.api.generate.size_choice import SizeChoice
 from server.api.http.errors import invalid
@@ -54,6 +54,7 @@ class OutputLimits:
     default: int | None = None  # None: what is left of the context
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    repetition: RepetitionDetection | None = None  # for bodies that say nothing of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,7 @@ class Submission:
                     logprobs=logprobs,
                     prompt_logprobs=scored,
                     index=index,
+                    repetition=limits.repetition,
                 )
                 for index in range(n)
             )

@@ -32,7 +32,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "web_search_options": (None,),
     "thinking_token_budget": (None,),
-    "repetition_detection": (None,),
     "logits_processors": (None, []),
     "stop_regex": (None, []),
     "mirostat": (None, 0),

@@ -70,8 +70,10 @@ class CountTokensRequest(Body):
 
 class MessagesRequest(SizeFields, CountTokensRequest):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = Field(description="most tokens to generate")
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="0: greedy; default 1")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default 1")
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None, description="0: greedy; default: the model's"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default: the model's")
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 or -1: all")
     stop_sequences: list[str] | None = Field(default=None, description="texts that end the answer")
     stream: bool | None = Field(default=None, description="send server-sent events as tokens come")

@@ -59,8 +59,10 @@ class ResponsesRequest(SizeFields):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         default=None, description="most tokens to generate; what the context holds if left out"
     )
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="0: greedy; default 1")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default 1")
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None, description="0: greedy; default: the model's"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default: the model's")
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 or -1: all")
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="likeliest tokens at every position, with include"

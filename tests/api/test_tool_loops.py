@@ -1,0 +1,144 @@
+"""Agents' tool loops end to end with the clients' own helpers: the model is forced, the loop is real."""
+
+import json
+import os
+import subprocess
+
+import anthropic
+import openai
+import pytest
+from anthropic import beta_tool
+from pydantic import BaseModel
+
+from tests.api import templates
+from tests.api.asking import closed
+from tests.api.tiny import NAME, RunningServer, make_pair
+
+WEATHER = closed(city={"enum": ["Bern", "Köln"]})
+
+
+@pytest.fixture(scope="module", params=["hermes", "llama3", "mistral", "none"])
+def server(request, tmp_path_factory):
+    """A template in each form, and one that knows no tools."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "template").write_text(templates.FORMS.get(request.param, templates.NO_TOOLS))
+    with RunningServer(make_pair(folder, max_len=1024), "--chat-template", str(folder / "template")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_loop(server, stream):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    tool = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": WEATHER}}
+    messages = [{"role": "user", "content": "Weather?"}]
+    for turn in range(3):
+        choice = "required" if turn < 2 else "none"
+        arguments = {"model": NAME, "messages": messages, "tools": [tool], "tool_choice": choice, "temperature": 0}
+        arguments["max_tokens"] = 60 if turn < 2 else 5
+        if stream:
+            with client.chat.completions.stream(**arguments) as events:
+                for _ in events:
+                    pass
+                answer = events.get_final_completion().choices[0]
+        else:
+            answer = client.chat.completions.create(**arguments).choices[0]
+        if turn == 2:
+            break
+        assert answer.finish_reason == "tool_calls"
+        messages.append(answer.message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}))
+        for call in answer.message.tool_calls:
+            city = json.loads(call.function.arguments)["city"]
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": f"{city}: rain"})
+    assert answer.message.content is not None and not answer.message.tool_calls and len(messages) == 5
+
+
+def test_openai_responses_loop(server):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    tool = {"type": "function", "name": "weather", "parameters": WEATHER}
+    items = [{"role": "user", "content": "Weather?"}]
+    for choice in ("required", "required", "none"):
+        with client.responses.stream(
+            model=NAME, input=items, tools=[tool], tool_choice=choice, temperature=0, max_output_tokens=60
+        ) as events:
+            for _ in events:
+                pass
+            answer = events.get_final_response()
+        for call in [item for item in answer.output if item.type == "function_call"]:
+            items.append(call.model_dump(exclude_none=True, include={"type", "call_id", "name", "arguments"}))
+            output = f"{json.loads(call.arguments)['city']}: rain"
+            items.append({"type": "function_call_output", "call_id": call.call_id, "output": output})
+    assert len(items) == 5 and answer.output[-1].type == "message"
+
+
+def test_openai_parses_what_it_was_asked_for(server):
+    class Weather(BaseModel):
+        city: str
+        days: int
+
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.parse(
+        model=NAME, messages=[{"role": "user", "content": "Weather?"}], temperature=0, max_tokens=120,
+        tools=[openai.pydantic_function_tool(Weather)], tool_choice="required", logit_bias={"1": -100},
+    )  # fmt: skip
+    if answer.choices[0].finish_reason == "tool_calls":
+        assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropic_loop(server, stream):
+    """Anthropic's tool runner calls the function itself and sends the result back."""
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    asked = []
+
+    @beta_tool
+    def light(on: bool) -> str:
+        """Switch the light.
+
+        Args:
+            on: whether it shines
+        """
+        asked.append(on)
+        return "done"
+
+    runner = client.beta.messages.tool_runner(
+        model=NAME, max_tokens=120, tools=[light], tool_choice={"type": "any"}, max_iterations=2, stream=stream,
+        messages=[{"role": "user", "content": "Light!"}], extra_body={"temperature": 0},
+    )  # fmt: skip
+    for message in runner:
+        if stream:
+            for _ in message:
+                pass
+            message = message.get_final_message()
+        call = message.content[-1]
+        assert call.type == "tool_use" and isinstance(call.input["on"], bool) and message.stop_reason == "tool_use"
+    assert asked and all(isinstance(on, bool) for on in asked)
+
+
+AI_SDK = """
+import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+import { generateText, streamText, tool, stepCountIs, jsonSchema } from 'ai';
+const model = createOpenAICompatible({ name: 'boomerang', baseURL: process.argv[2] + '/v1' })('tiny');
+const schema = jsonSchema({ type: 'object', properties: { city: { enum: ['Bern'] } }, required: ['city'],
+  additionalProperties: false });
+const cities = [];
+const tools = { weather: tool({ description: 'of a city', inputSchema: schema,
+  execute: async ({ city }) => { cities.push(city); return 'rain'; } }) };
+const shared = { model, tools, prompt: 'Weather?', toolChoice: 'required', maxOutputTokens: 60, temperature: 0,
+  stopWhen: stepCountIs(2), maxRetries: 0 };
+const whole = await generateText(shared);
+const streamed = streamText(shared);
+await streamed.consumeStream();
+console.log(JSON.stringify({ cities, steps: [whole.steps.length, (await streamed.steps).length],
+  reasons: [whole.finishReason, await streamed.finishReason] }));
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_NPM"), reason="make test-clients: installs npm packages")
+def test_vercels_ai_sdk_loop(server, tmp_path):
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "loop.mjs").write_text(AI_SDK)
+    packages = ("ai@5", "@ai-sdk/openai-compatible@1")
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=tmp_path, check=True)
+    done = subprocess.run(["node", "loop.mjs", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"cities": ["Bern"] * 4, "steps": [2, 2], "reasons": ["tool-calls"] * 2}
