@@ -209,7 +209,7 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
     infos = size_infos(pair.size_table(engine.executor.weight_form, engine.executor.matrix_bytes))
-    folders = [pair.notes_path, pair.tokenizer_path] if settings.generation_config == "auto" else []
+    folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
     defaults = read_sampling_defaults(folders, settings.override_generation_config)
     if settings.default_max_tokens is not None:
         defaults = dataclasses.replace(defaults, max_new_tokens=settings.default_max_tokens)

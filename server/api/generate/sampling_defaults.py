@@ -62,14 +62,13 @@ class SamplingDefaults:
 
 
 def read_sampling_defaults(folders: list[Path], overrides: str | None) -> SamplingDefaults:
-    """From the first folder with a generation_config.json, then `overrides`, a JSON object. ValueError says why not."""
+    """From each folder's generation_config.json, then `overrides`, a JSON object; later ones win. ValueError if wrong."""
     defaults = SamplingDefaults()
     for folder in folders:
         file = folder / "generation_config.json"
         if file.is_file():
             values = _object(file.read_text(), str(file))
             defaults = defaults.updated(values, str(file))
-            break
     if overrides:
         name = "--override-generation-config"
         values = _object(overrides, name)

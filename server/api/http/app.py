@@ -23,7 +23,7 @@ from server.api.http.state import ServedModel, ServerState
 from server.api.http.tracing import create_telemetry
 from server.api.playground import router as playground_router
 from server.api.routes.openapi import openapi_document
-from server.api.routes.operations import add_operations
+from server.api.routes.operations import add_operations, answer_head
 from server.config import Settings
 from server.observe.metrics import Metrics
 from server.version import __version__
@@ -74,6 +74,7 @@ def create_app(
     app.state.server = state
     add_operations(app, state)
     app.router.routes.extend(playground_router.routes)
+    answer_head(app)
     app.add_exception_handler(APIError, handle_api_error)  # type: ignore[arg-type]  # Starlette's own typing
     app.add_exception_handler(HTTPException, handle_http_error)
     app.add_exception_handler(RecursionError, handle_recursion)

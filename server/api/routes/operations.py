@@ -58,6 +58,13 @@ def add_operations(app: FastAPI, state: ServerState) -> None:
         _add_post(app, state, *post)
 
 
+def answer_head(app: FastAPI) -> None:
+    """HEAD wherever GET is; the server sends no body then."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods is not None and "GET" in route.methods:
+            route.methods.add("HEAD")
+
+
 def _add_post(
     app: FastAPI,
     state: ServerState,
