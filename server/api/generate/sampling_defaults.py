@@ -62,7 +62,7 @@ class SamplingDefaults:
 
 
 def read_sampling_defaults(folders: list[Path], overrides: str | None) -> SamplingDefaults:
-    """From each folder's generation_config.json, then `overrides`, a JSON object; later ones win. ValueError if wrong."""
+    """From each folder's generation_config.json, then `overrides` (JSON object); later ones win. ValueError why not."""
     defaults = SamplingDefaults()
     for folder in folders:
         file = folder / "generation_config.json"
