@@ -54,10 +54,10 @@ class Server(uvicorn.Server):
         """A hung step never returns, and its thread cannot be ended: say where it hangs, tell everybody, and leave."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            engine = self.state.async_engine
-            if engine is not None and engine.seconds_in_step > self.state.settings.step_timeout:
+            seconds = self.state.seconds_in_step
+            if seconds > self.state.settings.step_timeout:
                 faulthandler.dump_traceback(all_threads=True)
-                error = RuntimeError(f"a step has not returned for {engine.seconds_in_step:.0f} s")
+                error = RuntimeError(f"a step has not returned for {seconds:.0f} s")
                 logger.error("the engine hangs: %s", error)
                 self.fail(error)
                 # Not on the event loop, which waits for the engine's thread once it shuts down.
@@ -96,8 +96,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
         if self.state.num_active:
             logger.warning("aborting %d requests that did not finish in time", self.state.num_active)
-        if self.state.async_engine is not None:
-            await self.state.async_engine.stop()
+        await self.state.stop()
         self.should_exit = True
 
 

@@ -77,7 +77,7 @@ def create_app(
     answer_head(app)
     app.add_exception_handler(APIError, handle_api_error)  # type: ignore[arg-type]  # Starlette's own typing
     app.add_exception_handler(HTTPException, handle_http_error)
-    app.add_exception_handler(RecursionError, handle_recursion)
+    app.add_exception_handler(RecursionError, handle_recursion)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, handle_unexpected)
     app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     # The last one added is the outermost: CORS headers belong on refusals too.

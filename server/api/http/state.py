@@ -94,6 +94,11 @@ class ServerState:
         if self._async_engine is not None:
             await self._async_engine.stop()
 
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the current step has been running; 0 while there is none."""
+        return 0.0 if self._async_engine is None else self._async_engine.seconds_in_step
+
     # Shorthands for the routes.
     @property
     def async_engine(self) -> AsyncEngine:
