@@ -86,8 +86,10 @@ class LocalBackend:
         from server.loading import load_model
 
         self._served = load_model(settings)
-        if self._served.tokenizer.chat_template is None:
+        template = self._served.tokenizer.chat_template
+        if template is None:
             raise ChatError("this model has no chat template: give one with --chat-template")
+        self._template = template
         self._chooser = SizeChooser(self._served.catalog, settings)
         self.last_size, self.num_tokens = "", 0
 
@@ -100,7 +102,7 @@ class LocalBackend:
         from server.core.request import Request, SamplingParams
 
         tokenizer, engine = self._served.tokenizer, self._served.engine
-        prompt = tokenizer.encode(tokenizer.chat_template.render(messages), add_special_tokens=False)
+        prompt = tokenizer.encode(self._template.render(messages), add_special_tokens=False)
         room = engine.config.max_model_len - len(prompt)
         if room < 1:
             raise ChatError("the conversation is longer than the model's context: /reset")

@@ -74,7 +74,22 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
         "prompt": "The quick", "max_tokens": 20, "structured_outputs": {"regex": "[a-c]{2,5}"}, "memory_budget_mb": 300,
         "truncate_prompt_tokens": 3, "include_stop_str_in_output": True, "skip_special_tokens": False,
     }),
-    # tokenizer, and the newer protocols (404 where they are not offered)
+    # text that looks like calls, schemas of all kinds, loops
+    ("/v1/chat/completions", {
+        "messages": _SAY, "max_tokens": 40, "tools": [_WEATHER], "stream": True, "enable_thinking": True,
+        "structured_outputs": {"choice": ['a <tool_call>{"name": "get_weather", "arguments": {"city": "B"}}</tool_call>']},
+    }),
+    ("/v1/chat/completions", {
+        "messages": _SAY, "max_tokens": 20, "response_format": {"type": "json_object", "schema": {
+            "type": "object", "properties": {"n": {"type": "integer", "minimum": -(2**63), "format": "int64"}},
+            "$defs": {"a": {"$ref": "#/$defs/a"}},
+        }},
+    }),
+    ("/v1/completions", {
+        "prompt": "The \ufffd", "max_tokens": 30, "seed": -1, "echo": True, "logprobs": 1, "prompt_logprobs": 0,
+        "repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 3},
+    }),
+    # tokenizer, and the newer protocols
     ("/tokenize", {"model": "tiny", "prompt": "Hello Köln 🌍", "add_special_tokens": False, "return_token_strs": True}),
     ("/tokenize", {"messages": _SAY, "add_generation_prompt": True, "chat_template_kwargs": {"x": 1}}),
     ("/detokenize", {"model": "tiny", "tokens": [5, 9, 20, 31]}),

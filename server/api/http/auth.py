@@ -16,7 +16,7 @@ from server.sizing.tenants import Tenants, tenant_from_config
 
 
 @dataclass(frozen=True, slots=True)
-class Tenant:
+class Key:
     """What a key stands for: limits on its calls (None: the server's own), and what `server.sizing.tenants` reads."""
 
     name: str
@@ -27,25 +27,25 @@ class Tenant:
     sizing: Mapping[str, Any] = field(default_factory=dict)
 
 
-ANONYMOUS = Tenant("")
+ANONYMOUS = Key("")
 
 
 class KeyRing:
     """The accepted keys, kept as digests. No keys at all means that everybody may call."""
 
-    def __init__(self, tenants: dict[str, Tenant]) -> None:
+    def __init__(self, tenants: dict[str, Key]) -> None:
         self._entries = [(_digest(key), tenant) for key, tenant in tenants.items()]
 
     @classmethod
     def from_settings(cls, settings: Settings) -> KeyRing:
         """Keys of `--api-key` (one tenant each) and of `--api-key-file`. SettingsError if the file is unusable."""
-        entries = [(key, Tenant(tenant_name(key))) for key in settings.api_key]
+        entries = [(key, Key(tenant_name(key))) for key in settings.api_key]
         if settings.api_key_file:
             found = read_key_file(Path(settings.api_key_file))
             if not found:
                 raise SettingsError(f"--api-key-file: {settings.api_key_file} holds no key")
             entries += found
-        tenants: dict[str, Tenant] = {}
+        tenants: dict[str, Key] = {}
         for key, tenant in entries:
             if key in tenants:
                 # Which of the two would apply? The key itself stays out of the log.
@@ -62,14 +62,14 @@ class KeyRing:
         return not self._entries
 
     @property
-    def tenants(self) -> list[Tenant]:
+    def tenants(self) -> list[Key]:
         return [tenant for _, tenant in self._entries]
 
     def sizing(self, resolve_size: Callable[[Any], int]) -> Tenants:
         """Bounds, budgets and shares by tenant. `resolve_size` turns "24L", "75%"... into layers."""
         return Tenants([tenant_from_config({"tenant": t.name, **t.sizing}, resolve_size) for t in self.tenants])
 
-    def find(self, key: str) -> Tenant | None:
+    def find(self, key: str) -> Key | None:
         """The tenant of a key. Every entry is compared in constant time, whatever matches."""
         digest, found = _digest(key), None
         for known, tenant in self._entries:
@@ -87,7 +87,7 @@ def tenant_name(key: str) -> str:
     return "key-" + _digest(key).hex()[:8]
 
 
-def read_key_file(path: Path) -> list[tuple[str, Tenant]]:
+def read_key_file(path: Path) -> list[tuple[str, Key]]:
     """One key per line (`#` starts a comment), or for .yaml/.yml/.json a list of {key, tenant, min_size, ...}."""
     try:
         text = path.read_text()
@@ -95,7 +95,7 @@ def read_key_file(path: Path) -> list[tuple[str, Tenant]]:
         raise SettingsError(f"--api-key-file: cannot read {path}: {error}") from None
     if path.suffix not in (".yaml", ".yml", ".json"):
         lines = [line.split("#")[0].strip() for line in text.splitlines()]
-        return [(key, Tenant(tenant_name(key))) for key in lines if key]
+        return [(key, Key(tenant_name(key))) for key in lines if key]
     import yaml
 
     try:
@@ -107,9 +107,9 @@ def read_key_file(path: Path) -> list[tuple[str, Tenant]]:
     return [_tenant(path, index, entry) for index, entry in enumerate(entries)]
 
 
-def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Tenant]:
+def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Key]:
     if isinstance(entry, str) and entry.strip():
-        return entry, Tenant(tenant_name(entry))
+        return entry, Key(tenant_name(entry))
     try:
         fields = dict(entry)
         key = fields.pop("key")
@@ -118,7 +118,7 @@ def _tenant(path: Path, index: int, entry: Any) -> tuple[str, Tenant]:
         name = str(fields.pop("tenant", None) or tenant_name(key))
         limits = {limit: _whole(limit, fields.pop(limit, None)) for limit in _LIMITS}
         tenant_from_config({"tenant": name, **fields}, _check_size)
-        return key, Tenant(name, **limits, sizing=fields)
+        return key, Key(name, **limits, sizing=fields)
     except (TypeError, ValueError, KeyError) as error:
         raise SettingsError(f"--api-key-file: {path}: entry {index}: {error}") from None
 

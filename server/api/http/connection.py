@@ -35,7 +35,7 @@ class _GuardedProtocol(HttpToolsProtocol):
     _stall_timer: asyncio.TimerHandle | None = None  # runs while the client does not read
     _head_bytes = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._drop)
 

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.generate.generation import Generation
-from server.api.http.auth import ANONYMOUS, Tenant
+from server.api.http.auth import ANONYMOUS, Key
 from server.api.http.errors import APIError
 from server.api.http.state import ServerState
 
@@ -73,7 +73,7 @@ class Gateway:
         path = self._route(scope)
         # Whatever is posted costs the engine or the tokenizer: refused while loading and draining, counted by key.
         is_inference = scope["method"] == "POST" and path not in _PROBES and path != _NO_ROUTE
-        tenant: Tenant | None = None
+        tenant: Key | None = None
         try:
             try:
                 if not scope["path"].isprintable():
@@ -107,7 +107,7 @@ class Gateway:
 
     # --- before
 
-    def _authenticate(self, path: str, method: str, headers: Headers) -> Tenant:
+    def _authenticate(self, path: str, method: str, headers: Headers) -> Key:
         keys = self.state.keys
         # A browser's CORS preflight cannot carry a key.
         if keys.is_open or path in PUBLIC or path.startswith(PUBLIC_PREFIXES) or method == "OPTIONS":

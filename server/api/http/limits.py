@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from server.api.http.auth import Tenant
+from server.api.http.auth import Key
 from server.api.http.errors import APIError
 from server.config import Settings
 
@@ -20,7 +20,7 @@ class KeyLimits:
         self._active: dict[str, int] = {}
         self._used: dict[tuple[str, str], deque[tuple[float, int]]] = {}  # (tenant, unit) -> (time, amount)
 
-    def enter(self, tenant: Tenant) -> None:
+    def enter(self, tenant: Key) -> None:
         """Book one request, or 429."""
         concurrent = tenant.max_concurrent or self._settings.max_concurrent_per_key
         active = self._active.get(tenant.name, 0)
@@ -30,10 +30,10 @@ class KeyLimits:
         self._spend(tenant.name, {"requests": (1, per_minute)})
         self._active[tenant.name] = active + 1
 
-    def leave(self, tenant: Tenant) -> None:
+    def leave(self, tenant: Key) -> None:
         self._active[tenant.name] -= 1
 
-    def spend(self, tenant: Tenant, num_sequences: int, num_tokens: int) -> None:
+    def spend(self, tenant: Key, num_sequences: int, num_tokens: int) -> None:
         """Book the work of one request, all of it or none: `num_tokens` of prompts and of output asked for. Or 429."""
         settings = self._settings
         sequences = tenant.max_sequences_per_minute or settings.max_sequences_per_minute_per_key

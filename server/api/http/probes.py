@@ -27,8 +27,8 @@ class ProbeServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], state: ServerState) -> None:
         self.routes: dict[str, Callable[[], tuple[str, bytes]]] = {
             "/metrics": lambda: (_METRICS, state.metrics.render()),
-            "/health": lambda: _ok(state.check_health()),
-            "/live": lambda: _ok(state.check_live()),
+            "/health": lambda: _ok(state.check_health),
+            "/live": lambda: _ok(state.check_live),
         }
         super().__init__(address, _Handler)
         threading.Thread(target=self.serve_forever, name="probes", daemon=True).start()
@@ -38,7 +38,8 @@ class ProbeServer(ThreadingHTTPServer):
         self.server_close()
 
 
-def _ok(_: None) -> tuple[str, bytes]:
+def _ok(check: Callable[[], None]) -> tuple[str, bytes]:
+    check()
     return "application/json", orjson.dumps({"status": "ok"})
 
 
