@@ -59,6 +59,8 @@ ARGUMENTS = {
         (f"Text\n\n{CALL}", "Text", ['{"x": 1}']),
         (f"{CALL}\n{CALL}", None, ['{"x": 1}'] * 2),
         (tagged('{"name": "f"}'), None, ["{}"]),
+        ('{"name": "f", "arguments": {"x": 1}}', None, ['{"x": 1}']),
+        ('{"name": "f", "arguments": null}', None, ["{}"]),
         *((text, text, []) for text in NO_CALLS),
         *((tagged(f'{{"name": "f", "arguments": {given}}}'), None, [wanted]) for given, wanted in ARGUMENTS.items()),
     ],

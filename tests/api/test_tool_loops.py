@@ -137,8 +137,11 @@ console.log(JSON.stringify({ cities, steps: [whole.steps.length, (await streamed
 def test_vercels_ai_sdk_loop(server, tmp_path):
     (tmp_path / "package.json").write_text('{"type": "module"}')
     (tmp_path / "loop.mjs").write_text(AI_SDK)
-    packages = ("ai@5", "@ai-sdk/openai-compatible@1")
+    packages = ("ai@7", "@ai-sdk/openai-compatible@3")
     subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=tmp_path, check=True)
     done = subprocess.run(["node", "loop.mjs", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"cities": ["Bern"] * 4, "steps": [2, 2], "reasons": ["tool-calls"] * 2}
+    # A choice is forced in the first step only: the second answers.
+    got = json.loads(done.stdout)
+    assert got["cities"] == ["Bern"] * 2 and got["steps"] == [2, 2]
+    assert set(got["reasons"]) <= {"stop", "length"}

@@ -8,6 +8,7 @@ Forms of calls, by what the template teaches (`ToolForm.of`):
   llama3   the whole answer is {"name": ..., "parameters": {...}}, several with `;` between; may follow <|python_tag|>
   mistral  [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] or [TOOL_CALLS]name[ARGS]{...}
   generic  hermes or llama3: for a template that shows no form
+In each of them an answer that is nothing but one call's JSON is a call: models forget their marks.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class ToolForm:
         return tuple(mark for mark in (self.opening, self.closing, self.prefix, *extra) if mark)
 
 
-HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>")
+HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>", bare=True)
 LLAMA3 = ToolForm("llama3", bare=True, prefix="<|python_tag|>")
-MISTRAL = ToolForm("mistral", "[TOOL_CALLS]")
+MISTRAL = ToolForm("mistral", "[TOOL_CALLS]", bare=True)
 GENERIC = ToolForm("generic", "<tool_call>", "</tool_call>", bare=True, prefix="<|python_tag|>")
 
 
@@ -198,7 +199,7 @@ class AnswerReader:
         if not self._is_final and form.prefix.startswith(rest):
             return False
         self._list_at = len(self._buffer) - len(rest)
-        if rest.startswith(form.prefix):
+        if form.prefix and rest.startswith(form.prefix):
             self._list_at += len(form.prefix)
             self._state = "bare"
         else:
