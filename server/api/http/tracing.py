@@ -14,6 +14,9 @@ from server.config import Settings
 from server.options import SettingsError
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
     from starlette.datastructures import Headers
 
     from server.api.generate.generation import Generation
@@ -48,7 +51,9 @@ class Telemetry:
         named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
         resource = Resource.create({} if named else {"service.name": "boomerang-serve"})
         self._propagator = TraceContextTextMapPropagator()
-        self._tracing = self._tracer = self._metering = None
+        self._tracing: TracerProvider | None = None
+        self._tracer: Tracer | None = None
+        self._metering: MeterProvider | None = None
         if settings.otlp_traces_endpoint:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.trace import TracerProvider
@@ -126,7 +131,9 @@ class Telemetry:
         # The request and its phases are put on the wall clock by one and the same offset, so that they nest.
         offset = time.time_ns() - time.monotonic_ns()
         name = f"{shared['gen_ai.operation.name']} {shared.get('gen_ai.request.model', '')}".strip()
-        span = self._tracer.start_span(
+        tracer = self._tracer
+        assert tracer is not None  # who calls has looked
+        span = tracer.start_span(
             name,
             context=self._propagator.extract(dict(headers)),
             kind=SpanKind.SERVER,
@@ -139,7 +146,7 @@ class Telemetry:
             span.set_status(Status(StatusCode.ERROR))
         if generation is not None:
             for phase, begin, finish in generation.phases():
-                child = self._tracer.start_span(
+                child = tracer.start_span(
                     phase, context=set_span_in_context(span), start_time=int(begin * 1e9) + offset
                 )
                 child.end(int(finish * 1e9) + offset)
