@@ -59,6 +59,9 @@ def test_boolean_schemas_and_json_objects_with_a_schema(plain):
         {"response_format": {"type": "json_schema", "json_schema": {"schema": wanted}}},
     ):
         assert json.loads(completion(plain.url, **form)["choices"][0]["text"]) == {"a": 5}
+    text = {"format": {"type": "json_object", "schema": wanted}}
+    got = asking.responses(plain.url, {"text": text, "max_output_tokens": 40})
+    assert json.loads(got.content) == {"a": 5}
     for form in (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
         {"structured_outputs": {"json": True}},
@@ -68,6 +71,11 @@ def test_boolean_schemas_and_json_objects_with_a_schema(plain):
         ({"structured_outputs": {"json": False}}, "structured_outputs.json"),
         ({"response_format": {"type": "regex", "regex": "a", "schema": wanted}}, "response_format.schema"),
         ({"response_format": {"type": "json_object", "scheme": wanted}}, "response_format.scheme"),
+        ({"response_format": {"type": "text", "schema": wanted}}, "response_format.schema"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": wanted}}},
+            "response_format.json_schema",
+        ),
     ):
         assert completion(plain.url, 400, **form)["error"]["param"] == param
 

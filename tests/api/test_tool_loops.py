@@ -34,7 +34,7 @@ def test_openai_loop(server, stream):
     for turn in range(3):
         choice = "required" if turn < 2 else "none"
         arguments = {"model": NAME, "messages": messages, "tools": [tool], "tool_choice": choice, "temperature": 0}
-        arguments["max_tokens"] = 60 if turn < 2 else 5
+        arguments["max_tokens"] = 250 if turn < 2 else 5
         if stream:
             with client.chat.completions.stream(**arguments) as events:
                 for _ in events:
@@ -58,7 +58,7 @@ def test_openai_responses_loop(server):
     items = [{"role": "user", "content": "Weather?"}]
     for choice in ("required", "required", "none"):
         with client.responses.stream(
-            model=NAME, input=items, tools=[tool], tool_choice=choice, temperature=0, max_output_tokens=60
+            model=NAME, input=items, tools=[tool], tool_choice=choice, temperature=0, max_output_tokens=250
         ) as events:
             for _ in events:
                 pass
@@ -101,7 +101,7 @@ def test_anthropic_loop(server, stream):
         return "done"
 
     runner = client.beta.messages.tool_runner(
-        model=NAME, max_tokens=120, tools=[light], tool_choice={"type": "any"}, max_iterations=2, stream=stream,
+        model=NAME, max_tokens=250, tools=[light], tool_choice={"type": "any"}, max_iterations=2, stream=stream,
         messages=[{"role": "user", "content": "Light!"}], extra_body={"temperature": 0},
     )  # fmt: skip
     for message in runner:
@@ -123,7 +123,7 @@ const schema = jsonSchema({ type: 'object', properties: { city: { enum: ['Bern']
 const cities = [];
 const tools = { weather: tool({ description: 'of a city', inputSchema: schema,
   execute: async ({ city }) => { cities.push(city); return 'rain'; } }) };
-const shared = { model, tools, prompt: 'Weather?', toolChoice: 'required', maxOutputTokens: 60, temperature: 0,
+const shared = { model, tools, prompt: 'Weather?', toolChoice: 'required', maxOutputTokens: 250, temperature: 0,
   stopWhen: stepCountIs(2), maxRetries: 0 };
 const whole = await generateText(shared);
 const streamed = streamText(shared);

@@ -88,10 +88,15 @@ class Answer:
 class Conversation:
     """One request's messages on their way to a prompt, and its answer on the way back."""
 
-    def __init__(self, state: ServerState, body: ChatCompletionRequest) -> None:
-        """APIError for fields that contradict each other or that this model cannot follow."""
+    def __init__(self, state: ServerState, body: ChatCompletionRequest, limit_param: str | None = None) -> None:
+        """APIError for fields that contradict each other or that this model cannot follow.
+
+        `limit_param`: what the caller's route calls `max_tokens`.
+        """
         self.state = state
         self.body = body
+        is_old_name = body.max_completion_tokens is None
+        self.limit_param = limit_param or ("max_tokens" if is_old_name else "max_completion_tokens")
         if body.max_completion_tokens is not None and body.max_tokens not in (None, body.max_completion_tokens):
             raise invalid("max_tokens and max_completion_tokens disagree.", "max_completion_tokens")
         for name in ("max_tokens", "max_completion_tokens"):
@@ -122,7 +127,7 @@ class Conversation:
         grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags())
         limits = OutputLimits(
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-            param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+            param=self.limit_param,
             default=state.sampling_defaults.max_new_tokens or None,
             logprobs=self.num_logprobs,
             prompt_logprobs=body.prompt_logprobs,

@@ -100,7 +100,9 @@ async def grammar_factory(
 def _requested(body: SamplingFields) -> tuple[str, str] | None:
     """(llguidance grammar, parameter it came from)."""
     asked = body.response_format
-    found = None
+    found: tuple[str, str] | None = None
+    if asked is not None:
+        _check_fields(asked)
     if asked is not None and asked.type != "text":
         found = (_response_format(asked), "response_format")
     if body.structured_outputs is not None:
@@ -110,10 +112,21 @@ def _requested(body: SamplingFields) -> tuple[str, str] | None:
     return found
 
 
+def _check_fields(asked: ResponseFormat) -> None:
+    """400 for a field of another type: ignoring it would change the answer."""
+    own: dict[str, tuple[str, ...]] = {
+        "json_object": ("schema_",),
+        "json_schema": ("json_schema",) if asked.json_schema is not None else ("schema_",),
+        "structural_tag": ("structures", "triggers"),
+    }
+    for name in ("json_schema", "regex", "choice", "grammar", "structures", "triggers", "schema_"):
+        if getattr(asked, name) is not None and name not in own.get(asked.type, (asked.type,)):
+            param = f"response_format.{name.rstrip('_')}"
+            raise invalid(f"{param} does not go with {asked.type}.", param)
+
+
 def _response_format(asked: ResponseFormat) -> str:
     param = f"response_format.{asked.type}"
-    if asked.schema_ is not None and (asked.type not in ("json_object", "json_schema") or asked.json_schema):
-        raise invalid(f"response_format.schema does not go with {asked.type}.", "response_format.schema")
     if asked.type == "json_object":
         schema: Any = {"type": "object"} if asked.schema_ is None else asked.schema_
         return _json(schema, param if asked.schema_ is None else "response_format.schema")

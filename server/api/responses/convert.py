@@ -38,7 +38,9 @@ def to_chat(body: ResponsesRequest) -> ChatCompletionRequest:
     if body.text is not None and body.text.format is not None:
         asked = body.text.format
         fields["response_format"] = {"type": asked.type}
-        if asked.type == "json_schema":
+        if asked.type != "json_schema" and asked.schema_ is not None:
+            fields["response_format"]["schema"] = asked.schema_
+        elif asked.type == "json_schema":
             fields["response_format"]["json_schema"] = {"schema": asked.schema_}
     if body.reasoning is not None:
         fields["reasoning_effort"] = body.reasoning.effort

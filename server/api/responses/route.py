@@ -24,7 +24,7 @@ from server.api.responses.protocol import ResponsesRequest
 
 async def create_response(request: Request, state: ServerState) -> Response:
     body = await read_body(request, ResponsesRequest, state)
-    conversation = Conversation(state, to_chat(body))
+    conversation = Conversation(state, to_chat(body), "max_output_tokens")
     caller = Caller.of(request, body.request_id)
     call = ResponseCall(state, body, conversation, caller.request_id)
     generation = await conversation.generation(caller, call.id)
