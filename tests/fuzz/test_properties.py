@@ -7,10 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.api.generate.answer_reader import GENERIC, HERMES, LLAMA3, MISTRAL, AnswerReader, CallPart
+from server.api.generate.answer_parts import CallPart
+from server.api.generate.answer_reader import AnswerReader
 from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.json_text import ObjectScanner, parse
 from server.api.generate.tokenizer import ServingTokenizer
+from server.api.generate.tool_forms import GENERIC, HERMES, LLAMA3, MISTRAL
 from tests.api.test_text import common
 from tests.api.tiny import make_tokenizer
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.chat.protocol import ChatCompletionRequest
-from server.api.generate.answer_reader import CallPart, Reasoning, Text
+from server.api.generate.answer_parts import CallPart, Reasoning, Text
 from server.api.generate.chunks import ChunkWriter, chunk_events
 from server.api.generate.conversation import Answer, Call, Conversation, Piece
 from server.api.generate.generation import Generation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from server.api.completions.protocol import CompletionRequest
-from server.api.generate.answer_reader import Text
+from server.api.generate.answer_parts import Text
 from server.api.generate.conversation import Piece
 from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.generation import Generation

@@ -2,13 +2,6 @@
 
 Every decision depends on the text alone, never on how it was cut into pieces, and nothing that was handed out is taken
 back: text that may yet turn out to be a call waits. Without tools and reasoning no reader is needed.
-
-Forms of calls, by what the template teaches (`ToolForm.of`):
-  hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, anywhere; Qwen 2.5 and 3, Hermes
-  llama3   the whole answer is {"name": ..., "parameters": {...}}, several with `;` between; may follow <|python_tag|>
-  mistral  [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] or [TOOL_CALLS]name[ARGS]{...}
-  generic  hermes or llama3: for a template that shows no form
-In each of them an answer that is nothing but one call's JSON is a call: models forget their marks.
 """
 
 from __future__ import annotations
@@ -16,78 +9,17 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from typing import Any
 
-from server.api.generate.json_text import ObjectScanner, parse
+from server.api.generate.answer_parts import CallPart, Part, Reasoning, Text, joined
+from server.api.generate.json_text import BLANKS, ObjectScanner, call_arguments, is_json, parse, skip_blanks
+from server.api.generate.tool_forms import MISTRAL, ToolForm
 
-_BLANKS = " \t\r\n"
 # Members of a bare call; another one shows that an answer in JSON is just that.
 _CALL_MEMBERS = frozenset({"name", "arguments", "parameters", "type", "id"})
 _MISTRAL_NAME = re.compile(r"[ \t\r\n]*([A-Za-z0-9_.:-]{1,256})(?:\[CALL_ID\]\w+)?(\[ARGS\])?[ \t\r\n]*(?=\{)")
 _MISTRAL_BEGUN = re.compile(r"[ \t\r\n]*(?:[A-Za-z0-9_.:-]{1,256}(?:\[[A-Z_]*\]?\w*)?(?:\[[A-Z]*\]?)?[ \t\r\n]*)?")
 THINK, THOUGHT = "<think>", "</think>"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolForm:
-    """How a model writes its calls."""
-
-    name: str
-    opening: str = ""  # mark in front of a call, anywhere in the text
-    closing: str = ""
-    bare: bool = False  # an answer that is nothing but JSON objects may be calls
-    prefix: str = ""  # mark that may precede those
-
-    @staticmethod
-    def of(template: str) -> ToolForm:
-        """The form that a chat template teaches."""
-        if "[TOOL_CALLS]" in template:
-            return MISTRAL
-        if "<tool_call>" in template:
-            return HERMES
-        if "<|python_tag|>" in template or '"parameters":' in template.replace("'", '"'):
-            return LLAMA3
-        return GENERIC
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """Texts that may be special tokens and must not be skipped."""
-        extra = ("[ARGS]", "[CALL_ID]") if self is MISTRAL else ()
-        return tuple(mark for mark in (self.opening, self.closing, self.prefix, *extra) if mark)
-
-
-HERMES = ToolForm("hermes", "<tool_call>", "</tool_call>", bare=True)
-LLAMA3 = ToolForm("llama3", bare=True, prefix="<|python_tag|>")
-MISTRAL = ToolForm("mistral", "[TOOL_CALLS]", bare=True)
-GENERIC = ToolForm("generic", "<tool_call>", "</tool_call>", bare=True, prefix="<|python_tag|>")
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """More of the content."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """More of what the model thinks before it answers."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallPart:
-    """A call begins (`id` and `name`), or its arguments go on (JSON text as the model wrote it)."""
-
-    index: int
-    arguments: str
-    id: str | None = None
-    name: str | None = None
-
-
-Part = Text | Reasoning | CallPart
 
 
 class AnswerReader:
@@ -151,7 +83,7 @@ class AnswerReader:
         self._parts = []
         while getattr(self, f"_{self._state}")():
             pass
-        return _joined(self._parts)
+        return joined(self._parts)
 
     # --- states: True if there may be more to do
 
@@ -238,7 +170,7 @@ class AnswerReader:
             if self._is_final:
                 return self._partial(scanner) or self._reject()
             return False
-        end = _skip(self._buffer, scanner.end)
+        end = skip_blanks(self._buffer, scanner.end)
         rest = self._buffer[end:]
         if not rest.startswith(form.closing):
             if not form.closing.startswith(rest):
@@ -257,7 +189,7 @@ class AnswerReader:
     def _mistral(self) -> bool:
         """The buffer begins with [TOOL_CALLS]: an array of calls, or a name and its arguments."""
         start = len(MISTRAL.opening)
-        at = _skip(self._buffer, start)
+        at = skip_blanks(self._buffer, start)
         if self._buffer[at : at + 1] == "[":
             self._list_at, self._state = at + 1, "array"
             return True
@@ -278,7 +210,7 @@ class AnswerReader:
         if scanner.end is None:
             return False
         arguments = self._buffer[named.end() : scanner.end]
-        if not _is_json(arguments):
+        if not is_json(arguments):
             return self._reject()
         self._emit(named[1], arguments)
         self._buffer, self._state = self._buffer[scanner.end :], "text"
@@ -293,7 +225,7 @@ class AnswerReader:
             return (scanner.end is None and self._partial(scanner)) or self._reject()
         if scanner.end is None:
             return False
-        end = _skip(self._buffer, scanner.end)
+        end = skip_blanks(self._buffer, scanner.end)
         following = self._buffer[end : end + 1]
         if following not in ("", ",", "]"):
             return self._reject()
@@ -329,7 +261,7 @@ class AnswerReader:
         call = self._read(scanner)
         if call is None:
             return self._no_call()
-        end = _skip(self._buffer, scanner.end)
+        end = skip_blanks(self._buffer, scanner.end)
         following = self._buffer[end : end + 1]
         if not following and not self._is_final:
             return False
@@ -371,7 +303,7 @@ class AnswerReader:
         else:
             return False
         if not self._sent:
-            inside = self._buffer[start + 1 : end].lstrip(_BLANKS)
+            inside = self._buffer[start + 1 : end].lstrip(BLANKS)
             if not inside and not self._is_final:
                 return False
             if inside[:1] == "}":  # blanks in an empty object are the grammar's, not the model's
@@ -387,9 +319,9 @@ class AnswerReader:
     def _object(self, start: int) -> ObjectScanner | None:
         """The object that begins behind `start`, scanned as far as it goes; None if there is nothing to see yet."""
         if self._scanner is None:
-            if not self._is_final and not self._buffer[start:].lstrip(_BLANKS):
+            if not self._is_final and not self._buffer[start:].lstrip(BLANKS):
                 return None
-            self._scanner = ObjectScanner(_skip(self._buffer, start))
+            self._scanner = ObjectScanner(skip_blanks(self._buffer, start))
         self._scanner.scan(self._buffer)
         return self._scanner
 
@@ -427,7 +359,7 @@ class AnswerReader:
         key = "arguments" if "arguments" in scanner.members else "parameters"
         if key not in scanner.members:
             return name, "{}"
-        arguments = _arguments(self._buffer[slice(*scanner.members[key])])
+        arguments = call_arguments(self._buffer[slice(*scanner.members[key])])
         return None if arguments is None else (name, arguments)
 
     def _partial(self, scanner: ObjectScanner) -> bool:
@@ -476,46 +408,6 @@ class AnswerReader:
         self._blanks = text[end:]
         if end:
             self._parts.append(Text(text[:end]))
-
-
-def _joined(parts: list[Part]) -> list[Part]:
-    """Neighbours of one kind as one."""
-    result: list[Part] = []
-    for part in parts:
-        last = result[-1] if result else None
-        if isinstance(part, Text) and isinstance(last, Text):
-            result[-1] = Text(last.text + part.text)
-        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-            result[-1] = Reasoning(last.text + part.text)
-        elif isinstance(part, CallPart) and isinstance(last, CallPart) and part.id is None:
-            result[-1] = replace(last, arguments=last.arguments + part.arguments)
-        else:
-            result.append(part)
-    return result
-
-
-def _arguments(text: str) -> str | None:
-    """The JSON object that a call's arguments are, as it was written; None if they are something else."""
-    if text == "null":
-        return "{}"
-    if text.startswith('"'):  # an object within a string, as OpenAI's API itself has it
-        text = parse(text).strip()
-        if not text:
-            return "{}"
-    return text if text.startswith("{") and _is_json(text) else None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        parse(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _skip(text: str, start: int) -> int:
-    """The first position from `start` on that is no blank."""
-    return len(text) - len(text[start:].lstrip(_BLANKS))
 
 
 def _begun(text: str, mark: str) -> int:

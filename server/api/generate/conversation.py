@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.api.chat.protocol import ChatCompletionRequest
-from server.api.generate.answer_reader import THINK, THOUGHT, CallPart, Part, Reasoning, Text
+from server.api.generate.answer_parts import CallPart, Part, Reasoning, Text
+from server.api.generate.answer_reader import THINK, THOUGHT
 from server.api.generate.chat_template import ChatTemplate, TemplateError
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.grammar import grammar_factory

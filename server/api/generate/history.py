@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from server.api.chat.protocol import ChatMessage
-from server.api.generate.answer_reader import HERMES
 from server.api.generate.chat_template import Arguments, to_json
+from server.api.generate.tool_forms import HERMES
 from server.api.http.errors import invalid
 
 # What Hermes and Qwen 2.5 were taught, and what most later models have seen.

@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any
 
+BLANKS = " \t\r\n"
 _IN_STRING = re.compile(r'["\\]')
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=lambda name: _refuse(name))
 
@@ -136,3 +137,27 @@ class ObjectScanner:
         self.members[self.open_name] = (self.open_at, end)
         self.open_name = self.open_at = None
         self._expects = ","
+
+
+def call_arguments(text: str) -> str | None:
+    """The JSON object that a call's arguments are, as it was written; None if they are something else."""
+    if text == "null":
+        return "{}"
+    if text.startswith('"'):  # an object within a string, as OpenAI's API itself has it
+        text = parse(text).strip()
+        if not text:
+            return "{}"
+    return text if text.startswith("{") and is_json(text) else None
+
+
+def is_json(text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def skip_blanks(text: str, start: int) -> int:
+    """The first position from `start` on that is no blank."""
+    return len(text) - len(text[start:].lstrip(BLANKS))

@@ -6,9 +6,10 @@ import logging
 from typing import Any
 
 from server.api.chat.protocol import NamedToolChoice, Tool
-from server.api.generate.answer_reader import HERMES, AnswerReader, ToolForm
+from server.api.generate.answer_reader import AnswerReader
 from server.api.generate.chat_template import ChatTemplate
 from server.api.generate.schemas import forced_call_schema, parameters_schema
+from server.api.generate.tool_forms import HERMES, ToolForm
 from server.api.http.errors import invalid
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.generate.answer_reader import CallPart, Reasoning, Text
+from server.api.generate.answer_parts import CallPart, Reasoning, Text
 from server.api.generate.conversation import Conversation, Piece
 from server.api.generate.generation import Generation
 from server.api.generate.serving import json_response, read_body, respond

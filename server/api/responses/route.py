@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.generate.answer_reader import CallPart, Reasoning, Text
+from server.api.generate.answer_parts import CallPart, Reasoning, Text
 from server.api.generate.conversation import Call, Conversation
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.logprobs import LogprobFormatter
