@@ -137,7 +137,7 @@ class SamplingFields(SizeFields):
     )
     n: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(default=None, description="answers per prompt; default 1")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
-        default=None, description="the same seed gives the same text, in any batch; -1: none"
+        default=None, description="the same seed gives the same text, in any batch but for rounding; -1: none"
     )
     stop: str | list[str] | None = Field(default=None, description="texts that end the answer")
     stop_token_ids: list[TokenId] | None = Field(default=None, description="tokens that end the answer")
