@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_store.errors import BoomerangError
+from model_store.files import read_json, read_json_if_there
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
     "merges.txt", "tokenizer.model", "added_tokens.json", "generation_config.json",
 )  # fmt: skip
-_LAYER = re.compile(r"((?:model\.|gpt_neox\.|transformer\.)?(?:layers|h)\.)(\d+)\.(.+)")
+_CHECKED_TOKENS = 48  # of the check of an export, beyond its windows
 
 
 class ExportError(BoomerangError, ValueError):
@@ -102,7 +103,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
 
         write_safetensors(target, noted())
         tied = not any(name in ("lm_head.weight", "embed_out.weight") for name in names)
-        config = _config(json.loads((pair.teacher_path / "config.json").read_text()), size, tied, dtype)
+        config = _config(pair, size, tied, dtype)
         (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in _TOKENIZER_FILES:
             if (pair.tokenizer_path / name).is_file():
@@ -113,100 +114,92 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
         target.rename(folder)
 
 
-def _config(config: dict[str, Any], size: int, tied: bool, dtype: str) -> dict[str, Any]:
-    for name in ("num_hidden_layers", "n_layer"):
-        if name in config:
-            config[name] = size
-    if types := config.get("layer_types"):
-        config["layer_types"] = [types[0]] * size
-    return config | {"tie_word_embeddings": tied, "dtype": dtype}
+# Spellings that what is written replaces, and notes of the tool that wrote the teacher.
+_STALE = (
+    "num_hidden_layers", "n_layer", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window",
+    "torch_dtype", "_name_or_path", "auto_map", "transformers_version",
+)  # fmt: skip
+
+
+def _config(pair: Pair, size: int, tied: bool, dtype: str) -> dict[str, Any]:
+    """The teacher's config.json with what differs in this size; each layer keeps its own kind of attention.
+
+    ExportError if no one config can say what the layers do.
+    """
+    from model_store.spec import resolved_config
+
+    raw = read_json(pair.teacher_path / "config.json")
+    config = {key: value for key, value in raw.items() if key not in _STALE}
+    config |= {"tie_word_embeddings": tied, "dtype": dtype}
+    config["n_layer" if pair.spec.family == "gpt2" else "num_hidden_layers"] = size
+    if raw.get("rope_scaling") and raw.get("rope_parameters"):  # one of them would be read, the other believed
+        config = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
+        config["rope_parameters"] = resolved_config(raw).rope_parameters
+    return config | _windows(pair, size)
+
+
+def _windows(pair: Pair, size: int) -> dict[str, Any]:
+    """Sliding windows of a size's layers, for its config."""
+    from model_store.weights import Checkpoint
+
+    num_teacher, path = pair.elasticity.num_teacher_layers, pair.elasticity.path(size)
+    teacher = Checkpoint(pair.teacher_path, pair.store).spec
+    student = teacher if pair.student_spec is None else Checkpoint(pair.student_path, pair.store).spec
+    kinds = []  # (type, window) of each layer
+    for layer in path.layers:
+        spec, index = (teacher, layer) if layer < num_teacher else (student, layer - num_teacher)
+        if spec is teacher and index != layer:
+            index = pair.elasticity.kept[index]  # a low-rank student's layer
+        slides = (
+            spec.sliding_window is not None
+            and (spec.layer_types or ["sliding_attention"])[index if spec.layer_types else 0] == "sliding_attention"
+        )
+        kinds.append(spec.sliding_window if slides else None)
+    windows = {window for window in kinds if window is not None}
+    if pair.spec.family == "mistral":
+        if len({*kinds}) > 1 and min(windows) < pair.spec.max_position_embeddings:
+            raise ExportError(f"layers with windows of {sorted({*kinds}, key=str)}: no config of Mistral says that")
+        return {"sliding_window": kinds[0] if len({*kinds}) == 1 else None}
+    if not teacher.layer_types:
+        return {}
+    if len(windows) > 1:
+        raise ExportError(f"layers with sliding windows of {sorted(windows)}: no config of this family says that")
+    types = ["full_attention" if window is None else "sliding_attention" for window in kinds]
+    found = {"layer_types": types, "use_sliding_window": bool(windows), "sliding_window": min(windows, default=None)}
+    first = types.index("sliding_attention") if windows else size
+    if "full_attention" not in types[first:]:
+        found["max_window_layers"] = first  # as readers without layer_types have it
+    return found
 
 
 def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of everything the size runs, in its family's own names and layouts."""
     import torch
 
-    from model_store.lowrank import LOW_RANK_FILE, LowRankStudent
+    from model_store.layout import end_tensors, full_name, layer_prefix
     from model_store.weight_form import WeightForm
-    from model_store.weights import Checkpoint
+    from model_store.weights import Checkpoint, split_layer
 
-    dtype = getattr(torch, dtype_name)
-    path, num_teacher = pair.elasticity.path(size), pair.elasticity.num_teacher_layers
-    teacher = _Files(pair.teacher_path)
-    low_rank_file = pair.student_path / LOW_RANK_FILE
-    low_rank = LowRankStudent(low_rank_file, pair.elasticity.kept) if low_rank_file.is_file() else None
-    student = None if low_rank else _Files(pair.student_path)
+    form, path, family = WeightForm(getattr(torch, dtype_name)), pair.elasticity.path(size), pair.spec.family
     for position, layer in enumerate(path.layers):
-        index = layer - num_teacher
-        if layer < num_teacher:
-            tensors = teacher.layer(layer)
-        elif student is not None:
-            tensors = student.layer(index)
-        elif low_rank.has_own_layer(index):
-            base = Checkpoint(pair.teacher_path).layer(pair.elasticity.kept[index], WeightForm(torch.float32))
-            tensors = _split(low_rank.layer(index, base, WeightForm(dtype)), pair)
-        else:
-            tensors = teacher.layer(pair.elasticity.kept[index])
-        for name, tensor in tensors:
-            yield f"{teacher.layer_prefix}{position}.{name}", tensor.to(dtype)
-    sources = {"teacher": Checkpoint(pair.teacher_path)}
-    sources["student"] = sources["teacher"] if low_rank else Checkpoint(pair.student_path)
-    parts = {"embed": path.embed_from, "norm": path.norm_from, "head": path.head_from}
-    stays_tied = path.embed_from == path.head_from or low_rank is not None
-    for part, side in parts.items():
-        source = sources[side]
-        for name in source.end_names(part):
-            if part == "head" and name in source.end_names("embed"):
-                if stays_tied:
-                    continue
-                yield "lm_head.weight", source.tensor(name).to(dtype)
-            else:
-                yield teacher.full_name(name), source.tensor(name).to(dtype)
-
-
-class _Files:
-    """The raw tensors of a checkpoint folder, by layer."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        from model_store.weights import weight_files
-
-        self._handles = [safe_open(file, "pt") for file in weight_files(path)]
-        self._where = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
-        first = next(match for name in self._where if (match := _LAYER.match(name)))
-        self.layer_prefix = first[1]
-
-    def layer(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names after the layer's number, without buffers."""
-        for name, handle in self._where.items():
-            match = _LAYER.match(name)
-            if match and int(match[2]) == index and not name.endswith(("inv_freq", "masked_bias", "attention.bias")):
-                yield match[3], handle.get_tensor(name)
-
-    def full_name(self, plain: str) -> str:
-        """The file's name of a tensor that is known without the wrapper module's prefix."""
-        return next((name for name in self._where if name == plain or name.endswith(f".{plain}")), plain)
-
-
-def _split(layer: Any, pair: Pair) -> Iterator[tuple[str, torch.Tensor]]:
-    """A merged Llama-named layer as separate tensors."""
-    spec = pair.spec
-    q, k, v = layer.qkv_weight.split([spec.q_size, spec.kv_size, spec.kv_size])
-    gate, up = layer.up_weight.chunk(2)
-    values = {
-        "input_layernorm": layer.attn_norm_weight, "self_attn.q_proj": q, "self_attn.k_proj": k,
-        "self_attn.v_proj": v, "self_attn.o_proj": layer.o_weight, "post_attention_layernorm": layer.mlp_norm_weight,
-        "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down_weight,
-    }  # fmt: skip
-    for name, value in values.items():
-        yield f"{name}.weight", value.contiguous().clone()
+        for name, tensor in split_layer(pair.read_layer(layer, form), pair.spec):
+            yield full_name(f"{layer_prefix(family)}{position}.{name}", family), tensor.clone()
+    teacher = Checkpoint(pair.teacher_path, pair.store)
+    sources = {"teacher": teacher, "student": teacher}
+    if pair.student_spec is not None:
+        sources["student"] = Checkpoint(pair.student_path, pair.store)
+    sides = {"embed": path.embed_from, "norm": path.norm_from, "head": path.head_from}
+    is_tied = sources[path.head_from].spec.tie_word_embeddings and sources[path.head_from] is sources[path.embed_from]
+    for field, (part, name, _) in end_tensors(pair.spec).items():
+        tensor = sources[sides[part]].end_tensors(form, parts=[part])[field]
+        if tensor is not None and not (part == "head" and is_tied):
+            yield full_name(name, family), tensor
 
 
 def model_card(pair: Pair, size: int) -> str:
     """README.md of an export: what it is made of, its licence, and what it was measured to be worth."""
     manifest_file = pair.notes_path / "pair.json"
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
+    manifest = read_json_if_there(manifest_file)
     path, num_teacher = pair.elasticity.path(size), pair.elasticity.num_teacher_layers
     origin = [str(i) if i < num_teacher else f"S{i - num_teacher}" for i in path.layers]
     licence = manifest.get("licence", "that of the teacher")
@@ -229,20 +222,24 @@ def model_card(pair: Pair, size: int) -> str:
 def verify(pair: Pair, size: int, folder: Path, tolerance: float = 1e-3, dtype: str = "bfloat16") -> float:
     """Largest difference of float32 logits between the exported model and the pair. ExportError above `tolerance`.
 
-    Both start from the same tensors of `dtype`; what is compared is the assembly, not rounding.
+    Both start from the same tensors of `dtype`; what is compared is the assembly, not rounding. The pair's side is
+    built without the export's config: each layer runs as its own checkpoint has it, beyond any sliding window.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from model_store.distill.from_pair import lend_size, load_elastic
+    from model_store.distill.from_pair import load_elastic
 
-    ids = torch.arange(3, 35)[None] % pair.spec.vocab_size
+    beyond = (pair.spec.sliding_window or 0) + _CHECKED_TOKENS
+    length = min(beyond, pair.spec.max_position_embeddings)
+    ids = torch.randint(pair.spec.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)(ids).logits
-        model = load_elastic(pair, getattr(torch, dtype))
-        with lend_size(model, size) as lent:
-            ours = lent.float()(ids, use_cache=False).logits
-    difference = float((exported - ours).abs().max())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        exported = model(ids, use_cache=False).logits
+        ours = load_elastic(pair, getattr(torch, dtype))
+        ours.teacher.float()
+        expected = ours.float().size_logits(ids, size)
+    difference = float((exported - expected).abs().max())
     if not difference <= tolerance:
         raise ExportError(f"{folder} does not compute what the pair computes: logits differ by up to {difference:.3g}")
     return difference

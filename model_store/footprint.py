@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from model_store.assembly import Elasticity
+from model_store.layout import END_PARTS
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
-from model_store.weights import END_PARTS
 
 MatrixBytes = Callable[[int, int], int]  # (rows, inputs) -> bytes
 

@@ -1,8 +1,9 @@
 """Students kept as a low-rank difference to the teacher's layers.
 
-Student layer `i` = teacher layer `kept[i]` + lora_B @ lora_A per linear; its norms are stored whole. A layer without
-any tensor of its own is the teacher's layer itself and shares its memory. Tensor names are those of a Llama checkpoint
-(`model.layers.i.self_attn.q_proj.lora_A`, ...); factors may be int8 with a float scale per row (`lora_A_scale`).
+Student layer `i` = teacher layer `kept[i]` + lora_B @ lora_A per linear; its norms are stored whole, and so are biases
+and query/key norms if they differ from the teacher's. A layer without any tensor of its own is the teacher's layer
+itself and shares its memory. Tensor names are those of a Llama checkpoint (`model.layers.i.self_attn.q_proj.lora_A`,
+...); factors may be int8 with a float scale per row (`lora_A_scale`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model_store.int8 import Int8Matrix, Matrix, dense, tensors_of
+from model_store.layout import layer_tensors
+from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import LayerWeights, WeightError, quantise_layer
 
@@ -27,6 +30,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose linears have the name
 _PARTS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
           "up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}  # fmt: skip
 _NORMS = {"attn_norm_weight": "input_layernorm.weight", "mlp_norm_weight": "post_attention_layernorm.weight"}
+_HEAD_NORMS = {"q_norm_weight": "self_attn.q_norm.weight", "k_norm_weight": "self_attn.k_norm.weight"}
 
 
 @dataclass(slots=True, eq=False)
@@ -72,16 +76,44 @@ class LowRankStudent:
             raise WeightError(f"{path} is not a readable safetensors file: {error}") from error
         self._names = set(self._file.keys())
         linear = "|".join(re.escape(part) for parts in _PARTS.values() for part in parts)
-        norm = "|".join(map(re.escape, _NORMS.values()))
-        known = re.compile(rf"model\.layers\.(\d+)\.(?:(?:{linear})\.lora_[AB](?:_scale)?|{norm})")
+        norm = "|".join(map(re.escape, [*_NORMS.values(), *_HEAD_NORMS.values()]))
+        known = re.compile(rf"model\.layers\.(\d+)\.(?:(?:{linear})\.(?:lora_[AB](?:_scale)?|bias)|{norm})")
         matches = {name: known.fullmatch(name) for name in self._names}
         if unknown := sorted(name for name, m in matches.items() if m is None or int(m[1]) >= len(kept)):
             raise WeightError(f"{path.name} has tensors that no student layer uses: {', '.join(unknown[:5])}")
         self._own = {int(match[1]) for match in matches.values()}
+        own_names = (*(f".{name}" for name in _HEAD_NORMS.values()), ".bias")
+        self._more = {int(match[1]) for name, match in matches.items() if name.endswith(own_names)}
+
+    def check(self, spec: ModelSpec) -> None:
+        """WeightError if a tensor of a layer is missing, or has another shape than a layer of `spec` wants."""
+        shapes = {tensor.name: tensor.shape for tensor in layer_tensors(spec)}
+        for index in sorted(self._own):
+            wanted: dict[str, tuple[int | None, ...]] = {name: shapes[name] for name in _NORMS.values()}
+            for parts in _PARTS.values():
+                for part in parts:
+                    rows, width = shapes[f"{part}.weight"]
+                    a = self._shape(f"model.layers.{index}.{part}.lora_A")
+                    wanted |= {f"{part}.lora_A": (a[0], width), f"{part}.lora_B": (rows, a[0])}
+            prefix = f"model.layers.{index}."
+            more = [name.removeprefix(prefix) for name in self._names if name.startswith(prefix)]
+            wanted |= {name: shapes.get(name, ()) for name in more if name not in wanted and "lora_" not in name}
+            for name, shape in wanted.items():
+                if (found := self._shape(prefix + name)) != shape:
+                    raise WeightError(f"{self.path.name}: {prefix}{name} is {list(found)}, the teacher's {list(shape)}")
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._names:
+            raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
+        return tuple(self._file.get_slice(name).get_shape())
 
     def has_own_layer(self, index: int) -> bool:
         """Whether student layer `index` differs from the teacher's layer at all."""
         return index in self._own
+
+    def is_difference(self, index: int) -> bool:
+        """Whether it can run as a difference: it has biases and query/key norms of its own only where expanded."""
+        return index in self._own and index not in self._more
 
     def delta(self, index: int, teacher: LayerWeights, dtype: torch.dtype, device: torch.device | str) -> LowRankDelta:
         """The factors of student layer `index`, on the device: int8 as stored, else in `dtype`.
@@ -111,15 +143,25 @@ class LowRankStudent:
     ) -> LayerWeights:
         """Student layer `index` expanded: the sum is taken in float32, rounded to the dtype, then quantised if asked.
 
-        Biases and query/key norms, which have no difference, are the teacher's (in the dtype).
+        Biases and query/key norms that are not stored are the teacher's (in the dtype).
         """
         dtype, delta = form.dtype, self.delta(index, teacher, torch.float32, teacher.qkv_weight.device)
         changed: dict[str, torch.Tensor] = {}
+        prefix = f"model.layers.{index}."
         for group, terms in delta.terms.items():
             weight = getattr(teacher, f"{group}_weight").to(torch.float32, copy=True)
             for term in terms:
                 weight[term.start : term.stop].addmm_(dense(term.b, torch.float32), dense(term.a, torch.float32))
             changed[f"{group}_weight"] = weight.to(device, dtype)
+            own = [(term, f"{prefix}{part}.bias") for term, part in zip(terms, _PARTS[group], strict=True)]
+            if own := [(term, name) for term, name in own if name in self._names]:
+                bias = getattr(teacher, f"{group}_bias").to(torch.float32, copy=True)
+                for term, name in own:
+                    bias[term.start : term.stop] = self._tensor(name).float()
+                changed[f"{group}_bias"] = bias.to(device, dtype)
+        for field, name in _HEAD_NORMS.items():
+            if prefix + name in self._names:
+                changed[field] = self._tensor(prefix + name).to(device, dtype, copy=True)
         for name in _NORMS:
             changed[name] = getattr(delta, name).to(device, dtype)
         for field in dataclasses.fields(LayerWeights):
@@ -146,9 +188,11 @@ class LowRankStudent:
         return (value.float() * scale[:, None]).to(device, dtype)
 
     def num_bytes(self, dtype: torch.dtype) -> dict[int, int]:
-        """Student layer -> bytes of its factors and norms in memory: int8 as stored, the rest in `dtype`."""
-        sizes = dict.fromkeys(self._own, 0)
+        """Layer that can run as a difference -> bytes of its factors and norms: int8 as stored, the rest in `dtype`."""
+        sizes = dict.fromkeys(self._own - self._more, 0)
         for name in self._names:
+            if int(name.split(".")[2]) not in sizes:
+                continue
             part = self._file.get_slice(name)
             count = math.prod(part.get_shape())
             width = 1 if part.get_dtype() == "I8" else 4 if name.endswith("_scale") else dtype.itemsize

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,14 +19,16 @@ import torch
 from model_store import lowrank, published
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.errors import BoomerangError
+from model_store.files import read_json_if_there
 from model_store.footprint import Footprint, MatrixBytes
+from model_store.layout import END_PARTS
 from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import folder_digest
 from model_store.weight_form import WeightForm
-from model_store.weights import END_PARTS, Checkpoint, LayerWeights, WeightError
+from model_store.weights import Checkpoint, LayerWeights
 
 __all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
 
@@ -96,7 +99,7 @@ class Pair:
         if self.student_spec is not None:
             # Equal layers of an ordinary student are only found when it is loaded.
             return Footprint(self.elasticity, self.spec, self.student_spec, {}, self._equal_ends())
-        student, num_teacher = self._low_rank_student(), self.spec.num_layers
+        student, num_teacher = self.low_rank_student, self.spec.num_layers
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS)
 
@@ -104,14 +107,15 @@ class Pair:
         """With low-rank layers kept as differences to the teacher's if `form` says so."""
         if self.student_spec is not None or not form.low_rank:
             return self._footprint
-        student, num_teacher = self._low_rank_student(), self.spec.num_layers
-        shared = {num_teacher + i: t for i, t in enumerate(student.kept)}
+        student, num_teacher = self.low_rank_student, self.spec.num_layers
+        is_shared = [student.is_difference(i) or not student.has_own_layer(i) for i in range(len(student.kept))]
+        shared = {num_teacher + i: t for i, t in enumerate(student.kept) if is_shared[i]}
         differences = {num_teacher + i: size for i, size in student.num_bytes(form.dtype).items()}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, differences)
 
     def _equal_ends(self) -> set[str]:
         """End parts in which the student's tensors equal the teacher's. Unlike tensors are told apart at once."""
-        teacher, student = Checkpoint(self.teacher_path), Checkpoint(self.student_path)
+        teacher, student = Checkpoint(self.teacher_path, self.store), Checkpoint(self.student_path, self.store)
 
         def is_equal(part: str) -> bool:
             ours, theirs = teacher.end_names(part), student.end_names(part)
@@ -120,10 +124,23 @@ class Pair:
 
         return {part for part in END_PARTS if is_equal(part)}
 
-    def _low_rank_student(self) -> LowRankStudent:
+    @cached_property
+    def low_rank_student(self) -> LowRankStudent:
+        """Where `student_spec` is None."""
         return LowRankStudent(self.student_path / LOW_RANK_FILE, self.elasticity.kept)
 
     # --- loading
+
+    def read_layer(self, layer: int, form: WeightForm) -> LayerWeights:
+        """One layer by its global id (teacher t is t, student s is N + s), low-rank ones expanded, from the file."""
+        index, kept = layer - self.spec.num_layers, self.elasticity.kept
+        if index >= 0 and self.student_spec is not None:
+            return Checkpoint(self.student_path, self.store).layer(index, form)
+        teacher = Checkpoint(self.teacher_path, self.store)
+        if index < 0 or not self.low_rank_student.has_own_layer(index):
+            return teacher.layer(layer if index < 0 else kept[index], form)
+        # From the file in float32, so that rounding happens once even where the pair is bfloat16.
+        return self.low_rank_student.layer(index, teacher.layer(kept[index], WeightForm(torch.float32)), form)
 
     @one_thread_each()
     def load(
@@ -143,8 +160,9 @@ class Pair:
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
         if form.low_rank and self.student_spec is None:
-            wanted = sorted({*wanted, *(self.elasticity.kept[i - num_teacher] for i in wanted if i >= num_teacher)})
-        teacher = Checkpoint(self.teacher_path)
+            shared = self._footprint_in(form).shared_layers
+            wanted = sorted({*wanted, *(shared[i] for i in wanted if i in shared)})
+        teacher = Checkpoint(self.teacher_path, self.store)
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:  # copies and conversions run outside the interpreter's lock
             ids = [i for i in wanted if i < num_teacher]
             read = threads.map(lambda i: teacher.layer(i, form, device), ids)
@@ -156,7 +174,7 @@ class Pair:
             factors = self._load_low_rank(teacher, student_ids, layers, form, device)
             ends = join_ends(teacher.end_tensors(form, device), {})
         else:
-            student = Checkpoint(self.student_path)
+            student = Checkpoint(self.student_path, self.store)
             for i in student_ids:
                 own = student.layer(i - num_teacher, form, device)
                 origin = self.elasticity.kept[i - num_teacher]
@@ -166,9 +184,6 @@ class Pair:
                 teacher.end_tensors(form, device, parts["teacher"]),
                 student.end_tensors(form, device, parts["student"]),
             )
-            _check_all_used(student)
-        if not missing:
-            _check_all_used(teacher)
         return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, ends, missing, factors)
 
     def _load_low_rank(
@@ -183,7 +198,7 @@ class Pair:
 
         Layers that are the teacher's own are added in any case.
         """
-        student, num_teacher = self._low_rank_student(), self.spec.num_layers
+        student, num_teacher = self.low_rank_student, self.spec.num_layers
 
         def expand(i: int) -> LayerWeights:
             index = i - num_teacher
@@ -193,19 +208,13 @@ class Pair:
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
             return student.layer(index, teacher.layer(origin, WeightForm(torch.float32)), form, device)
 
-        kept = [i for i in student_ids if form.low_rank and student.has_own_layer(i - num_teacher)]
+        kept = [i for i in student_ids if form.low_rank and student.is_difference(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:
             expanded = [i for i in student_ids if i not in kept]
             layers |= dict(zip(expanded, threads.map(expand, expanded), strict=True))
         return {
             i: student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], form.dtype, device) for i in kept
         }
-
-
-def _check_all_used(checkpoint: Checkpoint) -> None:
-    if left := checkpoint.unused():
-        some = ", ".join(left[:5])
-        raise WeightError(f"{checkpoint.path} has {len(left)} tensors that its model family has no place for: {some}")
 
 
 def open_pair(
@@ -234,12 +243,12 @@ def open_pair(
         student = known.student or DEFAULT_PAIR_DIR
     student_path = resolve(student, store)
     notes = Path(student).expanduser().parent if str(student).endswith(".gguf") else student_path
-    manifest = _read_json(notes / "pair.json") or {}
+    manifest = read_json_if_there(notes / "pair.json")
     teacher = teacher or manifest.get("teacher") or published.DEFAULT_TEACHER
     teacher_path = default_teacher(store) if str(teacher) == published.DEFAULT_TEACHER else resolve(teacher, store)
-    kept_layers = _read_json(notes / "student_config.json") or {}
+    kept_layers = read_json_if_there(notes / "student_config.json")
     try:
-        spec, student_spec, kept = _interlock(teacher_path, student_path, kept_layers, known)
+        spec, student_spec, kept = _interlock(teacher_path, student_path, kept_layers, known, store)
         recorded = _order(spec, kept, manifest.get("patch_order") or (known.patch_order if known else None), manifest)
         order, elasticity = recorded
         if thresholds is not None:
@@ -249,7 +258,7 @@ def open_pair(
     except (AssemblyError, SpecError) as error:
         raise PairError(str(error)) from error
     is_recorded = elasticity.thresholds == recorded[1].thresholds
-    quality = (_read_json(notes / "quality.json") or {}).get("sizes", {}) if is_recorded else {}
+    quality = read_json_if_there(notes / "quality.json").get("sizes", {}) if is_recorded else {}
     default_name = known.name if known else teacher_path.name.rsplit("--", 1)[-1].lower()
     return Pair(
         name=name or manifest.get("name") or default_name,
@@ -275,6 +284,8 @@ def _known_pair(teacher: Path | str | None, student: Path | str | None) -> Publi
 
 def _order(spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: dict[str, Any]) -> tuple[str, Elasticity]:
     if manifest.get("thresholds"):
+        if not isinstance(manifest["thresholds"], list):
+            raise PairError(f"pair.json: thresholds is {manifest['thresholds']!r}, not a list of sizes")
         ends = {f"{end}_threshold": manifest.get(f"{end}_threshold") for end in END_PARTS}
         return "thresholds", Elasticity(spec.num_layers, kept, manifest["thresholds"], **ends)
     if order is None:
@@ -287,20 +298,26 @@ def _order(spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: di
 
 
 def _interlock(
-    teacher_path: Path, student_path: Path, config: dict[str, Any], known: PublishedPair | None
+    teacher_path: Path,
+    student_path: Path,
+    config: dict[str, Any],
+    known: PublishedPair | None,
+    store: Path | str | None,
 ) -> tuple[ModelSpec, ModelSpec | None, list[int]]:
     """Specs of both (None for a low-rank student) and the kept layers; PairError if they do not fit together."""
     kept = config.get("copied_teacher_layers") or (list(known.kept) if known and known.kept else None)
-    if not isinstance(kept, list):
+    if kept is None:
         raise PairError(
             f"{student_path} has no student_config.json with copied_teacher_layers: which teacher layers its layers "
             "stand for is not known"
         )
-    configs = [_read_json(path / "config.json") for path in (teacher_path, student_path)]
-    if configs[0] is None:
-        raise PairError(f"{teacher_path} has no config.json: it is not a checkpoint folder")
-    teacher = ModelSpec.from_hf_config(configs[0])
     pruned = config.get("pruned_teacher_layers")
+    for name, layers in (("copied_teacher_layers", kept), ("pruned_teacher_layers", pruned)):
+        if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+            raise PairError(f"student_config.json: {name} is {layers!r}, not a list of layer numbers")
+    if not (teacher_path / "config.json").is_file():
+        raise PairError(f"{teacher_path} has no config.json: it is not a checkpoint folder")
+    teacher = _spec_of(teacher_path, store)
     if pruned is not None and sorted([*kept, *pruned]) != list(range(teacher.num_layers)):
         raise PairError(
             f"student_config.json does not describe this teacher: its {len(kept)} copied and {len(pruned)} pruned "
@@ -309,20 +326,12 @@ def _interlock(
     if (student_path / LOW_RANK_FILE).is_file():
         if teacher.family not in lowrank.FAMILIES:
             raise PairError(f"low-rank students of family {teacher.family} are not supported")
+        LowRankStudent(student_path / LOW_RANK_FILE, tuple(kept)).check(teacher)
         return teacher, None, kept
-    if configs[1] is None:
+    if not (student_path / "config.json").is_file():
         raise PairError(f"{student_path} has neither config.json nor {LOW_RANK_FILE}: it is not a student")
-    student = ModelSpec.from_hf_config(configs[1])
-    may_differ = {"num_layers", "tie_word_embeddings", "sliding_window"}
-    if not teacher.learned_positions:
-        may_differ.add("max_position_embeddings")
-    for spec_field in dataclasses.fields(ModelSpec):
-        ours, theirs = getattr(teacher, spec_field.name), getattr(student, spec_field.name)
-        if spec_field.name not in may_differ and ours != theirs:
-            raise PairError(
-                f"teacher and student do not interlock: {spec_field.name} is {ours!r} in the teacher and {theirs!r} in "
-                "the student"
-            )
+    student = _spec_of(student_path, store)
+    _compare(teacher, student)
     if student.num_layers != len(kept):
         raise PairError(
             f"the student has {student.num_layers} layers and student_config.json lists {len(kept)} copied layers"
@@ -333,10 +342,32 @@ def _interlock(
     return dataclasses.replace(teacher, **limits, sliding_window=min(windows, default=None)), student, kept
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise PairError(f"{file} is not valid JSON: {error}") from error
+def _spec_of(path: Path, store: Path | str | None) -> ModelSpec:
+    """The spec of a checkpoint whose every tensor was checked; what is odd about it is said."""
+    spec = Checkpoint(path, store).spec
+    for note in spec.notes:
+        logger.warning("%s: %s", path, note)
+    return spec
+
+
+def _compare(teacher: ModelSpec, student: ModelSpec) -> None:
+    """PairError if the two compute their layers differently. Angles are compared, however they were spelled."""
+    may_differ = {"num_layers", "tie_word_embeddings", "sliding_window", "layer_types", "inv_freq", "rope_factor"}
+    if not teacher.learned_positions:
+        may_differ.add("max_position_embeddings")
+    for spec_field in dataclasses.fields(ModelSpec):
+        ours, theirs = getattr(teacher, spec_field.name), getattr(student, spec_field.name)
+        if spec_field.compare and spec_field.name not in may_differ and ours != theirs:
+            raise PairError(
+                f"teacher and student do not interlock: {spec_field.name} is {ours!r} in the teacher and {theirs!r} in "
+                "the student"
+            )
+    if not teacher.rotary_dim:
+        return
+    (ours, factor), (theirs, other) = teacher.rope_inv_freq(), student.rope_inv_freq()
+    if not (torch.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, other, rel_tol=1e-6)):
+        said = [f"rope_theta {spec.rope_theta:g}, scaling {spec.rope_scaling}" for spec in (teacher, student)]
+        raise PairError(
+            f"teacher and student do not interlock: their rotary angles differ ({said[0]} in the teacher, {said[1]} in "
+            "the student)"
+        )

@@ -1,7 +1,12 @@
-"""The shape of a model, read from its Hugging Face config: everything the one decoder layer needs to know."""
+"""The shape of a model: everything the one decoder layer needs to know, as transformers reads its config.
+
+Defaults, migrations of old spellings and rotary frequencies are those of the installed transformers; what is ours is
+which of its models this server computes.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +17,17 @@ import torch
 from model_store.errors import BoomerangError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+# The most of what a config may count, far above any model: beyond, something is damaged, and would be allocated.
+_MOST = {
+    "num_hidden_layers": 1 << 12, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14, "head_dim": 1 << 14, "vocab_size": 1 << 25, "max_position_embeddings": 1 << 31,
+    "n_layer": 1 << 12, "n_embd": 1 << 20, "n_inner": 1 << 22, "n_head": 1 << 14, "n_positions": 1 << 31,
+}  # fmt: skip
 
 
 class SpecError(BoomerangError, ValueError):
@@ -40,13 +56,18 @@ class ModelSpec:
     o_bias: bool
     mlp_bias: bool
     rotary_dim: int  # channels of a head that are rotated; 0 = no rotary embedding
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
+    # Frequencies in radians per position, float32 [rotary_dim / 2]; none: `rope_theta` ** (-2 i / rotary_dim).
+    inv_freq: tuple[float, ...] | None = None
+    rope_factor: float = 1.0  # multiplies cos and sin
+    rope_theta: float = field(default=10000.0, compare=False)  # how the frequencies were described, for files written
+    rope_scaling: dict[str, Any] | None = field(default=None, compare=False)
     learned_positions: bool = False
     max_position_embeddings: int
     sliding_window: int | None = None  # contexts up to it are exact; the engine never goes beyond
+    layer_types: tuple[str, ...] = ()  # "full_attention" or "sliding_attention"; () where all layers are alike
     tie_word_embeddings: bool
     attention_scale: float
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what of a checkpoint is not as its config says
 
     @property
     def max_context(self) -> int:
@@ -85,188 +106,194 @@ class ModelSpec:
         return 2 * self.kv_size * bytes_per_value
 
     def rope_inv_freq(self) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies, float32 [rotary_dim / 2], and the factor that scales cos and sin.
-
-        Linear scaling divides positions; llama3 scaling (Llama 3.1 model card) stretches long wavelengths only; yarn
-        (arXiv 2309.00071) ramps between both and scales attention.
-        """
-        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.int64).float() / self.rotary_dim
-        inv_freq = 1.0 / (self.rope_theta**exponents)
-        scaling = self.rope_scaling or {}
-        kind = scaling.get("rope_type", "default")
-        if kind == "linear":
-            return inv_freq / scaling["factor"], 1.0
-        if kind == "llama3":
-            return _llama3(inv_freq, scaling), 1.0
-        if kind == "yarn":
-            return _yarn(inv_freq, scaling, self.rotary_dim, self.rope_theta, self.max_position_embeddings)
-        return inv_freq, 1.0
+        """Inverse frequencies, float32 [rotary_dim / 2], and the factor that scales cos and sin."""
+        if self.inv_freq is None:
+            return _plain_frequencies(self.rope_theta, self.rotary_dim), self.rope_factor
+        return torch.tensor(self.inv_freq, dtype=torch.float32), self.rope_factor
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """From the contents of a `config.json`. Raises SpecError for what cannot be run exactly."""
-        family = config.get("model_type", "?")
-        if family not in FAMILIES:
-            raise SpecError(f"model family {family!r} is not supported (supported: {', '.join(FAMILIES)})")
-        return {"gpt2": _gpt2, "gpt_neox": _gpt_neox}.get(family, _llama_like)(config)
+    def from_hf_config(cls, raw: Mapping[str, Any]) -> ModelSpec:
+        """From the contents of a `config.json`; imports transformers. SpecError for what cannot be run exactly."""
+        config = resolved_config(raw)
+        _check_counts(config)
+        family, heads, hidden = config.model_type, config.num_attention_heads, config.hidden_size
+        head_dim = hidden // heads
+        if family in ("gpt2", "gpt_neox"):
+            if hidden % heads or (getattr(config, "head_dim", None) or head_dim) != head_dim:
+                raise SpecError(f"heads of hidden_size {hidden} / num_attention_heads {heads} channels are expected")
+        else:
+            head_dim = getattr(config, "head_dim", None) or head_dim
+        windows = _windows(config)
+        common: dict[str, Any] = {
+            "family": family, "num_layers": config.num_hidden_layers, "hidden_size": hidden, "num_heads": heads,
+            "head_dim": head_dim, "vocab_size": config.vocab_size, "attention_scale": head_dim**-0.5,
+            "max_position_embeddings": config.max_position_embeddings, "layer_types": windows[1],
+            "tie_word_embeddings": bool(config.tie_word_embeddings), "sliding_window": windows[0],
+        }  # fmt: skip
+        if family == "gpt2":
+            spec = cls(**common | _gpt2(config))
+        else:
+            make = _gpt_neox if family == "gpt_neox" else _llama_like
+            spec = cls(**common | make(config) | _rope(config, head_dim))
+        _check(spec)
+        return spec
 
 
-def _llama_like(config: Mapping[str, Any]) -> ModelSpec:
-    family = config["model_type"]
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    theta, scaling = _rope(config)
-    attention_bias = bool(config.get("attention_bias", False))
-    window = config.get("sliding_window")
-    if family in ("qwen2", "qwen3"):
-        window = window if config.get("use_sliding_window") else None
-    elif family == "llama":
-        window = None
-    if config.get("layer_types") and "sliding_attention" not in config["layer_types"]:
-        window = None
-    return ModelSpec(
-        family=family,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        vocab_size=config["vocab_size"],
-        norm="rms",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation=_activation(config.get("hidden_act", "silu")),
-        gated_mlp=True,
-        parallel_residual=False,
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=family != "qwen2" and attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        rotary_dim=head_dim,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        sliding_window=window,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_scale=head_dim**-0.5,
+def resolved_config(raw: Mapping[str, Any]) -> Any:
+    """The transformers config that `raw` stands for, defaults filled in and old spellings migrated.
+
+    SpecError for a family, a quantised checkpoint or values that are refused.
+    """
+    if not isinstance(raw, Mapping):
+        raise SpecError(f"config.json is a JSON {type(raw).__name__}, not an object")
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        said = f"model family {family!r} is not supported" if family else "config.json names no model_type"
+        raise SpecError(f"{said} (supported: {', '.join(FAMILIES)})")
+    if refusal := quantised_as(raw):
+        raise SpecError(refusal)
+    for key, most in _MOST.items():
+        value = raw.get(key)
+        if isinstance(value, int | float) and value > most:
+            raise SpecError(f"{key} is {value}: no model has more than {most}, the config is damaged")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[family].from_dict(copy.deepcopy(dict(raw)))
+    except Exception as error:  # whatever a validator of transformers makes of a value
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SpecError(f"transformers does not take this config: {reason}") from error
+
+
+def quantised_as(raw: Mapping[str, Any]) -> str | None:
+    """What to say of a checkpoint that its config calls quantised; None for one that it does not."""
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if isinstance(quantization, Mapping) and not method:
+        method = "bitsandbytes" if any(str(key).startswith("load_in_") for key in quantization) else "unknown method"
+    values = quantization if isinstance(quantization, Mapping) else {}
+    kind = ", ".join([str(method), *(f"{values[key]} bits" for key in ("bits", "w_bit") if values.get(key))])
+    return (
+        f"this checkpoint is quantised ({kind}; quantization_config in config.json), and quantised checkpoints are not "
+        "supported: take the original one, and --quantization int8 to save memory"
     )
 
 
-def _gpt_neox(config: Mapping[str, Any]) -> ModelSpec:
-    heads = config["num_attention_heads"]
-    head_dim = config["hidden_size"] // heads
-    theta, scaling = _rope(config)
-    fraction = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    bias = bool(config.get("attention_bias", True))
-    return ModelSpec(
-        family="gpt_neox",
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        vocab_size=config["vocab_size"],
-        norm="layer",
-        norm_eps=config.get("layer_norm_eps", 1e-5),
-        activation=_activation(config.get("hidden_act", "gelu")),
-        gated_mlp=False,
-        parallel_residual=bool(config.get("use_parallel_residual", True)),
-        qk_norm=False,
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=True,
-        rotary_dim=int(head_dim * fraction),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_scale=head_dim**-0.5,
-    )
-
-
-def _gpt2(config: Mapping[str, Any]) -> ModelSpec:
-    if config.get("scale_attn_by_inverse_layer_idx") or config.get("add_cross_attention"):
-        raise SpecError("GPT-2 with attention scaled by layer index or with cross attention is not supported")
-    heads, hidden = config.get("n_head", 12), config.get("n_embd", 768)
-    head_dim = hidden // heads
-    return ModelSpec(
-        family="gpt2",
-        num_layers=config.get("n_layer", 12),
-        hidden_size=hidden,
-        intermediate_size=config.get("n_inner") or 4 * hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        vocab_size=config["vocab_size"],
-        norm="layer",
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(config.get("activation_function", "gelu_new")),
-        gated_mlp=False,
-        parallel_residual=False,
-        qk_norm=False,
-        qkv_bias=True,
-        o_bias=True,
-        mlp_bias=True,
-        rotary_dim=0,
-        rope_theta=0.0,
-        learned_positions=True,
-        max_position_embeddings=config.get("n_positions", 1024),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
-        attention_scale=head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0,
-    )
-
-
-def _activation(name: str) -> Literal["silu", "gelu", "gelu_tanh"]:
-    known = {
-        "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_fast": "gelu_tanh",
+def _llama_like(config: Any) -> dict[str, Any]:
+    """Biases as the modelling code of each family has them, whatever the config says."""
+    family = config.model_type
+    bias = family in ("llama", "qwen3") and bool(config.attention_bias)
+    return {
+        "intermediate_size": config.intermediate_size, "num_kv_heads": config.num_key_value_heads, "norm": "rms",
+        "norm_eps": config.rms_norm_eps, "activation": _activation(config.hidden_act), "gated_mlp": True,
+        "parallel_residual": False, "qk_norm": family == "qwen3", "qkv_bias": family == "qwen2" or bias,
+        "o_bias": bias, "mlp_bias": family == "llama" and bool(config.mlp_bias),
     }  # fmt: skip
-    if name not in known:
+
+
+def _gpt_neox(config: Any) -> dict[str, Any]:
+    bias = bool(config.attention_bias)
+    return {
+        "intermediate_size": config.intermediate_size, "num_kv_heads": config.num_attention_heads, "norm": "layer",
+        "norm_eps": config.layer_norm_eps, "activation": _activation(config.hidden_act), "gated_mlp": False,
+        "parallel_residual": bool(config.use_parallel_residual), "qk_norm": False, "qkv_bias": bias, "o_bias": bias,
+        "mlp_bias": True,
+    }  # fmt: skip
+
+
+def _gpt2(config: Any) -> dict[str, Any]:
+    if config.scale_attn_by_inverse_layer_idx or config.add_cross_attention:
+        raise SpecError("GPT-2 with attention scaled by layer index or with cross attention is not supported")
+    changes = {} if config.scale_attn_weights else {"attention_scale": 1.0}
+    return changes | {
+        "intermediate_size": config.n_inner or 4 * config.n_embd, "num_kv_heads": config.n_head, "norm": "layer",
+        "norm_eps": config.layer_norm_epsilon, "activation": _activation(config.activation_function),
+        "gated_mlp": False, "parallel_residual": False, "qk_norm": False, "qkv_bias": True, "o_bias": True,
+        "mlp_bias": True, "rotary_dim": 0, "learned_positions": True,
+    }  # fmt: skip
+
+
+def _activation(name: Any) -> Literal["silu", "gelu", "gelu_tanh"]:
+    if name not in _ACTIVATIONS:
         raise SpecError(f"activation {name!r} is not supported")
-    return known[name]
+    return _ACTIVATIONS[name]
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling from either spelling: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
-    parameters.pop("partial_rotary_factor", None)
-    kind = parameters.get("rope_type") or parameters.pop("type", "default")
-    if kind == "default":
-        return float(theta), None
-    if kind not in ("linear", "llama3", "yarn"):
+def _windows(config: Any) -> tuple[int | None, tuple[str, ...]]:
+    """The narrowest window of any layer, and the layers' types where the family has types by layer."""
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "mistral":
+        return window, ()
+    if config.model_type not in ("qwen2", "qwen3"):
+        return None, ()
+    types = tuple(config.layer_types)
+    if len(types) != config.num_hidden_layers:
+        raise SpecError(f"layer_types names {len(types)} layers, num_hidden_layers is {config.num_hidden_layers}")
+    if unknown := {*types} - {"full_attention", "sliding_attention"}:
+        raise SpecError(f"layer_types: {min(unknown)!r} is not supported")
+    if "sliding_attention" not in types:
+        return None, types
+    if window is None:
+        raise SpecError("layer_types names sliding_attention, and no sliding_window is in use")
+    return window, types
+
+
+def _plain_frequencies(theta: float, dim: int) -> torch.Tensor:
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def _rope(config: Any, head_dim: int) -> dict[str, Any]:
+    """Frequencies by the functions of transformers, which know every key of every kind."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type")
+    if kind is None:
+        raise SpecError("rope_parameters has no rope_type: frequencies by layer type are not supported")
+    if kind not in _ROPE_TYPES:
         raise SpecError(f"rope type {kind!r} is not supported: its angles depend on the batch or on the context length")
-    return float(theta), parameters | {"rope_type": kind}
+    try:
+        theta = float(parameters["rope_theta"])
+        if kind == "default":
+            # As the modelling code has it: of these families only GPT-NeoX rotates a part of a head.
+            share = parameters.get("partial_rotary_factor", 1.0) if config.model_type == "gpt_neox" else 1.0
+            inv_freq, factor = _plain_frequencies(theta, int(head_dim * share)), 1.0
+        else:
+            inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise SpecError(f"rope_parameters {parameters}: {type(error).__name__}: {error}") from error
+    dim = 2 * len(inv_freq)
+    if dim > head_dim or (dim < head_dim and config.model_type != "gpt_neox"):
+        raise SpecError(f"rope_parameters {parameters} rotate {dim} of {head_dim} channels, which the family does not")
+    if not (bool(inv_freq.isfinite().all()) and math.isfinite(factor)):
+        raise SpecError(f"rope_parameters {parameters} give angles that are no numbers")
+    scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
+    return {
+        "rotary_dim": dim, "inv_freq": tuple(inv_freq.float().tolist()), "rope_factor": float(factor),
+        "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling,
+    }  # fmt: skip
 
 
-def _llama3(inv_freq: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
-    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - low) / (high - low)
-    blended = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-    scaled = torch.where(wavelength > original / low, inv_freq / factor, inv_freq)
-    is_between = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(is_between, blended, scaled)
+def _check_counts(config: Any) -> None:
+    """Counts that no validator of transformers bounds; before anything is divided by them."""
+    names = ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+    if config.model_type not in ("gpt2", "gpt_neox"):
+        names += ["intermediate_size", "num_key_value_heads"]
+    for name in names:
+        count = getattr(config, name)
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST[name]:
+            raise SpecError(f"{name} is {count!r}, not a count between 1 and {_MOST[name]}")
 
 
-def _yarn(
-    inv_freq: torch.Tensor, scaling: Mapping[str, Any], dim: int, theta: float, max_positions: int
-) -> tuple[torch.Tensor, float]:
-    factor = scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or max_positions
-    fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
-
-    def channel(rotations: float) -> float:
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = channel(fast), channel(slow)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    attention = scaling.get("attention_factor")
-    if attention is None:
-        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(attention)
+def _check(spec: ModelSpec) -> None:
+    for name, count in (("intermediate_size", spec.intermediate_size), ("head_dim", spec.head_dim)):
+        if not 1 <= count <= _MOST[name]:
+            raise SpecError(f"{name} is {count!r}, not a count between 1 and {_MOST[name]}")
+    if spec.num_heads % spec.num_kv_heads:
+        raise SpecError(f"num_attention_heads {spec.num_heads} is no multiple of {spec.num_kv_heads} key/value heads")
+    if spec.sliding_window is not None and spec.sliding_window < 1:
+        raise SpecError(f"sliding_window is {spec.sliding_window}")
+    if not (math.isfinite(spec.norm_eps) and spec.norm_eps >= 0):
+        raise SpecError(f"the norms' epsilon is {spec.norm_eps}")

@@ -1,11 +1,12 @@
-"""Opens safetensors checkpoints and turns each family's tensor names and layouts into one.
+"""Opens safetensors checkpoints, checks every tensor, and turns each family's names and layouts into one.
 
 E = hidden, H = query heads, K = KV heads, D = head dim, I = MLP width, V = vocabulary, P = positions.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,15 +15,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from model_store.description import remembered_spec
 from model_store.errors import BoomerangError
+from model_store.files import read_json
 from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
-from model_store.spec import ModelSpec
+from model_store.layout import END_PARTS, HEAD_NAMES, FileTensor, Order, end_tensors, layer_prefix, layer_tensors
+from model_store.spec import ModelSpec, SpecError, quantised_as
 from model_store.weight_form import Storage, WeightForm
 
 # Buffers that old checkpoints carry; computed, not learned.
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 _PREFIXES = ("model.", "gpt_neox.", "transformer.")
-END_PARTS = ("embed", "norm", "head")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# What GPTQ, AWQ, bitsandbytes, compressed-tensors and float8 checkpoints add to the weights.
+_QUANTISED = (
+    ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv",
+    ".weight_zero_point", ".weight_shape", ".absmax", ".quant_map", ".SCB", ".weight_format", ".input_scale",
+)  # fmt: skip
 MATRICES = ("qkv_weight", "o_weight", "up_weight", "down_weight")  # of a layer
 
 
@@ -75,19 +84,32 @@ class EndWeights:
 
 
 class Checkpoint:
-    """A folder with config.json and safetensors. Tensors are read one at a time, through a memory map."""
+    """A folder with config.json and safetensors. Tensors are read one at a time, through a memory map.
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises WeightError if there is no safetensors file (other formats can run code when read)."""
+    Whatever is wrong with names, shapes and types is found when it is opened: nothing that computes ever sees it.
+    """
+
+    def __init__(self, path: Path | str, store: Path | str | None = None) -> None:
+        """Raises WeightError, SpecError or FileError; WeightError also if there is no safetensors file (other formats
+        can run code when read). `store` keeps what was found out about the folder."""
         self.path = Path(path)
-        config_file = self.path / "config.json"
-        if not config_file.is_file():
+        if not (self.path / "config.json").is_file():
             raise WeightError(f"{self.path} has no config.json")
-        self.config = json.loads(config_file.read_text())
-        self.spec = ModelSpec.from_hf_config(self.config)
-        self._files = {file: _open(file) for file in weight_files(self.path)}
-        self._where = {_plain(key): (file, key) for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
-        self._used: set[str] = set()
+        if (self.path / "adapter_config.json").is_file():
+            raise WeightError(f"{self.path} has an adapter_config.json: merge the adapter into its model first")
+        raw = read_json(self.path / "config.json")
+        if refusal := quantised_as(raw):
+            raise SpecError(f"{self.path}: {refusal}")
+        files = weight_files(self.path)
+        self._files = {file: _open(file) for file in files}
+        self._where: dict[str, tuple[Path, str]] = {}
+        for file, handle in self._files.items():
+            for key in handle.keys():  # noqa: SIM118
+                if (name := _plain(key)) in self._where:
+                    raise WeightError(f"{self.path} has the tensor {name!r} twice")
+                self._where[name] = (file, key)
+        self.spec = remembered_spec(self.path, files, store, lambda: self._resolve(raw))
+        self._ends = self._check()
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -95,17 +117,21 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._where:
             raise WeightError(f"{self.path} lacks the tensor {name!r}")
-        self._used.add(name)
         file, key = self._where[name]
         return self._files[file].get_tensor(key)
 
     def layer(self, index: int, form: WeightForm, device: torch.device | str = "cpu") -> LayerWeights:
         """One layer in the common layout; each merged tensor is built and moved before the next is read."""
-        layer = _LAYERS[self.spec.family](self, index, _placer(form.dtype, device))
-        for name, shape in self.spec.matrix_shapes.items():
-            if tuple(getattr(layer, name).shape) != shape:
-                found = list(getattr(layer, name).shape)
-                raise WeightError(f"{self.path}: layer {index} {name} is {found}, its config says {list(shape)}")
+        place, base = _placer(form.dtype, device), f"{layer_prefix(self.spec.family)}{index}."
+        names: dict[str, list[FileTensor]] = {}
+        for tensor in layer_tensors(self.spec):
+            names.setdefault(tensor.field, []).append(tensor)
+
+        def field(tensors: list[FileTensor]) -> torch.Tensor:
+            parts = [tensor.read(self.tensor(base + tensor.name), self.spec) for tensor in tensors]
+            return place(parts[0]) if len(parts) == 1 else place(torch.cat(parts), is_fresh=True)
+
+        layer = LayerWeights(**{name: field(tensors) for name, tensors in names.items()})
         if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer
@@ -117,49 +143,113 @@ class Checkpoint:
 
         What is quantised is the head, and an embedding that is tied to it.
         """
-        place, names = _placer(form.dtype, device), _ENDS[self.spec.family]
+        place = _placer(form.dtype, device)
         placed_head = (lambda tensor: quantise(place(tensor))) if form.storage is Storage.INT8 else place
+        is_tied = self.spec.tie_word_embeddings
         tensors: dict[str, Matrix | None] = {}
-        embed_name, head_name = names["embed"], self.head_name
         if "embed" in parts:
-            tensors["embed"] = (placed_head if head_name == embed_name else place)(self.tensor(embed_name))
+            tensors["embed"] = (placed_head if is_tied else place)(self.tensor(self._ends["embed"]))
             tensors["positions"] = place(self.tensor("wpe.weight")) if self.spec.learned_positions else None
         if "norm" in parts:
-            tensors["final_norm_weight"] = place(self.tensor(names["norm"] + ".weight"))
-            has_bias = self.spec.norm == "layer"
-            tensors["final_norm_bias"] = place(self.tensor(names["norm"] + ".bias")) if has_bias else None
+            for field in ("final_norm_weight", "final_norm_bias"):
+                tensors[field] = place(self.tensor(self._ends[field])) if field in self._ends else None
         if "head" in parts:
-            is_loaded = head_name == embed_name and "embed" in tensors
-            tensors["head"] = tensors["embed"] if is_loaded else placed_head(self.tensor(head_name))
-            tensors["head_bias"] = place(self.tensor("lm_head.bias")) if "lm_head.bias" in self else None
+            is_loaded = is_tied and "embed" in tensors
+            tensors["head"] = tensors["embed"] if is_loaded else placed_head(self.tensor(self._ends["head"]))
         return tensors
 
     def ends(self, form: WeightForm, device: torch.device | str = "cpu") -> EndWeights:
         return EndWeights(**self.end_tensors(form, device))
 
-    @property
-    def head_name(self) -> str:
-        """Name of the head's tensor: the embedding's where they are tied or no head was saved."""
-        head = next((name for name in ("lm_head.weight", "embed_out.weight") if name in self), None)
-        if self.spec.tie_word_embeddings or head is None:
-            if head:
-                self._used.add(head)  # a copy of the embedding that some tools save too
-            return _ENDS[self.spec.family]["embed"]
-        return head
-
     def end_names(self, part: str) -> list[str]:
-        """Names of the tensors of an end part ("embed", "norm", "head") in this checkpoint."""
-        names = _ENDS[self.spec.family]
-        wanted = {
-            "embed": [names["embed"], "wpe.weight"],
-            "norm": [names["norm"] + ".weight", names["norm"] + ".bias"],
-            "head": [self.head_name, "lm_head.bias"],
-        }[part]
-        return [name for name in wanted if name in self]
+        """Names of the tensors of an end part ("embed", "norm", "head") in this checkpoint, in a fixed order."""
+        fields = {"embed": ("embed", "positions"), "norm": ("final_norm_weight", "final_norm_bias"), "head": ("head",)}
+        return [self._ends[field] for field in fields[part] if field in self._ends]
 
-    def unused(self) -> list[str]:
-        """Tensors nobody asked for, known buffers aside: after a full load this must be empty."""
-        return sorted(n for n in self._where if n not in self._used and not n.endswith(_BUFFERS))
+    def _head_name(self) -> str | None:
+        """Name of the head's tensor, None if there is none in the file."""
+        names = HEAD_NAMES if self.spec.family == "gpt_neox" else HEAD_NAMES[:1]
+        return next((name for name in names if name in self), None)
+
+    def _resolve(self, raw: dict[str, Any]) -> ModelSpec:
+        """The config as transformers reads it, and its rule for heads: tied only if they are equal, or one lacks."""
+        try:
+            self.spec = ModelSpec.from_hf_config(raw)
+        except SpecError as error:
+            raise SpecError(f"{self.path}: {error}") from error
+        embed, head, is_tied = end_tensors(self.spec)["embed"][1], self._head_name(), self.spec.tie_word_embeddings
+        if embed not in self or is_tied == (head is None):
+            return self.spec
+        if not is_tied:
+            note = "tie_word_embeddings is false and the file has no head: the embedding is used for it"
+        elif not _is_equal(self.tensor(head), self.tensor(embed)):
+            note = "tie_word_embeddings is true and the file has a head of its own: it is used, as transformers does"
+        else:
+            return self.spec
+        return dataclasses.replace(self.spec, tie_word_embeddings=not is_tied, notes=(note,))
+
+    def _check(self) -> dict[str, str]:
+        """Compare every tensor with what the spec expects. Returns EndWeights field -> name.
+
+        WeightError names the first that is missing, of another shape, no float, or unknown.
+        """
+        spec, head = self.spec, self._head_name()
+        expected = {name: shape for _, name, shape in end_tensors(spec).values()}
+        ends = {field: name for field, (_, name, _) in end_tensors(spec).items()}
+        table = expected.pop(ends["head"])
+        if head:
+            expected[head] = table
+            if ends["embed"] not in self and spec.tie_word_embeddings:
+                del expected[ends["embed"]]  # the one table there is was saved as the head
+                ends["embed"] = head
+        ends["head"] = ends["embed"] if spec.tie_word_embeddings else head or ends["head"]
+        if not spec.tie_word_embeddings:
+            expected[ends["head"]] = table
+        prefix = layer_prefix(spec.family)
+        for index in range(spec.num_layers):
+            expected |= {f"{prefix}{index}.{tensor.name}": tensor.shape for tensor in layer_tensors(spec)}
+        unknown = sorted(name for name in self._where.keys() - expected.keys() if not name.endswith(_BUFFERS))
+        if quantised := next((name for name in unknown if name.endswith(_QUANTISED)), None):
+            raise WeightError(
+                f"{self.path} is quantised (it has {quantised}), which is not supported: take the original"
+            )
+        for name, shape in expected.items():
+            if name not in self:
+                raise WeightError(f"{self.path} lacks the tensor {name!r}{self._hint(unknown)}")
+            file, key = self._where[name]
+            part = self._files[file].get_slice(key)
+            if tuple(part.get_shape()) != shape:
+                raise WeightError(f"{self.path}: {name} is {part.get_shape()}, its config says {list(shape)}")
+            if part.get_dtype() not in _FLOATS:
+                raise WeightError(f"{self.path}: {name} is of type {part.get_dtype()}, not of floats: is it quantised?")
+        if unknown:
+            beyond = rf"{re.escape(prefix)}(\d+)\."
+            number = max((int(match[1]) for name in unknown if (match := re.match(beyond, name))), default=-1)
+            if number >= spec.num_layers:
+                raise WeightError(f"{self.path}: its config says {spec.num_layers} layers, the file has layer {number}")
+            some = ", ".join(unknown[:5])
+            raise WeightError(f"{self.path} has {len(unknown)} tensors that its model family has no place for: {some}")
+        return ends
+
+    def _hint(self, unknown: list[str]) -> str:
+        return f"; it has {unknown[0]!r}, which its family does not know" if unknown else ""
+
+
+def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tables hold the same numbers; unlike ones are told apart by their first rows."""
+    if one.shape != other.shape:
+        return False
+    return all(torch.equal(a.float(), b.float()) for a, b in zip(one.split(1024), other.split(1024), strict=True))
+
+
+def split_layer(layer: LayerWeights, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    """A layer of plain tensors by the names, and in the layout, that its family's files have."""
+    starts: dict[str, int] = {}
+    for tensor in layer_tensors(spec):
+        merged, start = getattr(layer, tensor.field), starts.get(tensor.field, 0)
+        rows = tensor.shape[1] if tensor.order is Order.CONV1D else tensor.shape[0]
+        starts[tensor.field] = start + rows
+        yield tensor.name, tensor.write(merged[start : start + rows], spec)
 
 
 def quantise_layer(layer: LayerWeights) -> None:
@@ -183,7 +273,12 @@ def weight_files(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WeightError(f"{index} has no weight_map: it does not say in which files the tensors are")
+        names = sorted({str(name) for name in weight_map.values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise WeightError(f"{index} names {outside[0]!r}, which is not a file beside it")
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise WeightError(f"{path} lacks {', '.join(missing)}, which its index names")
@@ -212,95 +307,3 @@ def _placer(dtype: torch.dtype, device: torch.device | str) -> Place:
         return tensor.to(device=device, dtype=dtype, copy=not is_fresh).contiguous()
 
     return place
-
-
-def _llama_layer(checkpoint: Checkpoint, index: int, place: Place) -> LayerWeights:
-    base = f"layers.{index}."
-
-    def get(name: str) -> torch.Tensor:
-        return checkpoint.tensor(base + name)
-
-    def merged(*names: str) -> torch.Tensor:
-        return place(torch.cat([get(name) for name in names]), is_fresh=True)
-
-    spec = checkpoint.spec
-    qkv = [f"self_attn.{p}_proj" for p in "qkv"]
-    up = ["mlp.gate_proj", "mlp.up_proj"]
-    return LayerWeights(
-        attn_norm_weight=place(get("input_layernorm.weight")),
-        qkv_weight=merged(*(n + ".weight" for n in qkv)),
-        qkv_bias=merged(*(n + ".bias" for n in qkv)) if spec.qkv_bias else None,
-        q_norm_weight=place(get("self_attn.q_norm.weight")) if spec.qk_norm else None,
-        k_norm_weight=place(get("self_attn.k_norm.weight")) if spec.qk_norm else None,
-        o_weight=place(get("self_attn.o_proj.weight")),
-        o_bias=place(get("self_attn.o_proj.bias")) if spec.o_bias else None,
-        mlp_norm_weight=place(get("post_attention_layernorm.weight")),
-        up_weight=merged(*(n + ".weight" for n in up)),
-        up_bias=merged(*(n + ".bias" for n in up)) if spec.mlp_bias else None,
-        down_weight=place(get("mlp.down_proj.weight")),
-        down_bias=place(get("mlp.down_proj.bias")) if spec.mlp_bias else None,
-    )
-
-
-def _gpt_neox_layer(checkpoint: Checkpoint, index: int, place: Place) -> LayerWeights:
-    base, spec = f"layers.{index}.", checkpoint.spec
-
-    def get(name: str) -> torch.Tensor:
-        return checkpoint.tensor(base + name)
-
-    def split_heads(fused: torch.Tensor) -> torch.Tensor:
-        # The file interleaves q, k, v per head: [heads, 3, D, ...] -> [3, heads, D, ...].
-        shape = (spec.num_heads, 3, spec.head_dim, *fused.shape[1:])
-        return fused.view(shape).transpose(0, 1).reshape(fused.shape)
-
-    return LayerWeights(
-        attn_norm_weight=place(get("input_layernorm.weight")),
-        attn_norm_bias=place(get("input_layernorm.bias")),
-        qkv_weight=place(split_heads(get("attention.query_key_value.weight"))),
-        qkv_bias=place(split_heads(get("attention.query_key_value.bias"))) if spec.qkv_bias else None,
-        o_weight=place(get("attention.dense.weight")),
-        o_bias=place(get("attention.dense.bias")) if spec.o_bias else None,
-        mlp_norm_weight=place(get("post_attention_layernorm.weight")),
-        mlp_norm_bias=place(get("post_attention_layernorm.bias")),
-        up_weight=place(get("mlp.dense_h_to_4h.weight")),
-        up_bias=place(get("mlp.dense_h_to_4h.bias")),
-        down_weight=place(get("mlp.dense_4h_to_h.weight")),
-        down_bias=place(get("mlp.dense_4h_to_h.bias")),
-    )
-
-
-def _gpt2_layer(checkpoint: Checkpoint, index: int, place: Place) -> LayerWeights:
-    def get(name: str) -> torch.Tensor:
-        return checkpoint.tensor(f"h.{index}.{name}")
-
-    # Conv1D keeps [in, out].
-    return LayerWeights(
-        attn_norm_weight=place(get("ln_1.weight")),
-        attn_norm_bias=place(get("ln_1.bias")),
-        qkv_weight=place(get("attn.c_attn.weight").T),
-        qkv_bias=place(get("attn.c_attn.bias")),
-        o_weight=place(get("attn.c_proj.weight").T),
-        o_bias=place(get("attn.c_proj.bias")),
-        mlp_norm_weight=place(get("ln_2.weight")),
-        mlp_norm_bias=place(get("ln_2.bias")),
-        up_weight=place(get("mlp.c_fc.weight").T),
-        up_bias=place(get("mlp.c_fc.bias")),
-        down_weight=place(get("mlp.c_proj.weight").T),
-        down_bias=place(get("mlp.c_proj.bias")),
-    )
-
-
-_LAYERS = {
-    "llama": _llama_layer,
-    "mistral": _llama_layer,
-    "qwen2": _llama_layer,
-    "qwen3": _llama_layer,
-    "gpt_neox": _gpt_neox_layer,
-    "gpt2": _gpt2_layer,
-}
-_LLAMA_ENDS = {"embed": "embed_tokens.weight", "norm": "norm"}
-_ENDS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_ENDS),
-    "gpt_neox": {"embed": "embed_in.weight", "norm": "final_layer_norm"},
-    "gpt2": {"embed": "wte.weight", "norm": "ln_f"},
-}

@@ -28,6 +28,8 @@ def matmul_attention(
     rows = query.reshape(batch * key.shape[1], groups * length, size)
     keys, values = key.reshape(-1, length, size), value.reshape(-1, length, size)
     future = torch.full((length, length), float("-inf"), dtype=rows.dtype, device=rows.device).triu(1)
+    if attention_mask is not None:  # of a sliding window: the same for all rows and heads
+        future = attention_mask[0, 0].to(rows.dtype)
     future = future.repeat(groups, 1).expand(len(rows), -1, -1)
     scores = torch.baddbmm(future, rows, keys.transpose(1, 2), alpha=scale)
     out = torch.bmm(scores.softmax(-1), values)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class Ends:
     embed: nn.Module
     norm: nn.Module
     head: nn.Module
+    positions: nn.Module | None = None  # learned positions, which go with the embedding
 
 
 @dataclass(slots=True)
@@ -35,7 +37,6 @@ class Body:
 
     layers: nn.ModuleList
     ends: Ends
-    positions: nn.Module | None  # learned positions
     rotary: nn.Module | None
 
 
@@ -49,8 +50,9 @@ def body_of(model: PreTrainedModel) -> Body:
                 return part
         raise ValueError(f"{type(model).__name__} has none of {', '.join(names)}: this family cannot be distilled")
 
-    ends = Ends(model.get_input_embeddings(), first("norm", "final_layer_norm", "ln_f"), model.get_output_embeddings())
-    return Body(first("layers", "h"), ends, getattr(base, "wpe", None), getattr(base, "rotary_emb", None))
+    norm = first("norm", "final_layer_norm", "ln_f")
+    ends = Ends(model.get_input_embeddings(), norm, model.get_output_embeddings(), getattr(base, "wpe", None))
+    return Body(first("layers", "h"), ends, getattr(base, "rotary_emb", None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +107,20 @@ class ElasticModel(nn.Module):
         self.ends: nn.ModuleDict | None = None
         object.__setattr__(self, "_tied_head", None)
         if own_ends:
-            self.set_ends(
-                Ends(*(copy.deepcopy(end).float() for end in (body.ends.embed, body.ends.norm, body.ends.head)))
-            )
-            self.ends.requires_grad_(True)
+            own = copy.deepcopy(body.ends)  # at once: what is tied stays so
+            self.set_ends(own)
+            self.ends.float().requires_grad_(True)
 
     def set_ends(self, ends: Ends) -> None:
         """Give the student ends of its own. A tied head is not registered twice, so that checkpoints hold it once."""
-        if self.body.ends.head.weight is self.body.ends.embed.weight:
-            ends.head.weight = ends.embed.weight
+        parts = {"embed": ends.embed, "norm": ends.norm}
+        if ends.head.weight is ends.embed.weight:
             object.__setattr__(self, "_tied_head", ends.head)
-            self.ends = nn.ModuleDict({"embed": ends.embed, "norm": ends.norm})
         else:
-            self.ends = nn.ModuleDict({"embed": ends.embed, "norm": ends.norm, "head": ends.head})
+            parts["head"] = ends.head
+        if ends.positions is not None:
+            parts["positions"] = ends.positions
+        self.ends = nn.ModuleDict(parts)
 
     # --- pieces
 
@@ -130,13 +133,13 @@ class ElasticModel(nn.Module):
         own = None if on_teacher else self.ends
         if own is None:
             return self.body.ends
-        return Ends(own["embed"], own["norm"], self._tied_head if self._tied_head is not None else own["head"])
+        head = self._tied_head if self._tied_head is not None else own["head"]
+        return Ends(own["embed"], own["norm"], head, own["positions"] if "positions" in self.ends else None)
 
     def embed(self, ids: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
-        hidden = self.side(on_teacher).embed(ids)
-        if self.body.positions is not None:
-            hidden = hidden + self.body.positions.weight[: ids.shape[1]]
-        return hidden
+        ends = self.side(on_teacher)
+        hidden = ends.embed(ids)
+        return hidden if ends.positions is None else hidden + ends.positions.weight[: ids.shape[1]]
 
     def rope(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Cosines and sines for positions 0..T-1, or None for a family without rotary positions."""
@@ -155,7 +158,7 @@ class ElasticModel(nn.Module):
         hidden = _as_taken_by(layer, hidden)
         differs = next(layer.parameters()).dtype != hidden.dtype
         with torch.autocast(hidden.device.type, torch.bfloat16) if differs else contextlib.nullcontext():
-            return self._call_layer(layer, hidden, rope)
+            return self._call_layer(layer, hidden, rope, _window_mask(layer, hidden))
 
     def run_station(self, index: int, hidden: torch.Tensor, rope: tuple | None, on_teacher: bool) -> torch.Tensor:
         station = self.elasticity.stations[index]
@@ -165,9 +168,26 @@ class ElasticModel(nn.Module):
             hidden = self.run_layer(layer, hidden, rope)
         return hidden
 
-    def logits(self, hidden: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
-        ends = self.side(on_teacher)
-        return ends.head(ends.norm(_as_taken_by(ends.norm, hidden)))
+    def logits(
+        self, hidden: torch.Tensor, on_teacher: bool = True, head_on_teacher: bool | None = None
+    ) -> torch.Tensor:
+        """With the norm of one side and the head of the same, or of the side that `head_on_teacher` says."""
+        norm, head = (
+            self.side(on_teacher).norm,
+            self.side(on_teacher if head_on_teacher is None else head_on_teacher).head,
+        )
+        normed = norm(_as_taken_by(norm, hidden))
+        return head(normed.to(head.weight.dtype) if head.weight.dtype == torch.bfloat16 else normed)
+
+    @torch.no_grad()
+    def size_logits(self, ids: torch.Tensor, size: int) -> torch.Tensor:
+        """Logits [B, T, V] of one size, as its path says."""
+        path = self.elasticity.path(size)
+        hidden = self.embed(ids, path.embed_from == "teacher")
+        rope = self.rope(hidden)
+        for index, side in enumerate(path.teacher_stations):
+            hidden = self.run_station(index, hidden, rope, side)
+        return self.logits(hidden, path.norm_from == "teacher", path.head_from == "teacher")
 
     # --- whole passes
 
@@ -285,9 +305,32 @@ class ElasticModel(nn.Module):
         return {"loss": loss, "pure": pure, **{name: value.detach() for name, value in parts.items()}}
 
 
-def _call_layer(layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
-    out = layer(hidden, position_embeddings=rope) if rope is not None else layer(hidden)
+def _call_layer(
+    layer: nn.Module, hidden: torch.Tensor, rope: tuple | None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    more: dict[str, Any] = {} if rope is None else {"position_embeddings": rope}
+    out = layer(hidden, **more) if mask is None else layer(hidden, attention_mask=mask, **more)
     return out[0] if isinstance(out, tuple) else out
+
+
+def window_of(layer: nn.Module) -> int | None:
+    """The sliding window of a layer, by its own config; None if it sees everything before it."""
+    attention = getattr(layer, "self_attn", None)
+    if attention is None or attention.config.model_type == "llama":
+        return None
+    return getattr(attention, "sliding_window", attention.config.sliding_window)
+
+
+def _window_mask(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:
+    """What to add to scores [1, 1, T, T]; None where causality alone says it all."""
+    window, length = window_of(layer), hidden.shape[1]
+    if window is None or length <= window:
+        return None
+    seen = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    return torch.zeros(1, 1, length, length, dtype=dtype, device=hidden.device).masked_fill(
+        ~(seen & ~seen.tril(-window)), torch.finfo(dtype).min
+    )
 
 
 def _as_taken_by(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -52,8 +52,8 @@ def write_full(folder: Path, model: ElasticModel) -> None:
     setattr(base, norm, copy.deepcopy(ends.norm))
     student.set_input_embeddings(copy.deepcopy(ends.embed))
     student.set_output_embeddings(copy.deepcopy(ends.head))
-    if model.body.positions is not None:
-        base.wpe = copy.deepcopy(model.body.positions)
+    if ends.positions is not None:
+        base.wpe = copy.deepcopy(ends.positions)
     if model.body.rotary is not None:
         base.rotary_emb = copy.deepcopy(model.body.rotary)
     student.tie_weights()

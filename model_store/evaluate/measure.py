@@ -59,13 +59,13 @@ def score(
             path = paths[size]
             sides = path.teacher_stations
             own_embed = model.ends is not None and path.embed_from == "student"
-            own_head = model.ends is not None and path.head_from == "student"
             first = next((i for i, s in enumerate(sides) if not s and str(i) in model.student), len(sides))
             first = 0 if own_embed else first
             hidden = model.embed(batch, False) if own_embed else states[first]
             for index in range(first, len(sides)):
                 hidden = model.run_station(index, hidden, rope, sides[index])
-            ours = F.log_softmax(model.logits(hidden[0, start - 1 : -1], not own_head).float(), -1)
+            ends = path.norm_from == "teacher", path.head_from == "teacher"
+            ours = F.log_softmax(model.logits(hidden[0, start - 1 : -1], *ends).float(), -1)
             row = scores[size]
             row.nll.append(-float(ours.gather(-1, target[:, None]).sum()))
             row.kl.append(float((probabilities * (reference - ours)).sum()))

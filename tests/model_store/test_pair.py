@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_store import published
+from model_store.errors import BoomerangError
 from model_store.pair import PairError, open_pair
 from model_store.weight_form import WeightForm
 from model_store.weights import WeightError
@@ -119,13 +120,16 @@ def change_student_config(**changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (change_config("student", hidden_size=80, head_dim=16), "hidden_size is 64 in the teacher and 80"),
-        (change_config("student", num_key_value_heads=4), "num_kv_heads is 2 in the teacher and 4"),
-        (change_config("student", vocab_size=130), "vocab_size is 131 in the teacher and 130"),
+        (
+            change_config("student", hidden_size=80, head_dim=16),
+            r"weight is \[131, 64\], its config says \[131, 80\]",
+        ),
+        (change_config("student", num_key_value_heads=4), r"k_proj.weight is \[32, 64\], its config says \[64, 64\]"),
+        (change_config("student", vocab_size=130), r"is \[131, 64\], its config says \[130, 64\]"),
         (change_config("student", model_type="mistral", sliding_window=None), "family is 'llama' .* and 'mistral'"),
-        (change_config("student", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), "rope_theta"),
-        (change_config("student", num_hidden_layers=3), "has 3 layers .* lists 4"),
-        (change_config("teacher", num_hidden_layers=8), "4 copied and 2 pruned layers are not the teacher's 8"),
+        (change_config("student", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), "rotary angles differ"),
+        (change_config("student", num_hidden_layers=3), "its config says 3 layers, the file has layer 3"),
+        (change_config("teacher", num_hidden_layers=8), "lacks the tensor 'layers.6"),
         (change_config("teacher", model_type="bert"), "'bert' is not supported"),
         (change_student_config(copied_teacher_layers=[1, 2, 4, 5], pruned_teacher_layers=[0, 3]), "layer 0"),
         (change_student_config(copied_teacher_layers=[0, 4, 2, 5]), "not ascending"),
@@ -133,11 +137,13 @@ def change_student_config(**changes):
         (lambda teacher, student: (student / "student_config.json").unlink(), "which teacher layers"),
         (lambda teacher, student: (student / "student_config.json").write_text("{"), "not valid JSON"),
         (lambda teacher, student: (student / "config.json").unlink(), "it is not a student"),
+        (change_student_config(pruned_teacher_layers=[1]), "4 copied and 1 pruned layers are not the teacher's 6"),
+        (change_student_config(copied_teacher_layers=[0, 2, 5], pruned_teacher_layers=None), "has 4 layers .* lists 3"),
     ],
 )
 def test_what_does_not_interlock_is_refused_with_the_reason(llama, change, message):
     change(*llama)
-    with pytest.raises(PairError, match=message):
+    with pytest.raises(BoomerangError, match=message):
         open_pair(*llama)
 
 

@@ -12,6 +12,7 @@ LLAMA = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
 SCALINGS = [
     {"rope_type": "default"},
     {"rope_type": "linear", "factor": 4.0},
@@ -59,7 +60,17 @@ def _layers(model):
     [
         ({"model_type": "mamba"}, "'mamba' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported.*depend"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0] * 8,
+                    "factor": 2.0,
+                }
+            },
+            "'longrope' is not supported",
+        ),
         ({"hidden_act": "relu"}, "activation 'relu'"),
     ],
 )
@@ -74,4 +85,4 @@ def test_a_sliding_window_limits_the_context():
     assert ModelSpec.from_hf_config(mistral | {"sliding_window": None}).max_context == 4096
     qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 1000}
     assert ModelSpec.from_hf_config(qwen | {"use_sliding_window": False}).max_context == 4096
-    assert ModelSpec.from_hf_config(qwen | {"use_sliding_window": True}).max_context == 1000
+    assert ModelSpec.from_hf_config(qwen | {"use_sliding_window": True, "max_window_layers": 1}).max_context == 1000

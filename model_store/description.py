@@ -1,0 +1,60 @@
+"""What a checkpoint folder holds, found out once: transformers reads its config, the store remembers the result.
+
+    <store>/descriptions/<folder>.json    the spec, by which transformers it was made, and from which files
+
+A description holds as long as neither the files nor the library change; a start that finds it imports no transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from model_store.spec import ModelSpec
+from model_store.store import sha256, store_root
+
+_VERSION = 1  # of this file's form and of what ModelSpec means
+
+
+def remembered_spec(
+    folder: Path, weights: list[Path], store: Path | str | None, make: Callable[[], ModelSpec]
+) -> ModelSpec:
+    """The spec of `folder`: as remembered if nothing changed, else from `make`."""
+    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    file = store_root(store) / "descriptions" / f"{where}.json"
+    made_by = {"version": _VERSION, "transformers": importlib.metadata.version("transformers")}
+    config = folder / "config.json"
+    stamps = {path.name: _stamp(path) for path in (config, *weights)}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(file.read_text())
+        if known["made_by"] == made_by and known["stamps"] == stamps and known["config_sha256"] == sha256(config):
+            return _from_json(known["spec"])
+    spec = make()
+    content = {
+        "folder": str(folder.resolve()), "made_by": made_by, "stamps": stamps, "config_sha256": sha256(config),
+        "spec": dataclasses.asdict(spec),
+    }  # fmt: skip
+    with contextlib.suppress(OSError):  # a read-only store: found out again at each start
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(content))
+        scratch.replace(file)
+    return spec
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of change: ctime, unlike mtime, cannot be set back by whoever changed the file."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_ctime_ns]
+
+
+def _from_json(fields: dict[str, Any]) -> ModelSpec:
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return ModelSpec(**fields | lists)

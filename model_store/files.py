@@ -1,0 +1,32 @@
+"""Reads the small JSON files of a model folder. What is wrong with one is said with its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model_store.errors import BoomerangError
+
+
+class FileError(BoomerangError, ValueError):
+    """A file that is not what its name says, with the reason."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. FileError if it is empty, not JSON in UTF-8, or no object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise FileError(f"{file} is not text in UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is empty" if not file.stat().st_size else str(error)
+        raise FileError(f"{file} is not valid JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise FileError(f"{file} is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """As `read_json`; empty if there is no such file."""
+    return read_json(file) if file.is_file() else {}
