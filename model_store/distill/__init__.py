@@ -85,15 +85,17 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     Started by torchrun, every process does this on a share of each step's rows, and the first one writes.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
     from model_store.assembly import Elasticity
     from model_store.distill.cpu_attention import use_matmul_attention
     from model_store.distill.data import answer_prompts, check_speakers, pack, read_documents
     from model_store.distill.elastic import ElasticModel
+    from model_store.distill.from_pair import load_transformers
     from model_store.distill.processes import agreed, has_bf16, is_first, training_arguments
     from model_store.distill.recipe import PRESETS, kept_layers, row_sizes, with_overrides
     from model_store.distill.start import order_of, start_from
+    from model_store.distill.write import freeze_vectors
     from model_store.evaluate import end_tokens
     from model_store.evaluate.chat import transformers_generate
     from model_store.sources import default_teacher, resolve
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     teacher_path = resolve(args.teacher, args.store) if args.teacher else default_teacher(args.store)
     tokenizer = AutoTokenizer.from_pretrained(teacher_path, local_files_only=True)
     dtype = torch.bfloat16 if has_bf16(device.type == "cpu") else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_path, dtype=dtype, local_files_only=True).to(device)
+    teacher = load_transformers(teacher_path, dtype, args.store).to(device)
     kept = kept_layers(args.keep, teacher.config.num_hidden_layers)
     first_order = "first_to_last" if args.order == "first" else "last_to_first"
     elasticity = getattr(Elasticity, first_order)(teacher.config.num_hidden_layers, kept)
@@ -119,6 +121,8 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         use_matmul_attention(teacher, args.row_tokens)
     model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
 
+    if args.rank or args.store_rank:
+        freeze_vectors(model)
     with_student = model.elasticity.sizes[:-1]
     if unknown := {*preset.row_sizes} - {*with_student}:
         raise ValueError(f"--row-sizes: {min(unknown)} is no size with student layers, as {with_student} are")

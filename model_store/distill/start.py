@@ -101,6 +101,9 @@ def _whole(layer: dict[str, torch.Tensor], base: torch.nn.Module) -> dict[str, t
     """A layer's float32 weights in main memory; low-rank differences are added to the teacher's `base`."""
     linears = {name.removesuffix(".lora_A") for name in layer if name.endswith(".lora_A")}
     whole = {name: value.float() for name, value in layer.items() if ".lora_" not in name}
+    for name, value in base.named_parameters():
+        if name.endswith((".bias", "_norm.weight")):  # the teacher's, unless a difference stored its own
+            whole.setdefault(name, value.detach().cpu().float())
     for name in linears:
         a, b = (_factor(layer, f"{name}.lora_{side}") for side in "AB")
         whole[f"{name}.weight"] = base.get_submodule(name).weight.detach().cpu().float() + b @ a

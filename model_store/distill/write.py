@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,20 @@ def quantise_rows(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (value / scale[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous(), scale.float()
 
 
+def freeze_vectors(model: ElasticModel) -> None:
+    """Keep biases and query/key norms as the teacher's: a layer with its own cannot run as a low-rank difference."""
+    for layer in model.student.values():
+        for _, value in _vectors(layer):
+            value.requires_grad_(False)
+
+
+def _vectors(layer: nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Biases and query/key norms by name."""
+    for name, value in layer.named_parameters():
+        if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+            yield name, value
+
+
 def write_low_rank(
     folder: Path,
     model: ElasticModel,
@@ -135,6 +149,8 @@ def write_low_rank(
     int8: bool = False,
 ) -> int:
     """Student layers as differences to the teacher's kept layers; returns the bytes written.
+
+    Biases and query/key norms are stored where they are not the teacher's; such a layer is served expanded.
 
     `ranks(name)` is the rank of a linear ("mlp.down_proj"). ValueError for a family whose names the low-rank reader
     does not know, or a model whose ends were trained.
@@ -160,14 +176,8 @@ def write_low_rank(
                     tensors[tensor_name] = value.to(torch.bfloat16).contiguous()
         for name in _NORMS:
             tensors[f"{prefix}{name}.weight"] = layer.get_submodule(name).weight.detach().to(torch.bfloat16).clone()
+        for name, value in _vectors(layer):
+            if not torch.equal(value.float(), base.get_parameter(name).float()):
+                tensors[f"{prefix}{name}"] = value.to(torch.bfloat16).clone()
     save_file(tensors, folder / LOW_RANK_FILE, metadata={"format": "pt"})
     return (folder / LOW_RANK_FILE).stat().st_size
-
-
-def load_compact(model: ElasticModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Load student layers named as in a Llama checkpoint (`model.layers.0.…`); other names are ignored."""
-    for key, layer in model.student.items():
-        prefix = f"model.layers.{key}."
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if own:
-            layer.load_state_dict(own)

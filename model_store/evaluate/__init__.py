@@ -83,6 +83,10 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
         raise ValueError("--window-tokens must be at least 2: a window's first token has nothing to be predicted from")
     device = pick_device(args.device)
     pair, is_own = open_with_order(args)
+    if args.window_tokens > pair.spec.max_context:
+        raise ValueError(
+            f"--window-tokens {args.window_tokens}: the pair is served up to {pair.spec.max_context} tokens"
+        )
     held_out = list(read_texts(args.text, "--text")) if args.text else []
     prompts = chat_prompts(args.chat, args.chat_limit) if args.chat else []
     provenance: dict[str, Any] = {"dtype": args.dtype} | _overlaps(pair, args, held_out, prompts)
