@@ -191,9 +191,9 @@ def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torc
     sides = {"embed": path.embed_from, "norm": path.norm_from, "head": path.head_from}
     is_tied = sources[path.head_from].spec.tie_word_embeddings and sources[path.head_from] is sources[path.embed_from]
     for field, (part, name, _) in end_tensors(pair.spec).items():
-        tensor = sources[sides[part]].end_tensors(form, parts=[part])[field]
-        if tensor is not None and not (part == "head" and is_tied):
-            yield full_name(name, family), tensor
+        value = sources[sides[part]].end_tensors(form, parts=[part])[field]
+        if isinstance(value, torch.Tensor) and not (part == "head" and is_tied):
+            yield full_name(name, family), value
 
 
 def model_card(pair: Pair, size: int) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ def is_same_layer(one: LayerWeights, other: LayerWeights) -> bool:
     return all(_is_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
-def join_ends(teacher: dict[str, Matrix | None], student: dict[str, Matrix | None]) -> dict[str, EndWeights]:
+def join_ends(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, EndWeights]:
     """EndWeights of both sides from the parts that were read; equal tensors become one object.
 
     A part that no size needs was not read: it stands for the other side's, so that both sides are always whole.

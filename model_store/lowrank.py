@@ -78,12 +78,12 @@ class LowRankStudent:
         linear = "|".join(re.escape(part) for parts in _PARTS.values() for part in parts)
         norm = "|".join(map(re.escape, [*_NORMS.values(), *_HEAD_NORMS.values()]))
         known = re.compile(rf"model\.layers\.(\d+)\.(?:(?:{linear})\.(?:lora_[AB](?:_scale)?|bias)|{norm})")
-        matches = {name: known.fullmatch(name) for name in self._names}
-        if unknown := sorted(name for name, m in matches.items() if m is None or int(m[1]) >= len(kept)):
+        layers = {name: int(match[1]) for name in self._names if (match := known.fullmatch(name))}
+        if unknown := sorted(name for name in self._names if layers.get(name, len(kept)) >= len(kept)):
             raise WeightError(f"{path.name} has tensors that no student layer uses: {', '.join(unknown[:5])}")
-        self._own = {int(match[1]) for match in matches.values()}
+        self._own = {*layers.values()}
         own_names = (*(f".{name}" for name in _HEAD_NORMS.values()), ".bias")
-        self._more = {int(match[1]) for name, match in matches.items() if name.endswith(own_names)}
+        self._more = {layer for name, layer in layers.items() if name.endswith(own_names)}
 
     def check(self, spec: ModelSpec) -> None:
         """WeightError if a tensor of a layer is missing, or has another shape than a layer of `spec` wants."""
@@ -159,9 +159,9 @@ class LowRankStudent:
                 for term, name in own:
                     bias[term.start : term.stop] = self._tensor(name).float()
                 changed[f"{group}_bias"] = bias.to(device, dtype)
-        for field, name in _HEAD_NORMS.items():
+        for norm, name in _HEAD_NORMS.items():
             if prefix + name in self._names:
-                changed[field] = self._tensor(prefix + name).to(device, dtype, copy=True)
+                changed[norm] = self._tensor(prefix + name).to(device, dtype, copy=True)
         for name in _NORMS:
             changed[name] = getattr(delta, name).to(device, dtype)
         for field in dataclasses.fields(LayerWeights):

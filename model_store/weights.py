@@ -138,7 +138,7 @@ class Checkpoint:
 
     def end_tensors(
         self, form: WeightForm, device: torch.device | str = "cpu", parts: Collection[str] = END_PARTS
-    ) -> dict[str, Matrix | None]:
+    ) -> dict[str, Any]:
         """The EndWeights fields of some `parts`; a tied head is the very object of the embedding if both are asked.
 
         What is quantised is the head, and an embedding that is tied to it.
@@ -146,7 +146,7 @@ class Checkpoint:
         place = _placer(form.dtype, device)
         placed_head = (lambda tensor: quantise(place(tensor))) if form.storage is Storage.INT8 else place
         is_tied = self.spec.tie_word_embeddings
-        tensors: dict[str, Matrix | None] = {}
+        tensors: dict[str, Any] = {}
         if "embed" in parts:
             tensors["embed"] = (placed_head if is_tied else place)(self.tensor(self._ends["embed"]))
             tensors["positions"] = place(self.tensor("wpe.weight")) if self.spec.learned_positions else None
@@ -180,7 +180,7 @@ class Checkpoint:
         embed, head, is_tied = end_tensors(self.spec)["embed"][1], self._head_name(), self.spec.tie_word_embeddings
         if embed not in self or is_tied == (head is None):
             return self.spec
-        if not is_tied:
+        if head is None:
             note = "tie_word_embeddings is false and the file has no head: the embedding is used for it"
         elif not _is_equal(self.tensor(head), self.tensor(embed)):
             note = "tie_word_embeddings is true and the file has a head of its own: it is used, as transformers does"

@@ -17,7 +17,7 @@ _MODULES = {
     "export": ("write one size as an ordinary checkpoint", "model_store.export"),
     "simulate": ("replay a trace against a simulated cluster", "server.commands.simulate"),
 }
-# Commands of the model store that let our engine speak: which function of server.offline makes their second argument.
+# Commands of the model store that let our engine speak: which function of server.offline is their second argument.
 _GENERATORS = {"distill": "teacher_generator", "evaluate": "pair_generator"}
 _MODEL_GROUPS = ("model", "engine")
 
@@ -123,7 +123,7 @@ def _with_engine(name: str, run: Callable[..., int]) -> Callable[[argparse.Names
     def run_with_engine(arguments: argparse.Namespace) -> int:
         from server import offline
 
-        return run(arguments, getattr(offline, _GENERATORS[name])(arguments))
+        return run(arguments, getattr(offline, _GENERATORS[name]))
 
     return run_with_engine
 

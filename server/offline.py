@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from server.config import Settings
 
 if TYPE_CHECKING:
+    from model_store.distill.job import DistillJob
+    from model_store.evaluate.job import EvaluateJob
     from model_store.pair import Pair
 
 # (size, prompts as token ids, most new tokens, temperature, repetition penalty) -> answers as token ids, the ending
@@ -66,20 +68,20 @@ class OfflineEngine:
         return [list(request.output_token_ids) for request in requests]
 
 
-def pair_generator(args: Any, longest: int = 2048) -> Generate:
-    """Answers by the pair that the arguments of `evaluate` name; it is loaded, in their order, at the first call."""
+def pair_generator(job: EvaluateJob, longest: int = 2048) -> Generate:
+    """Answers by the pair that a job of `evaluate` names; it is loaded, in their order, at the first call."""
     from model_store.pair import open_pair
 
     def pair() -> Pair:
-        order = {"patch_order": args.patch_order} if args.thresholds is None else {"thresholds": args.thresholds}
-        return open_pair(args.teacher, args.student, **order, store=args.store)
+        order = None if job.thresholds else job.patch_order
+        return open_pair(job.teacher, job.student, patch_order=order, thresholds=job.thresholds, store=job.store)
 
-    return _lazy(pair, Settings(dtype=args.dtype, device=args.device), longest)
+    return _lazy(pair, Settings(dtype=job.dtype, device=job.device), longest)
 
 
-def teacher_generator(args: Any, longest: int = 2048) -> Generate:
+def teacher_generator(job: DistillJob, longest: int = 2048) -> Generate:
     """Answers by a teacher alone, as `distill --self-generate` needs them: no student exists yet."""
-    return _lazy(lambda: _alone(args.teacher, args.store), Settings(device=args.device), longest)
+    return _lazy(lambda: _alone(job.teacher, job.store), Settings(device=job.device), longest)
 
 
 def _lazy(open_it: Callable[[], Pair], settings: Settings, longest: int) -> Generate:

@@ -142,7 +142,8 @@ class Oracle:
         model.set_output_embeddings(copy.deepcopy(sides[path.head_from].get_output_embeddings()))
         model.config.num_hidden_layers = len(layers)
         if hasattr(model.config, "layer_types") and model.config.layer_types:
-            model.config.layer_types = [model.config.layer_types[0]] * len(layers)
+            model.config.layer_types = [layer.self_attn.layer_type for layer in layers]
+            base.has_sliding_layers = "sliding_attention" in model.config.layer_types
         return model
 
     @torch.no_grad()

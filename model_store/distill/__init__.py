@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_store.distill.job import ORDERS, DistillJob, add_arguments
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -22,65 +24,11 @@ if TYPE_CHECKING:
     from model_store.distill.recipe import Preset
     from model_store.evaluate.chat import Generate
 
-ORDERS = {"last": "last_to_first", "first": "first_to_last", "start": "thresholds"}
+__all__ = ["DistillJob", "add_arguments", "run"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add = parser.add_argument
-    add("--teacher", help="folder, GGUF file or hub id (default: the default pair's teacher)")
-    add("--keep", default="every-2nd", help="every-2nd, a list 0,2,4,..., or a number of layers (default %(default)s)")
-    add("--data", type=Path, nargs="+", required=True, help=".txt, .jsonl or .jsonl.gz files or folders of them")
-    add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
-    add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
-    add("--start-weights", type=float, nargs="+", default=[], metavar="W", help="or their sum with these weights, 1 in "
-        "all; a negative one leads away from that student")  # fmt: skip
-    add("--recipe", default="stochastic", choices=("stochastic", "published", "adapt", "cosine"))
-    orders = ("last", "first", "klpatch", "start")
-    add(
-        "--order", default="klpatch", choices=orders, help="how sizes grow; start: as the first student of --start-from"
-    )
-    add("--tokens", type=float, default=2e6, help="to train on; 0: only prune, order, store (default %(default).0f)")
-    add("--row-tokens", type=int, default=256, help="tokens of a packed row (default %(default)s)")
-    add("--batch-rows", type=int, default=8, help="rows of a step and device (default %(default)s)")
-    add("--accumulate", type=int, default=1, help="batches per optimizer step (default %(default)s)")
-    add("--lr", type=float, default=None, help="peak learning rate (default 1e-3 with muon, else 3e-4)")
-    add("--schedule", default="cosine", help="transformers' lr_scheduler_type (default %(default)s)")
-    add("--decay-share", type=float, default=0.25, help="of warmup_stable_decay (default %(default)s)")
-    add("--weight-decay", type=float, default=0.0)
-    add("--loss-on", default="response", choices=("response", "all"), help="which tokens of conversations count")
-    add("--self-generate", type=int, default=0, metavar="N", help="let the teacher answer up to N bare prompts")
-    add("--answer-tokens", type=int, default=256, help="longest answer of --self-generate (default %(default)s)")
-    add("--temperature", type=float, default=1.0, help="of --self-generate; 0 is greedy (default %(default)s)")
-    add("--rank", type=int, default=0, help="train low-rank differences of this rank (default: whole layers)")
-    add("--store-rank", type=int, default=0, help="train whole layers, store differences of this rank")
-    add("--int8", action="store_true", help="store low-rank factors as int8 with a scale per row")
-    add("--calibration-rows", type=int, default=96, help="rows for warm start and patch order (default %(default)s)")
-    add("--ce", type=float, help="weight of the cross-entropy, not taken on said_by documents [recipe]")
-    add("--kl", type=float, help="weight of the KL to the teacher [recipe]")
-    add("--align", type=float, help="weight of the mean cosine distance [recipe]")
-    add("--unlikelihood", type=float, help="weight at loops in a size's own words (said_by) [recipe]")
-    add("--position-share", type=float, help="share of positions that get logits [recipe]")
-    add("--pure-share", type=float, help="share of rows that run the student alone; 1 turns patching off [recipe]")
-    add("--small-bias", type=float, help="1: the other rows' sizes spread evenly; more: towards small ones [recipe]")
-    add("--row-sizes", help="sizes of the other rows instead, each as often as named: 28,28,29")
-    add("--order-noise", type=float, help="how much the order is shuffled at each step, in ranks [recipe]")
-    flag = argparse.BooleanOptionalAction
-    add("--warm-start", action=flag, default=None, help="closed-form fit before training [recipe]")
-    add("--train-ends", action=flag, default=None, help="train embedding, norm and head too [recipe]")
-    add("--train-single", action=flag, default=None, help="train one-layer blocks too [recipe]")
-    add("--optimizer", choices=("muon", "adamw"), help="[recipe]")
-    add("--compile", action="store_true", help="fuse the layers with torch.compile: minutes to start, faster steps")
-    add("--licence", help="of the student, for its model card and those of its exports (as Apache-2.0)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of each process [auto]")
-    add("--seed", type=int, default=0)
-    add("--save-steps", type=int, default=200, help="steps between checkpoints that --resume continues from")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    add("--store", help="folder of the local model store")
-
-
-def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
-    """Distil and write the pair. `generate` is the teacher in an engine (--self-generate), else transformers'.
+def run(args: argparse.Namespace, generator: Callable[[DistillJob], Generate] | None = None) -> int:
+    """Distil and write the pair. `generator` makes the teacher in an engine (--self-generate), else transformers'.
 
     Started by torchrun, every process does this on a share of each step's rows, and the first one writes.
     """
@@ -93,73 +41,66 @@ def run(args: argparse.Namespace, generate: Generate | None = None) -> int:
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.from_pair import load_transformers
     from model_store.distill.processes import agreed, has_bf16, is_first, training_arguments
-    from model_store.distill.recipe import PRESETS, kept_layers, row_sizes, with_overrides
+    from model_store.distill.recipe import kept_layers
     from model_store.distill.start import order_of, start_from
     from model_store.distill.write import freeze_vectors
     from model_store.evaluate import end_tokens
     from model_store.evaluate.chat import transformers_generate
     from model_store.sources import default_teacher, resolve
 
-    preset = with_overrides(PRESETS[args.recipe], vars(args) | {"row_sizes": row_sizes(args.row_sizes)})
-    if preset.train_ends and (args.rank or args.store_rank):
-        raise ValueError("--rank and --store-rank share embedding and head with the teacher: add --no-train-ends")
-    if args.row_sizes and args.small_bias is not None:
-        raise ValueError("--row-sizes draws evenly from its list: leave --small-bias out, or --row-sizes")
-    if args.order == "start" and not args.start_from:
-        raise ValueError("--order start: there is no --start-from to take it from")
-    arguments = training_arguments(args, preset)
+    job = DistillJob.of(args)
+    preset = job.preset
+    arguments = training_arguments(job, preset)
     device = arguments.device
-    set_seed(args.seed)
-    teacher_path = resolve(args.teacher, args.store) if args.teacher else default_teacher(args.store)
+    set_seed(job.seed)
+    teacher_path = resolve(job.teacher, job.store) if job.teacher else default_teacher(job.store)
     tokenizer = AutoTokenizer.from_pretrained(teacher_path, local_files_only=True)
     dtype = torch.bfloat16 if has_bf16(device.type == "cpu") else torch.float32
-    teacher = load_transformers(teacher_path, dtype, args.store).to(device)
-    kept = kept_layers(args.keep, teacher.config.num_hidden_layers)
-    first_order = "first_to_last" if args.order == "first" else "last_to_first"
+    teacher = load_transformers(teacher_path, dtype, job.store).to(device)
+    kept = kept_layers(job.keep, teacher.config.num_hidden_layers)
+    first_order = "first_to_last" if job.order == "first" else "last_to_first"
     elasticity = getattr(Elasticity, first_order)(teacher.config.num_hidden_layers, kept)
     if device.type == "cpu":
-        use_matmul_attention(teacher, args.row_tokens)
+        use_matmul_attention(teacher, job.row_tokens)
     model = ElasticModel(teacher, elasticity, own_ends=preset.train_ends, train_single=preset.train_single).to(device)
 
-    if args.rank or args.store_rank:
+    if job.rank or job.store_rank:
         freeze_vectors(model)
     with_student = model.elasticity.sizes[:-1]
     if unknown := {*preset.row_sizes} - {*with_student}:
         raise ValueError(f"--row-sizes: {min(unknown)} is no size with student layers, as {with_student} are")
-    if args.start_from:
-        start_from(model, args.start_from, args.start_weights)
-    elif args.start_weights:
-        raise ValueError("--start-weights: there is no --start-from whose weights they would be")
-    if args.order == "start":
-        _set_thresholds(model, order_of(args.start_from[0], kept))
-    documents = [document for path in args.data for document in read_documents(path)]
-    if args.self_generate:
-        generate = generate or transformers_generate(model, end_tokens(model, tokenizer))
-        speak = _speaker(args, generate, tokenizer, model.elasticity.sizes[-1])
-        documents = agreed(lambda: answer_prompts(documents, speak, args.self_generate))
+    if job.start_from:
+        start_from(model, job.start_from, job.start_weights)
+    if job.order == "start":
+        _set_thresholds(model, order_of(job.start_from[0], kept))
+    documents = [document for path in job.data for document in read_documents(path)]
+    if job.self_generate:
+        generate = generator(job) if generator else transformers_generate(model, end_tokens(model, tokenizer))
+        speak = _speaker(job, generate, tokenizer, model.elasticity.sizes[-1])
+        documents = agreed(lambda: answer_prompts(documents, speak, job.self_generate))
     documents = [document for document in documents if not document.needs_answer]
-    check_speakers(documents, model.elasticity.sizes, are_needed=bool(args.tokens and preset.unlikelihood))
-    calibration = args.calibration_rows * args.row_tokens
-    rows = pack(documents, tokenizer, int(args.tokens) + calibration, args.row_tokens, args.loss_on, args.seed)
-    if len(rows) < args.calibration_rows + bool(args.tokens):
+    check_speakers(documents, model.elasticity.sizes, are_needed=bool(job.tokens and preset.unlikelihood))
+    calibration = job.calibration_rows * job.row_tokens
+    rows = pack(documents, tokenizer, int(job.tokens) + calibration, job.row_tokens, job.loss_on, job.seed)
+    if len(rows) < job.calibration_rows + bool(job.tokens):
         raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
-    _say(f"{len(documents)} documents, {len(rows)} rows of {args.row_tokens} tokens")
+    _say(f"{len(documents)} documents, {len(rows)} rows of {job.row_tokens} tokens")
 
     if is_first():
-        _note_text(args, documents)
-    calibrating, rows = rows.split(args.calibration_rows)
+        _note_text(job, documents)
+    calibrating, rows = rows.split(job.calibration_rows)
     held = [ids.to(device) for ids in calibrating.ids.split(16)]
     started = time.time()
-    _train(model, rows, held, preset, args, arguments)
+    _train(model, rows, held, preset, job, arguments)
     if is_first():
-        _choose_order(model, held, args.order, rows=16)
-        _write(args, model, preset, tokenizer, teacher_path, held, time.time() - started)
+        _choose_order(model, held, job.order, rows=16)
+        _write(job, model, preset, tokenizer, teacher_path, held, time.time() - started)
     arguments.distributed_state.destroy_process_group()
     return 0
 
 
 def _train(
-    model: ElasticModel, rows: Any, held: list, preset: Preset, args: argparse.Namespace, arguments: TrainingArguments
+    model: ElasticModel, rows: Any, held: list, preset: Preset, job: DistillJob, arguments: TrainingArguments
 ) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -171,14 +112,14 @@ def _train(
     from model_store.distill.warm_start import fit_by_least_squares
     from model_store.distill.write import write_config
 
-    checkpoints = args.out / "checkpoints"
+    checkpoints = job.out / "checkpoints"
     order_file = checkpoints / "order.json"
 
     def found() -> tuple[str | None, list[int] | None]:
         """The checkpoint to continue from and the thresholds of its run."""
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_config(checkpoints, model)  # so that a run can start from the checkpoints of one that was cut short
-        if not args.resume:
+        if not job.resume:
             return None, None
         return get_last_checkpoint(str(checkpoints)), _read_order(order_file)
 
@@ -187,39 +128,39 @@ def _train(
         fit_by_least_squares(model, held, progress=_say)
     if thresholds is not None:
         _set_thresholds(model, thresholds)
-    elif last is None and (preset.warm_start or args.start_from):
+    elif last is None and (preset.warm_start or job.start_from):
         # Fitted, the blocks differ in how much they are missed: train towards the order that will be served.
-        _choose_order(model, held, args.order, rows=6)
+        _choose_order(model, held, job.order, rows=6)
         _set_thresholds(model, agreed(lambda: list(model.elasticity.thresholds)))
         if is_first():
             order_file.write_text(json.dumps(list(model.elasticity.thresholds)))
-    factors = make_low_rank(model, args.rank, _moments(model, held)) if args.rank else None
+    factors = make_low_rank(model, job.rank, _moments(model, held)) if job.rank else None
     as_in_first([*model.parameters(), *(side for f in factors or [] for side in (f.a, f.b))])
-    if not args.tokens:
+    if not job.tokens:
         return
     trainer = DistillTrainer(
         model=model, args=arguments, train_dataset=rows,
-        sampler=SizeSampler(model.elasticity, preset, args.seed),
+        sampler=SizeSampler(model.elasticity, preset, job.seed),
         weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share, preset.unlikelihood),
         matrix_optimizer=preset.optimizer == "muon", factors=factors,
-        callbacks=[CurveFile(args.out / "training_curve.jsonl")],
+        callbacks=[CurveFile(job.out / "training_curve.jsonl")],
     )  # fmt: skip
-    model.compile_layers(args.compile)
-    compile_head_loss(args.compile)
+    model.compile_layers(job.compile)
+    compile_head_loss(job.compile)
     trainer.train(resume_from_checkpoint=last)
     model.compile_layers(False)
     compile_head_loss(False)
 
 
-def _note_text(args: argparse.Namespace, documents: list) -> None:
+def _note_text(job: DistillJob, documents: list) -> None:
     """Leave a fingerprint of the training text, and of what --start-from was trained on, beside the checkpoints."""
     from model_store.distill.start import source_name
     from model_store.evaluate.overlap import FINGERPRINT_FILE, Fingerprint, fingerprint_of
 
-    text, checkpoints = Fingerprint.of(documents), args.out / "checkpoints"
-    for folder in dict.fromkeys(args.start_from):
+    text, checkpoints = Fingerprint.of(documents), job.out / "checkpoints"
+    for folder in dict.fromkeys(job.start_from):
         text.merge(fingerprint_of(folder) or Fingerprint.of_unknown(source_name(folder)))
-    if args.resume and (earlier := fingerprint_of(checkpoints)):
+    if job.resume and (earlier := fingerprint_of(checkpoints)):
         text.merge(earlier)  # --data may be another now
     checkpoints.mkdir(parents=True, exist_ok=True)
     text.save(checkpoints / FINGERPRINT_FILE)
@@ -269,24 +210,24 @@ def _set_thresholds(model: ElasticModel, thresholds: list[int]) -> None:
 
 
 def _speaker(
-    args: argparse.Namespace, generate: Generate, tokenizer: Any, size: int
+    job: DistillJob, generate: Generate, tokenizer: Any, size: int
 ) -> Callable[[list[list[Message]]], list[str]]:
     """A function from conversations that wait for an answer to the teacher's answers."""
 
     def answer(conversations: list[list[Message]]) -> list[str]:
-        room = args.row_tokens * 4
+        room = job.row_tokens * 4
         prompts = [
             tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)[-room:]
             for turns in conversations
         ]
-        answers = generate(size, prompts, args.answer_tokens, args.temperature)
+        answers = generate(size, prompts, job.answer_tokens, job.temperature)
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     return answer
 
 
 def _write(
-    args: argparse.Namespace, model: ElasticModel, preset: Preset, tokenizer: Any, teacher_path: Path,
+    job: DistillJob, model: ElasticModel, preset: Preset, tokenizer: Any, teacher_path: Path,
     held: list, seconds: float,
 ) -> None:  # fmt: skip
     import dataclasses
@@ -296,29 +237,27 @@ def _write(
     from model_store.evaluate.overlap import FINGERPRINT_FILE
 
     model.eval()
-    args.out.mkdir(parents=True, exist_ok=True)
-    elsewhere = ("store", "out", "teacher", "data", "start_from", "resume", "licence")  # in the manifest, or in none
-    options = {k: v for k, v in vars(args).items() if not callable(v) and k not in elsewhere}
+    job.out.mkdir(parents=True, exist_ok=True)
     manifest = {
-        "name": args.out.name, "teacher": args.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "patch_order": ORDERS.get(args.order, args.order), "command": "boomerang distill", "options": options,
-        "recipe": dataclasses.asdict(preset), "data": [path.name for path in args.data],
-        "start_from": [source_name(path) for path in args.start_from],
-        "tokens": int(args.tokens), "seconds": round(seconds),
+        "name": job.out.name, "teacher": job.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "patch_order": ORDERS.get(job.order, job.order), "command": "boomerang distill", "options": job.options,
+        "recipe": dataclasses.asdict(preset), "data": [path.name for path in job.data],
+        "start_from": [source_name(path) for path in job.start_from],
+        "tokens": int(job.tokens), "seconds": round(seconds),
     }  # fmt: skip
-    if args.licence:
-        manifest["licence"] = args.licence
-    if rank := args.rank or args.store_rank:
+    if job.licence:
+        manifest["licence"] = job.licence
+    if rank := job.rank or job.store_rank:
         # A student trained in this rank loses nothing by the cut, whatever the moments.
-        moments = None if args.rank else _moments(model, held)
-        write_low_rank(args.out, model, lambda name: rank, moments, args.int8)
+        moments = None if job.rank else _moments(model, held)
+        write_low_rank(job.out, model, lambda name: rank, moments, job.int8)
     else:
-        write_full(args.out, model)
-        tokenizer.save_pretrained(args.out)
-    shutil.copyfile(args.out / "checkpoints" / FINGERPRINT_FILE, args.out / FINGERPRINT_FILE)
-    write_manifest(args.out, model, manifest)
-    teacher = args.teacher or teacher_path
-    print(f"wrote {args.out}\nserve it: boomerang serve --teacher {teacher} --student {args.out}")
+        write_full(job.out, model)
+        tokenizer.save_pretrained(job.out)
+    shutil.copyfile(job.out / "checkpoints" / FINGERPRINT_FILE, job.out / FINGERPRINT_FILE)
+    write_manifest(job.out, model, manifest)
+    teacher = job.teacher or teacher_path
+    print(f"wrote {job.out}\nserve it: boomerang serve --teacher {teacher} --student {job.out}")
 
 
 def _say(line: str) -> None:

@@ -23,12 +23,12 @@ from model_store.distill.head_loss import head_loss
 
 @dataclass(slots=True)
 class Ends:
-    """What surrounds the layers; the student either has its own or refers to the teacher's."""
+    """Modules around the layers; the student either has its own or refers to the teacher's."""
 
-    embed: nn.Module
-    norm: nn.Module
-    head: nn.Module
-    positions: nn.Module | None = None  # learned positions, which go with the embedding
+    embed: Any
+    norm: Any
+    head: Any
+    positions: Any = None  # learned positions, which go with the embedding
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ def body_of(model: PreTrainedModel) -> Body:
     """The parts of `model`; ValueError for an architecture whose parts have other names."""
     base = model.base_model
 
-    def first(*names: str) -> nn.Module:
+    def first(*names: str) -> Any:
         for name in names:
             if (part := getattr(base, name, None)) is not None:
                 return part
@@ -71,6 +71,13 @@ class LossWeights:
 
 class ElasticModel(nn.Module):
     """Teacher (frozen) and student layers. Only the student's parameters are registered as parameters."""
+
+    teacher: PreTrainedModel
+    body: Body
+    elasticity: Elasticity
+    student: nn.ModuleDict
+    ends: nn.ModuleDict | None
+    _tied_head: nn.Module | None
 
     def __init__(
         self,
@@ -104,15 +111,13 @@ class ElasticModel(nn.Module):
                 layer = None
             if layer is not None:
                 self.student[str(station.index)] = layer.train()
-        self.ends: nn.ModuleDict | None = None
+        self.ends = None
         object.__setattr__(self, "_tied_head", None)
         if own_ends:
-            own = copy.deepcopy(body.ends)  # at once: what is tied stays so
-            self.set_ends(own)
-            self.ends.float().requires_grad_(True)
+            self.set_ends(copy.deepcopy(body.ends)).float().requires_grad_(True)  # at once: what is tied stays so
 
-    def set_ends(self, ends: Ends) -> None:
-        """Give the student ends of its own. A tied head is not registered twice, so that checkpoints hold it once."""
+    def set_ends(self, ends: Ends) -> nn.ModuleDict:
+        """Give the student ends of its own; returns them. A tied head is not registered twice: checkpoints hold it once."""
         parts = {"embed": ends.embed, "norm": ends.norm}
         if ends.head.weight is ends.embed.weight:
             object.__setattr__(self, "_tied_head", ends.head)
@@ -121,6 +126,7 @@ class ElasticModel(nn.Module):
         if ends.positions is not None:
             parts["positions"] = ends.positions
         self.ends = nn.ModuleDict(parts)
+        return self.ends
 
     # --- pieces
 
@@ -130,11 +136,11 @@ class ElasticModel(nn.Module):
         return self.body.ends.embed.weight.device
 
     def side(self, on_teacher: bool) -> Ends:
-        own = None if on_teacher else self.ends
-        if own is None:
+        if on_teacher or self.ends is None:
             return self.body.ends
-        head = self._tied_head if self._tied_head is not None else own["head"]
-        return Ends(own["embed"], own["norm"], head, own["positions"] if "positions" in self.ends else None)
+        own: dict[str, nn.Module] = dict(self.ends.items())
+        head = own["head"] if self._tied_head is None else self._tied_head
+        return Ends(own["embed"], own["norm"], head, own.get("positions"))
 
     def embed(self, ids: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
         ends = self.side(on_teacher)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -17,6 +16,8 @@ from model_store.distill.recipe import Preset
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from model_store.distill.job import DistillJob
 
 _LONGEST_WAIT = 86_400  # seconds that the others wait for what the first one does alone, as answering prompts
 
@@ -46,29 +47,29 @@ def has_bf16(on_cpu: bool) -> bool:
     return not on_cpu or torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
 
 
-def num_steps(args: argparse.Namespace) -> int:
+def num_steps(job: DistillJob) -> int:
     """Optimizer steps in which all processes together see --tokens."""
-    rows = args.batch_rows * args.accumulate * num_processes()
-    return max(1, int(args.tokens) // (rows * args.row_tokens))
+    rows = job.batch_rows * job.accumulate * num_processes()
+    return max(1, int(job.tokens) // (rows * job.row_tokens))
 
 
-def training_arguments(args: argparse.Namespace, preset: Preset) -> TrainingArguments:
+def training_arguments(job: DistillJob, preset: Preset) -> TrainingArguments:
     """The library's arguments of the run. Making them joins the processes and settles each one's `device`, so make
     them before anything is put on one."""
     from transformers import TrainingArguments
 
-    on_cpu, steps = pick_device(args.device) == "cpu", num_steps(args)
+    on_cpu, steps = pick_device(job.device) == "cpu", num_steps(job)
     matrices = preset.optimizer == "muon"
     schedule = {}
-    if args.schedule == "warmup_stable_decay":
-        schedule = {"num_decay_steps": max(1, round(steps * args.decay_share)), "decay_type": "linear"}
+    if job.schedule == "warmup_stable_decay":
+        schedule = {"num_decay_steps": max(1, round(steps * job.decay_share)), "decay_type": "linear"}
     arguments = TrainingArguments(
-        output_dir=str(args.out / "checkpoints"), max_steps=steps, per_device_train_batch_size=args.batch_rows,
-        gradient_accumulation_steps=args.accumulate, max_grad_norm=1.0 if preset.optimizer == "adamw" else 0.0,
-        learning_rate=args.lr or (1e-3 if matrices and not args.rank else 3e-4), weight_decay=args.weight_decay,
-        adam_beta2=0.95, lr_scheduler_type=args.schedule, lr_scheduler_kwargs=schedule,
+        output_dir=str(job.out / "checkpoints"), max_steps=steps, per_device_train_batch_size=job.batch_rows,
+        gradient_accumulation_steps=job.accumulate, max_grad_norm=1.0 if preset.optimizer == "adamw" else 0.0,
+        learning_rate=job.lr or (1e-3 if matrices and not job.rank else 3e-4), weight_decay=job.weight_decay,
+        adam_beta2=0.95, lr_scheduler_type=job.schedule, lr_scheduler_kwargs=schedule,
         warmup_steps=max(1, steps // 50), bf16=has_bf16(on_cpu), use_cpu=on_cpu,
-        logging_steps=max(1, min(10, steps // 20)), save_steps=args.save_steps, save_total_limit=2, seed=args.seed,
+        logging_steps=max(1, min(10, steps // 20)), save_steps=job.save_steps, save_total_limit=2, seed=job.seed,
         remove_unused_columns=False, report_to="none", ddp_find_unused_parameters=True, ddp_timeout=_LONGEST_WAIT,
         dataloader_pin_memory=not on_cpu,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,35 +11,24 @@ from model_store.assembly import Elasticity
 
 if TYPE_CHECKING:
     from model_store.distill.elastic import ElasticModel
+    from model_store.evaluate.job import EvaluateJob
     from model_store.pair import Pair
 
 
-def open_with_order(args: argparse.Namespace) -> tuple[Pair, bool]:
-    """The pair in the order to be measured, and whether that is its own. ValueError for options that do not fit.
+def open_with_order(job: EvaluateJob) -> tuple[Pair, bool]:
+    """The pair in the order to be measured, and whether that is its own.
 
-    A KLPatch order is known once `args.thresholds` is set; until then the pair has its own.
+    A KLPatch order is known once `job.thresholds` is set; until then the pair has its own.
     """
     from model_store.pair import open_pair
 
-    if args.patch_order == "klpatch" and args.calibration is None:
-        raise ValueError("--patch-order klpatch: name the text to search the order on with --calibration")
-    if args.calibration is not None and args.patch_order != "klpatch" and not (args.compare_orders and args.text):
-        raise ValueError(
-            "--calibration: no order is searched without --patch-order klpatch, or --compare-orders and --text"
-        )
-    if (args.search != "up" or args.search_places is not None) and args.calibration is None:
-        raise ValueError("--search, --search-places: no order is searched without --calibration")
-    if args.search_places is not None and args.search_places < 1:
-        raise ValueError(f"--search-places: {args.search_places} is not a number of blocks from 1 up")
-    if args.adopt_order and (args.patch_order is None or args.no_store):
-        raise ValueError("--adopt-order: name the order with --patch-order, and leave out --no-store")
-    named = None if args.patch_order == "klpatch" else args.patch_order
-    pair = open_pair(args.teacher, args.student, patch_order=named, thresholds=args.thresholds, store=args.store)
-    own = open_pair(args.teacher, args.student, store=args.store).elasticity
+    named = None if job.patch_order == "klpatch" else job.patch_order
+    pair = open_pair(job.teacher, job.student, patch_order=named, thresholds=job.thresholds, store=job.store)
+    own = open_pair(job.teacher, job.student, store=job.store).elasticity
     return pair, pair.elasticity.thresholds == own.thresholds
 
 
-def search_order(model: ElasticModel, tokenizer: Any, args: argparse.Namespace) -> Elasticity:
+def search_order(model: ElasticModel, tokenizer: Any, job: EvaluateJob) -> Elasticity:
     """The KLPatch order on the first windows of every file of --calibration, found as `distill` finds it, or from the
     teacher down (--search), or for some places only (--search-places)."""
     import torch
@@ -51,22 +39,22 @@ def search_order(model: ElasticModel, tokenizer: Any, args: argparse.Namespace) 
 
     found: list[torch.Tensor] = []
     separator = tokenizer("\n\n", add_special_tokens=False).input_ids
-    for file in args.calibration:
+    for file in job.calibration or ():
         ids: list[int] = []
         for document in read_documents(file, "--calibration"):
             ids += [*(separator if ids else []), *encode(document, tokenizer, "all")[0]]
-            if len(ids) >= args.calibration_windows * args.window_tokens:
+            if len(ids) >= job.calibration_windows * job.window_tokens:
                 break
-        found += windows(ids, args.window_tokens, args.calibration_windows)
+        found += windows(ids, job.window_tokens, job.calibration_windows)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     divergence = kl_of_paths(model, [torch.stack(found).to(model.device)])
     own = model.elasticity
-    order = greedy_order(own, divergence, args.search, say, args.search_places)
+    order = greedy_order(own, divergence, job.search, say, job.search_places)
     return Elasticity.from_order(own.num_teacher_layers, own.kept, order)
 
 
 def compare_orders(
-    model: ElasticModel, sizes: Sequence[int], ids: Sequence[int], args: argparse.Namespace, found: Elasticity | None
+    model: ElasticModel, sizes: Sequence[int], ids: Sequence[int], job: EvaluateJob, found: Elasticity | None
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Figures on the held-out text in the fixed orders and in the one that was `found`, by order and size."""
     from model_store.evaluate import measure_text
@@ -76,11 +64,12 @@ def compare_orders(
     others = {name: make(own.num_teacher_layers, own.kept) for name, make in orders.items()}
     if found is not None:
         others["klpatch"] = found
-    others.pop(args.patch_order, None)  # measured already
+    if job.patch_order is not None:
+        others.pop(job.patch_order, None)  # measured already
     for name, order in others.items():
         model.elasticity = order
         shared = [size for size in sizes if size in order.sizes]  # blocks of unequal lengths give each order its own
-        measured[name] = measure_text(model, shared, ids, args.window_tokens, args.windows)
+        measured[name] = measure_text(model, shared, ids, job.window_tokens, job.windows)
     model.elasticity = own
     return measured
 
