@@ -337,11 +337,10 @@ def _interlock(
             f"the student has {student.num_layers} layers and student_config.json lists {len(kept)} copied layers"
         )
     # Both sides run on every text, so both must be exact up to the longest one.
-    limits: dict[str, Any] = {
-        "max_position_embeddings": min(teacher.max_position_embeddings, student.max_position_embeddings)
-    }
+    positions = min(teacher.max_position_embeddings, student.max_position_embeddings)
     windows = [spec.sliding_window for spec in (teacher, student) if spec.sliding_window]
-    return dataclasses.replace(teacher, **limits, sliding_window=min(windows, default=None)), student, kept
+    window = min(windows, default=None)
+    return dataclasses.replace(teacher, max_position_embeddings=positions, sliding_window=window), student, kept
 
 
 def _spec_of(path: Path, store: Path | str | None) -> ModelSpec:

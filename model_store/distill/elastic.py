@@ -117,7 +117,7 @@ class ElasticModel(nn.Module):
             self.set_ends(copy.deepcopy(body.ends)).float().requires_grad_(True)  # at once: what is tied stays so
 
     def set_ends(self, ends: Ends) -> nn.ModuleDict:
-        """Give the student ends of its own; returns them. A tied head is not registered twice: checkpoints hold it once."""
+        """Give the student ends of its own; returns them. A tied head is registered once, as checkpoints hold it."""
         parts = {"embed": ends.embed, "norm": ends.norm}
         if ends.head.weight is ends.embed.weight:
             object.__setattr__(self, "_tied_head", ends.head)
@@ -307,8 +307,8 @@ class ElasticModel(nn.Module):
             alone = sum(size == self.elasticity.sizes[0] for size in sizes)
             if alone:
                 pure = kl_of[:alone].sum() / counts[:alone].sum().clamp_min(1.0)
-        parts = {"kl": kl, "ce": ce, "align": alignment, "unlikely": against}
-        return {"loss": loss, "pure": pure, **{name: value.detach() for name, value in parts.items()}}
+        shown = {"kl": kl, "ce": ce, "align": alignment, "unlikely": against}
+        return {"loss": loss, "pure": pure, **{name: value.detach() for name, value in shown.items()}}
 
 
 def _call_layer(
