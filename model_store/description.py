@@ -20,6 +20,7 @@ from typing import Any
 from model_store.spec import ModelSpec
 from model_store.store import sha256, store_root
 
+_MANY = 256
 _VERSION = 1  # of this file's form and of what ModelSpec means
 
 
@@ -46,7 +47,17 @@ def remembered_spec(
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(content))
         scratch.replace(file)
+        _forget_what_is_gone(file.parent)
     return spec
+
+
+def _forget_what_is_gone(folder: Path) -> None:
+    """Descriptions of folders that are no more, once there are many."""
+    files = list(folder.glob("*.json"))
+    for file in files if len(files) > _MANY else ():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if not Path(json.loads(file.read_text())["folder"]).exists():
+                file.unlink()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -27,6 +27,7 @@ from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import folder_digest
+from model_store.vocabulary import other_tokens
 from model_store.weight_form import WeightForm
 from model_store.weights import Checkpoint, LayerWeights
 
@@ -332,6 +333,11 @@ def _interlock(
         raise PairError(f"{student_path} has neither config.json nor {LOW_RANK_FILE}: it is not a student")
     student = _spec_of(student_path, store)
     _compare(teacher, student)
+    refusal, oddity = other_tokens(teacher_path, student_path)
+    if refusal:
+        raise PairError(f"teacher and student do not interlock: {refusal}")
+    if oddity:
+        logger.warning("%s", oddity)
     if student.num_layers != len(kept):
         raise PairError(
             f"the student has {student.num_layers} layers and student_config.json lists {len(kept)} copied layers"

@@ -114,7 +114,9 @@ def sharded(index: object | None = None) -> Change:
         file = folder / "model.safetensors"
         names = load_file(file)
         file.rename(folder / "model-00001.safetensors")
-        content = {"weight_map": dict.fromkeys(names, "model-00001.safetensors")} if index is None else index
+        content = (
+            {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001.safetensors")} if index is None else index
+        )
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / "model.safetensors.index.json").write_text(text)
 
@@ -323,7 +325,7 @@ REFUSED = [
     ("config.json is a list", "llama", write("config.json", "[1]"), r"config.json is a JSON list, not an object"),
     ("config.json is empty", "llama", write("config.json", ""), r"config.json is not valid JSON: it is empty"),
     ("config.json is cut", "llama", write("config.json", '{"a": '), r"config.json is not valid JSON"),
-    ("config.json has a byte-order mark", "llama", write("config.json", b"\xef\xbb\xbf{}"), r"n.json is not valid"),
+    ("config.json has a byte-order mark", "llama", write("config.json", b"\xef\xbb\xbf{}"), r"g.json is not valid"),
     ("config.json in another encoding", "llama", write("config.json", b'{"a": "\xff"}'), r"is not text in UTF-8"),
     ("no config.json", "llama", lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     ("an adapter", "llama", write("adapter_config.json", "{}"), "merge the adapter"),

@@ -1,6 +1,7 @@
 """Pairs whose sides were saved by different hands: what interlocks by meaning, and what is measured and exported."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -212,3 +213,40 @@ def test_a_second_start_asks_transformers_nothing(tmp_path, monkeypatch):
     config(rms_norm_eps=0.5)(teacher)
     config(rms_norm_eps=0.5)(student)
     assert open_pair(teacher, student).spec.norm_eps == 0.5
+
+
+def test_tokenizers_are_compared_by_meaning(tmp_path, caplog):
+    teacher, student = make_pair(tmp_path)
+    base = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "pre_tokenizer": None,
+        "added_tokens": [{"id": 3, "content": "<s>", "special": True}],
+    }  # fmt: skip
+
+    def write(folder, **changes):
+        (folder / "tokenizer.json").write_text(json.dumps(base | changes))
+
+    def model(**changes):
+        return base["model"] | changes
+
+    write(teacher)
+    for same in ({}, {"model": model(merges=[["a", "b"]])}, {"version": "1.0"}):
+        write(student, **same)
+        open_pair(teacher, student)
+    assert "token" not in caplog.text
+    for change, said in (
+        ({"model": model(vocab={"a": 0, "b": 1})}, r"token 2 \('ab'\) is in the teacher's tokenizer only"),
+        ({"added_tokens": [*base["added_tokens"], {"id": 4, "content": "<pad>"}]}, "token 4 .'<pad>'. is in the stud"),
+        ({"model": model(merges=[])}, "differ in merges"),
+        ({"pre_tokenizer": {"type": "Digits"}}, "differ in pre_tokenizer"),
+    ):
+        caplog.clear()
+        write(student, **change)
+        open_pair(teacher, student)
+        assert re.search(said, caplog.text)
+    for change, said in (
+        ({"model": model(vocab={"a": 1, "b": 0, "ab": 2})}, "token 0 is 'a' in the teacher's tokenizer and 'b'"),
+        ({"added_tokens": [{"id": 3, "content": "<bos>"}]}, "token 3 is '<s>' in the teacher's tokenizer and '<bos>'"),
+    ):
+        write(student, **change)
+        with pytest.raises(PairError, match=said):
+            open_pair(teacher, student)
