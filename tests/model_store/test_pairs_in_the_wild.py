@@ -46,7 +46,9 @@ def test_the_same_angles_spelled_differently_interlock(teachers, students, tmp_p
     assert_served(pair, {6: teacher, 4: student})
 
 
-@pytest.mark.parametrize("students", [rope(**YARN, mscale=0.5), rope(**YARN | {"factor": 8.0}), rope(rope_theta=5e5)])
+@pytest.mark.parametrize(
+    "students", [rope(**YARN, mscale=0.5, mscale_all_dim=1.0), rope(**YARN | {"factor": 8.0}), rope(rope_theta=5e5)]
+)
 def test_other_angles_do_not(students, tmp_path):
     teacher, student = make_pair(tmp_path, "qwen2")
     rope(**YARN)(teacher), students(student)
