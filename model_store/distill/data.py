@@ -76,7 +76,7 @@ def _document(row: dict[str, Any], place: str) -> Document:
 
 def check_speakers(documents: Iterable[Document], sizes: Sequence[int], are_needed: bool) -> None:
     """ValueError if a document was said by a size that there is not, or none by any where `are_needed`."""
-    speakers = {document.said_by for document in documents} - {None}
+    speakers = {document.said_by for document in documents if document.said_by is not None}
     if unknown := speakers - {*sizes}:
         raise ValueError(f"--data: said_by {min(unknown)} is no size of the pair ({sizes[0]} to {sizes[-1]} layers)")
     if are_needed and not speakers:
@@ -89,7 +89,8 @@ def answer_prompts(
     documents: Iterable[Document], generate: Callable[[list[list[Message]]], list[str]], limit: int
 ) -> list[Document]:
     """Up to `limit` prompts without an answer, with the teacher's; further ones are dropped, the rest kept."""
-    done, waiting = [], []
+    done: list[Document] = []
+    waiting: list[Document] = []
     for document in documents:
         (waiting if document.needs_answer else done).append(document)
     waiting = waiting[:limit]
@@ -141,8 +142,8 @@ def looping(ids: Sequence[int]) -> list[bool]:
 def encode(document: Document, tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool]]:
     """Token ids and the mask of one document. `loss_on`: "response" (of conversations) or "all"."""
     if not document.messages:
-        ids = tokenizer(document.text, add_special_tokens=False).input_ids
-        return ids, [True] * len(ids)
+        whole = tokenizer(document.text, add_special_tokens=False).input_ids
+        return whole, [True] * len(whole)
     ids: list[int] = []
     mask: list[bool] = []
     for end, message in enumerate(document.messages, 1):

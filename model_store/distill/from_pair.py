@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def lend_size(model: ElasticModel, size: int) -> Iterator[PreTrainedModel]:
         teacher.config.num_hidden_layers = size
         if types:
             teacher.config.layer_types = [_type_of(layer) for layer in layers]
-        _put(teacher, layers, Ends(embed.embed, norm.norm, head.head, embed.positions))
+        _put(teacher, nn.ModuleList(layers), Ends(embed.embed, norm.norm, head.head, embed.positions))
         yield teacher
     finally:
         teacher.config.num_hidden_layers = len(body.layers)
@@ -77,10 +78,9 @@ def lend_size(model: ElasticModel, size: int) -> Iterator[PreTrainedModel]:
         _put(teacher, body.layers, body.ends)
 
 
-def _put(teacher: PreTrainedModel, layers: Sequence[nn.Module], ends: Ends) -> None:
-    base = teacher.base_model
-    modules = layers if isinstance(layers, nn.ModuleList) else nn.ModuleList(layers)
-    setattr(base, "layers" if hasattr(base, "layers") else "h", modules)
+def _put(teacher: PreTrainedModel, layers: nn.ModuleList, ends: Ends) -> None:
+    base: Any = teacher.base_model
+    setattr(base, "layers" if hasattr(base, "layers") else "h", layers)
     setattr(base, next(name for name in ("norm", "final_layer_norm", "ln_f") if hasattr(base, name)), ends.norm)
     teacher.set_input_embeddings(ends.embed)
     teacher.set_output_embeddings(ends.head)

@@ -99,7 +99,7 @@ def greedy_order(
     own = sorted((s.index for s in elasticity.stations if s.num_layers > 1), key=elasticity.thresholds.__getitem__)
     if direction == "down":
         own = own[::-1]
-    left, chosen = list(own), []
+    left, chosen = list(own), list[int]()
     while left and (places is None or len(chosen) < places):
 
         def tried(candidate: int) -> float:

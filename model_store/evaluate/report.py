@@ -62,8 +62,8 @@ def plot_svg(series: dict[str, dict[int, dict[str, Any]]], keys: Sequence[str] =
             points = [(size, row[key], row.get(f"{key}_ci") or 0) for size, row in sorted(rows.items()) if key in row]
             if points:
                 x, y, error = zip(*points, strict=True)
-                error = [0 if e != e else e for e in error]
-                axis.errorbar(x, y, yerr=error, marker="o", markersize=3, linewidth=1.2, elinewidth=0.6, label=name)
+                spread = [0 if e != e else e for e in error]
+                axis.errorbar(x, y, yerr=spread, marker="o", markersize=3, linewidth=1.2, elinewidth=0.6, label=name)
         if key == "perplexity_ratio" and max(row.get(key, 0) for rows in series.values() for row in rows.values()) > 10:
             axis.set_yscale("log")
         axis.set(xlabel="layers", title=titles.get(key, key))

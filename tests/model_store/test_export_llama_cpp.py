@@ -1,0 +1,37 @@
+"""Exports as llama.cpp computes them. Needs its Python package (pip install xllamacpp), else skipped."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model_store.export import export_size
+from model_store.export_gguf import write_gguf
+from model_store.pair import open_pair
+from tests.model_store.llama_cpp import LlamaCpp
+from tests.model_store.test_export import _write_tokenizer
+from tests.tiny_pairs import VOCAB, make_pair
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_cpp_computes_what_transformers_computes(family, tied, tmp_path):
+    teacher, student = make_pair(tmp_path, family, tied=tied)
+    for folder in (teacher, student):
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        (folder / "config.json").write_text(json.dumps(config))
+    export_size(open_pair(teacher, student), 5, tmp_path / "out", "float32")
+    _write_tokenizer(tmp_path / "out", VOCAB)
+    write_gguf(tmp_path / "out", tmp_path / "model.gguf")
+    ids = [5, 17, 101, 9, 64, 3, 88, 120, 33, 71, 6, 42]
+    answer = LlamaCpp(tmp_path / "model.gguf").post("/completion", prompt=ids, n_predict=1, n_probs=VOCAB)
+    found = {row["id"]: row["logprob"] for row in answer["completion_probabilities"][0]["top_logprobs"]}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert len(found) > VOCAB // 2
+    assert max(abs(value - float(expected[token])) for token, value in found.items()) < 0.02  # its KV are float16
