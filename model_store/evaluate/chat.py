@@ -54,10 +54,9 @@ def transformers_generate(model: ElasticModel, end_tokens: set[int], batch_size:
         size: int, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0,
         repetition_penalty: float = 1.0,
     ) -> list[list[int]]:  # fmt: skip
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        )
-        sampling["repetition_penalty"] = repetition_penalty
+        sampling: dict[str, Any] = {"do_sample": bool(temperature), "repetition_penalty": repetition_penalty}
+        if temperature:
+            sampling |= {"temperature": temperature, "top_k": 0}
         pad, answers = min(end_tokens), []
         with lend_size(model, size) as lent:
             for start in range(0, len(prompts), batch_size):
