@@ -40,6 +40,10 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
     spec = ModelSpec.from_hf_config(config)
     if spec.rope_scaling:
         raise ExportError("--gguf: scaled rotary positions are not written; convert the folder with llama.cpp's script")
+    if spec.sliding_window is not None:
+        raise ExportError("--gguf: llama.cpp reads no sliding window for this family: beyond it the file would differ")
+    if spec.activation != "silu":
+        raise ExportError(f"--gguf: llama.cpp computes this family with silu only, not with {spec.activation}")
     architecture = _ARCHITECTURES[family]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(f"{folder.name}")

@@ -15,6 +15,7 @@ from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import lend_size, load_elastic
 from model_store.distill.write import freeze_vectors, write_config, write_low_rank
 from model_store.export import ExportError, export_size, verify
+from model_store.export_gguf import write_gguf
 from model_store.lowrank import LOW_RANK_FILE
 from model_store.pair import PairError, open_pair
 from model_store.weight_form import WeightForm
@@ -252,3 +253,22 @@ def test_tokenizers_are_compared_by_meaning(tmp_path, caplog):
         write(student, **change)
         with pytest.raises(PairError, match=said):
             open_pair(teacher, student)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            config(use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None),
+            "no sliding window",
+        ),
+        (config(hidden_act="gelu"), "with silu only, not with gelu"),
+        (rope(**YARN), "scaled rotary positions are not written"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_not_written_for_it(change, said, tmp_path):
+    teacher, student = make_pair(tmp_path, "qwen2")
+    change(teacher), change(student)
+    export_size(open_pair(teacher, student), 5, tmp_path / "out")
+    with pytest.raises(ExportError, match=said):
+        write_gguf(tmp_path / "out", tmp_path / "model.gguf")
