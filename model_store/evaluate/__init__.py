@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, generator: Callable[[EvaluateJob], Generate] |
     job = EvaluateJob.of(args)
     device = pick_device(job.device)
     pair, is_own = open_with_order(job)
-    if job.window_tokens > (longest := pair.spec.max_context):
+    if job.text and job.window_tokens > (longest := pair.spec.max_context):
         raise ValueError(f"--window-tokens {job.window_tokens}: the pair is served up to {longest} tokens")
     held_out = list(read_texts(job.text, "--text")) if job.text else []
     prompts = chat_prompts(job.chat, job.chat_limit) if job.chat else []
