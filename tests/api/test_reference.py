@@ -56,6 +56,7 @@ CASES = {
         SIZE | {
             "model": NAME, "messages": HELLO, "max_tokens": 3, "system": "x", "temperature": 0.5, "top_p": 0.9,
             "top_k": 3, "stop_sequences": ["x"], "stream": True, "seed": 1, "metadata": {"user_id": "me"},
+            "cache_salt": "s",
             "service_tier": "auto",
             "tools": [{"name": "f", "input_schema": PARAMETERS}], "tool_choice": {"type": "auto"},
             "thinking": {"type": "disabled"}, "output_config": {"effort": "low"},

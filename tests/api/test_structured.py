@@ -92,7 +92,7 @@ def test_json_objects_and_tags(client):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "regex"}}, "response_format.regex"),
         ({"response_format": {"type": "regex", "regex": "("}}, "response_format"),
-        ({"response_format": {"type": "grammar", "grammar": "root ::= nothing"}}, "response_format.grammar"),
+        ({"response_format": {"type": "grammar", "grammar": "root ::= nothing"}}, "response_format"),
         ({"response_format": {"type": "structural_tag", "structures": []}}, "response_format.structural_tag"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import time
 
 import httpx
+import psutil
 import pytest
 
 from tests.api.tiny import RunningServer
@@ -225,25 +227,35 @@ def test_sigterm_under_load_loses_nothing_silently(pair, timeout, row):
     ledger.record(f"SIGTERM with 24 requests under way, {row}", "exits with status 0, all pages free")
 
 
-CRASHES = {
-    "smallest integer": {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [-(2**63)]}}}},
-    "chain of rules": {
-        "structured_outputs": {
-            "grammar": "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(3000)) + '\na3000: "x"\n'
-        }
-    },
-}
-
-
-def test_grammars_that_crash_the_native_parser_are_refused(plain):
+def test_a_grammar_that_ends_its_trial_process_is_refused(pair):
+    """A stand-in for grammars that overflow the native parser's stack: the trial process is told to end itself."""
     ledger = Ledger()
+    with RunningServer(pair, module="tests.faults.fragile") as server:
 
-    async def together(client):
-        undisturbed = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}))
-        statuses = [await ledger.ask(client, BODY | crash) for crash in CRASHES.values()]
-        statuses.append(await ledger.ask(client, BODY | {"structured_outputs": {"choice": ["yes"]}}))
-        await undisturbed
-        return statuses
+        async def together(client):
+            undisturbed = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}))
+            deadly = [BODY | {"structured_outputs": {"choice": [f"end yourself {i}"]}} for i in (1, 2, 1)]
+            statuses = [await ledger.ask(client, body) for body in deadly]
+            statuses.append(await ledger.ask(client, BODY | {"structured_outputs": {"choice": ["yes"]}}))
+            await undisturbed
+            return statuses
 
-    assert gather(plain.url, together) == [400, 400, 200]
-    ledger.record("two grammars that overflow the native parser's stack", "healthy")
+        assert gather(server.url, together) == [400, 400, 400, 200]
+        # The third was known: it ended no process.
+        assert sum("crashed the parser" in line for line in server.log) == 2
+    ledger.record("two grammars that end the process they are tried in", "healthy")
+
+
+def test_trial_processes_inherit_no_socket_and_no_secret(pair):
+    with RunningServer(pair, env={"BOOMERANG_API_KEY": "secret", "HF_TOKEN": "secret"}) as server:
+        body = BODY | {"max_tokens": 2, "structured_outputs": {"choice": ["yes"]}}
+        answer = httpx.post(server.url + "/v1/completions", json=body, headers=bearer("secret"), timeout=60)
+        assert answer.status_code == 200
+        children = psutil.Process(server.process.pid).children()
+        trials = [child for child in children if "server.engine.extras.grammar_trial" in child.cmdline()]
+        assert len(trials) == 2
+        for trial in trials:
+            assert "secret" not in trial.environ().values()
+            assert not trial.net_connections()
+            opened = {os.readlink(f"/proc/{trial.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{trial.pid}/fd")}
+            assert sum(name.startswith("socket:") for name in opened) <= 2, opened  # its own ends of stdin and stdout

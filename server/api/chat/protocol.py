@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.generate.protocol import SamplingFields
-from server.api.http.body import Body
+from server.api.http.body import AtMost, Body
 
 
 class ContentPart(Body):
@@ -28,9 +28,9 @@ class ToolCall(Body):
 
 class ChatMessage(Body):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], AtMost(1024)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], AtMost(128)] | None = None
     tool_call_id: str | None = None
 
 
@@ -56,7 +56,9 @@ class NamedToolChoice(Body):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(description="the conversation, oldest first")
+    messages: Annotated[list[ChatMessage], Field(min_length=1), AtMost(4096)] = Field(
+        description="the conversation, oldest first"
+    )
     max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="the newer name of max_tokens"
     )
@@ -64,7 +66,7 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
         default=None, description="and of so many likeliest ones; -1: all"
     )
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = Field(default=None, description="functions to call")
+    tools: Annotated[list[Tool], AtMost(128)] | None = Field(default=None, description="functions to call")
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
         default=None, description="none, auto, required or one function; the last two hold the text to a call"
     )
@@ -73,7 +75,9 @@ class ChatCompletionRequest(SamplingFields):
     continue_final_message: bool | None = Field(default=None, description="go on with the last message")
     add_special_tokens: bool | None = Field(default=None, description="on top of those of the template; default false")
     echo: bool | None = Field(default=None, description="put the last message in front, if it is of the answer's role")
-    documents: list[dict[str, Any]] | None = Field(default=None, description="for the template")
+    documents: Annotated[list[dict[str, Any]], AtMost(1024)] | None = Field(
+        default=None, description="for the template"
+    )
     reasoning_effort: str | None = Field(default=None, description="for the template")
     enable_thinking: bool | None = Field(default=None, description="for the template: whether to reason first")
     chat_template: str | None = Field(default=None, description="needs --trust-request-chat-template")

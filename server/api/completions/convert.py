@@ -34,7 +34,7 @@ class Continuation:
         limits = OutputLimits(
             max_tokens=body.max_tokens, default=16, logprobs=body.logprobs, prompt_logprobs=self._num_scored
         )
-        grammar = await grammar_factory(body, state)
+        grammar = await grammar_factory(body, state, tenant=caller.tenant)
         submission = Submission.build(state, caller, body, prompts, answer_id=answer_id, limits=limits, grammar=grammar)
         generation = Generation(state, submission)
         if self.echo:  # echoed text comes first, and offsets of generated tokens count from its beginning
@@ -71,7 +71,7 @@ class Continuation:
         if len(value) > most:
             raise invalid(f"prompt has {len(value)} entries; at most {most} are allowed here.", "prompt")
         special = body.add_special_tokens is not False
-        is_cut = body.truncate_prompt_tokens is not None
+        is_cut = None if body.truncate_prompt_tokens is None else body.truncation_side or "left"
         prompts = []
         for prompt in value:
             if isinstance(prompt, str):

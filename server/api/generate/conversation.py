@@ -125,7 +125,7 @@ class Conversation:
         body, state = self.body, self.state
         state.admission.check(caller.tenant)
         prompt = await self.prompt()
-        grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags())
+        grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags(), caller.tenant)
         limits = OutputLimits(
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             param=self.limit_param,
@@ -150,7 +150,7 @@ class Conversation:
         body, state = self.body, self.state
         text = render(body, self.tools)
         self._has_thought_begun = self.template.thinks and text.rstrip().endswith(THINK)
-        is_cut = body.truncate_prompt_tokens is not None
+        is_cut = None if body.truncate_prompt_tokens is None else body.truncation_side or "left"
         prompt = await encode_prompt(text, bool(body.add_special_tokens), state, "messages", is_cut)
         prompt.token_ids = truncate(prompt.token_ids, body, state.catalog.max_model_len)
         return prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from server.api.generate.grammar_trial import Trial
 from server.api.generate.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
 from server.api.generate.schemas import prepare_schema
-from server.api.http.errors import invalid
+from server.api.http.body import check_nesting
+from server.api.http.errors import APIError, invalid
 from server.config import Settings
 
 if TYPE_CHECKING:
@@ -24,45 +25,80 @@ if TYPE_CHECKING:
     from server.engine.extras.grammar import Grammar
 
 _CACHED = 128
+_REFUSED = 1024
 _COMPILE_SECONDS = 10.0
+_TRIALS = 2
+_MOST_WAITING = 16  # compilations of one tenant
+_MOST_TAGS = 128
 # Between JSON tokens. Without a bound a small model falls into writing blanks until its tokens run out.
 _BLANKS = r" |\n[ \t]{0,20}"
 
 
 class Compiler:
-    """Compiles grammars off the event loop and keeps the recent ones."""
+    """Compiles grammars off the event loop and keeps the recent ones, and the reasons why others were refused.
+
+    Each new one is converted and tried in one of two processes apart from the server; a tenant uses one at a time, so
+    that what one of them sends cannot take both from the others.
+    """
 
     def __init__(self, tokenizer: ServingTokenizer, settings: Settings) -> None:
         self._tokenizer = tokenizer
         self._max_bytes = settings.max_grammar_bytes
         self._compiler: Any = None  # made on first use: it takes a third of a second
-        self._trial = Trial(tokenizer)
+        self._trials = [Trial(tokenizer) for _ in range(_TRIALS)]
+        self._idle: asyncio.Queue[Trial] = asyncio.Queue()
+        for trial in self._trials:
+            self._idle.put_nowait(trial)
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._lock = asyncio.Lock()  # one compilation at a time: abuse costs one core at most
+        self._refused: OrderedDict[str, str] = OrderedDict()
+        self._turns: dict[str, asyncio.Lock] = {}  # of tenants with compilations under way
+        self._waiting: Counter[str] = Counter()
 
-    async def factory(self, grammar: str, param: str) -> Callable[[], Grammar]:
+    async def factory(self, source: str, param: str, tenant: str = "") -> Callable[[], Grammar]:
         """A function that makes a fresh constraint. 400 if the grammar is too large, invalid or too complex."""
+        if len(source) > self._max_bytes:
+            raise invalid(f"{param} is too large: at most {self._max_bytes} bytes.", param)
+        matcher = self._known(source, param)
+        if matcher is None:
+            if self._waiting[tenant] >= _MOST_WAITING:
+                raise APIError("Too many grammars of yours wait to be compiled.", param=param, status=503)
+            self._waiting[tenant] += 1
+            turn = self._turns.setdefault(tenant, asyncio.Lock())
+            try:
+                async with turn:
+                    matcher = self._known(source, param) or await self._new(source, param)
+            finally:
+                self._waiting[tenant] -= 1
+                if not self._waiting[tenant]:
+                    del self._waiting[tenant], self._turns[tenant]
+        return lambda: self._compiler.start(matcher)
+
+    def _known(self, source: str, param: str) -> LLMatcher | None:
+        if (problem := self._refused.get(source)) is not None:
+            raise invalid(f"{param} {problem}", param)
+        if (matcher := self._cache.get(source)) is not None:
+            self._cache.move_to_end(source)
+        return matcher
+
+    async def _new(self, source: str, param: str) -> LLMatcher:
         from server.engine.extras.grammar import GrammarError
 
-        if len(grammar) > self._max_bytes:
-            raise invalid(f"{param} is too large: at most {self._max_bytes} bytes.", param)
-        matcher = self._cache.get(grammar)
-        if matcher is None:
-            async with self._lock:
-                try:
-                    async with asyncio.timeout(_COMPILE_SECONDS):
-                        await self._trial.check(grammar)
-                        matcher = await asyncio.to_thread(self._compile, grammar)
-                except GrammarError as error:
-                    raise invalid(f"{param} cannot be used: {error}", param) from None
-                except TimeoutError:
-                    raise invalid(f"{param} is too complex to compile.", param) from None
-            self._cache[grammar] = matcher
-            while len(self._cache) > _CACHED:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(grammar)
-        return lambda: self._compiler.start(matcher)
+        for trial in self._trials:
+            trial.warm()
+        trial = await self._idle.get()
+        try:
+            await trial.ready()
+            async with asyncio.timeout(_COMPILE_SECONDS):
+                grammar = await trial.convert(source)
+                matcher = await asyncio.to_thread(self._compile, grammar)
+        except (GrammarError, TimeoutError) as error:
+            problem = f"cannot be used: {error}" if isinstance(error, GrammarError) else "is too complex to compile."
+            _keep(self._refused, source, problem, _REFUSED)
+            raise invalid(f"{param} {problem}", param) from None
+        finally:
+            self._idle.put_nowait(trial)
+        _keep(self._cache, source, matcher, _CACHED)
+        return matcher
 
     def _compile(self, grammar: str) -> LLMatcher:
         from server.engine.extras.grammar import GrammarCompiler
@@ -73,11 +109,23 @@ class Compiler:
         return self._compiler.compile(grammar)
 
 
+def _keep(cache: OrderedDict[str, Any], key: str, value: Any, most: int) -> None:
+    cache[key] = value
+    while len(cache) > most:
+        cache.popitem(last=False)
+
+
+def _source(kind: str, *arguments: Any) -> str:
+    """What the trial process makes a grammar from: `server.engine.extras.grammar_source`."""
+    return json.dumps([kind, *arguments], ensure_ascii=False)
+
+
 async def grammar_factory(
     body: SamplingFields,
     state: ServerState,
     forced_schema: dict[str, Any] | None = None,
     call_tags: list[tuple[str, dict[str, Any], str]] | None = None,
+    tenant: str = "",
 ) -> Callable[[], Grammar] | None:
     """What constrains the text of this request, or None.
 
@@ -93,12 +141,12 @@ async def grammar_factory(
         found = (_tags(tags, [call_tags[0][0].split("\n")[0]], "tools"), "tools")
     if found is None:
         return None
-    grammar, param = found
-    return await state.grammars.factory(grammar, param)
+    source, param = found
+    return await state.grammars.factory(source, param, tenant)
 
 
 def _requested(body: SamplingFields) -> tuple[str, str] | None:
-    """(llguidance grammar, parameter it came from)."""
+    """(source of a grammar, parameter it came from)."""
     asked = body.response_format
     found: tuple[str, str] | None = None
     if asked is not None:
@@ -165,27 +213,17 @@ def _structured(asked: StructuredOutputs) -> str:
 
 
 def _regex(regex: str, param: str) -> str:
-    from llguidance import LLMatcher
-
-    return LLMatcher.grammar_from_regex(regex)
+    return _source("regex", regex)
 
 
 def _choice(texts: list[str], param: str) -> str:
-    from llguidance import grammar_from
-
     if not 0 < len(texts) <= 1000:
         raise invalid(f"{param} needs 1 to 1000 texts.", param)
-    return grammar_from("choice", texts)  # type: ignore[arg-type]  # it takes the list that its own docstring shows
+    return _source("choice", texts)
 
 
 def _grammar(text: str, param: str) -> str:
-    """Lark or llama.cpp's GBNF."""
-    from llguidance import grammar_from
-
-    try:
-        return grammar_from("grammar", text)
-    except Exception as error:
-        raise invalid(f"{param} cannot be read: {str(error)[:300]}", param) from None
+    return _source("grammar", text)
 
 
 _FORMATS: dict[str, Callable[[Any, str], str]] = {"regex": _regex, "choice": _choice, "grammar": _grammar}
@@ -204,21 +242,23 @@ def _structural_tag(text: str, param: str) -> str:
 
 def _tags(structures: list[Structure], triggers: list[str], param: str) -> str:
     """Free text in which a trigger opens a tag, and what is inside a tag follows its schema."""
-    from llguidance import LLMatcher, StructTag
-
+    if max(len(structures), len(triggers)) > _MOST_TAGS:
+        raise invalid(f"{param}: at most {_MOST_TAGS} structures and triggers.", param)
     tags = []
     for structure in structures:
         trigger = next((text for text in triggers if text and structure.begin.startswith(text)), None)
         if trigger is None:
             raise invalid(f"{param}: no trigger begins {structure.begin[:100]!r}.", param)
         schema = prepare_schema(structure.schema_, param)
-        tags.append(StructTag(trigger=trigger, begin=structure.begin, grammar=schema, end=structure.end))
-    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
+        tags.append({"trigger": trigger, "begin": structure.begin, "grammar": schema, "end": structure.end})
+    return _source("tags", tags)
 
 
 def _loads(text: str, param: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        check_nesting(value, param)
+        return value
     except (ValueError, RecursionError) as error:
         raise invalid(f"{param} is not valid JSON: {error}", param) from None
 
@@ -228,12 +268,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _json(schema: Any, param: str, whitespace: str | None = None, compact: bool = False) -> str:
-    from llguidance import LLMatcher
-
-    options: Any = {"whitespace_flexible": False}
+    options: dict[str, Any] = {"whitespace_flexible": False}
     if not compact:
         options = {"whitespace_pattern": _BLANKS if whitespace is None else whitespace}
-    try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(prepare_schema(schema, param)), overrides=options)
-    except (ValueError, TypeError) as error:
-        raise invalid(f"{param} is not a usable JSON schema: {str(error)[:300]}", param) from None
+    return _source("json", prepare_schema(schema, param), options)

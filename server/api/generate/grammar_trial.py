@@ -1,9 +1,10 @@
-"""The server's side of `server.engine.extras.grammar_trial`: a process in which new grammars are tried first."""
+"""The server's side of `server.engine.extras.grammar_trial`: processes in which new grammars are tried first."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,44 +17,63 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[3]
+MODULE = "server.engine.extras.grammar_trial"
+# All that a trial process gets to see of the server's environment: no key, no token.
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 
 
 class Trial:
-    """Starts the process on first use and again after a crash. One grammar at a time: its caller holds a lock."""
+    """One process, started when it is first needed and again at once after a crash. One grammar at a time."""
 
     def __init__(self, tokenizer: ServingTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._process: asyncio.subprocess.Process | None = None
+        self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
 
-    async def check(self, grammar: str) -> None:
-        """GrammarError if the grammar is invalid, too complex, or crashes the parser. May be cancelled."""
+    def warm(self) -> None:
+        """Start the process unless it is there: it takes a second to be ready."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+
+    async def ready(self) -> None:
+        """Wait for the process: what its start takes is not the grammar's fault."""
+        self.warm()
+        await asyncio.shield(self._starting)
+
+    async def convert(self, source: str) -> str:
+        """The grammar for a source (`server.engine.extras.grammar_source`), compiled and walked once.
+
+        GrammarError if it is invalid, too complex, or crashes the parser. May be cancelled.
+        """
         from server.engine.extras.grammar import GrammarError
 
-        process = self._process or await self._start()
-        assert process.stdin is not None and process.stdout is not None
-        answer = b""
+        await self.ready()
+        process, answer = self._starting.result(), b""
         try:
-            process.stdin.write(orjson.dumps(grammar) + b"\n")
+            process.stdin.write(orjson.dumps(source) + b"\n")
             await process.stdin.drain()
             answer = await process.stdout.readline()
         except ConnectionError:  # it died before it had read everything
             pass
         finally:
             if not answer.endswith(b"\n"):  # dead, or still at it while its caller has given up
-                self._stop()
+                self._replace()
         if not answer.endswith(b"\n"):
             logger.warning("a grammar crashed the parser's trial process and is refused")
             raise GrammarError("the parser cannot cope with it")
-        if problem := orjson.loads(answer):
+        grammar, problem = orjson.loads(answer)
+        if problem is not None:
             raise GrammarError(problem)
+        return grammar
 
     async def _start(self) -> asyncio.subprocess.Process:
         tokenizer = self._tokenizer
-        self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.engine.extras.grammar_trial"),
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", MODULE),
             cwd=_ROOT,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            limit=1 << 24,  # a line of its answer holds a grammar
             start_new_session=True,  # Ctrl-C is for the server, which goes on until its requests are done
         )
         assert process.stdin is not None
@@ -63,9 +83,16 @@ class Trial:
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
         }
         process.stdin.write(orjson.dumps(setup) + b"\n")
+        await process.stdout.readline()  # it is ready, or dead: its first grammar will tell
         return process
 
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            process.kill()
+    def _replace(self) -> None:
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.add_done_callback(_kill)
+        self.warm()
+
+
+def _kill(starting: asyncio.Task[asyncio.subprocess.Process]) -> None:
+    if not starting.cancelled() and starting.exception() is None and starting.result().returncode is None:
+        starting.result().kill()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.json_schema import WithJsonSchema
 
-from server.api.http.body import Body
+from server.api.http.body import AtMost, Body
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[
@@ -69,10 +69,16 @@ class ResponseFormat(Body):
     )
     json_schema: JSONSchemaFormat | None = Field(default=None, description="for json_schema")
     regex: str | None = Field(default=None, description="for regex: the whole text matches it")
-    choice: list[str] | None = Field(default=None, description="for choice: one of these texts")
+    choice: Annotated[list[str], AtMost(1000)] | None = Field(
+        default=None, description="for choice: one of these texts"
+    )
     grammar: str | None = Field(default=None, description="for grammar: Lark or GBNF")
-    structures: list[Structure] | None = Field(default=None, description="for structural_tag: the tags")
-    triggers: list[str] | None = Field(default=None, description="for structural_tag: what starts a tag")
+    structures: Annotated[list[Structure], AtMost(128)] | None = Field(
+        default=None, description="for structural_tag: the tags"
+    )
+    triggers: Annotated[list[str], AtMost(128)] | None = Field(
+        default=None, description="for structural_tag: what starts a tag"
+    )
     schema_: dict[str, Any] | bool | None = Field(
         default=None, alias="schema", description="for json_object and json_schema: the schema, as llama.cpp has it"
     )
@@ -84,7 +90,7 @@ class StructuredOutputs(Body):
     model_config = ConfigDict(strict=True, extra="forbid")
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json", description="JSON schema")
     regex: str | None = Field(default=None, description="the whole text matches it")
-    choice: list[str] | None = Field(default=None, description="one of these texts")
+    choice: Annotated[list[str], AtMost(1000)] | None = Field(default=None, description="one of these texts")
     grammar: str | None = Field(default=None, description="Lark or GBNF grammar")
     json_object: bool | None = Field(default=None, description="any JSON object")
     structural_tag: str | None = Field(default=None, description="JSON of a structural_tag response format")
@@ -139,8 +145,10 @@ class SamplingFields(SizeFields):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
         default=None, description="the same seed gives the same text, in any batch but for rounding; -1: none"
     )
-    stop: str | list[str] | None = Field(default=None, description="texts that end the answer")
-    stop_token_ids: list[TokenId] | None = Field(default=None, description="tokens that end the answer")
+    stop: str | Annotated[list[str], AtMost(1024)] | None = Field(default=None, description="texts that end the answer")
+    stop_token_ids: Annotated[list[TokenId], AtMost(1024)] | None = Field(
+        default=None, description="tokens that end the answer"
+    )
     include_stop_str_in_output: bool | None = Field(default=None, description="keep the stop text in the answer")
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="no end of text before so many tokens"
@@ -156,9 +164,15 @@ class SamplingFields(SizeFields):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         default=None, description="divides the logits of tokens seen in prompt or answer; 1: none"
     )
-    logit_bias: dict[str, float] | None = Field(default=None, description="token id: -100 .. 100, added to its logit")
-    allowed_token_ids: list[TokenId] | None = Field(default=None, description="nothing but these tokens")
-    bad_words: list[str] | None = Field(default=None, description="words that must not be generated")
+    logit_bias: Annotated[dict[str, float], AtMost(4096)] | None = Field(
+        default=None, description="token id: -100 .. 100, added to its logit"
+    )
+    allowed_token_ids: Annotated[list[TokenId], AtMost(1 << 20)] | None = Field(
+        default=None, description="nothing but these tokens"
+    )
+    bad_words: Annotated[list[str], AtMost(256)] | None = Field(
+        default=None, description="words that must not be generated"
+    )
     stream: bool | None = Field(default=None, description="send server-sent events as tokens come")
     stream_options: StreamOptions | None = Field(default=None, description="only with stream")
     skip_special_tokens: bool | None = Field(default=None, description="leave special tokens out of text; default true")

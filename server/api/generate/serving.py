@@ -72,15 +72,17 @@ def truncate(token_ids: list[int], body: SamplingFields, max_model_len: int) -> 
 
 
 async def encode_prompt(
-    text: str, add_special_tokens: bool, state: ServerState, param: str, is_cut: bool = False
+    text: str, add_special_tokens: bool, state: ServerState, param: str, is_cut: str | None = None
 ) -> PromptInput:
-    """Tokenise; 400 for a text without tokens, or (unless it `is_cut` afterwards) one that cannot fit at best."""
-    if len(text) > state.tokenizer.longest_token * state.catalog.max_model_len and not is_cut:
-        raise APIError(
-            f"The prompt has {len(text)} characters, far more than {state.catalog.max_model_len} tokens can hold.",
-            param=param,
-            code="context_length_exceeded",
-        )
+    """Tokenise; 400 for a text without tokens, or one that cannot fit at best.
+
+    Of a text that `is_cut` afterwards, ends that cannot remain are cut off before.
+    """
+    most = state.tokenizer.longest_token * state.catalog.max_model_len
+    if len(text) > most:
+        if not is_cut:
+            raise too_long(text, state, param)
+        text = text[:most] if is_cut == "right" else text[-most:]
     try:
         token_ids = await state.tokenizer.encode_async(text, add_special_tokens)
     except UnicodeEncodeError:
@@ -90,9 +92,19 @@ async def encode_prompt(
     return PromptInput(token_ids, text)
 
 
+def too_long(text: str, state: ServerState, param: str) -> APIError:
+    return APIError(
+        f"{param} has {len(text)} characters, far more than {state.catalog.max_model_len} tokens can hold.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def check_prompt_ids(token_ids: list[int], state: ServerState, param: str) -> PromptInput:
     if not token_ids:
         raise invalid(f"{param} is empty: there is nothing to continue.", param)
+    if len(token_ids) > 4 * state.catalog.max_model_len:  # long lists are not even looked through
+        raise invalid(f"{param} has {len(token_ids)} tokens; the context has {state.catalog.max_model_len}.", param)
     if any(type(token_id) is not int for token_id in token_ids):
         raise invalid(f"{param} must hold whole numbers only.", param)
     if min(token_ids) < 0:

@@ -91,7 +91,17 @@ class ServingTokenizer:
         """Long texts are tokenised in a thread, so that they do not hold up everybody's streams."""
         if len(text) <= _INLINE_CHARACTERS:
             return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+        return (await asyncio.to_thread(self._encode_batch, [text], add_special_tokens))[0]
+
+    async def encode_many(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Several texts, off the event loop unless they are short all together."""
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            return [self.encode(text, add_special_tokens) for text in texts]
+        return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+
+    def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        # `encode` holds the interpreter while it works, so that a thread would not help the event loop; this does not.
+        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)]
 
     # --- ids -> text
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import PydanticCustomError, core_schema
 
 from server.api.http.errors import APIError, from_validation, invalid
 
@@ -67,6 +69,25 @@ INSTEAD = {
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _seen_unknown: set[str] = set()
 MAX_NESTING = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    """Of a list or mapping: its raw length is checked before anything in it, and the first bad entry ends the check."""
+
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        inner: Any = handler(source)
+        inner["max_length"] = self.most
+        if inner["type"] == "list":
+            inner["fail_fast"] = True
+        return core_schema.no_info_before_validator_function(self._check, inner)
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > self.most:
+            raise PydanticCustomError("too_long", f"has {len(value)} entries; at most {self.most} are allowed")
+        return value
 
 
 class Body(BaseModel):

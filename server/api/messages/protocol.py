@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.generate.protocol import SizeFields
-from server.api.http.body import Body
+from server.api.http.body import AtMost, Body
 
 
 class Block(Body):
@@ -20,13 +20,13 @@ class Block(Body):
     name: str | None = Field(default=None, description="of tool_use")
     input: dict[str, Any] | None = Field(default=None, description="of tool_use")
     tool_use_id: str | None = Field(default=None, description="of tool_result")
-    content: str | list[Block] | None = Field(default=None, description="of tool_result")
+    content: str | Annotated[list[Block], AtMost(1024)] | None = Field(default=None, description="of tool_result")
     is_error: bool | None = Field(default=None, description="of tool_result")
 
 
 class Message(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], AtMost(1024)]
 
 
 class MessageTool(Body):
@@ -54,13 +54,11 @@ class OutputConfig(Body):
 
 class CountTokensRequest(Body):
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
-    messages: Annotated[list[Message], Field(min_length=1)] = Field(
+    messages: Annotated[list[Message], Field(min_length=1), AtMost(4096)] = Field(
         description="the conversation; a last message of the assistant is continued"
     )
-    system: str | list[Block] | None = Field(default=None, description="system prompt")
-    tools: Annotated[list[MessageTool], Field(max_length=128)] | None = Field(
-        default=None, description="functions to call"
-    )
+    system: str | Annotated[list[Block], AtMost(1024)] | None = Field(default=None, description="system prompt")
+    tools: Annotated[list[MessageTool], AtMost(128)] | None = Field(default=None, description="functions to call")
     tool_choice: MessageToolChoice | None = Field(default=None, description="auto, any, none or one tool")
     thinking: dict[str, Any] | None = Field(
         default=None, description="type enabled or disabled: for templates that know enable_thinking"
@@ -75,7 +73,9 @@ class MessagesRequest(SizeFields, CountTokensRequest):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="nucleus; default: the model's")
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 or -1: all")
-    stop_sequences: list[str] | None = Field(default=None, description="texts that end the answer")
+    stop_sequences: Annotated[list[str], AtMost(1024)] | None = Field(
+        default=None, description="texts that end the answer"
+    )
     stream: bool | None = Field(default=None, description="send server-sent events as tokens come")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(default=None, description="as for chat")
     metadata: dict[str, Any] | None = Field(default=None, description="ignored")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from server.api.chat.protocol import ContentPart
 from server.api.generate.protocol import JSONSchemaFormat, SizeFields, StructuredOutputs
-from server.api.http.body import Body
+from server.api.http.body import AtMost, Body
 
 
 class InputItem(Body):
@@ -16,11 +16,13 @@ class InputItem(Body):
 
     type: str | None = Field(default=None, description="message (default), function_call, function_call_output")
     role: str | None = Field(default=None, description="of message")
-    content: str | list[ContentPart] | None = Field(default=None, description="of message")
+    content: str | Annotated[list[ContentPart], AtMost(1024)] | None = Field(default=None, description="of message")
     call_id: str | None = Field(default=None, description="of function_call and function_call_output")
     name: str | None = Field(default=None, description="of function_call")
     arguments: str | None = Field(default=None, description="of function_call")
-    output: str | list[ContentPart] | None = Field(default=None, description="of function_call_output")
+    output: str | Annotated[list[ContentPart], AtMost(1024)] | None = Field(
+        default=None, description="of function_call_output"
+    )
 
 
 class TextFormat(JSONSchemaFormat):
@@ -52,7 +54,7 @@ class FunctionChoice(Body):
 
 class ResponsesRequest(SizeFields):
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
-    input: Annotated[str | list[InputItem], Field(min_length=1)] = Field(
+    input: Annotated[str | Annotated[list[InputItem], AtMost(4096)], Field(min_length=1)] = Field(
         description="a text, or messages, calls and their results"
     )
     instructions: str | None = Field(default=None, description="system prompt")
@@ -67,16 +69,16 @@ class ResponsesRequest(SizeFields):
     top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         default=None, description="likeliest tokens at every position, with include"
     )
-    include: list[str] | None = Field(default=None, description="message.output_text.logprobs; others are ignored")
+    include: Annotated[list[str], AtMost(128)] | None = Field(
+        default=None, description="message.output_text.logprobs; others are ignored"
+    )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(default=None, description="as for chat")
-    stop: str | list[str] | None = Field(default=None, description="as for chat")
+    stop: str | Annotated[list[str], AtMost(1024)] | None = Field(default=None, description="as for chat")
     stream: bool | None = Field(default=None, description="send server-sent events as tokens come")
     stream_options: dict[str, Any] | None = Field(default=None, description="ignored")
     text: TextConfig | None = Field(default=None, description="format of the text")
     structured_outputs: StructuredOutputs | None = Field(default=None, description="as for chat")
-    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = Field(
-        default=None, description="functions to call"
-    )
+    tools: Annotated[list[ResponseTool], AtMost(128)] | None = Field(default=None, description="functions to call")
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = Field(
         default=None, description="as for chat"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.generate.conversation import chat_template, render
-from server.api.generate.serving import json_response, read_body
+from server.api.generate.serving import json_response, read_body, too_long
 from server.api.generate.tools import ToolUse
 from server.api.http.errors import invalid
 from server.api.http.state import ServerState, state_of
@@ -31,6 +33,8 @@ async def tokenize(request: Request, state: ServerState) -> Response:
         add_special = bool(body.add_special_tokens)
     else:
         text, add_special = body.prompt or "", body.add_special_tokens is not False
+    if len(text) > tokenizer.longest_token * state.catalog.max_model_len:
+        raise too_long(text, state, "prompt" if body.messages is None else "messages")
     token_ids = await tokenizer.encode_async(text, add_special)
     answer = {"count": len(token_ids), "max_model_len": state.catalog.max_model_len, "tokens": token_ids}
     if body.return_token_strs:
@@ -43,7 +47,7 @@ async def detokenize(request: Request, state: ServerState) -> Response:
     state.catalog.split_model(body.model)
     if body.tokens and max(body.tokens) >= state.tokenizer.vocab_size:
         raise invalid(f"tokens: {max(body.tokens)} is not in the vocabulary.", "tokens")
-    return json_response({"prompt": state.tokenizer.decode(body.tokens)})
+    return json_response({"prompt": await asyncio.to_thread(state.tokenizer.decode, body.tokens)})
 
 
 @router.get("/tokenizer_info", tags=["tokenizer"], summary="Special tokens and chat template")

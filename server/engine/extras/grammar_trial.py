@@ -1,11 +1,11 @@
 """`python -m server.engine.extras.grammar_trial`: compiles grammars that somebody sent, apart from the server.
 
-llguidance is native code. A few grammars overflow its stack (an `enum` with the smallest 64-bit integer, thousands of
-rules in a chain), and that would end the server. So every new grammar is compiled here first, in a process with a
-small stack and little memory: what ends this process never reaches the server.
+llguidance is native code, and a few grammars overflow its stack, which would end the server. So every new grammar is
+compiled here first, in a process with a small stack and little memory: what ends this process never reaches the server.
 
-One JSON value per line, in and out. First in: {"tokenizer", "vocab_size", "eos_token_ids"}. Then grammars (texts); the
-answer to each is null or what is wrong with it. The process ends when its input does.
+One JSON value per line, in and out. First in: {"tokenizer", "vocab_size", "eos_token_ids"}, answered by null when all
+is ready. Then sources of grammars (`grammar_source`); the answer to each is [grammar, null] or [null, what is wrong
+with it]. The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import numpy as np
 
 from server.engine.extras.grammar import Grammar, GrammarCompiler, GrammarError
+from server.engine.extras.grammar_source import convert
 
 # A quarter of what threads of the server have, so that whatever passes here has room there.
 _STACK_BYTES = 2 << 20
@@ -39,13 +40,14 @@ def main() -> None:
 def _serve() -> None:
     setup = json.loads(sys.stdin.readline())
     compiler = GrammarCompiler(setup["tokenizer"], setup["vocab_size"], frozenset(setup["eos_token_ids"]))
+    print("null", flush=True)
     for line in sys.stdin:
-        problem = None
         try:
-            _walk(compiler.start(compiler.compile(json.loads(line))))
+            grammar, problem = convert(json.loads(line)), None
+            _walk(compiler.start(compiler.compile(grammar)))
         except GrammarError as error:
-            problem = str(error)
-        print(json.dumps(problem), flush=True)
+            grammar, problem = None, str(error)
+        print(json.dumps([grammar, problem]), flush=True)
 
 
 def _walk(grammar: Grammar) -> None:
