@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-ray test-clients fuzz soak lint types clean
+.PHONY: install tools serve test test-ray test-clients test-compose fuzz soak lint types clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +44,12 @@ test-ray: install
 test-clients: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,clients]'
 	BOOMERANG_TEST_NPM=1 $(BIN)/python -m pytest tests/api/test_clients.py tests/api/test_tool_loops.py $(ARGS)
+
+# The compose file on a real Docker engine: images built, replicas scaled, updated, killed. ENGINE is put in front of every
+# command, for an engine whose network is not this shell's; by default the machine's own Docker. Not part of CI.
+test-compose: install
+	$(ENGINE) docker compose build server autoscaler
+	$(ENGINE) env BOOMERANG_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose -s -x -n0 $(ARGS)
 
 # 10,000 mutated requests and 200 examples of every operation in the OpenAPI document; the suite tries a few of each.
 fuzz: install
