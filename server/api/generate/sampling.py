@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from server.api.generate.protocol import RepetitionDetection, SamplingFields
 from server.api.generate.tokenizer import ServingTokenizer
@@ -12,6 +14,8 @@ from server.core.request import RepetitionLimit, SamplingParams
 
 if TYPE_CHECKING:
     from server.api.http.state import ServerState
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def stop_strings(body: SamplingFields, settings: Settings) -> tuple[str, ...]:
@@ -102,7 +106,7 @@ def sampling_params(
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_or(body.repetition_penalty, default.repetition_penalty),
         logit_bias=_logit_bias(body.logit_bias, vocab_size),
-        allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
+        allowed_token_ids=_allowed(allowed),
         bad_words_ids=_bad_words(body.bad_words, tokenizer),
         stop_token_ids=frozenset(stop_ids),
         eos_token_ids=tokenizer.eos_token_ids,
@@ -136,6 +140,26 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+def _once(function: F) -> F:
+    """Remembers the last answer: all sequences of a request share their fields, and each is looked at once."""
+    last: tuple[Any, Any] = (None, None)
+
+    @wraps(function)
+    def remembering(value: Any, *others: Any) -> Any:
+        nonlocal last
+        if value is None or last[0] is not value:
+            last = value, function(value, *others)
+        return last[1]
+
+    return cast(F, remembering)
+
+
+@_once
+def _allowed(token_ids: list[int] | None) -> tuple[int, ...] | None:
+    return None if token_ids is None else tuple(sorted(set(token_ids)))
+
+
+@_once
 def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float] | None:
     if not bias:
         return None
@@ -149,6 +173,7 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, flo
     return result
 
 
+@_once
 def _bad_words(words: list[str] | None, tokenizer: ServingTokenizer) -> tuple[tuple[int, ...], ...]:
     """Token sequences to avoid: each word as it starts a text and as it follows a blank, like vLLM does."""
     if not words:

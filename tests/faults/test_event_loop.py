@@ -1,0 +1,139 @@
+"""Requests that are expensive to look at: none may hold the event loop, whatever it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import orjson
+import psutil
+import pytest
+
+from tests.api.tiny import VOCAB, RunningServer
+from tests.faults.test_clients import BODY
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+SHORT = BODY | {"max_tokens": 1}
+MANY = {"prompt": ["a"] * 1024, "max_tokens": 1}
+RULES = "root ::= " + " | ".join(f'"w{i}"' for i in range(6000))
+TAGS = [{"begin": f"<t{i}>", "schema": {}, "end": "</t>"} for i in range(2000)]
+
+
+WORDS = [chr(97 + i % 26) * (i + 1) for i in range(256)]
+
+
+def properties(number: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {} for i in range(number)}}
+
+
+def asked(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, SHORT | fields
+
+
+def chat(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return CHAT, {"messages": HELLO, "max_tokens": 1} | fields
+
+
+KINDS: dict[str, tuple[str, Any]] = {
+    "a grammar to convert": asked(structured_outputs={"grammar": RULES[:60_000]}),
+    "a grammar far too large": asked(structured_outputs={"grammar": RULES * 20}),
+    "bad words with many prompts": (COMPLETIONS, MANY | {"bad_words": WORDS}),
+    "biases for everything": asked(logit_bias={str(i): 1 for i in range(50_000)}, n=16),
+    "biases with many choices": asked(logit_bias={str(i): 1 for i in range(VOCAB)}, n=128),
+    "structures and triggers": asked(
+        response_format={"type": "structural_tag", "structures": TAGS, "triggers": ["x"] * 20_000 + ["<"]}
+    ),
+    "100,000 messages": chat(messages=HELLO * 100_000),
+    "200,000 wrong types": asked(stop=[1] * 200_000),
+    "a million ids to text": ("/detokenize", {"tokens": [5] * 1_000_000}),
+    "long stop strings on many sequences": asked(stop=["x" * 500 + str(i) for i in range(64)], n=32, max_tokens=20),
+    "a megabyte of text": asked(prompt="The quick brown fox. " * 50_000),
+    "a megabyte to tokenize": ("/tokenize", {"prompt": "The quick brown fox. " * 50_000}),
+    "a megabyte that is cut": asked(prompt="The quick brown fox. " * 50_000, truncate_prompt_tokens=5),
+    # And of our own making:
+    "lists in lists": (COMPLETIONS, b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}"),
+    "lists in lists without end": (COMPLETIONS, b'{"prompt": ' + b"[" * 1_000_000),
+    "1,024 prompts of 2,000 characters": (COMPLETIONS, {"prompt": ["word " * 400] * 1024, "max_tokens": 1}),
+    "a million ids": asked(prompt=[5] * 1_000_000),
+    "a schema of 5,000 properties": asked(structured_outputs={"json": properties(5000)}),
+    "a thousand choices": asked(structured_outputs={"choice": [f"choice {i} " * 5 for i in range(1000)]}),
+    "a long expression": asked(structured_outputs={"regex": "(a|b)" * 12_000}),
+    "100,000 unknown fields": asked(**{f"field{i}": i for i in range(100_000)}),
+    "a huge variable of the template": chat(chat_template_kwargs={"x": list(range(500_000))}),
+    "100,000 documents": chat(documents=[{}] * 100_000),
+    "tools with large schemas": chat(
+        tools=[{"type": "function", "function": {"name": f"f{i}", "parameters": properties(200)}} for i in range(128)]
+    ),
+    "allowed tokens with many choices": asked(allowed_token_ids=list(range(VOCAB)) * 100, n=128),
+    "a schedule of 100,000 legs": asked(size_schedule=[{"size": "4L", "tokens": 1}] * 100_000),
+    "parts of one message": chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 100_000}]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(pair):
+    with RunningServer(pair, "--max-num-queued-reqs", "4000") as server:
+        # What is made on first use is made.
+        httpx.post(server.url + COMPLETIONS, json=SHORT | {"structured_outputs": {"regex": "a"}}, timeout=60)
+        yield server
+
+
+def content(body: Any) -> bytes:
+    return body if isinstance(body, bytes) else orjson.dumps(body)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_looking_at_a_request_costs_less_than_a_second(server, name):
+    """Of processor time, which does not depend on the machine's load; the model's own steps do not count."""
+    path, body = KINDS[name]
+    process = psutil.Process(server.process.pid)
+
+    def spent() -> float:
+        # The event loop runs in the process's first thread.
+        return sum(t.user_time + t.system_time for t in process.threads() if t.id == process.pid)
+
+    before = spent()
+    answer = httpx.post(server.url + path, content=content(body), timeout=120)
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+    assert spent() - before < 1.0
+
+
+def test_health_is_answered_and_a_stream_goes_on_meanwhile(server):
+    async def scenario() -> tuple[float, float, set[int]]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            done = asyncio.Event()
+
+            async def stream() -> float:
+                longest, last = 0.0, None
+                while not done.is_set():
+                    body = BODY | {"max_tokens": 240, "stream": True}
+                    async with client.stream("POST", COMPLETIONS, json=body) as answer:
+                        async for _ in answer.aiter_lines():
+                            now = time.monotonic()
+                            longest, last = max(longest, now - (last or now)), now
+                return longest
+
+            async def health() -> float:
+                slowest = 0.0
+                while not done.is_set():
+                    started = time.monotonic()
+                    assert (await client.get("/health")).status_code == 200
+                    slowest = max(slowest, time.monotonic() - started)
+                    await asyncio.sleep(0.02)
+                return slowest
+
+            watchers = asyncio.gather(stream(), health())
+            statuses = set()
+            for path, body in KINDS.values():
+                statuses.add((await client.post(path, content=content(body))).status_code)
+            done.set()
+            gap, slowest = await watchers
+            return gap, slowest, statuses
+
+    gap, slowest, statuses = asyncio.run(scenario())
+    print(f"longest gap {gap:.3f} s, slowest /health {slowest:.3f} s")
+    assert statuses <= {200, 400, 413, 429}
+    assert slowest < 2.0  # 0.5 s on cores of one's own
