@@ -42,7 +42,7 @@ class DockerDriver:
     """Scales service `service` of Compose project `project` by cloning one of its containers.
 
     A clone carries the service's labels and network aliases, so Docker's DNS finds it as one more replica. It is
-    labelled as a one-off container besides, which `docker compose up` leaves alone and `docker compose down` removes;
+    labelled as a one-off container besides, which `docker compose up` leaves alone and `down --remove-orphans` removes;
     as an ordinary one it would be stopped, streams and all, by the next `up`. At least one container that Compose made
     must exist (stopped will do): it is the template. A clone whose template has been made anew since is `is_stale`.
     """

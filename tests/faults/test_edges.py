@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from server.api.http.auth import KeyRing
 from server.config import Settings
 from server.options import SettingsError, check_environment, load_settings
 from tests.api.tiny import NAME, RunningServer
+from tests.faults.ledger import gather
 from tests.faults.test_clients import BODY, bearer, load, open_socket, until
 
 ROOT = Path(__file__).parents[2]
@@ -315,3 +317,20 @@ def test_the_listening_socket_is_not_inheritable():
 
     with bind(Settings(host="127.0.0.1", port=0)) as listener:
         assert not listener.get_inheritable() and isinstance(listener, socket.socket)
+
+
+def test_the_queue_counts_every_sequence_of_a_request(pair):
+    """Lists of prompts, sent at once: however many sequences they hold, no more wait than are allowed."""
+    with RunningServer(pair, "--max-num-seqs", "2", "--max-num-queued-reqs", "20", "--size-policy", "auto") as server:
+        body = BODY | {"prompt": [[5, 9, 20]] * 15, "max_tokens": 100}
+
+        async def flood(client: httpx.AsyncClient) -> tuple[list[int], int]:
+            posts = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for _ in range(20)]
+            most = 0
+            while not all(post.done() for post in posts):
+                most = max(most, (await client.get("/load")).json()["num_waiting"])
+                await asyncio.sleep(0.02)
+            return [post.result().status_code for post in posts], most
+
+        statuses, most = gather(server.url, flood)
+        assert set(statuses) == {200, 503} and most <= 20

@@ -152,6 +152,9 @@ class Generation:
         """
         waiting = sum(len(sequence.request.prompt_token_ids) for sequence in self.sequences)
         self.state.admission.check(self.sequences[0].request.tenant, len(self.sequences), waiting)
+        for sequence in self.sequences:  # all of them now, though some are submitted later
+            self.state.admission.enter(sequence.request.tenant, len(sequence.request.prompt_token_ids))
+            sequence.is_queued = True
         seconds = self.state.settings.max_request_seconds
         if seconds:
             left = self.sequences[0].request.arrival_time + seconds - now()
@@ -242,10 +245,7 @@ class Generation:
     # --- parts
 
     def _submit(self, sequence: Sequence) -> None:
-        num_tokens = len(sequence.request.prompt_token_ids)
         sequence.stream = self.state.async_engine.submit(sequence.request)
-        self.state.admission.enter(sequence.request.tenant, num_tokens)
-        sequence.is_queued = True
 
     def _note(self, sequence: Sequence, output: RequestOutput) -> None:
         self._leave_queue(sequence)
