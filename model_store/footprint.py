@@ -11,6 +11,8 @@ from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
 
 MatrixBytes = Callable[[int, int], int]  # (rows, inputs) -> bytes
+# (side, layer of that side or end part, bytes of a weight without codes) -> bytes of its matrices where codes are kept
+CodeBytes = Callable[[str, int | str, int], int]
 
 
 class Footprint:
@@ -24,6 +26,7 @@ class Footprint:
         shared_layers: Mapping[int, int],
         shared_ends: Collection[str],
         differences: Mapping[int, int] | None = None,
+        code_bytes: CodeBytes | None = None,
     ) -> None:
         """`shared_layers`: student layers that are a teacher layer, by global id; `shared_ends`: equal end parts.
 
@@ -35,6 +38,7 @@ class Footprint:
         self.shared_layers = shared_layers
         self.shared_ends = shared_ends
         self.differences = differences or {}
+        self.code_bytes = code_bytes
 
     def parameters(self, sizes: Collection[int]) -> int:
         """Parameters that serving exactly `sizes` needs. For one size: of that size as assembled (a tied pair whose
@@ -61,6 +65,16 @@ class Footprint:
         if form.storage is Storage.AS_LOADED:
             return plain
         spec = self.specs["teacher"]
+        if form.storage is Storage.CODES:
+            assert self.code_bytes is not None
+            layers, size, count = self._layers(sizes), dtype.itemsize, self.elasticity.num_teacher_layers
+            plain -= len(layers) * sum(n * k for n, k in spec.matrix_shapes.values()) * size
+            places: list[tuple[str, int | str]] = [
+                ("teacher", i) if i < count else ("student", i - count) for i in layers
+            ]
+            ends = [(side, part) for part, side in self._ends(sizes) if part != "norm"]
+            plain -= len(ends) * spec.vocab_size * spec.hidden_size * size
+            return plain + sum([self.code_bytes(side, what, size) for side, what in [*places, *ends]])
         num_ends = sum(
             part == "head" or (part == "embed" and self.specs[side].tie_word_embeddings)
             for part, side in self._ends(sizes)

@@ -2,12 +2,14 @@
 
 The `gguf` package dequantises; names, layouts and config are ours, because every tensor and every key of the model must
 be accounted for: one that is silently left out (a bias, rope factors, a window) would give a model that answers, and
-answers wrong.
+answers wrong. Tensors of the types of quantized.py are kept as they are too, in codes.safetensors, which is what the
+native executor serves.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -22,10 +24,12 @@ from tqdm import tqdm
 
 from model_store.gguf_file import GgufError, GgufFile, GgufTensor, read_gguf
 from model_store.gguf_tokenizer import write_tokenizer
+from model_store.quantized import BLOCK_TYPES, CODES_FILE
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import StoreError
 
-IMPORT_RULES = 2  # counts up whenever the same file would be turned into something else
+logger = logging.getLogger(__name__)
+
 _MAX_SHARD_BYTES = 4 << 30
 
 _LLAMA_NAMES = {
@@ -66,6 +70,7 @@ def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: torch.dt
         raise StoreError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
     shown = tqdm(tensors, desc=f"dequantising {file.name}", unit="tensor", disable=not progress)
     write_safetensors(folder, ((tensor.name, tensor.dequantised().to(dtype)) for tensor in shown))
+    _write_codes(folder, tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
     if ends:
@@ -301,6 +306,21 @@ def hf_tensors(file: GgufFile, spec: ModelSpec) -> list[HfTensor]:
         is_conv = architecture == "gpt2" and layer is not None and kind == "weight" and len(tensor.shape) == 2  # Conv1D
         found.append(HfTensor(name, tensor, rows, is_conv))
     return found
+
+
+def _write_codes(folder: Path, tensors: list[HfTensor]) -> None:
+    """The blocks of matrices whose type is kept, rows being outputs in every family, under their names."""
+    matrices = [tensor for tensor in tensors if len(tensor.source.shape) == 2]
+    coded = [tensor for tensor in matrices if tensor.source.kind.name in BLOCK_TYPES]
+    if not coded:
+        return
+    if others := sorted({t.source.kind.name for t in matrices} - BLOCK_TYPES.keys()):
+        logger.info("matrices of type %s are kept dequantised, not as codes", ", ".join(others))
+    blocks = {
+        t.name: torch.from_numpy(np.array(t.source.data if t.rows is None else t.source.data[t.rows])) for t in coded
+    }
+    save_file(blocks, folder / CODES_FILE, {tensor.name: tensor.source.kind.name for tensor in coded})
+    (folder / CODES_FILE).chmod(0o644)
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model_store.quantized import CodedMatrix
+
 _SCALE_BYTES = 4
 # Values that are converted at a time: on a CPU the float32 between fits the second-level cache.
 _CPU_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 25
@@ -43,7 +45,7 @@ class Int8Matrix:
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
 
-Matrix = torch.Tensor | Int8Matrix
+Matrix = torch.Tensor | Int8Matrix | CodedMatrix
 
 
 def quantise(matrix: torch.Tensor) -> Int8Matrix:
@@ -61,13 +63,15 @@ def quantise(matrix: torch.Tensor) -> Int8Matrix:
 
 
 def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    return matrix.dense(dtype) if isinstance(matrix, Int8Matrix) else matrix.to(dtype)
+    return matrix.to(dtype) if isinstance(matrix, torch.Tensor) else matrix.dense(dtype)
 
 
 def tensors_of(value: Matrix | None) -> Iterator[torch.Tensor]:
     """What a field of weights holds in memory."""
     if isinstance(value, Int8Matrix):
         yield from (value.values, value.scale)
+    elif isinstance(value, CodedMatrix):
+        yield from value.tensors()
     elif value is not None:
         yield value
 

@@ -13,9 +13,10 @@ import torch
 from model_store.assembly import Elasticity
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.lowrank import LowRankDelta
+from model_store.quantized import CodedMatrix
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
-from model_store.weights import EndWeights, LayerWeights
+from model_store.weights import MATRICES, EndWeights, LayerWeights
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +38,26 @@ class LoadedPair:
         """In what form the tensors are, before an executor packs them."""
         end = self.ends["teacher"]
         storage = Storage.INT8 if isinstance(end.head, Int8Matrix) else Storage.AS_LOADED
+        if any(isinstance(value, CodedMatrix) for _, value in self._matrices()):
+            storage = Storage.CODES
         return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage)
+
+    def _matrices(self) -> Iterator[tuple[str, Matrix]]:
+        for layer in self.layers.values():
+            yield from ((name.removesuffix("_weight"), getattr(layer, name)) for name in MATRICES)
+        for end in self.ends.values():
+            yield from (("embedding", end.embed), ("head", end.head))
+
+    def kinds(self) -> str:
+        """What lies in memory, by kind of tensor, before an executor packs it: "qkv Q4_K + Q6_K, ..., head Q6_K"."""
+        kinds: dict[str, dict[str, None]] = {}
+        for name, matrix in self._matrices():
+            kind = matrix.kind if isinstance(matrix, CodedMatrix) else str(matrix.dtype).removeprefix("torch.")
+            kinds.setdefault(name, {})[kind] = None
+        names: dict[str, list[str]] = {}
+        for name, found in kinds.items():
+            names.setdefault(" + ".join(found), []).append(name)
+        return "; ".join(f"{', '.join(group)}: {kind}" for kind, group in names.items())
 
     @property
     def shared_stations(self) -> frozenset[int]:
@@ -109,6 +129,11 @@ def join_ends(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, End
 def _is_equal(one: Matrix | None, other: Matrix | None) -> bool:
     if one is None or other is None:
         return one is other
+    if isinstance(one, CodedMatrix) or isinstance(other, CodedMatrix):
+        if not (isinstance(one, CodedMatrix) and isinstance(other, CodedMatrix)) or len(one.parts) != len(other.parts):
+            return False
+        parts = zip(one.parts, other.parts, strict=True)
+        return all(a.type is b.type and _is_equal(a.blocks, b.blocks) for a, b in parts)
     if isinstance(one, Int8Matrix) or isinstance(other, Int8Matrix):
         if not (isinstance(one, Int8Matrix) and isinstance(other, Int8Matrix)):
             return False

@@ -14,12 +14,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from model_store.int8 import Int8Matrix, Matrix, dense, tensors_of
 from model_store.layout import layer_tensors
+from model_store.quantized import q8_0
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import LayerWeights, WeightError, quantise_layer
@@ -143,16 +145,18 @@ class LowRankStudent:
     ) -> LayerWeights:
         """Student layer `index` expanded: the sum is taken in float32, rounded to the dtype, then quantised if asked.
 
+        Beside a teacher in codes its matrices are rounded to Q8_0.
         Biases and query/key norms that are not stored are the teacher's (in the dtype).
         """
         dtype, delta = form.dtype, self.delta(index, teacher, torch.float32, teacher.qkv_weight.device)
-        changed: dict[str, torch.Tensor] = {}
+        changed: dict[str, Any] = {}
         prefix = f"model.layers.{index}."
         for group, terms in delta.terms.items():
-            weight = getattr(teacher, f"{group}_weight").to(torch.float32, copy=True)
+            weight = dense(getattr(teacher, f"{group}_weight"), torch.float32).clone()
             for term in terms:
                 weight[term.start : term.stop].addmm_(dense(term.b, torch.float32), dense(term.a, torch.float32))
-            changed[f"{group}_weight"] = weight.to(device, dtype)
+            keeps_codes = form.storage is Storage.CODES and weight.shape[1] % 32 == 0
+            changed[f"{group}_weight"] = q8_0(weight).to(device) if keeps_codes else weight.to(device, dtype)
             own = [(term, f"{prefix}{part}.bias") for term, part in zip(terms, _PARTS[group], strict=True)]
             if own := [(term, name) for term, name in own if name in self._names]:
                 bias = getattr(teacher, f"{group}_bias").to(torch.float32, copy=True)

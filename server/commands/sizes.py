@@ -23,7 +23,7 @@ def speed_file(store: str | None, pair: Pair, form: WeightForm) -> Path:
     from server.cost.calibrate import processor_name
 
     machine = "".join(c if c.isalnum() else "-" for c in processor_name())
-    kind = f"-{form.storage}" if form.is_quantised else ""
+    kind = "" if form.storage == "as loaded" else f"-{form.storage}"
     kind += "-difference" if form.low_rank else ""
     return store_root(store) / "speed" / f"{pair.name}{kind}-{machine}.json"
 
@@ -61,6 +61,8 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     together = pair.union_bytes(pair.elasticity.sizes, form)
     apart = sum(row["weight_bytes"] for row in rows)
     console.print(f"all {len(rows)} sizes together: {together / 1e6:.0f} MB of weights; apart {apart / 1e6:.0f} MB")
+    if form.storage == "codes":
+        console.print(f"the file's own codes: {pair.code_kinds()}")
     if not speeds:
         console.print("speeds: not measured here yet (boomerang bench latency)")
     return 0

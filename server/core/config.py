@@ -18,6 +18,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     executor: str = "auto"  # auto | cuda | native | torch: see server.model.executor
     enforce_eager: bool = False  # no CUDA graphs
+    exact_activations: bool = False  # codes times floats instead of integers, slowly: what tests compare with
     compress_weights: bool = True  # bfloat16 in twelve bits, exactly, where the executor can
     speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation
     num_speculative_tokens: int = 3  # guesses ahead, at most

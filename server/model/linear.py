@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model_store.int8 import Int8Matrix, Matrix
+from model_store.quantized import CodedMatrix, round_activations
 
 # Up to so many rows torch's own int8 operation on CPU (bfloat16) is faster than converting the weights; measured. It
 # reads whole vectors of a row, and crashes where its width is not a multiple of them.
@@ -19,8 +20,11 @@ def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) ->
     """x [T, K] -> x W^T + b [T, N].
 
     Of int8 weights a plain copy lives while it is multiplied with, at most: their values are exact in every type, and
-    the sums are scaled in float32.
+    the sums are scaled in float32. With codes activations are rounded to 8 bits by blocks, as the integer kernels do.
     """
+    if isinstance(weight, CodedMatrix):
+        out = F.linear(round_activations(x), weight.dense(torch.float32))
+        return (out if bias is None else out + bias).to(x.dtype)
     if not isinstance(weight, Int8Matrix):
         return F.linear(x, weight, bias)
     is_small = len(x) <= _FEW_ROWS and x.shape[1] % _VECTOR == 0
@@ -35,6 +39,8 @@ def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) ->
 
 def embed(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Rows `ids` of [V, E] -> [T, E]."""
+    if isinstance(weight, CodedMatrix):
+        return weight.rows(ids).to(dtype)
     if not isinstance(weight, Int8Matrix):
         return F.embedding(ids, weight)
     return (weight.values[ids] * weight.scale[ids, None]).to(dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
+from model_store.weight_form import Storage
 from model_store.weights import EndWeights
 from server.core.batch import ForwardBatch, Segment
 from server.core.executor import Executor
@@ -30,7 +31,7 @@ class TorchExecutor(Executor):
         self.spec = pair.spec
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
-        self.weight_form = pair.form
+        self.weight_form, self._kinds = pair.form, pair.kinds()
         self.elasticity = pair.elasticity
         self.shared_stations = pair.shared_stations
         self.ends: dict[str, EndWeights] = pair.ends
@@ -51,7 +52,8 @@ class TorchExecutor(Executor):
             self._inv_freq = inv_freq.to(self.device, torch.float32)
 
     def describe(self) -> str:
-        return f"torch on {self.device}, {self.weight_form}, pages of {self.page_size} tokens"
+        kinds = f" ({self._kinds})" if self.weight_form.storage is Storage.CODES else ""
+        return f"torch on {self.device}, {self.weight_form}{kinds}, pages of {self.page_size} tokens"
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize

@@ -87,7 +87,8 @@ def test_both_executors_in_bfloat16(family, executor):
         reference = torch.log_softmax(oracle.logits(pair.elasticity, request.sizes[0], text)[:-1], -1)
         measured = all_logprobs(outputs[request.request_id])
         centred = [rows - rows.mean(-1, keepdim=True) for rows in (measured, reference)]
-        assert torch.cosine_similarity(*centred).min() > 0.995
+        # The native executor rounds activations too.
+        assert torch.cosine_similarity(*centred).min() > (0.99 if executor == "native" else 0.995)
 
 
 def test_bytes_are_what_the_tables_say(family):
@@ -127,12 +128,6 @@ def test_low_rank_students(tmp_path, executor, low_rank):
         scores.append(torch.cat([all_logprobs(outputs[request.request_id]) for request in requests]))
     centred = [rows - rows.mean(-1, keepdim=True) for rows in scores]
     assert torch.cosine_similarity(*centred).min() > 0.99
-
-
-def test_a_type_that_the_native_executor_has_no_int8_for(family):
-    pair = open_order(*family[:2], "last_to_first")
-    with pytest.raises(ValueError, match=r"native: (does int8 weights in bfloat16, not in torch.float32|.*not built)"):
-        make_engine(pair, "native", loaded=pair.load(WeightForm(torch.float32, storage=Storage.INT8)))
 
 
 def test_rounding():

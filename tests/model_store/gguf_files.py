@@ -14,11 +14,14 @@ MERGES = ["Ġ t", "h e", "Ġ Ġ", "Ġt he", "1 2"]
 TOKENS = CONTROL + list(bytes_to_unicode().values()) + [merge.replace(" ", "") for merge in MERGES]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
-_TYPES = {None: gguf.GGMLQuantizationType.F32, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
+_PLAIN = gguf.GGMLQuantizationType.F32
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, quantise: str | None = None, extra: dict | None = None) -> None:
-    """`extra`: further tensors by name. Matrices are quantised if asked, vectors never."""
+def write_gguf(
+    model: PreTrainedModel, path: Path, *, quantise: str | dict[str, str] | None = None, extra: dict | None = None
+) -> None:
+    """`extra`: further tensors by name. Matrices are quantised if asked, vectors never; `quantise` is a type, or one of
+    each part that is quantised ("attn_v", ...)."""
     config = model.config
     family = config.model_type
     writer = gguf.GGUFWriter(path, ARCHITECTURES[family])
@@ -65,10 +68,12 @@ def write_gguf(model: PreTrainedModel, path: Path, *, quantise: str | None = Non
     writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, name: str, value: np.ndarray, quantise: str | None) -> None:
-    kind = _TYPES[quantise] if value.ndim == 2 and value.shape[1] % 32 == 0 else _TYPES[None]
+def _add(writer: gguf.GGUFWriter, name: str, value: np.ndarray, quantise: str | dict[str, str] | None) -> None:
+    wanted = quantise.get(name.split(".")[-2]) if isinstance(quantise, dict) else quantise
+    is_quantised = wanted and value.ndim == 2 and value.shape[1] % 32 == 0
+    kind = gguf.GGMLQuantizationType[wanted] if is_quantised else _PLAIN
     data = np.ascontiguousarray(value, dtype=np.float32)
-    writer.add_tensor(name, data if kind is _TYPES[None] else gguf.quantize(data, kind), raw_dtype=kind)
+    writer.add_tensor(name, data if kind is _PLAIN else gguf.quantize(data, kind), raw_dtype=kind)
 
 
 def _to_llama_cpp(value: np.ndarray, name: str, config) -> np.ndarray:

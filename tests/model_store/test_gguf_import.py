@@ -14,12 +14,13 @@ from model_store import gguf_import
 from model_store.evaluate import store_quality
 from model_store.evaluate.orders import adopt
 from model_store.gguf_import import import_gguf
+from model_store.int8 import dense
 from model_store.pair import PairError, open_pair
 from model_store.sources import import_gguf_file, resolve
 from model_store.spec import ModelSpec
 from model_store.store import StoreError
-from model_store.weight_form import WeightForm
-from model_store.weights import Checkpoint
+from model_store.weight_form import Storage, WeightForm
+from model_store.weights import MATRICES, Checkpoint
 from tests import tiny_pairs
 from tests.model_store.gguf_files import ARCHITECTURES, TOKENS, write_gguf
 
@@ -152,3 +153,32 @@ def test_a_pair_of_gguf_files(tmp_path):
     store_quality(other, {4: {"kl": 0.5}}, {})
     reopened = open_pair(tmp_path / "teacher.gguf", tmp_path / "student.gguf")
     assert reopened.elasticity.thresholds == other.elasticity.thresholds and reopened.quality == {4: {"kl": 0.5}}
+
+
+# Types of the parts of a file: fused tensors of several types, one that is kept dequantised, no codes for the output.
+MIXED = {
+    "token_embd": "Q8_0", "attn_q": "Q4_1", "attn_k": "Q4_1", "attn_v": "Q5_0", "attn_qkv": "Q4_0",
+    "attn_output": "Q4_0", "ffn_gate": "Q5_1", "ffn_up": "Q5_1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_codes_are_kept_and_mean_what_was_dequantised(family, tmp_path):
+    model = plain_llama() if family == "llama" else tiny_pairs.make_model(family, 2, seed=4, tied=True)
+    write_gguf(model, tmp_path / "tiny.gguf", quantise=MIXED)
+    (tmp_path / "out").mkdir()
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False, dtype=torch.float32)
+    checkpoint = Checkpoint(tmp_path / "out")
+    codes = WeightForm(torch.float32, storage=Storage.CODES)
+    for index in range(2):
+        plain, coded = checkpoint.layer(index, FLOAT32), checkpoint.layer(index, codes)
+        for name in MATRICES:
+            assert torch.equal(dense(getattr(coded, name), torch.float32), getattr(plain, name)), name
+        kinds = {name: getattr(coded, name).kind for name in MATRICES if name != "down_weight"}
+        assert kinds["qkv_weight"] == ("Q4_0" if family == "gpt2" else "Q4_1 + Q5_0")
+        assert isinstance(coded.down_weight, torch.Tensor)
+        shapes = coded.tensors()
+        assert checkpoint.layer_bytes(index, 4) == sum(t.nbytes for t in shapes if t.dim() == 2)
+    ends, expected = checkpoint.ends(codes), checkpoint.ends(FLOAT32)
+    assert torch.equal(dense(ends.embed, torch.float32), expected.embed) and ends.head is ends.embed
+    assert ends.embed.kind == "Q8_0"

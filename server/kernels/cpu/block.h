@@ -20,10 +20,6 @@ struct ActivationOf<bf16> {
     using type = bf16;
 };
 template <>
-struct ActivationOf<int8> {
-    using type = bf16;
-};
-template <>
 struct ActivationOf<bf12> {
     using type = bf16;
 };
@@ -79,32 +75,6 @@ struct Operand<bf16> {
         return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)w);
     }
 };
-// int8 is exact in bfloat16: sign and two bytes looked up by magnitude.
-struct Int8Tables {
-    uint8_t high[128] = {}, low[128] = {};
-    constexpr Int8Tables() {
-        for (int i = 1, power = 0; i < 128; i++) {
-            if (i >> (power + 1)) power++;
-            const int bits = (127 + power) << 7 | (i << (7 - power) & 127);
-            high[i] = uint8_t(bits >> 8), low[i] = uint8_t(bits);
-        }
-    }
-};
-alignas(64) constexpr Int8Tables kInt8Tables;  // known to the compiler: nothing to look after in a loop
-
-inline WideLine widen_int8(const char* line) {
-    const Int8Tables& tables = kInt8Tables;
-    const __m512i w = _mm512_loadu_si512(line), magnitude = _mm512_abs_epi8(w);
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(tables.low), magnitude, _mm512_load_si512(tables.low + 64));
-    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(tables.high), magnitude, _mm512_load_si512(tables.high + 64));
-    const __m512i top = _mm512_ternarylogic_epi32(high, w, _mm512_set1_epi8(char(0x80)), 0xf8);  // high | (w & 0x80)
-    return {{_mm512_unpacklo_epi8(low, top), _mm512_unpackhi_epi8(low, top)}};
-}
-inline void widen_panel(const char* lines, int units, const Beside<int8>&, bf16* to) {
-    for (int u = 0; u < units; u++) store_wide(reinterpret_cast<char*>(to) + long(u) * kLine<bf16>, widen_int8(lines + long(u) * kLine<int8>));
-}
-template <>
-struct Operand<int8> : Operand<bf16> {};
 #else
 template <>
 struct Operand<bf16> {
@@ -114,8 +84,6 @@ struct Operand<bf16> {
     }
     F16 fma(F16 sum, const float* x) const { return fma16(set16(x[1]), odd, fma16(set16(x[0]), even, sum)); }
 };
-template <>
-struct Operand<int8> : Operand<bf16> {};
 #endif
 template <>
 struct Operand<bf12> : Operand<bf16> {};
@@ -127,20 +95,6 @@ struct Lines {
     template <int H>
     void load(const char* lines, int index, int first, Operand<W>* w) const {
         for (int h = 0; h < H; h++) w[h] = Operand<W>::load(lines + index * kLine<W> + (first + h) * (kLine<W> / 2));
-    }
-};
-template <>
-struct Lines<int8> {
-    explicit Lines(const Term<int8>&) {}
-    template <int H>
-    void load(const char* lines, int index, int first, Operand<int8>* w) const {
-        const char* line = lines + index * kLine<int8>;
-#ifdef __AVX512BF16__
-        const WideLine wide = widen_int8(line);
-        for (int h = 0; h < H; h++) w[h].w = wide.half[H == 2 ? h : first + h];
-#else
-        for (int h = 0; h < H; h++) w[h].even = even_int8(line, first + h), w[h].odd = odd_int8(line, first + h);
-#endif
     }
 };
 template <>

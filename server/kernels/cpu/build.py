@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]  # -w: gcc 12 warns about its own intrinsics
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-_BF16 = ["-mavx512bf16", "-mavx512vbmi"]  # the latter widens int8 weights
+_BF16 = ["-mavx512bf16", "-mavx512vnni"]  # no processor has the former without the latter
 
 
 class Variant(NamedTuple):
@@ -45,9 +45,9 @@ _512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 # Best first.
 VARIANTS = {
     "amx": Variant(
-        [*_AVX512, *_BF16, "-mamx-tile", "-mamx-bf16"], (*_512, "avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16")
+        [*_AVX512, *_BF16, "-mamx-tile", "-mamx-bf16"], (*_512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
     ),
-    "avx512_bf16": Variant([*_AVX512, *_BF16], (*_512, "avx512_bf16", "avx512vbmi")),
+    "avx512_bf16": Variant([*_AVX512, *_BF16], (*_512, "avx512_bf16", "avx512_vnni")),
     "avx512": Variant(_AVX512, _512),
     "avx2": Variant(["-mavx2", "-mfma", "-mf16c"], ("avx2", "fma")),
 }
@@ -117,7 +117,7 @@ def build(variant: str, folder: Path | None = None) -> Path:
 
 
 def _compile(variant: str, cxx: str, target: Path) -> None:
-    logger.info("compiling kernels (%s), about 20 s", variant)
+    logger.info("compiling kernels (%s), about 30 s", variant)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
         command = [cxx, *FLAGS, *VARIANTS[variant].flags, "-o", str(output), str(SOURCES / "step.cpp")]

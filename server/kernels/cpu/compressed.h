@@ -6,7 +6,7 @@
 // products of those few are added to the sums. So a product reads three quarters of the bytes, of the same numbers.
 //
 // Lines lie in pairs: 64 bytes of signs and mantissas for each, then 64 of codes, the first line's in the low halves of the
-// bytes. Within a line weights lie as int8 does (panel_offset): interleaving bytes widens it to its halves.
+// bytes. Within a line weights lie as bytes (panel_offset): interleaving bytes widens it to its halves.
 #pragma once
 #include <algorithm>
 

@@ -14,9 +14,8 @@ from model_store.int8 import Int8Matrix, Matrix, dense
 from model_store.loaded import LoadedPair
 from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.kernels.cpu import library
-from server.kernels.cpu.packing import fill, huge_pages, packed_weights
+from server.kernels.cpu.packing import TYPES, huge_pages
 
-_TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
 _GROUPS = ("qkv", "o", "up", "down")
 _PANEL = 32  # output channels of a panel: ranks are padded to it
 
@@ -51,17 +50,25 @@ class PackedDifferences:
         for name in _GROUPS:
             padded = [self._padded(term) for term in delta.terms[name]]
             sources += [_stacked([a for a, _ in padded]), *(b for _, b in padded)]
-        sizes = [self._lib.bs_packed_bytes(*s.shape, False, _TYPES[self.dtype]) for s in sources]
+        kind = TYPES[self.dtype]
+        sizes = [self._lib.bs_packed_bytes(*s.shape, False, kind) for s in sources]
         delta.packed = huge_pages(sum(sizes))
         items = (library.Pack * len(sources))()
         packed, offset = [], 0
         for item, source, size in zip(items, sources, sizes, strict=True):
-            is_int8 = self.dtype == torch.int8
-            scale = torch.zeros(self._lib.bs_packed_channels(source.shape[0], False) if is_int8 else 0)
-            target = delta.packed[offset : offset + size]
-            fill(item, source, target, scale)
-            packed.append(packed_weights(target, scale))
-            self._scales.append(scale)
+            item.target, item.type = delta.packed[offset : offset + size].data_ptr(), kind
+            item.N, item.K = source.shape
+            if isinstance(source, Int8Matrix):
+                scale = torch.zeros(self._lib.bs_packed_channels(source.shape[0], False))
+                item.source, item.source_scale, item.scale = (
+                    source.values.data_ptr(),
+                    source.scale.data_ptr(),
+                    scale.data_ptr(),
+                )
+                self._scales.append(scale)
+            else:
+                item.source = source.data_ptr()
+            packed.append(library.Weights(data=item.target, scale=item.scale, type=kind, rows=source.shape[0]))
             offset += size
         self._lib.bs_pack(items, len(sources), self._num_threads)
         weights, factors = iter(packed), {}

@@ -1,7 +1,8 @@
 // Runs one step of the program on the CPU: embedding, layers, final norm.
 //
 // The hidden state stays float32 throughout; products take activations of Act<W> with float32 sums.
-// T: type of norms, biases and KV. W: type of the packed weights.
+// T: type of norms, biases and KV. W: type of the packed weights; for Codes activations are kept as float and rounded to
+// eight bits before each product.
 #pragma once
 #include <chrono>
 #include <vector>
@@ -21,7 +22,16 @@ class Engine {
   public:
     Engine(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
         : s_(spec), layers_(layers, layers + num_layers), differences_(differences, differences + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
-          pool_(num_threads), attention_(num_threads), row_scratch_(num_threads) {}
+          pool_(num_threads), attention_(num_threads), row_scratch_(num_threads) {
+        auto is_plain = [](const BsWeights& w) { return w.data && (w.type == BS_FLOAT || w.type == BS_BF16 || w.type == BS_BF12); };
+        for (const BsLayer& layer : layers_)
+            for (const BsWeights* w : {&layer.qkv, &layer.o, &layer.up, &layer.down})
+                for (; w; w = w->more) has_plain_ |= is_plain(*w);
+        for (const BsEnd& end : ends_) has_plain_ |= is_plain(end.head);
+        if (s_.factor_type != BS_INT8)
+            for (const BsDifference& d : differences_) has_plain_ |= d.qkv.num_terms > 0;
+        has_plain_ &= kCoded && sizeof(T) == 2;
+    }
 
     void step(const BsStep& step) {
         step_ = &step;
@@ -81,9 +91,11 @@ class Engine {
 
   private:
     using X = Act<W>;
+    using A = Act<T>;  // of attention and of factors
+    static constexpr bool kCoded = std::is_same<W, Codes>::value;
     static constexpr int kRowsPerThread = 128;  // from which products are split by rows: reading weights once per thread pays
-    static constexpr bool kFast = sizeof(X) == 2;
-    static_assert(std::is_same<X, Act<T>>::value, "K, V and weights are multiplied with the same activations");
+    static constexpr bool kFast = kCoded || sizeof(X) == 2;
+    static_assert(kCoded || std::is_same<X, A>::value, "K, V and weights are multiplied with the same activations");
     using Clock = std::chrono::steady_clock;
     enum Phase { kProduct, kAttention, kPlace, kNorm, kHead, kEmbed, kPhases };
     struct Best {
@@ -93,10 +105,18 @@ class Engine {
     struct Segment {
         int layer, first, end, split, student;
     };
+    // Activations as codes are multiplied with them.
+    struct Rounded {
+        Buffer<int8_t> codes;
+        Buffer<BlockOfRow> blocks;
+        Buffer<float> floats;
+        Buffer<Act<bf16>> plain;
+    };
     // What a thread needs for a chunk of rows (engine_rows.h).
     struct RowScratch {
         Buffer<X> normed, act;
         Buffer<float> qkv;
+        Rounded rounded, rounded_act;
         double seconds[kPhases] = {};
     };
     struct Item {
@@ -113,7 +133,7 @@ class Engine {
     int stream_ld() const { return row_stride<float, float>(s_.hidden); }  // of the hidden state
     int qkv_ld() const { return row_stride<float, float>(qkv_width()); }
     int hidden_ld() const { return row_stride<W, X>(s_.hidden); }
-    int attended_ld() const { return row_stride<W, X>(q_width()); }
+    int attended_ld() const { return row_stride<W, A>(q_width()); }
     int act_ld() const { return row_stride<W, X>(round_up(s_.intermediate, kPanel)); }
     int up_width() const { return s_.gated ? 2 * s_.intermediate : s_.intermediate; }
     int group() const { return s_.num_heads / s_.num_kv_heads; }
@@ -124,8 +144,14 @@ class Engine {
         mark_ = now;
     }
 
-    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale, w.exponents, w.rest_start, w.rest}; }
-    static BsWeights from_panel(const BsWeights& w, int panel, int K) {
+    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale, w.exponents, w.rest_start, w.rest, w.type, w.rows, w.more}; }
+    static BsWeights from_panel(BsWeights w, int panel, int K) {
+        if constexpr (kCoded) {
+            for (; w.more && panel >= panels_of(w.rows); w = *w.more) panel -= panels_of(w.rows);
+            const long bytes = w.type == BS_FLOAT ? units_of<float>(K) * kLine<float> : w.type == BS_BF16 ? units_of<bf16>(K) * kLine<bf16> : w.type == BS_BF12 ? units_of<bf12>(K) * kLine<bf12> : coded_panel_bytes(w.type, K);
+            return {static_cast<const char*>(w.data) + panel * bytes, w.scale ? w.scale + panel * kPanel : nullptr, w.exponents ? w.exponents + panel * kLineWeights : nullptr,
+                    w.rest_start ? w.rest_start + panel : nullptr, w.rest, w.type, w.rows - panel * kPanel, w.more};
+        }
         return {static_cast<const char*>(w.data) + long(panel) * units_of<W>(K) * kLine<W>, w.scale ? w.scale + panel * kPanel : nullptr,
                 w.exponents ? w.exponents + panel * kLineWeights : nullptr, w.rest_start ? w.rest_start + panel : nullptr, w.rest};
     }
@@ -141,6 +167,43 @@ class Engine {
             to[i] = row < 0 ? 0.0f : to_float(static_cast<const T*>(values)[row]);
         }
         return to;
+    }
+
+    // Rows x [M, K] as products with W take them; `alone`: by this thread.
+    template <class In>
+    Rows<W> prepared(const In* x, long ldx, int M, int K, Rounded& to, bool alone = false) {
+        if constexpr (kCoded)
+            return rounded(x, ldx, M, K, to, alone);
+        else
+            return {x, ldx, M};
+    }
+
+    template <class In>
+    Rows<Codes> rounded(const In* x, long ldx, int M, int K, Rounded& to, bool alone = false) {
+        constexpr bool is_float = std::is_same<In, float>::value;
+        const long ldc = (chunks_for(K, 64) | 1) * 64, ldb = groups_of(K), ldf = row_stride<Codes, float>(K), ldp = row_stride<bf16, Act<bf16>>(K);
+        int8_t* codes = to.codes.at_least(M * ldc);
+        BlockOfRow* blocks = to.blocks.at_least(M * ldb);
+        float* floats = is_float ? nullptr : to.floats.at_least(M * ldf);
+        Act<bf16>* plain = has_plain_ ? to.plain.at_least(M * ldp) : nullptr;
+        auto rows = [&](int from, int end) {
+            for (int m = from; m < end; m++) {
+                const float* row;
+                if constexpr (is_float)
+                    row = x + m * ldx;
+                else
+                    convert_row(x + m * ldx, floats + m * ldf, K), row = floats + m * ldf;
+                round_row(row, K, codes + m * ldc, blocks + m * ldb);
+                if (plain) convert_row(row, plain + m * ldp, K);
+            }
+        };
+        if (alone || M <= 8)
+            rows(0, M);
+        else
+            pool_.run(chunks_for(M, 8), [&](int c, int) { rows(8 * c, std::min(M, 8 * c + 8)); });
+        const float* wide = floats;
+        if constexpr (is_float) wide = x;
+        return {wide, is_float ? ldx : ldf, M, {codes, ldc, blocks, ldb}, plain, ldp, bool(s_.exact_activations)};
     }
 
     template <class Out>
@@ -182,7 +245,8 @@ class Engine {
     // A part of y (+)= x w + bias.
     template <bool add>
     static void product_part(const Rows<W>& x, const BsWeights& w, int N, int K, const float* bias, float* y, long ldy, const Part& part) {
-        if (!bias && !w.scale && N % kPanel == 0) return multiply_into<add>(x, weights(w, N, K), part, y, ldy);
+        if constexpr (!kCoded)
+            if (!bias && !w.scale && N % kPanel == 0) return multiply_into<add>(x, weights(w, N, K), part, y, ldy);
         multiply<W>(x, weights(w, N, K), part, [&](int m, int rows, int panel, const float* sums) {
             const int n = panel * kPanel;
             put_block<add>(y + m * ldy + n, ldy, sums, rows, N - n, scale_of(w, n), bias ? bias + n : nullptr);
@@ -198,29 +262,45 @@ class Engine {
     // y [rows of x, ldy] (+)= b (a x).
     template <bool add>
     void product_of_factors(const Rows<W>& x, const BsFactors& f, int K, float* y, long ldy) {
-        if constexpr (sizeof(T) == 4)
+        if (!f.num_terms || !x.M) return;
+        if (s_.factor_type == BS_INT8) {
+            if constexpr (kCoded)
+                product_of<Codes, add>(x, f, K, y, ldy);
+            else
+                product_of<Codes, add>(rounded(x.x, x.ldx, x.M, K, rounded_), f, K, y, ldy);
+        } else if constexpr (sizeof(T) == 4) {
             product_of<float, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
-        else if (s_.factor_type == BS_INT8)
-            product_of<int8, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
-        else
+        } else if constexpr (kCoded) {
+            product_of<bf16, add>({x.plain, x.ld_plain, x.M}, f, K, y, ldy);
+        } else {
             product_of<bf16, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
+        }
     }
 
     template <class V, bool add>
     void product_of(const Rows<V>& x, const BsFactors& f, int K, float* y, long ldy) {
+        using L = typename std::conditional<std::is_same<V, Codes>::value, float, A>::type;
         int rank = 0, panels = 0;
         for (int i = 0; i < f.num_terms; i++) {
             rank += f.terms[i].rank;
             panels += panels_of(f.terms[i].stop - f.terms[i].start);
         }
-        if (!rank || !x.M) return;
-        X* low = low_.at_least(size_t(x.M) * rank);
+        L* low;
+        if constexpr (std::is_same<V, Codes>::value)
+            low = wide_low_.at_least(size_t(x.M) * rank);
+        else
+            low = low_.at_least(size_t(x.M) * rank);
         product(x, weights(f.a, rank, K), panels_of(rank), [&](int m, int rows, int panel, const float* sums) {
             for (int half = 0; half < kPanel; half += 16) {
                 const F16 factor = f.a.scale ? load16(f.a.scale + panel * kPanel + half) : set16(1.0f);
                 for (int r = 0; r < rows; r++) store16(low + long(m + r) * rank + panel * kPanel + half, load16(sums + r * kPanel + half) * factor);
             }
         });
+        Rows<V> between;
+        if constexpr (std::is_same<V, Codes>::value)
+            between = rounded(low, rank, x.M, rank, rounded_low_);
+        else
+            between = {low, rank, x.M};
         // All terms in one go: their panels one after the other.
         const int chunk = std::max(1, std::min(8, panels / (8 * pool_.num_threads())));
         pool_.run(chunks_for(panels, chunk), [&](int c, int) {
@@ -229,7 +309,7 @@ class Engine {
                 const BsTerm& term = f.terms[i];
                 const int N = term.stop - term.start, from = std::max(c * chunk - begin, 0), to = std::min((c + 1) * chunk - begin, panels_of(N));
                 if (from < to)
-                    multiply<V>({low + at, rank, x.M}, weights(term.b, N, term.rank), {0, x.M, from, to}, [&](int m, int rows, int panel, const float* sums) {
+                    multiply<V>(from_input(between, at), weights(term.b, N, term.rank), {0, x.M, from, to}, [&](int m, int rows, int panel, const float* sums) {
                         const int n = panel * kPanel;
                         put_block<add>(y + m * ldy + term.start + n, ldy, sums, rows, N - n, scale_of(term.b, n), nullptr);
                     });
@@ -251,31 +331,33 @@ class Engine {
             norm_tokens(t0, ts, weight, bias);
             norm_tokens(ts, t1, own ? own : weight, bias);
         };
-        auto rest = [&](const X* x, long ldx) { return Rows<W>{x + first * ldx, ldx, others}; };
         const size_t tokens = step_->num_tokens;
         normed_.at_least(tokens * hidden_ld());
         qkv_.at_least(tokens * qkv_ld());
         act_.at_least(tokens * act_ld());
         float* hidden = hidden_.data() + long(t0) * stream_ld();
-        const Rows<W> normed = {normed_.data() + long(t0) * hidden_ld(), hidden_ld(), M};
+        const X* normed = normed_.data() + long(t0) * hidden_ld();
         X* act = act_.data() + long(t0) * act_ld();
         norms(w.attn_norm_w, w.attn_norm_b, d.attn_norm_w);
-        product_to<false>(normed, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld());
-        product_of_factors<true>(rest(normed.x, hidden_ld()), d.qkv, E, qkv_.data() + long(ts) * qkv_ld(), qkv_ld());
+        Rows<W> x = prepared(normed, hidden_ld(), M, E, rounded_);
+        product_to<false>(x, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld());
+        product_of_factors<true>(from_row(x, first), d.qkv, E, qkv_.data() + long(ts) * qkv_ld(), qkv_ld());
         if (first) place(id, w, r0, split), attention(id, r0, split);
         if (others) place(student, w, split, r1), attention(student, split, r1);
         if (s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
-        const X* attended = attended_.data() + long(t0) * attended_ld();
-        product_to<true>({attended, attended_ld(), M}, w.o, E, q_width(), w.o_b, hidden, stream_ld());
-        product_of_factors<true>(rest(attended, attended_ld()), d.o, q_width(), hidden + long(first) * stream_ld(), stream_ld());
+        x = prepared(attended_.data() + long(t0) * attended_ld(), attended_ld(), M, q_width(), rounded_);
+        product_to<true>(x, w.o, E, q_width(), w.o_b, hidden, stream_ld());
+        product_of_factors<true>(from_row(x, first), d.o, q_width(), hidden + long(first) * stream_ld(), stream_ld());
         if (!s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         // What the difference adds to gate and up has to be there before the activation.
         const int N = up_width();
         float* extra = d.up.num_terms && others ? extra_.at_least(size_t(others) * N) : nullptr;
-        product_of_factors<false>(rest(normed.x, hidden_ld()), d.up, E, extra, N);
-        mlp_up(w, normed, act, extra, first);
-        product_to<true>({act, act_ld(), M}, w.down, E, s_.intermediate, w.down_b, hidden, stream_ld());
-        product_of_factors<true>(rest(act, act_ld()), d.down, s_.intermediate, hidden + long(first) * stream_ld(), stream_ld());
+        x = prepared(normed, hidden_ld(), M, E, rounded_);
+        product_of_factors<false>(from_row(x, first), d.up, E, extra, N);
+        mlp_up(w, x, act, extra, first);
+        x = prepared(act, act_ld(), M, s_.intermediate, rounded_);
+        product_to<true>(x, w.down, E, s_.intermediate, w.down_b, hidden, stream_ld());
+        product_of_factors<true>(from_row(x, first), d.down, s_.intermediate, hidden + long(first) * stream_ld(), stream_ld());
     }
 
     // `extra`: [rows from `first` on, up_width()] to add before the activation, or null.
@@ -315,6 +397,20 @@ class Engine {
         });
     }
 
+    // Row `n` of a packed embedding.
+    void unpack(const BsWeights& packed, int n, float* to) const {
+        const Weights w = weights(packed, s_.vocab, s_.hidden);
+        if constexpr (!kCoded)
+            return unpack_row(w, n, to, W{});
+        else if (with_form(w.type, [&](auto form) { unpack_codes_row<decltype(form)>(w.data, w.scale, n, w.K, to); }))
+            return;
+        else if (w.type == BS_FLOAT)
+            return unpack_row(w, n, to, float{});
+        else if (w.type == BS_BF16)
+            return unpack_row(w, n, to, bf16{});
+        unpack_row(w, n, to, bf12{});
+    }
+
     void embed() {
         const int chunk = 16;
         pool_.run(chunks_for(step_->num_tokens, chunk), [&](int c, int) {
@@ -324,7 +420,7 @@ class Engine {
                 if (end.embed)
                     convert_row(static_cast<const T*>(end.embed) + long(step_->input_ids[t]) * s_.hidden, to, s_.hidden);
                 else
-                    unpack_row(weights(end.packed_embed, s_.vocab, s_.hidden), step_->input_ids[t], to, W{});
+                    unpack(end.packed_embed, step_->input_ids[t], to);
                 if (!end.positions) continue;
                 const T* position = static_cast<const T*>(end.positions) + long(step_->positions[t]) * s_.hidden;
                 for (int i = 0; i < s_.hidden; i++) to[i] += to_float(position[i]);
@@ -352,7 +448,7 @@ class Engine {
     int pages_in_part(int r0, int r1) const;
 
     // Queries of a KV head's group for token t: [kv head][token][group][padded_dim].
-    X* q_row(int kv_head, int t) { return q_.data() + (long(kv_head) * step_->num_tokens + t) * group() * pages_.padded_dim; }
+    A* q_row(int kv_head, int t) { return q_.data() + (long(kv_head) * step_->num_tokens + t) * group() * pages_.padded_dim; }
 
     static int head_chunk(int panels) { return std::max(1, std::min(8, panels / 16)); }
 
@@ -362,8 +458,8 @@ class Engine {
         normed_.at_least(size_t(M) * hidden_ld());
         for (int m = 0; m < M; m++) convert_row(rows + long(m) * s_.hidden, normed_.data() + long(m) * hidden_ld(), s_.hidden);
         const int panels = panels_of(s_.vocab), chunk = head_chunk(panels);
-        const Rows<W> x = {normed_.data(), hidden_ld(), M};
         pool_.begin();
+        const Rows<W> x = prepared(normed_.data(), hidden_ld(), M, s_.hidden, rounded_);
         pool_.run(chunks_for(panels, chunk), [&](int c, int) {
             multiply<W>(x, weights(ends_[end].head, s_.vocab, s_.hidden), {0, M, c * chunk, std::min(panels, (c + 1) * chunk)}, sink);
         });
@@ -386,7 +482,11 @@ class Engine {
     std::vector<RowScratch> row_scratch_;
     const BsStep* step_ = nullptr;
     Buffer<float> hidden_, qkv_, bias_[4], parts_, extra_;
-    Buffer<X> normed_, q_, attended_, act_, low_;
+    Buffer<X> normed_, act_;
+    Buffer<A> q_, attended_, low_;
+    Buffer<float> wide_low_;
+    Rounded rounded_, rounded_low_;
+    bool has_plain_ = false;  // some matrix among codes is none
     std::vector<Item> items_;
     std::vector<Merge> merges_;
     std::vector<int> tokens_, cuts_;

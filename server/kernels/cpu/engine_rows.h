@@ -35,13 +35,14 @@ void Engine<T, W>::run_program() {
             const BsLayer& w = layers_[of.layer];
             X* normed = scratch.normed.at_least(size_t(to - from) * hidden_ld());
             for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * stream_ld(), normed + long(t - from) * hidden_ld(), w.attn_norm_w, w.attn_norm_b, E);
+            const Rows<W> x = prepared(normed, hidden_ld(), to - from, E, scratch.rounded, true);
             lap(kNorm);
             // Head by head, or as few as fill panels, so that what is placed is still in a cache.
             for (int h = 0, heads; h < all_heads(); h += heads) {
                 heads = heads_at_once(h);
                 const int column = h * s_.head_dim, width = heads * s_.head_dim, ld = row_stride<float, float>(width);
                 float* qkv = scratch.qkv.at_least(size_t(to - from) * ld);
-                product_part<false>({normed, hidden_ld(), to - from}, from_panel(w.qkv, column / kPanel, E), width, E, biases[0] ? biases[0] + column : nullptr, qkv, ld,
+                product_part<false>(x, from_panel(w.qkv, column / kPanel, E), width, E, biases[0] ? biases[0] + column : nullptr, qkv, ld,
                                     {0, to - from, 0, panels_of(width)});
                 lap(kProduct);
                 place_heads(of.layer, w, from, to, first, h, h + heads, qkv, ld);
@@ -54,15 +55,22 @@ void Engine<T, W>::run_program() {
             const int M = to - from;
             X* normed = scratch.normed.at_least(size_t(M) * hidden_ld());
             float* hidden = hidden_.data() + long(from) * stream_ld();
-            const Rows<W> x = {normed, hidden_ld(), M};
             auto norm_rows = [&](const void* weight, const void* bias) {
                 for (int m = 0; m < M; m++) norm(hidden + long(m) * stream_ld(), normed + long(m) * hidden_ld(), weight, bias, E);
                 lap(kNorm);
             };
             if (s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
-            product_part<true>({attended_.data() + long(from) * attended_ld(), attended_ld(), M}, w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+            product_part<true>(prepared(attended_.data() + long(from) * attended_ld(), attended_ld(), M, q_width(), scratch.rounded, true), w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
             lap(kProduct);
             if (!s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
+            const Rows<W> x = prepared(normed, hidden_ld(), M, E, scratch.rounded, true);
+            if constexpr (kCoded) {
+                X* act = scratch.act.at_least(size_t(M) * act_ld());
+                mlp_up_part(w, x, biases[2], act, act_ld(), nullptr, 0, {0, M, 0, num_panels(up_width(), s_.gated)});
+                product_part<true>(prepared(act, act_ld(), M, F, scratch.rounded_act, true), w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+                lap(kProduct);
+                return;
+            }
             // In pieces of the MLP's width, so that activations do not drive the hidden state out of the cache.
             const int units = units_of<W>(F), piece = mlp_piece(w), width = s_.gated ? 16 : kPanel, per_panel = width / kPerUnit<W>;
             const int up_panels = num_panels(up_width(), s_.gated), act_ld = mlp_ld(w);
@@ -129,7 +137,7 @@ template <class T, class W>
 template <class Body>
 void Engine<T, W>::in_chunks(const Segment& segment, Body&& body) {
     const int first = step_->query_start[segment.first], last = step_->query_start[segment.end], threads = pool_.num_threads();
-    const long row_bytes = stream_ld() * sizeof(float) + (hidden_ld() + mlp_ld(layers_[segment.layer])) * sizeof(X);
+    const long row_bytes = stream_ld() * sizeof(float) + (hidden_ld() + mlp_ld(layers_[segment.layer])) * long(sizeof(X));
     const int most = std::clamp<int>(kChunkBytes / row_bytes, kFewestRows, kMostRows);
     const int chunks = round_up(chunks_for(last - first, most), threads), rows = round_up(chunks_for(last - first, chunks), 32);
     cuts_.clear();

@@ -41,8 +41,6 @@ def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
         return f"runs on cpu, not on {sample.device.type}"
     if sample.dtype not in (torch.bfloat16, torch.float32):
         return f"takes bfloat16 or float32, not {sample.dtype}"
-    if pair.form.is_quantised and sample.dtype != torch.bfloat16:
-        return f"does {pair.form.storage} weights in bfloat16, not in {sample.dtype}"
     if pair.spec.head_dim > _MAX_HEAD_DIM:
         return f"takes heads of up to {_MAX_HEAD_DIM} channels, not {pair.spec.head_dim}"
     chosen = library.choose()
@@ -71,7 +69,7 @@ class NativeExecutor(Executor):
         self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
-        self.weight_form = pair.form
+        self.weight_form, self._kinds = pair.form, pair.kinds()
         self._weights = PackedWeights(pair, lib, self.num_threads, config.compress_weights)
         self.bytes_per_weight = self._weights.bytes_per_weight
         if self._weights.is_compressed:
@@ -89,7 +87,8 @@ class NativeExecutor(Executor):
             layer_norm=spec.norm == "layer", activation=_ACTIVATIONS[spec.activation], gated=spec.gated_mlp,
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
             type=_TYPES[self.dtype], weight_type=self._weights.type,
-            factor_type=_TYPES[self._differences.dtype], eps=spec.norm_eps, scale=spec.attention_scale,
+            factor_type=_TYPES[self._differences.dtype], exact_activations=config.exact_activations,
+            eps=spec.norm_eps, scale=spec.attention_scale,
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
         num_layers = pair.elasticity.num_global_layers
@@ -110,6 +109,8 @@ class NativeExecutor(Executor):
         kind = str(self.weight_form)
         if self._weights.is_compressed:
             kind = f"{str(self.dtype).removeprefix('torch.')}, weights compressed without loss to 12 bits"
+        if self.weight_form.storage is Storage.CODES:
+            kind = f"{str(self.dtype).removeprefix('torch.')}, weights in codes ({self._kinds})"
         text = f"native C++ ({self.variant}) on cpu, {kind}, {self.num_threads} threads, "
         return f"{text}pages of {self.page_size} tokens"
 

@@ -10,11 +10,15 @@ from server.kernels.cpu import build
 
 # Forces one variant; for tests and for measuring what a variant is worth.
 VARIANT_VARIABLE = "BOOMERANG_CPU_VARIANT"
-FLOAT, BF16, INT8, BF12 = 0, 1, 2, 3  # BsType
+FLOAT, BF16, INT8, BF12, WIDE, CODES = 0, 1, 2, 3, 12, 13  # BsType
+BLOCK_TYPES = {"Q4_0": 4, "Q4_1": 5, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 9, "Q5_K": 10, "Q6_K": 11}
 
 
 class Weights(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("data", "scale", "exponents", "rest_start", "rest")]
+    _fields_ = [
+        *((name, c_void_p) for name in ("data", "scale", "exponents", "rest_start", "rest")),
+        ("type", c_int32), ("rows", c_int32), ("more", c_void_p),
+    ]  # fmt: skip
 
 
 class Layer(ctypes.Structure):
@@ -54,7 +58,7 @@ class Spec(ctypes.Structure):
         *((name, c_int32) for name in (
             "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "layer_norm", "activation",
             "gated", "parallel_residual", "rotary_dim", "page_size", "type", "weight_type",
-            "factor_type",
+            "factor_type", "exact_activations",
         )),
         ("eps", c_float), ("scale", c_float), ("cos", c_void_p), ("sin", c_void_p),
     ]  # fmt: skip
@@ -77,7 +81,7 @@ class Step(ctypes.Structure):
 class Pack(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in (
-            "source", "target", "source_scale", "scale", "exponents", "rest_start", "rest",
+            "source", "target", "source_scale", "source_minimum", "scale", "exponents", "rest_start", "rest",
         )),
         *((name, c_int32) for name in ("N", "K", "gated", "type")),
     ]  # fmt: skip

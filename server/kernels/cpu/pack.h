@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "codes_pack.h"
 #include "compressed.h"
 #include "panels.h"
 #include "step.h"
@@ -54,34 +55,6 @@ void pack_panel_fast(const BsPack& m, int panel, char* target) {
                 auto* to = reinterpret_cast<__m512i*>(target + long(u + i) * kLine<T> + half * 4);
                 once ? _mm512_stream_si512(to, block[i]) : _mm512_store_si512(to, block[i]);
             }
-        }
-    }
-}
-
-// Two units of int8 are four bytes: 16 x 16 of those change places for each half of the panel, then their words are sorted
-// into two lines (panel_offset says how a line lies).
-template <>
-inline void pack_panel_fast<int8>(const BsPack& m, int panel, char* target) {
-    const int units = units_of<int8>(m.K);
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    auto put = [&](int unit, __m512i low, __m512i high) {
-        const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(target + long(unit) * kLine<int8>), _mm512_permutexvar_epi64(order, line));
-    };
-    for (int u = 0; u < units; u += 32) {
-        const int left = m.K - 2 * u;
-        const __mmask64 mask = left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1;
-        __m512i block[2][16];
-        for (int half = 0; half < 2; half++) {
-            for (int i = 0; i < 16; i++) {
-                const int row = source_row(panel * kPanel + 16 * half + i, m.N, m.gated);
-                block[half][i] = row < 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(mask, static_cast<const char*>(m.source) + long(row) * m.K + 2 * u);
-            }
-            transpose16(block[half]);
-        }
-        for (int i = 0; i < std::min(16, (units - u) / 2); i++) {
-            put(u + 2 * i, block[0][i], block[1][i]);
-            put(u + 2 * i + 1, _mm512_srli_epi32(block[0][i], 16), _mm512_srli_epi32(block[1][i], 16));
         }
     }
 }
@@ -135,26 +108,6 @@ void pack_panel_fast(const BsPack& m, int panel, char* target) {
             for (int i = 0; i < 8; i++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + long(u + i) * kLine<T> + 32 * eight), block[i]);
         }
 }
-
-// Two units are four bytes: channels 0 to 7 and 16 to 23 make the first half of each line, the others the second.
-template <>
-inline void pack_panel_fast<int8>(const BsPack& m, int panel, char* target) {
-    const int units = units_of<int8>(m.K);
-    // Within four channels: their words of the even unit, then those of the odd one.
-    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    for (int u = 0; u < units; u += 16)
-        for (int eight = 0; eight < 2; eight++) {
-            __m256i low[8], high[8];
-            load_columns<int8>(m, panel, eight, 2 * u, low);
-            load_columns<int8>(m, panel, eight + 2, 2 * u, high);
-            for (int i = 0; i < 8; i++) {
-                const __m256i a = _mm256_shuffle_epi8(low[i], order), b = _mm256_shuffle_epi8(high[i], order);
-                char* line = target + long(u + 2 * i) * kLine<int8> + 32 * eight;
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(line), _mm256_unpacklo_epi64(a, b));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + kLine<int8>), _mm256_unpackhi_epi64(a, b));
-            }
-        }
-}
 #endif
 
 template <class W>
@@ -171,11 +124,7 @@ inline void pack_one(const BsPack& m, int panel) {
         pack_panel_fast<bf16, false>(m, panel, reinterpret_cast<char*>(lines));
         return compress_panel(m, panel, lines);
     }
-    for (int i = panel * kPanel; i < (panel + 1) * kPanel; i++) {
-        const int row = source_row(i, m.N, m.gated);
-        m.scale[i] = row < 0 ? 0.0f : m.source_scale[row];
-    }
-    pack_panel_fast<int8>(m, panel, panel_of<int8>(m, panel));
+    with_form(m.type, [&](auto form) { pack_codes_panel<decltype(form)>(m, panel); });
 }
 
 // each(matrix, panel) for all panels, on several threads.
@@ -237,10 +186,7 @@ inline void unpack_row(const Weights& w, int n, float* out, W) {
 #endif
     for (; k < w.K; k++) {
         const W value = data[panel_offset<W>(n, k, units)];
-        if constexpr (sizeof(W) == 1)
-            out[k] = value.value * w.scale[n];
-        else
-            out[k] = to_float(value);
+        out[k] = to_float(value);
     }
 }
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import ctypes
 import logging
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.loaded import LoadedPair
+from model_store.quantized import CodedMatrix
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.kernels.cpu import library
 
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
-_TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+_PLAIN = {library.FLOAT, library.BF16, library.BF12}  # not codes
 
 
 def twelve_bit_bytes(num_rows: int, width: int) -> int:
@@ -34,10 +37,16 @@ def twelve_bit_bytes(num_rows: int, width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    matrix: Matrix
-    is_gated: bool
+    """One matrix to pack, or the rows of one type of a matrix in codes."""
+
+    values: torch.Tensor
+    shape: torch.Size
+    type: int  # BsType
     num_bytes: int  # packed
     num_channels: int  # with padding
+    is_gated: bool = False
+    scale: torch.Tensor | None = None  # int8: [N]; WIDE: [N, K / 16]
+    minimum: torch.Tensor | None = None  # WIDE: [N, K / 16]
 
 
 class PackedWeights:
@@ -45,30 +54,32 @@ class PackedWeights:
 
     def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int, compress: bool = False) -> None:
         """`compress` keeps bfloat16 matrices in twelve bits; others are packed as they are."""
-        self._lib, self._num_threads = lib, num_threads
-        self.dtype = pair.ends["teacher"].head.dtype  # of all packed weights: the pair's, or int8
-        self.is_compressed = compress and self.dtype == torch.bfloat16
-        self.type = library.BF12 if self.is_compressed else _TYPES[self.dtype]
-        self.bytes_per_weight = 1.5 if self.is_compressed else float(self.dtype.itemsize)
-        self._beside: list[torch.Tensor] = []  # exponents and rest of compressed matrices
+        self._lib, self._num_threads, self._compress = lib, num_threads, compress
+        self._keep_alive: list[list[library.Weights]] = []  # `of` hands out copies whose `more` point here
+        self._beside: list[torch.Tensor] = []  # what lies outside the arena: exponents and rest of compressed matrices
         self._where: dict[int, library.Weights] = {}  # by address of the tensor's (packed) storage
         groups = [[getattr(layer, name) for name in MATRICES] for _, layer in sorted(pair.layers.items())]
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
         groups.append([pair.ends["teacher"].head, pair.ends["student"].head])
-        # Embeddings tied to a head that no size needs.
-        groups.append([end.embed for end in pair.ends.values() if isinstance(end.embed, Int8Matrix)])
+        # Embeddings in codes, of a head that no size needs or of none.
+        groups.append([end.embed for end in pair.ends.values() if not isinstance(end.embed, torch.Tensor)])
         seen: set[int] = set()
-        matrices: list[list[_Source]] = []
+        matrices: list[list[tuple[Matrix, list[_Source]]]] = []
         for group in groups:
             distinct = [m for m in group if not (_start(m) in seen or seen.add(_start(m)))]
-            matrices.append([self._measure(matrix, id(matrix) in gated) for matrix in distinct])
+            matrices.append([(matrix, self._sources(matrix, id(matrix) in gated)) for matrix in distinct])
+        sources = [source for group in matrices for _, parts in group for source in parts]
+        types = {source.type for source in sources}
+        self.type = types.pop() if types <= _PLAIN and len(types) == 1 else library.CODES
+        self.is_compressed = self.type == library.BF12
+        num_weights = sum(source.shape.numel() for source in sources)
+        self.bytes_per_weight = sum(source.num_bytes for source in sources) / num_weights
         everyone = list(pair.tensors())
-        self._arena = huge_pages(sum(m.num_bytes for group in matrices for m in group))
-        num_channels = sum(m.num_channels for group in matrices for m in group) if self.dtype == torch.int8 else 0
-        self._scales = torch.zeros(num_channels)
-        offset = channel = 0
+        self._arena = huge_pages(sum(source.num_bytes for source in sources))
+        self._scales = torch.zeros(sum(s.num_channels for s in sources if s.type == library.INT8))
+        self._offset = self._channel = 0
         for group in matrices:  # originals of one layer are freed before the next is packed
-            offset, channel = self._pack(group, offset, channel, everyone)
+            self._pack(group, everyone)
 
     def of(self, matrix: Matrix) -> library.Weights | None:
         """The packed form of a matrix, None if it was not packed."""
@@ -77,72 +88,121 @@ class PackedWeights:
     def num_bytes(self) -> int:
         return self._arena.nbytes + self._scales.nbytes + sum(tensor.nbytes for tensor in self._beside)
 
-    def _measure(self, matrix: Matrix, is_gated: bool) -> _Source:
-        assert matrix.dtype == self.dtype
-        n, k = matrix.shape
-        num_bytes = self._lib.bs_packed_bytes(n, k, is_gated, self.type)
-        return _Source(matrix, is_gated, num_bytes, self._lib.bs_packed_channels(n, is_gated))
+    def _sources(self, matrix: Matrix, is_gated: bool) -> list[_Source]:
+        if isinstance(matrix, CodedMatrix):
+            ends = list(accumulate(len(part.blocks) for part in matrix.parts))
+            # A panel is of one type.
+            if any(end % 32 for end in ends[:-1]) or (is_gated and len(ends) > 1):
+                return [self._wide(matrix, is_gated)]
+            return [
+                self._source(part.blocks, part.shape, library.BLOCK_TYPES[part.type.name], is_gated)
+                for part in matrix.parts
+            ]
+        if isinstance(matrix, Int8Matrix):
+            return [self._source(matrix.values, matrix.shape, library.INT8, is_gated, scale=matrix.scale)]
+        is_compressed = self._compress and matrix.dtype == torch.bfloat16
+        return [self._source(matrix, matrix.shape, library.BF12 if is_compressed else TYPES[matrix.dtype], is_gated)]
 
-    def _pack(self, group: list[_Source], offset: int, channel: int, everyone: list[torch.Tensor]) -> tuple[int, int]:
-        items = (library.Pack * len(group))()
+    def _source(self, values: torch.Tensor, shape: torch.Size, kind: int, is_gated: bool, **more) -> _Source:
+        num_bytes = self._lib.bs_packed_bytes(*shape, is_gated, kind)
+        return _Source(
+            values, shape, kind, num_bytes, self._lib.bs_packed_channels(shape[0], is_gated), is_gated, **more
+        )
+
+    def _wide(self, matrix: CodedMatrix, is_gated: bool) -> _Source:
+        """Types that share panels as codes of eight bits with scale and minimum by 16 inputs, which hold them all."""
+        codes, scales, minima = [], [], []
+        for groups in (part.groups() for part in matrix.parts):
+            per_group = groups.codes.shape[2] // 16
+            minimum = torch.zeros_like(groups.scale) if groups.minimum is None else groups.minimum
+            codes.append(groups.codes.flatten(1))
+            scales.append(groups.scale.repeat_interleave(per_group, dim=1))
+            minima.append(minimum.repeat_interleave(per_group, dim=1))
+        return self._source(
+            torch.cat(codes), matrix.shape, library.WIDE, is_gated, scale=torch.cat(scales), minimum=torch.cat(minima)
+        )
+
+    def _pack(self, group: list[tuple[Matrix, list[_Source]]], everyone: list[torch.Tensor]) -> None:
+        """Pack the matrices of a layer."""
+        sources = [source for _, parts in group for source in parts]
+        items = (library.Pack * len(sources))()
         targets = []
-        for item, m in zip(items, group, strict=True):
-            target = self._arena[offset : offset + m.num_bytes]
-            scale = self._scales[channel : channel + m.num_channels]
-            fill(item, m.matrix, target, scale, m.is_gated)
-            targets.append((m, target, scale))
-            offset, channel = offset + m.num_bytes, channel + m.num_channels
-        if self.is_compressed:
-            self._measure_exponents(items, group)
-        self._lib.bs_pack(items, len(group), self._num_threads)
-        for (m, target, scale), item in zip(targets, items, strict=True):
-            address = _start(m.matrix)
-            packed = target.view(self.dtype).view(m.num_channels // 32, -1, 32)
-            for tensor in [t for t in everyone if t.data_ptr() == address]:
-                tensor.data = packed
-            if isinstance(m.matrix, Int8Matrix):
-                m.matrix.scale.data = scale
-            self._where[packed.data_ptr()] = library.Weights(
-                item.target, item.scale, item.exponents, item.rest_start, item.rest
-            )
-        return offset, channel
+        for item, source in zip(items, sources, strict=True):
+            target = self._arena[self._offset : self._offset + source.num_bytes]
+            self._offset += source.num_bytes
+            scale = None
+            if source.type == library.INT8:
+                scale = self._scales[self._channel : self._channel + source.num_channels]
+                self._channel += source.num_channels
+            fill(item, source, target, scale)
+            targets.append((target, scale))
+        self._measure_exponents([item for item in items if item.type == library.BF12])
+        self._lib.bs_pack(items, len(items), self._num_threads)
+        packed = iter(zip(items, sources, targets, strict=True))
+        for matrix, parts in group:
+            here = [next(packed) for _ in parts]
+            weights = [
+                library.Weights(
+                    data=item.target, scale=item.scale, exponents=item.exponents, rest_start=item.rest_start,
+                    rest=item.rest, type=item.type, rows=source.shape[0],
+                )
+                for item, source, _ in here
+            ]  # fmt: skip
+            for one, below in pairwise(weights):
+                one.more = ctypes.addressof(below)
+            self._keep_alive.append(weights)
+            tensors = [p.blocks for p in matrix.parts] if isinstance(matrix, CodedMatrix) else [source_of(matrix)]
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            if len(here) < len(tensors):  # several runs became one matrix
+                here += [here[0]] * (len(tensors) - len(here))
+            for address, (_, source, (target, _)) in zip(addresses, here, strict=True):
+                packed_values = target.view(source.values.dtype if source.values.is_floating_point() else torch.uint8)
+                if source.type in _PLAIN or source.type == library.INT8:
+                    packed_values = target.view(tensors[0].dtype).view(source.num_channels // 32, -1, 32)
+                for tensor in [t for t in everyone if t.data_ptr() == address]:
+                    tensor.data = packed_values
+            if isinstance(matrix, Int8Matrix):
+                matrix.scale.data = here[0][2][1]
+            self._where[_start(matrix)] = weights[0]
 
-    def _measure_exponents(self, items: ctypes.Array, group: list[_Source]) -> None:
-        """Find the exponents that the codes of a group stand for, and make room for the weights without a code."""
+    def _measure_exponents(self, items: list[library.Pack]) -> None:
+        """Find the exponents that the codes of these matrices stand for, and make room for the weights without one."""
+        array = (library.Pack * len(items))(*items)
         starts = []
-        for item, m in zip(items, group, strict=True):
-            num_panels = m.num_channels // 32
+        for item in array:
+            num_panels = self._lib.bs_packed_channels(item.N, item.gated) // 32
             exponents = torch.empty(num_panels, 64, dtype=torch.uint8)
             start = torch.empty(num_panels + 1, dtype=torch.int32)
-            item.type, item.exponents, item.rest_start = self.type, exponents.data_ptr(), start.data_ptr()
+            item.exponents, item.rest_start = exponents.data_ptr(), start.data_ptr()
             starts.append(start)
             self._beside += [exponents, start]
-        self._lib.bs_measure(items, len(group), self._num_threads)
-        for item, start in zip(items, starts, strict=True):
+        self._lib.bs_measure(array, len(array), self._num_threads)
+        for item, measured, start in zip(items, array, starts, strict=True):
             rest = torch.empty(int(start[-1]), 2, dtype=torch.int32)  # BsRest
-            item.rest = rest.data_ptr()
+            item.exponents, item.rest_start, item.rest = measured.exponents, measured.rest_start, rest.data_ptr()
             self._beside.append(rest)
 
 
-def fill(item: library.Pack, matrix: Matrix, target: torch.Tensor, scale: torch.Tensor, is_gated: bool = False) -> None:
-    """Have `matrix` packed to the bytes `target`, and its scales, if it has any, to `scale`."""
-    is_int8 = isinstance(matrix, Int8Matrix)
-    values = matrix.values if is_int8 else matrix
-    assert values.is_contiguous() and (not is_int8 or matrix.scale.is_contiguous())
-    item.source, item.target, item.type = values.data_ptr(), target.data_ptr(), _TYPES[values.dtype]
-    if is_int8:
-        item.source_scale, item.scale = matrix.scale.data_ptr(), scale.data_ptr()
-    item.N, item.K = matrix.shape
-    item.gated = is_gated
+def fill(item: library.Pack, source: _Source, target: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """Have `source` packed to the bytes `target`, and the scales of int8 to `scale`."""
+    assert source.values.is_contiguous() and (source.scale is None or source.scale.is_contiguous())
+    item.source, item.target, item.type = source.values.data_ptr(), target.data_ptr(), source.type
+    item.source_scale = None if source.scale is None else source.scale.data_ptr()
+    item.source_minimum = None if source.minimum is None else source.minimum.data_ptr()
+    item.scale = None if scale is None else scale.data_ptr()
+    item.N, item.K = source.shape
+    item.gated = source.is_gated
 
 
-def packed_weights(target: torch.Tensor, scale: torch.Tensor) -> library.Weights:
-    """What `fill` had packed, as the kernels take it."""
-    return library.Weights(target.data_ptr(), scale.data_ptr() if len(scale) else None)
+def source_of(matrix: Matrix) -> torch.Tensor:
+    """The tensor that says which matrix it is: shared matrices share it."""
+    if isinstance(matrix, CodedMatrix):
+        return matrix.parts[0].blocks
+    return matrix.values if isinstance(matrix, Int8Matrix) else matrix
 
 
 def _start(matrix: Matrix) -> int:
-    return (matrix.values if isinstance(matrix, Int8Matrix) else matrix).data_ptr()
+    return source_of(matrix).data_ptr()
 
 
 def layer_table(pair: LoadedPair, packed: PackedWeights, num_layers: int) -> ctypes.Array:

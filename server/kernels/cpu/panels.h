@@ -1,7 +1,7 @@
 // How weights lie in memory: one layout for every number of rows and every variant of the kernels.
 //
 // A panel holds 32 output channels (rows of a checkpoint's [N, K] matrix), its inputs grouped in units: one float, or
-// two of bfloat16 or int8. A line is one unit of all 32 channels. Lines of a panel follow each other, panels too, so
+// two of bfloat16. A line is one unit of all 32 channels. Lines of a panel follow each other, panels too, so
 // that a product reads one stream from beginning to end. For few rows a line is two vector operands; for many rows 16
 // lines are two operands of an AMX tile product. K and V pages have the same layout, so that attention runs on the same
 // kernels: K as [tokens, channels], V as [channels, tokens].
@@ -12,10 +12,6 @@
 #include "step.h"
 
 namespace boomerang {
-
-struct int8 {
-    int8_t value;
-};
 
 constexpr int kPanel = 32;      // output channels of a panel
 constexpr int kUnitStep = 16;   // units of a panel are a multiple of this, zeros at the end: the depth of a tile
@@ -66,6 +62,8 @@ struct Weights {
     const uint8_t* exponents = nullptr;
     const int32_t* rest_start = nullptr;
     const BsRest* rest = nullptr;
+    int type = 0, rows = 0;  // for Codes: the type, and rows of this part
+    const BsWeights* more = nullptr;
 };
 
 // Row of the checkpoint's matrix that is channel n of the panels, -1 for padding. In a gated MLP a panel holds 16 of

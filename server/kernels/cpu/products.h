@@ -2,13 +2,9 @@
 #pragma once
 #include "block.h"
 #include "buffer.h"
+#include "codes_pack.h"
 
 namespace boomerang {
-
-// How far ahead of its use a weight is fetched into the second-level cache when all rows are one block; measured. With
-// several blocks each fetches its share of the next panel, so that memory and arithmetic overlap. Matrices lie in the
-// order in which a step reads them, so what is fetched beyond the end of one is the beginning of the next.
-constexpr long kAhead = 8192;
 
 // Blocks of rows times panels, or pieces of them: what is fetched while block `index` of `blocks` runs. `steps`: of
 // kUnitStep units each, of the block. `next`: what the blocks after these read, `bytes` of it.
@@ -28,6 +24,38 @@ struct Rows {
     int M;
 };
 
+// Activations for codes: rounded, and as they were where a matrix of the model is no codes or codes are multiplied exactly.
+template <>
+struct Rows<Codes> {
+    const float* x;
+    long ldx;
+    int M;
+    RoundedRows rounded;
+    const Act<bf16>* plain;
+    long ld_plain;
+    bool exact;
+};
+
+// Rows from row `m` on, and the same rows from input `k` on, a multiple of 32.
+template <class W>
+inline Rows<W> from_row(Rows<W> x, int m) {
+    x.x += m * x.ldx, x.M -= m;
+    if constexpr (std::is_same<W, Codes>::value) {
+        x.rounded.codes += m * x.rounded.ldc, x.rounded.blocks += m * x.rounded.ldb;
+        if (x.plain) x.plain += m * x.ld_plain;
+    }
+    return x;
+}
+template <class W>
+inline Rows<W> from_input(Rows<W> x, int k) {
+    x.x += k;
+    if constexpr (std::is_same<W, Codes>::value) {
+        x.rounded.codes += k, x.rounded.blocks += k / kGroup;
+        if (x.plain) x.plain += k;
+    }
+    return x;
+}
+
 // A part of a product: rows [row0, row1) by panels [panel0, panel1), of which units [unit0, unit1) if they are not all;
 // rows of x begin with unit0. `then`: what is read after it, where that is not what follows in memory.
 struct Part {
@@ -44,7 +72,7 @@ constexpr long kGroupBytes = 1 << 20;
 // Units of the pieces that the depth of a product is cut into.
 inline int piece_of(int units) { return round_up(chunks_for(units, chunks_for(units, kMostUnits)), kUnitStep); }
 
-// So many rows take panels as they are: those of int8 and compressed ones are widened beside the products, for each block
+// So many rows take panels as they are: compressed ones are widened beside the products, for each block
 // again. With more the panel is widened once for all blocks, as tiles need it. Measured.
 constexpr int kAllRows = 1 << 30;
 template <class W>
@@ -131,9 +159,8 @@ void multiply_into(const Rows<W>& x, const Weights& w, const Part& part, float* 
     Walk<W>(x, w, part, true).run(tiles, one);
 }
 
-// sink(row, rows, panel, sums): sums [rows][32] of one panel for rows [row, row + rows), a block or a part of it.
 template <class W, class Sink>
-void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink) {
+void multiply_panels(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink) {
     constexpr int kSums = kBlockRows<W> * kPanel;
     alignas(64) float sums[2 * kSums];
     TileState tiles;
@@ -162,6 +189,22 @@ void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink)
     hand_over(kBlockRows<W>);
 }
 
+// A sink whose type is not known: products with codes are compiled once for all of them.
+struct AnySink {
+    void* context;
+    void (*call)(void*, int, int, int, float*);
+    void operator()(int m, int rows, int panel, float* sums) const { call(context, m, rows, panel, sums); }
+};
+void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink sink);  // of codes_products.h
+
+// sink(row, rows, panel, sums): sums [rows][32] of one panel for rows [row, row + rows), a block or a part of it.
+template <class W, class Sink>
+void multiply(const Rows<W>& x, const Weights& w, const Part& part, Sink&& sink) {
+    if constexpr (std::is_same<W, Codes>::value)
+        multiply_parts(x, w, part, {&sink, [](void* context, int m, int rows, int panel, float* sums) { (*static_cast<std::remove_reference_t<Sink>*>(context))(m, rows, panel, sums); }});
+    else
+        multiply_panels(x, w, part, sink);
+}
 // What sinks do with a block: `columns` of `from` [rows][32] scaled, biased, and stored (or added) at y [rows, ldy].
 template <bool add>
 inline void put_block(float* y, long ldy, const float* sums, int rows, int columns, const float* scale, const float* bias) {
@@ -181,3 +224,5 @@ inline void put_block(float* y, long ldy, const float* sums, int rows, int colum
 }
 
 }  // namespace boomerang
+
+#include "codes_products.h"

@@ -120,17 +120,6 @@ inline F16 odd_of(__m256i low, __m256i high) {
 }
 inline F16 even_bf16(const char* p) { return even_of(at8(p, 0), at8(p, 1)); }
 inline F16 odd_bf16(const char* p) { return odd_of(at8(p, 0), at8(p, 1)); }
-// The same of a half of a line of int8 (panel_offset says how it lies); `eight` channels of it.
-inline __m256i words_of_int8(const char* line, int half, int eight) {
-    const __m128i* from = reinterpret_cast<const __m128i*>(line) + 2 * eight;
-    const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
-    return _mm256_cvtepi8_epi16(half ? _mm_unpackhi_epi64(a, b) : _mm_unpacklo_epi64(a, b));
-}
-inline __m256 even_word8(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16)); }
-inline __m256 odd_word8(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)); }
-inline F16 even_int8(const char* line, int half) { return {even_word8(words_of_int8(line, half, 0)), even_word8(words_of_int8(line, half, 1))}; }
-inline F16 odd_int8(const char* line, int half) { return {odd_word8(words_of_int8(line, half, 0)), odd_word8(words_of_int8(line, half, 1))}; }
-
 // The words of a line of 32 channels, two inputs each: [half][eight].
 struct WideLine {
     __m256i words[2][2];

@@ -43,14 +43,6 @@ inline F16 even_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32
 inline F16 odd_of(__m512i words) { return _mm512_castsi512_ps(_mm512_and_epi32(words, _mm512_set1_epi32(int(0xffff0000)))); }
 inline F16 even_bf16(const char* p) { return even_of(_mm512_loadu_si512(p)); }
 inline F16 odd_bf16(const char* p) { return odd_of(_mm512_loadu_si512(p)); }
-// The same of a half of a line of int8 (panel_offset says how it lies).
-inline __m512i words_of_int8(const char* line, int half) {
-    const __m512i eights = _mm512_setr_epi64(half, half + 2, half + 4, half + 6, 0, 0, 0, 0);
-    return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(_mm512_permutexvar_epi64(eights, _mm512_loadu_si512(line))));
-}
-inline F16 even_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words_of_int8(line, half), 16), 16)); }
-inline F16 odd_int8(const char* line, int half) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(words_of_int8(line, half), 16)); }
-
 // The words of a line of 32 channels, two inputs each, by halves.
 struct WideLine {
     __m512i half[2];

@@ -62,8 +62,8 @@ int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type) {
     switch (type) {
         case BS_FLOAT: return packed_bytes<float>(N, K, gated);
         case BS_BF16: return packed_bytes<bf16>(N, K, gated);
-        case BS_INT8: return packed_bytes<int8>(N, K, gated);
-        default: return packed_bytes<bf12>(N, K, gated);
+        case BS_BF12: return packed_bytes<bf12>(N, K, gated);
+        default: return num_panels(N, gated) * coded_panel_bytes(type, K);
     }
 }
 
@@ -80,10 +80,13 @@ int64_t bs_page_bytes(const BsSpec* s) {
 
 void* bs_create(const BsSpec* spec, const BsLayer* layers, const BsDifference* differences, int32_t num_layers, const BsEnd* ends, int32_t num_threads) {
     auto make = [&](auto* none) -> Handle* { return new std::remove_pointer_t<decltype(none)>(*spec, layers, differences, num_layers, ends, num_threads); };
-    if (spec->type != BS_BF16) return make(static_cast<TypedHandle<float, float>*>(nullptr));
+    if (spec->type != BS_BF16) {
+        if (spec->weight_type == BS_CODES) return make(static_cast<TypedHandle<float, Codes>*>(nullptr));
+        return make(static_cast<TypedHandle<float, float>*>(nullptr));
+    }
     if (spec->weight_type == BS_BF16) return make(static_cast<TypedHandle<bf16, bf16>*>(nullptr));
     if (spec->weight_type == BS_BF12) return make(static_cast<TypedHandle<bf16, bf12>*>(nullptr));
-    return make(static_cast<TypedHandle<bf16, int8>*>(nullptr));
+    return make(static_cast<TypedHandle<bf16, Codes>*>(nullptr));
 }
 
 void bs_destroy(void* engine) { delete handle(engine); }

@@ -1,13 +1,18 @@
 // The plain C interface between Python and the kernels. Pointers come from tensors that Python keeps alive.
 //
-// T is the pair's type (float32 or bfloat16): norms, biases, KV. W is the type of packed weights: T, int8, or compressed
-// bfloat16 (compressed.h).
+// T is the pair's type (float32 or bfloat16): norms, biases, KV. W is the type of packed weights: T, compressed bfloat16
+// (compressed.h), or codes (codes.h), where each matrix has a type of its own.
 #pragma once
 #include <cstdint>
 
 extern "C" {
 
-enum BsType : int32_t { BS_FLOAT = 0, BS_BF16 = 1, BS_INT8 = 2, BS_BF12 = 3 };
+enum BsType : int32_t {
+    BS_FLOAT = 0, BS_BF16 = 1, BS_INT8 = 2, BS_BF12 = 3,
+    // As GGUF names them; BS_WIDE: codes of eight bits with float scale and minimum per 16 inputs, which hold them all.
+    BS_Q4_0 = 4, BS_Q4_1 = 5, BS_Q5_0 = 6, BS_Q5_1 = 7, BS_Q8_0 = 8, BS_Q4_K = 9, BS_Q5_K = 10, BS_Q6_K = 11, BS_WIDE = 12,
+    BS_CODES = 13,  // as the type of an engine's weights: each matrix says its own
+};
 
 // A weight whose exponent has no code: input, channel within its panel, and what it is.
 struct BsRest {
@@ -24,6 +29,9 @@ struct BsWeights {
     const uint8_t* exponents;
     const int32_t* rest_start;
     const BsRest* rest;
+    int32_t type;
+    int32_t rows;           // of this part, where `more` follows: the rows below, of another type
+    const BsWeights* more;
 };
 
 // Null where a family has none. Everything but the BsWeights is T.
@@ -59,7 +67,7 @@ struct BsEnd {
 
 struct BsSpec {
     int32_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type;
+    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations;  // the last: codes times floats, slowly, to compare with
     float eps, scale;
     const float *cos, *sin;  // [positions, rotary_dim / 2]
 };
@@ -86,12 +94,13 @@ struct BsStep {
     float* out;                   // [num_rows, hidden]
 };
 
-// One matrix to pack: `source` [N, K] to `target`, of `type` (BS_BF12: from bfloat16); for int8 also its scales [N], to one
-// per channel. For BS_BF12 bs_measure fills `exponents` and `rest_start` [panels + 1], whose last says how long `rest` is.
+// One matrix to pack: `source` [N, K] to `target`, of `type` (BS_BF12: from bfloat16; codes: from a file's blocks); for int8
+// also its scales [N], to one per channel; for BS_WIDE int8 codes with scales and minima [N, K / 16]. For BS_BF12 bs_measure fills `exponents` and `rest_start` [panels + 1], whose last says how long `rest` is.
 struct BsPack {
     const void* source;
     void* target;
     const float* source_scale;
+    const float* source_minimum;
     float* scale;
     uint8_t* exponents;
     int32_t* rest_start;

@@ -1,6 +1,6 @@
 // Blocks of up to 32 rows on AMX tiles (bfloat16 products of 16 x 32 by 32 x 16).
 #pragma once
-#include "panels.h"
+#include "codes.h"
 
 namespace boomerang {
 
@@ -8,6 +8,8 @@ namespace boomerang {
 
 template <class W>
 constexpr bool kHasTiles = sizeof(W) < 4;
+template <>
+constexpr bool kHasTiles<Codes> = false;
 constexpr int kTileRows = 2;  // fewer rows are left to registers
 
 // How this thread's tiles are configured. Lives as long as one chunk of work: another library may configure tiles in

@@ -1,0 +1,192 @@
+"""Against llama.cpp's server on one GGUF file, over HTTP, in one run, interleaved; another version of ours beside it.
+
+    python -m benchmarks.vs_llamacpp --gguf FILE [--repeats 5] [--baseline-path FOLDER] [--variant avx2]
+
+Peer: `xllamacpp`, a wheel that holds llama.cpp and its server (installed into an environment of its own on first use).
+Every engine is stopped while another is measured. Prompts are random tokens, answers greedy and without end.
+No prompt is seen twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.peers.environments import python_of, versions
+
+HERE, ROOT = Path(__file__).parent / "peers", Path(__file__).parents[1]
+SLOTS, CONTEXT, NUM_NEW = 64, 1024, 64
+
+
+class Engine:
+    """A server in a process group of its own, stopped while it is not measured."""
+
+    def __init__(self, name: str, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+        self.name, self.log = name, Path(tempfile.mkdtemp()) / "log"
+        started = time.perf_counter()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env=os.environ | env, stdout=log, stderr=log, start_new_session=True
+            )
+        self.url = self._address()
+        self.client = httpx.Client(base_url=self.url, timeout=600, limits=httpx.Limits(max_connections=SLOTS))
+        while not self._is_healthy():
+            time.sleep(0.01)
+        self.ready_seconds = time.perf_counter() - started
+        self.model = self.client.get("/v1/models").json()["data"][0]["id"]
+
+    def _address(self) -> str:
+        for _ in range(30000):
+            if match := re.search(r"listening on (http\S+)", self.log.read_text(errors="replace")):
+                return match[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.01)
+        raise RuntimeError(f"{self.name} did not start: {self.log.read_text(errors='replace')[-2000:]}")
+
+    def _is_healthy(self) -> bool:
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def body(self, prompt: list[int], num_new: int, **more: Any) -> dict[str, Any]:
+        return {
+            "model": self.model, "prompt": prompt, "max_tokens": num_new, "temperature": 0, "ignore_eos": True, **more
+        }  # fmt: skip
+
+    def one(self, prompt: list[int], num_new: int) -> tuple[float, float]:
+        """Seconds to the first token, and tokens a second after it."""
+        start, times = time.perf_counter(), []
+        with self.client.stream("POST", "/v1/completions", json=self.body(prompt, num_new, stream=True)) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.perf_counter() - start)
+        return times[0], (num_new - 1) / (times[-1] - times[0]) if num_new > 1 else 0.0
+
+    def many(self, prompts: list[list[int]], num_new: int) -> float:
+        """Tokens a second of all requests together, prompts included in the time."""
+
+        def ask(prompt: list[int]) -> None:
+            answer = self.client.post("/v1/completions", json=self.body(prompt, num_new))
+            answer.raise_for_status()
+            assert answer.json()["usage"]["completion_tokens"] == num_new
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            start = time.perf_counter()
+            list(threads.map(ask, prompts))
+            return len(prompts) * num_new / (time.perf_counter() - start)
+
+    def memory(self) -> float:
+        """Resident megabytes of the group."""
+        parent = psutil.Process(self.process.pid)
+        return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 1e6
+
+    def send(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def close(self) -> None:
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            self.send(number)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--baseline-path", type=Path, help="folder of another version of this project")
+    parser.add_argument("--variant", help="of the native kernels of both versions")
+    parser.add_argument("--options", default="", help="further flags of this version's server")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    threads = len(os.sched_getaffinity(0))
+    serve = [
+        sys.executable,
+        "-m",
+        "server",
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--max-num-seqs",
+        str(SLOTS),
+    ]
+    env = {"BOOMERANG_CPU_VARIANT": arguments.variant} if arguments.variant else {}
+    peer = [python_of("xllamacpp"), str(HERE / "server_llamacpp.py"), str(arguments.gguf), str(SLOTS), str(CONTEXT)]
+    commands: dict[str, tuple[list[str], Path, dict[str, str]]] = {
+        "llama.cpp": ([*peer, str(threads)], ROOT, {}),
+        "boomerang": ([*serve, *arguments.options.split()], ROOT, env | {"PYTHONPATH": str(ROOT)}),
+    }
+    if arguments.baseline_path:
+        folder = arguments.baseline_path
+        commands["baseline"] = (serve, folder, env | {"PYTHONPATH": str(folder)})
+    rng = random.Random(0)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return [rng.choices(range(100, 40000), k=length) for _ in range(count)]
+
+    jobs = {
+        "decode, 1 request, tokens/s": lambda e: e.one(prompts(1, 20)[0], 128)[1],
+        "16 requests, tokens/s": lambda e: e.many(prompts(16, 20), NUM_NEW),
+        "64 requests, tokens/s": lambda e: e.many(prompts(64, 20), NUM_NEW),
+        "first token of 512, ms": lambda e: 1e3 * e.one(prompts(1, 512)[0], 1)[0],
+    }
+    figures: dict[str, dict[str, list[float]]] = {job: {name: [] for name in commands} for job in jobs}
+    ready: dict[str, list[float]] = {name: [] for name in commands}
+    engines: dict[str, Engine] = {}
+    try:
+        for _ in range(3):  # the first one reads files
+            for name, command in commands.items():
+                if name in engines:
+                    engines.pop(name).close()
+                engines[name] = Engine(name, *command)
+                ready[name].append(engines[name].ready_seconds)
+                engines[name].send(signal.SIGSTOP)
+        for round_ in range(arguments.repeats + 1):
+            for job, run in jobs.items():
+                for name, engine in engines.items():
+                    engine.send(signal.SIGCONT)
+                    figure = run(engine)
+                    engine.send(signal.SIGSTOP)
+                    if round_:
+                        figures[job][name].append(figure)
+        memory = {name: [engine.memory()] for name, engine in engines.items()}
+    finally:
+        for engine in engines.values():
+            engine.close()
+    rows = figures | {"resident memory, MB": memory, "ready, warm, s": {name: r[1:] for name, r in ready.items()}}
+    medians = {what: {name: statistics.median(values) for name, values in row.items()} for what, row in rows.items()}
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    print(f"{versions('xllamacpp')}; {model.partition(': ')[2] or platform.processor()}, {threads} threads")
+    print(f"| | {' | '.join(commands)} |\n|---|{'---|' * len(commands)}")
+    for what, row in medians.items():
+        print(f"| {what} | {' | '.join(f'{value:.4g}' for value in row.values())} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"medians": medians, "all": rows, "cpu": model}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

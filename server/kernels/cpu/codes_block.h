@@ -1,0 +1,255 @@
+// Products of rounded activations with codes: integers within a group, floats between groups.
+//
+// A row is rounded by blocks of 32 inputs: eight bits, a scale, and the sum, which turns centres and minima into one multiply.
+#pragma once
+#include "buffer.h"
+#include "codes.h"
+#include "simd.h"
+
+namespace boomerang {
+
+// Of a block of a row: scale, scale * sum of its codes, and minus that sum, of all and of the first 16.
+struct BlockOfRow {
+    float scale, sum;
+    int32_t negative, negative_first;
+};
+
+// Rows [M] of K inputs, rounded.
+struct RoundedRows {
+    const int8_t* codes = nullptr;
+    long ldc = 0;
+    const BlockOfRow* blocks = nullptr;
+    long ldb = 0;
+};
+
+// x [n] -> codes [32 blocks], blocks.
+inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) {
+    for (int k = 0; k < n; k += kGroup, blocks++) {
+        F16 low, high;
+        if (n - k >= kGroup)
+            low = load16(x + k), high = load16(x + k + 16);
+        else
+            low = load16(x + k, tail16(n - k)), high = load16(x + k + 16, tail16(n - k - 16));
+        const F16 none = zero16();
+        const float most = top16(max16(max16(low, none - low), max16(high, none - high)));
+        const F16 inverse = set16(most > 0.0f ? 127.0f / most : 0.0f);
+        low = low * inverse, high = high * inverse;
+        int sums[2];
+#ifdef __AVX512F__
+        const __m512i a = _mm512_cvtps_epi32(low), b = _mm512_cvtps_epi32(high);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(a));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k + 16), _mm512_cvtepi32_epi8(b));
+        sums[0] = _mm512_reduce_add_epi32(a), sums[1] = _mm512_reduce_add_epi32(b);
+#else
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(low.low), _mm256_cvtps_epi32(low.high));
+        const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(high.low), _mm256_cvtps_epi32(high.high));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + k), _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
+        auto total = [](__m256i words) {
+            const __m256i pairs = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+            __m128i s = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+            s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+            return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+        };
+        sums[0] = total(a), sums[1] = total(b);
+#endif
+        const float scale = most / 127.0f;
+        *blocks = {scale, scale * float(sums[0] + sums[1]), -(sums[0] + sums[1]), -sums[0]};
+    }
+}
+
+// Lines whose products fit 16 bits: codes of `bits` bits by -127 to 127.
+template <int bits>
+constexpr int kLinesInWords = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+
+// R rows from row `x` on by V vectors of channels from vector v0 on of a panel: out [R, ld] of floats.
+template <class Source, int R, int v0, int V>
+inline void code_rows(Source from, int groups, const RoundedRows& x, int row, float* out, long ld, long ahead) {
+    using F = typename Source::Form;
+    constexpr bool is_signed = !kFours && F::bits == 8;  // then codes are taken as they are meant, without their centre of 128
+    constexpr int part_lines = kGroupLines / F::parts;
+    Floats total[R][V];
+    const int8_t* codes = x.codes + row * x.ldc;
+    const BlockOfRow* blocks = x.blocks + row * x.ldb;
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) total[r][v] = no_floats();
+    for (int g = 0; g < groups; g++, from.next(), codes += kGroup, blocks++) {
+        if (ahead)
+            for (int i = 0; i < F::record; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from.ahead(ahead) + i), _MM_HINT_NTA);
+        each_line<0, F::parts>([&](auto part) {
+            Bytes sum[R][V];
+            for (int r = 0; r < R; r++) {
+                Bytes start = zero_bytes();
+                if constexpr (F::centre >= 0 && !is_signed) {
+                    const BlockOfRow& block = blocks[r * x.ldb];
+                    const Bytes all = every_four(block.negative), first = every_four(block.negative_first);
+                    start = times_power<(F::centre >= 0 ? F::centre : 0)>(F::parts == 1 ? all : part == 0 ? first : minus32(all, first));
+                }
+                for (int v = 0; v < V; v++) sum[r][v] = start;
+            }
+            if constexpr (kFours) {
+                each_line<part * part_lines, (part + 1) * part_lines>([&](auto i) {
+                    Bytes w[V];
+                    each_line<0, V>([&](auto v) { w[v] = from.template code<i, v0 + v>(); });
+                    for (int r = 0; r < R; r++) {
+                        int32_t four;
+                        std::memcpy(&four, codes + r * x.ldc + 4 * i, 4);
+                        const Bytes of = every_four(four);
+                        for (int v = 0; v < V; v++) sum[r][v] = add_fours(sum[r][v], w[v], of);
+                    }
+                });
+            } else {
+                constexpr int lines = kLinesInWords<F::bits> < part_lines ? kLinesInWords<F::bits> : part_lines;
+                each_line<0, part_lines / lines>([&](auto turn) {
+                    Bytes words[R][V];
+                    each_line<0, lines>([&](auto l) {
+                        constexpr int i = part * part_lines + turn * lines + l;
+                        Bytes w[V];
+                        each_line<0, V>([&](auto v) {
+                            w[v] = from.template code<i, v0 + v>();
+                            if constexpr (is_signed) w[v] = flip(w[v], every_byte(0x80));
+                        });
+                        for (int r = 0; r < R; r++) {
+                            int32_t four;
+                            std::memcpy(&four, codes + r * x.ldc + 4 * i, 4);
+                            const Bytes of = every_four(four);
+                            for (int v = 0; v < V; v++) {
+                                const Bytes products = is_signed ? pair_products(magnitude(w[v]), with_sign_of(of, w[v])) : pair_products(w[v], of);
+                                words[r][v] = l == 0 ? products : plus16(words[r][v], products);
+                            }
+                        }
+                    });
+                    for (int r = 0; r < R; r++)
+                        for (int v = 0; v < V; v++) sum[r][v] = plus32(sum[r][v], sum_pairs(words[r][v]));
+                });
+            }
+            Floats scale[V], minimum[V];
+            for (int v = 0; v < V; v++) {
+                scale[v] = from.scale(part, v0 + v);
+                minimum[v] = from.minimum(part, v0 + v);
+            }
+            for (int r = 0; r < R; r++) {
+                const BlockOfRow& block = blocks[r * x.ldb];
+                const Floats factor = every_float(block.scale);
+                for (int v = 0; v < V; v++) {
+                    if constexpr (F::scales == kChannel)
+                        total[r][v] = fused(to_floats(sum[r][v]), factor, total[r][v]);
+                    else
+                        total[r][v] = fused(to_floats(sum[r][v]) * factor, scale[v], total[r][v]);
+                }
+                if constexpr (F::has_minimum) {
+                    const float of = F::parts == 1 ? block.sum : -block.scale * float(part == 0 ? block.negative_first : block.negative - block.negative_first);
+                    for (int v = 0; v < V; v++) total[r][v] = fused(minimum[v], every_float(of), total[r][v]);
+                }
+            }
+        });
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store_floats(out + r * ld + (v0 + v) * kLanes, total[r][v]);
+}
+
+#ifdef __AVX512F__
+constexpr int kCodeRows = 12, kWholePanelRows = 12, kPackedRows = 8, kMostPackedRows = 24;
+#else
+constexpr int kCodeRows = 4, kWholePanelRows = 1, kPackedRows = 2, kMostPackedRows = 2;  // sixteen registers
+#endif
+// Up to kMostPackedRows rows read codes as they lie, in blocks of up to kPackedRows; measured.
+
+template <class Source, int R>
+void code_block(const char* panel, int groups, const RoundedRows& x, int row, float* sums, long ahead) {
+    constexpr int vectors = kPanel / kLanes;
+    const Source from(panel, groups);
+    if constexpr (R <= kWholePanelRows) {
+        code_rows<Source, R, 0, vectors>(from, groups, x, row, sums, kPanel, ahead);
+    } else {
+        code_rows<Source, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, ahead);
+        code_rows<Source, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, 0);
+    }
+}
+
+// A row's sums are the same whatever rows are with it.
+using CodeBlock = void (*)(const char* panel, int groups, const RoundedRows& x, int row, float* sums, long ahead);
+
+// What is done with codes of one type.
+struct CodeKernels {
+    long (*panel_bytes)(int groups);
+    long wide_record;  // bytes of a group of a widened panel
+    void (*widen)(const char* panel, int groups, uint8_t* to);
+    void (*to_floats)(const uint8_t* widened, int groups, float* to);
+    CodeBlock packed[kPackedRows], widened[kCodeRows];  // by rows - 1; null where smaller blocks do as well
+};
+
+// Channels of a widened panel as floats, one line of 32 per input (what a panel of floats is).
+template <class F>
+void widened_to_floats(const uint8_t* lines, int groups, float* to) {
+    for (int g = 0; g < groups; g++, lines += Widened<F>::kRecord) {
+        const float* floats = reinterpret_cast<const float*>(lines + 1024);
+        for (int k = 0; k < kGroup; k++, to += kPanel) {
+            const int part = F::parts == 1 ? 0 : k / 16;
+            for (int c = 0; c < kPanel; c++) {
+                const int code = lines[(2 * (k / 4) + c / 16) * 64 + c % 16 * 4 + k % 4] - (F::centre < 0 ? 0 : 1 << std::max(F::centre, 0));
+                to[c] = F::scales == kChannel ? float(code) : float(code) * floats[part * kPanel + c] + (F::has_minimum ? floats[(F::parts + part) * kPanel + c] : 0.0f);
+            }
+        }
+    }
+}
+
+template <class F>
+constexpr CodeKernels code_kernels() {
+    using W = WideForm<F>;
+    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, {}, {}};
+    each_line<0, kPackedRows>([&](auto i) {
+        if constexpr (i < 4 || i % 2) all.packed[i] = code_block<Packed<F>, i + 1>;
+    });
+    each_line<0, kCodeRows>([&](auto i) {
+        if constexpr (i < 8 || i % 2) all.widened[i] = code_block<Widened<W>, i + 1>;
+    });
+    return all;
+}
+
+// Not a static of a function: those are one for all libraries of a process, and several variants may be loaded in tests.
+namespace {
+template <class F>
+constexpr CodeKernels kKernelsOf = code_kernels<F>();
+}
+
+// Null for a type that is none of codes.
+inline const CodeKernels* code_kernels_of(int type) {
+    const CodeKernels* found = nullptr;
+    with_form(type, [&](auto form) { found = &kKernelsOf<decltype(form)>; });
+    return found;
+}
+
+// sink(row, rows, panel, sums [rows, 32]) for rows [row0, row1) by panels [panel0, panel1) of [.., K] from `data` on.
+template <class Sink>
+void multiply_codes(const CodeKernels& kernels, const RoundedRows& x, const char* data, int K, int row0, int row1, int panel0, int panel1, Sink&& sink) {
+    const int groups = groups_of(K);
+    const long panel_bytes = kernels.panel_bytes(groups);
+    alignas(64) float sums[kCodeRows * kPanel];
+    static thread_local Buffer<uint8_t> wide;
+    for (int p = panel0; p < panel1; p++) {
+        const char* panel = data + p * panel_bytes;
+        if (row1 - row0 <= kMostPackedRows) {
+            for (int m = row0, rows; m < row1; m += rows) {
+                rows = chunks_for(row1 - m, chunks_for(row1 - m, kPackedRows));
+                while (!kernels.packed[rows - 1]) rows--;
+                kernels.packed[rows - 1](panel, groups, x, m, sums, m == row0 ? kAhead : 0);
+                sink(m, rows, p, sums);
+            }
+            continue;
+        }
+        uint8_t* lines = wide.at_least(groups * kernels.wide_record);
+        kernels.widen(panel, groups, lines);
+        long fetched = 0;
+        for (int m = row0, rows; m < row1; m += rows) {
+            rows = chunks_for(row1 - m, chunks_for(row1 - m, kCodeRows));
+            while (!kernels.widened[rows - 1]) rows--;
+            // Of the next panel each block fetches its share.
+            for (const long until = panel_bytes * (m + rows - row0) / (row1 - row0); fetched < until; fetched += 64) _mm_prefetch(panel + panel_bytes + fetched, _MM_HINT_T1);
+            kernels.widened[rows - 1](reinterpret_cast<const char*>(lines), groups, x, m, sums, 0);
+            sink(m, rows, p, sums);
+        }
+    }
+}
+
+}  // namespace boomerang

@@ -1,0 +1,56 @@
+// Products with matrices of codes, each of a type of its own; included by products.h.
+#pragma once
+#include "products.h"
+
+namespace boomerang {
+
+// Codes as floats times rows as they are: what the integer kernels are compared with.
+inline void multiply_exactly(const CodeKernels& kernels, const Rows<Codes>& x, const char* data, int K, const Part& part, const AnySink& sink) {
+    const int groups = groups_of(K);
+    static thread_local Buffer<uint8_t> wide;
+    static thread_local Buffer<float> floats;
+    uint8_t* lines = wide.at_least(groups * kernels.wide_record);
+    float* panel = floats.at_least(size_t(groups) * kGroup * kPanel);
+    alignas(64) float sums[kBlockRows<float> * kPanel];
+    TileState tiles;
+    for (int p = part.panel0; p < part.panel1; p++) {
+        kernels.widen(data + p * kernels.panel_bytes(groups), groups, lines);
+        kernels.to_floats(lines, groups, panel);
+        for (int m = part.row0, rows; m < part.row1; m += rows) {
+            rows = block_size<float>(part.row1 - m);
+            const Term<float> term = {x.x + m * x.ldx, x.ldx, reinterpret_cast<const char*>(panel), groups * kGroup};
+            block<false>(&term, 1, rows, sums, kPanel, tiles);
+            sink(m, rows, p, sums);
+        }
+    }
+}
+
+// `w` and the parts below it, whose panels are counted through.
+inline void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink sink) {
+    for (int before = 0;;) {
+        const int here = w.more ? panels_of(w.rows) : part.panel1, last = std::min(part.panel1, here);
+        auto shifted = [&](int m, int rows, int panel, float* sums) { sink(m, rows, panel + before, sums); };
+        const AnySink one = {&shifted, [](void* context, int m, int rows, int panel, float* sums) { (*static_cast<decltype(shifted)*>(context))(m, rows, panel, sums); }};
+        if (part.panel0 < last) {
+            const Part mine = {part.row0, part.row1, part.panel0, last};
+            const CodeKernels* kernels = code_kernels_of(w.type);
+            if (kernels && x.exact)
+                multiply_exactly(*kernels, x, w.data, w.K, mine, one);
+            else if (kernels)
+                multiply_codes(*kernels, x.rounded, w.data, w.K, part.row0, part.row1, part.panel0, last, one);
+            else {
+                const Rows<bf16> plain = {x.plain, x.ld_plain, x.M};
+                if (w.type == BS_FLOAT) multiply_panels<float>({x.x, x.ldx, x.M}, w, mine, one);
+                if (w.type == BS_BF16) multiply_panels<bf16>(plain, w, mine, one);
+                if (w.type == BS_BF12) multiply_panels<bf12>({x.plain, x.ld_plain, x.M}, w, mine, one);
+            }
+        }
+        if (!w.more || part.panel1 <= here) return;
+        before += here;
+        part.panel0 = std::max(part.panel0 - here, 0), part.panel1 -= here;
+        const BsWeights& next = *w.more;
+        w = {static_cast<const char*>(next.data), w.N, w.K, next.scale, next.exponents, next.rest_start, next.rest, next.type, next.rows, next.more};
+    }
+}
+
+}  // namespace boomerang

@@ -1,0 +1,85 @@
+"""A pair whose teacher lies in a file's codes: what is loaded by default, what it weighs, and what it answers."""
+
+import random
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model_store.pair import Pair, open_pair
+from model_store.quantized import CODES_FILE
+from model_store.weight_form import Storage, WeightForm
+from server.config import Settings
+from server.kernels.cpu import library
+from server.loading import weight_form
+from tests.model.test_oracle import all_logprobs, make_engine, make_request, run
+from tests.model_store.test_lowrank import write_student
+from tests.tiny_pairs import VOCAB, make_model
+
+KINDS = {"embed_tokens": "Q8_0", "v_proj": "Q5_1", "o_proj": "Q5_0", "down_proj": "Q4_0"}  # others Q4_1
+
+
+def keep_codes(folder) -> None:
+    """What the import of a GGUF file writes: blocks, and the checkpoint dequantised."""
+    blocks, kinds, tensors = {}, {}, load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        if value.dim() != 2:
+            continue
+        kinds[name] = KINDS.get(name.split(".")[-2], "Q4_1")
+        kind = gguf.GGMLQuantizationType[kinds[name]]
+        blocks[name] = torch.from_numpy(gguf.quantize(value.float().numpy(), kind))
+        tensors[name] = torch.from_numpy(gguf.dequantize(blocks[name].numpy(), kind))
+    save_file(blocks, folder / CODES_FILE, kinds)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def pair(request, tmp_path_factory) -> Pair:
+    folder = tmp_path_factory.mktemp("codes")
+    make_model(request.param, 6, seed=1, tied=True).save_pretrained(folder / "teacher")
+    keep_codes(folder / "teacher")
+    write_student(folder / "student", folder / "teacher", quantise=True)
+    return open_pair(folder / "teacher", folder / "student")
+
+
+def test_codes_are_the_default_on_a_cpu(pair):
+    assert weight_form(Settings(device="cpu"), pair) == WeightForm(low_rank=True, storage=Storage.CODES)
+    assert weight_form(Settings(device="cpu", low_rank="off"), pair) == WeightForm(storage=Storage.CODES)
+    assert weight_form(Settings(device="cpu", quantization="none"), pair) == WeightForm()
+    assert weight_form(Settings(device="cpu", quantization="int8"), pair) == WeightForm(storage=Storage.INT8)
+    assert pair.code_kinds() == "qkv: Q4_1 + Q5_1; o: Q5_0; up: Q4_1; down: Q4_0; embedding, head: Q8_0"
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_bytes_are_what_the_tables_say(pair, low_rank):
+    form = WeightForm(low_rank=low_rank, storage=Storage.CODES)
+    for count in (1, 2, 3):
+        need = pair.union_bytes(pair.elasticity.sizes[:count], form)
+        loaded = pair.load(form, memory_budget=need)
+        assert loaded.sizes == pair.elasticity.sizes[:count] and loaded.num_bytes() == need
+    assert pair.load(form).form == form
+    plain = WeightForm(low_rank=low_rank)
+    assert need < 0.5 * pair.union_bytes(pair.elasticity.sizes[:3], plain)
+
+
+@pytest.mark.parametrize("executor", ["torch", "native"])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_every_size_answers_as_the_dequantised_pair(pair, executor, low_rank):
+    if executor == "native" and isinstance(reasons := library.choose(), list):
+        pytest.skip("; ".join(reasons))
+    sizes = pair.elasticity.sizes
+    form = WeightForm(low_rank=low_rank, storage=Storage.CODES)
+    engines = [
+        make_engine(pair, "torch", loaded=pair.load(WeightForm(torch.float32))),
+        make_engine(pair, executor, loaded=pair.load(form)),
+    ]
+    assert "Q4_1 + Q5_1" in engines[1].executor.describe()
+    prompt = random.Random(1).choices(range(VOCAB), k=30)
+    scores = []
+    for engine in engines:  # all sizes in the same steps
+        requests = [make_request(f"r{size}", prompt, size, max_tokens=1, logprobs=-1) for size in sizes]
+        outputs = run(engine, requests)
+        scores.append(torch.cat([all_logprobs(outputs[request.request_id]) for request in requests]))
+    centred = [rows - rows.mean(-1, keepdim=True) for rows in scores]
+    assert torch.cosine_similarity(*centred).min() > 0.98
