@@ -37,7 +37,6 @@ def main() -> None:
 
     known = _microseconds(lambda: own.path(small), 10_000)
     fresh = _microseconds(assemble, 200)
-    engine = Engine(pair.load(WeightForm()), EngineConfig(max_num_seqs=4, max_model_len=512, seed=0))
     count = 0
 
     class Sink(MetricsSink):
@@ -46,7 +45,8 @@ def main() -> None:
         def on_step(self, stats) -> None:
             self.last = (stats.step_time, stats.model_time)
 
-    sink = engine.metrics_sink = Sink()
+    sink, config = Sink(), EngineConfig(max_num_seqs=4, max_model_len=512, seed=0)
+    engine = Engine(pair.load(WeightForm()), config, metrics=sink)
 
     def first_token(size: int) -> tuple[float, float]:
         nonlocal count

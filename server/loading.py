@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from server.api.generate.catalog import Catalog, size_infos
 from server.api.generate.sampling_defaults import read_sampling_defaults
@@ -23,10 +23,13 @@ from server.sizing.tenants import Tenants
 if TYPE_CHECKING:
     import torch
 
+    from model_store.loaded import LoadedPair
     from model_store.pair import Pair
     from model_store.weight_form import WeightForm
     from server.core.config import EngineConfig
-    from server.engine.engine import Engine
+    from server.core.size_policy import SizePolicy
+    from server.engine.runner import StepRunner
+    from server.engine.stats import MetricsSink
 
 logger = logging.getLogger(__name__)
 
@@ -193,12 +196,18 @@ def _available_ram() -> int:
     return max(available, 0)
 
 
-def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedModel:
-    """Open and load the pair and build its engine. Takes seconds to minutes; raises with a reason if it cannot."""
+def load_model(
+    settings: Settings, clock: StartupClock | None = None, metrics: MetricsSink | None = None
+) -> ServedModel:
+    """Open and load the pair and build its engine. Takes seconds to minutes; raises with a reason if it cannot.
+
+    `metrics` hears of the engine's steps and requests.
+    """
     clock = clock or StartupClock()
     import torch
 
     from server.engine.engine import Engine
+    from server.engine.runner import StepRunner
 
     clock.mark("torch")
     if settings.num_threads:
@@ -208,12 +217,12 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     loaded = pair.load(form, device, settings.memory_budget)
     clock.mark("weights")
     config = engine_config(settings, pair, form.dtype, device)
-    engine = Engine(loaded, config)
+    runner = StepRunner(loaded, config)
     clock.mark("executor and KV cache")
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
     )
-    infos = size_infos(pair.size_table(engine.executor.weight_form, engine.executor.matrix_bytes))
+    infos = size_infos(pair.size_table(runner.executor.weight_form, runner.executor.matrix_bytes))
     folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
     defaults = read_sampling_defaults(folders, settings.override_generation_config)
     if settings.default_max_tokens is not None:
@@ -224,17 +233,18 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     catalog = Catalog(
         names=tuple(dict.fromkeys(names)),
         infos=infos,
-        sizes=engine.sizes,
-        missing=engine.missing_sizes,
+        sizes=runner.sizes,
+        missing=loaded.missing_sizes,
         max_model_len=config.max_model_len,
         page_size=config.page_size,
         root=str(settings.teacher or pair.name),
     )
     resolve = lambda size: catalog.resolve(SizeSpec.parse(size), "--api-key-file")  # noqa: E731
     tenants = KeyRing.from_settings(settings).sizing(resolve)
-    engine.scheduler.waiting = WaitingQueue(tenants.weight, tenants.rank)
     clock.mark("tokenizer and tables")
-    attach_policy(engine, loaded, pair, settings, tenants)
+    policy = make_policy(runner, loaded, pair, settings, tenants)
+    queue = WaitingQueue(tenants.weight, tenants.rank)
+    engine = Engine(loaded, config, policy=policy, queue=queue, runner=runner, metrics=metrics)
     clock.mark("cost model")
     logger.info(
         "%s: sizes %dL to %dL, %s on %s, context %d, KV cache %.2f GiB",
@@ -250,18 +260,20 @@ def load_model(settings: Settings, clock: StartupClock | None = None) -> ServedM
     return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants, resolve, defaults)
 
 
-def attach_policy(engine: Engine, loaded: Any, pair: Pair, settings: Settings, tenants: Tenants) -> None:
-    """Let load and latency choose among the sizes a request allows, unless the settings say `largest`."""
+def make_policy(
+    runner: StepRunner, loaded: LoadedPair, pair: Pair, settings: Settings, tenants: Tenants
+) -> SizePolicy | None:
+    """Lets load and latency choose among the sizes a request allows; None (the largest) if the settings say so."""
     if settings.size_policy == "largest":
-        return
+        return None
     from model_store.store import store_root
     from server.cost.calibrate import cost_model_for, keep
     from server.sizing.policy import BudgetPolicy
     from server.sizing.quality import quality_by_size
 
-    cost = cost_model_for(engine, loaded, store_root(settings.store) / "calibration")
+    cost = cost_model_for(runner, loaded, store_root(settings.store) / "calibration")
     quality = quality_by_size(pair.quality, pair.elasticity.sizes)
-    engine.scheduler.policy = BudgetPolicy(cost, tenants=tenants, quality=quality, keep=keep)
+    return BudgetPolicy(cost, tenants=tenants, quality=quality, keep=keep)
 
 
 def read_template(value: str | None) -> str | None:

@@ -91,8 +91,9 @@ class Server(uvicorn.Server):
         timeout = self.state.settings.shutdown_timeout
         if self.state.num_active:
             logger.info("%s: finishing %d requests, for up to %g s", name, self.state.num_active, timeout)
-        deadline = self._loop.time() + timeout
-        while self.state.num_active and self._loop.time() < deadline:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
+        while self.state.num_active and clock() < deadline:
             await asyncio.sleep(0.05)
         if self.state.num_active:
             logger.warning("aborting %d requests that did not finish in time", self.state.num_active)
@@ -124,7 +125,7 @@ def serve(settings: Settings) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until keys can be read again
     clock = StartupClock()
     listener = bind(settings)
-    app = create_app(settings, lambda: load_model(settings, clock), lambda error: server.fail(error))
+    app = create_app(settings, lambda metrics: load_model(settings, clock, metrics), lambda error: server.fail(error))
     config = uvicorn.Config(
         app,
         loop="uvloop" if sys.platform != "win32" else "asyncio",

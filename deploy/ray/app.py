@@ -115,8 +115,7 @@ def _app_builder(settings: dict[str, Any]):
         if unknown := sorted(set(settings) - known):
             raise SettingsError(f"there is no setting {', '.join(unknown)}")
         resolved = load_settings(settings)
-        model = load_model(resolved)
-        app = create_app(resolved, lambda: model)
+        app = create_app(resolved, lambda metrics: load_model(resolved, metrics=metrics))
         inner = app.router.lifespan_context
 
         @contextlib.asynccontextmanager

@@ -1,7 +1,7 @@
 """Fits the cost model to the machine at hand in a few seconds, and keeps it from one start to the next.
 
-The steps that are timed are real ones: requests with pages of the engine's own KV pool, laid out by `build_batch` and
-run by the engine's executor and sampler. What is stored is keyed by everything that decides a step's time: the shapes
+The steps that are timed are real ones: requests with pages of the runner's own KV pool, laid out by `build_batch` and
+run by its executor and sampler. What is stored is keyed by everything that decides a step's time: the shapes
 of the pair, the executor, data type, page size, threads and processor.
 """
 
@@ -29,7 +29,7 @@ from server.cost.profile import CostProfile
 
 if TYPE_CHECKING:
     from model_store.pair import LoadedPair
-    from server.engine.engine import Engine
+    from server.engine.runner import StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ def steps_to_time(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list
     return [[group for group in step if group[0] > 0 and group[1] > 0] for step in steps]
 
 
-def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
-    """The steps as batches, with pages from the engine's pool while each one is out."""
-    kv_cache, elasticity = engine.kv_cache, engine.elasticity
-    sides = {"t": engine.sizes[-1], "s": engine.sizes[0]}
+def batches(runner: StepRunner, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
+    """The steps as batches, with pages from the pool while each one is out."""
+    kv_cache, elasticity = runner.kv_cache, runner.elasticity
+    sides = {"t": runner.sizes[-1], "s": runner.sizes[0]}
     rng = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=4)
     for step in steps:
@@ -110,7 +110,7 @@ def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
         try:
             for count, tokens, context, side in step:
                 for _ in range(count):
-                    prompt = rng.integers(0, engine.spec.vocab_size, context + tokens).tolist()
+                    prompt = rng.integers(0, runner.spec.vocab_size, context + tokens).tolist()
                     name = f"calibration-{len(scheduled)}"
                     request = LiveRequest(Request(name, prompt, sampling, sizes=(sides[side],), arrival_time=0.0))
                     request.path, request.slot = elasticity.path(sides[side]), len(scheduled)
@@ -119,26 +119,26 @@ def batches(engine: Engine, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
                     request.num_computed_tokens = context
                     scheduled.append((request, tokens))
             if scheduled:
-                yield engine.build_batch(scheduled)
+                yield runner.build_batch(scheduled)
         finally:
             for request, _ in scheduled:
                 kv_cache.free(request)
 
 
 def calibrate(
-    engine: Engine, profile: CostProfile, *, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter
+    runner: StepRunner, profile: CostProfile, *, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter
 ) -> CostModel:
-    """Time steps on an idle engine for about `seconds`, beside what compiling takes, and fit. Overwrites the pool."""
-    config = engine.config
+    """Time steps on an idle runner for about `seconds`, beside what compiling takes, and fit. Overwrites the pool."""
+    config = runner.config
     steps = steps_to_time(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
     features, times = [], []
     blank = CostModel(profile, np.zeros(NUM_FEATURES))
     deadline = clock() + seconds
-    for index, batch in enumerate(batches(engine, steps)):
+    for index, batch in enumerate(batches(runner, steps)):
         took: list[float] = []
         for _ in range(3):
             started = clock()
-            engine.runner.run(batch)
+            runner.run(batch)
             took.append(clock() - started)
             if len(took) > 1 and (clock() > deadline or took[-1] > 0.25):
                 break
@@ -186,13 +186,13 @@ def prior_from(profile: CostProfile, features: np.ndarray, seconds: np.ndarray) 
 # --- from one start to the next
 
 
-def calibration_key(engine: Engine, profile: CostProfile) -> str:
+def calibration_key(runner: StepRunner, profile: CostProfile) -> str:
     """Hex digest of what decides a step's time."""
-    config = engine.config
+    config = runner.config
     facts = [
-        FORMAT, repr(engine.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
+        FORMAT, repr(runner.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
         sorted(profile.shared_stations),
-        profile.kv_bytes, engine.executor.describe(), config.page_size,
+        profile.kv_bytes, runner.executor.describe(), config.page_size,
         processor_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
@@ -265,22 +265,22 @@ def load(profile: CostProfile | None, path: Path) -> CostModel | None:
     return model
 
 
-def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, seconds: float = 3.0) -> CostModel:
+def cost_model_for(runner: StepRunner, pair: LoadedPair, folder: Path | None, *, seconds: float = 3.0) -> CostModel:
     """The saved model if there is one and a quick check agrees with it, else a fresh calibration (saved).
 
     `folder` is where calibrations are kept (None: nowhere).
     """
-    executor = engine.executor
+    executor = runner.executor
     profile = profile_of(pair, executor.shared_stations, executor.bytes_per_weight)
-    path = None if folder is None else folder / f"{calibration_key(engine, profile)}.json"
+    path = None if folder is None else folder / f"{calibration_key(runner, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:
-        ratio = _check(engine, model)
+        ratio = _check(runner, model)
         if 0.5 < ratio < 2.0:
             logger.info("cost model: taken from %s (predicts %.2f of a quick check's time)", path, ratio)
             return model
         logger.info("cost model: %s does not fit this machine any more, calibrating", path)
-    fresh = calibrate(engine, profile, seconds=seconds)
+    fresh = calibrate(runner, profile, seconds=seconds)
     if model is not None:
         top = profile.elasticity.sizes[-1]
         one_row = StepShape(weight_features({1: profile.path_weights()[top]}, [1]), "decode")
@@ -292,17 +292,17 @@ def cost_model_for(engine: Engine, pair: LoadedPair, folder: Path | None, *, sec
     return model
 
 
-def _check(engine: Engine, model: CostModel) -> float:
+def _check(runner: StepRunner, model: CostModel) -> float:
     """Predicted over measured time of one decode row. Milliseconds: a server is waiting to start.
 
     That one step reads all weights, so it tells another machine from this one; finer differences are left to the
     correction that goes on while serving.
     """
-    for batch in batches(engine, [[(1, 1, 32, "t")]]):
+    for batch in batches(runner, [[(1, 1, 32, "t")]]):
         took = []
         for _ in range(4):
             started = time.perf_counter()
-            engine.runner.run(batch)
+            runner.run(batch)
             took.append(time.perf_counter() - started)
         return model.seconds(model.shape(batch)) / min(took[1:])
     return 1.0  # a KV pool too small for one block: nothing to measure with

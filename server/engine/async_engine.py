@@ -90,21 +90,21 @@ def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
 class AsyncEngine:
     """Owns the engine thread. All methods are called on the event loop unless they say otherwise."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None] | None = None) -> None:
+        """`on_failure` is told, on the event loop, when the engine thread dies."""
         self.engine = engine
         self._streams: dict[str, OutputStream] = {}
         self._inbox: deque[Request | Abort] = deque()
         self._unsent: list[RequestOutput] = []
         self._outbox: deque[list[RequestOutput]] = deque()  # on their way to the event loop
         self._bell: int | None = None  # an eventfd on which the event loop waits
-        engine.before_model = self._hand_over
         self._wake = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._step_started: float | None = None  # None while idle
         self.failure: str | None = None  # why the engine thread died
-        self.on_failure: Callable[[BaseException], None] | None = None  # told on the event loop when it dies
+        self._on_failure = on_failure
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -178,7 +178,7 @@ class AsyncEngine:
                     return
                 if self.engine.has_work:
                     self._step_started = time.monotonic()
-                    outputs += self.engine.step()
+                    outputs += self.engine.step(self._hand_over)
                     self._step_started = None
                 self._publish(outputs)
                 if self._is_unrung or not self.engine.scheduler.running:
@@ -191,8 +191,8 @@ class AsyncEngine:
         except BaseException as error:
             logger.critical("the engine thread died", exc_info=True)
             self.failure = f"{type(error).__name__}: {error}"
-            if self.on_failure is not None:
-                self._loop_call(self.on_failure, error)
+            if self._on_failure is not None:
+                self._loop_call(self._on_failure, error)
         finally:
             self._step_started = None
             self._flush()
@@ -281,8 +281,8 @@ class AsyncEngine:
                     stream.put(output)
                     if output.is_finished:
                         del self._streams[output.request_id]
-        if self.engine.metrics_sink is not None:
-            self.engine.metrics_sink.book_steps()
+        if self.engine.metrics is not None:
+            self.engine.metrics.book_steps()
 
     def _fail_all(self) -> None:
         """Whatever ended the thread, nobody may wait for it."""

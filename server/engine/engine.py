@@ -10,7 +10,6 @@ from typing import NamedTuple
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch, Scheduled
 from server.core.config import EngineConfig
-from server.core.executor import Executor
 from server.core.request import LiveRequest, Request, RequestOutput, SampledToken, SamplingParams
 from server.core.size_policy import RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool
@@ -24,13 +23,11 @@ from server.engine.isolation import (
     bisect,
     is_out_of_memory,
 )
-from server.engine.kv_cache import KVCacheManager
+from server.engine.queue import WaitingQueue
 from server.engine.runner import Faults, StepRunner, outcome
-from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerOutput
 from server.engine.stats import EngineStats, MetricsSink, StepStats
 from server.engine.step_clock import Gap, StepClock
-from server.model.executor import allocate_states, create_executor
 
 logger = logging.getLogger(__name__)
 
@@ -56,32 +53,21 @@ class Engine:
         config: EngineConfig,
         *,
         policy: SizePolicy | None = None,
-        executor: Executor | None = None,
+        queue: WaitingQueue | None = None,
+        runner: StepRunner | None = None,
+        metrics: MetricsSink | None = None,
     ) -> None:
+        """`runner`: the pair's, where one was made before (a policy may want steps timed)."""
         self.config = config
-        self.spec = pair.spec
-        self.elasticity = pair.elasticity
-        self.sizes: tuple[int, ...] = tuple(pair.sizes)
+        self.runner = runner or StepRunner(pair, config)
+        self.spec, self.elasticity, self.sizes = self.runner.spec, self.runner.elasticity, self.runner.sizes
+        self.executor, self.kv_cache, self.sampler = self.runner.executor, self.runner.kv_cache, self.runner.sampler
         self.missing_sizes: dict[int, str] = dict(pair.missing_sizes)
-        self.executor = executor or create_executor(pair, config)
-        num_pages = max(config.kv_cache_bytes // self.executor.page_bytes(), 1)
-        self.executor.allocate_kv(num_pages)
-        self.kv_cache = KVCacheManager(
-            num_pages=num_pages,
-            page_size=config.page_size,
-            num_layers=self.elasticity.num_global_layers,
-            max_num_seqs=config.max_num_seqs * (1 if config.speculative_size is None else 2),  # and their drafts
-            max_model_len=config.max_model_len,
-            enable_prefix_caching=config.enable_prefix_caching,
-            num_state_pages=allocate_states(self.executor, config.state_bytes),
-        )
         drafts = None
         if config.speculative_size is not None:
             slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
             drafts = DraftPool(self.kv_cache, self.elasticity.path(config.speculative_size), slots)
-        self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy, drafts=drafts)
-        self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
-        self.runner = StepRunner(self.executor, self.sampler, self.elasticity, self.kv_cache)
+        self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy, queue, drafts=drafts)
         self.speculator: Speculator | None = None
         if drafts is not None:
             self.speculator = Speculator(
@@ -90,9 +76,8 @@ class Engine:
         self.lookahead: Lookahead | None = None
         if self.speculator is None and self.executor.can_launch:
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
-        self.metrics_sink: MetricsSink | None = None
+        self.metrics = metrics
         self._clock = StepClock()
-        self.before_model: Callable[[], None] | None = None  # called when a step is about to leave Python
         self._quarantine = Quarantine()
         self.num_step_failures = 0
 
@@ -132,10 +117,11 @@ class Engine:
     def build_batch(self, scheduled: Scheduled) -> ForwardBatch:
         return self.runner.build_batch(scheduled)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, before_model: Callable[[], None] = lambda: None) -> list[RequestOutput]:
         """Advance everyone who can. A failure costs the requests that cause it, nobody else, and is not raised.
 
-        Raises EngineBroken when nothing can be computed any more.
+        `before_model` is called whenever the step is about to leave Python. Raises EngineBroken when nothing can be
+        computed any more.
         """
         started = time.monotonic()
         self._clock.lap("publish")
@@ -144,9 +130,9 @@ class Engine:
             self._rest()
             return planned.outputs
         try:
-            return planned.outputs + self._advance(planned, started)
+            return planned.outputs + self._advance(planned, started, before_model)
         except ComputeError as failure:
-            return planned.outputs + self._salvage(planned.scheduled, failure.error, started)
+            return planned.outputs + self._salvage(planned.scheduled, failure.error, started, before_model)
 
     def _schedule(self) -> SchedulerOutput:
         planned = None if self.lookahead is None else self.lookahead.planned()
@@ -156,10 +142,12 @@ class Engine:
         self._count_decisions(planned.outputs)
         return planned
 
-    def _advance(self, planned: SchedulerOutput, started: float) -> list[RequestOutput]:
+    def _advance(
+        self, planned: SchedulerOutput, started: float, before_model: Callable[[], None]
+    ) -> list[RequestOutput]:
         """Compute a plan and book it. ComputeError, with nothing booked, if it cannot be computed."""
         try:
-            step = self._compute(planned)
+            step = self._compute(planned, before_model)
         except Exception as error:
             if self.speculator is not None:
                 self.speculator.retract(planned)
@@ -181,33 +169,31 @@ class Engine:
             self._rest()
         return outputs
 
-    def _compute(self, planned: SchedulerOutput) -> _Computed:
+    def _compute(self, planned: SchedulerOutput, before_model: Callable[[], None]) -> _Computed:
         """Guess, build the batch, run the model and sample; or take over the step that already runs ahead."""
-        drafting = 0.0 if self.speculator is None else self._draft(self.speculator, planned)
+        drafting = 0.0 if self.speculator is None else self._draft(self.speculator, planned, before_model)
         if self.lookahead is not None and self.lookahead.takes(planned):
-            start, gap = self._model_begins(drafting)
+            start, gap = self._model_begins(drafting, before_model)
             batch, tokens = self.lookahead.run(planned)
             sampled, faults = outcome(batch.requests, tokens)
         else:
             batch = self.build_batch(planned.scheduled)
-            start, gap = self._model_begins(drafting)
+            start, gap = self._model_begins(drafting, before_model)
             sampled, faults = self.runner.run(batch, self.speculator)
         end = time.monotonic()
         self._clock.model_ended(end)
         return _Computed(batch, sampled, faults, start, end, drafting, gap)
 
-    def _model_begins(self, drafting: float) -> tuple[float, Gap]:
+    def _model_begins(self, drafting: float, before_model: Callable[[], None]) -> tuple[float, Gap]:
         """Now, and the time since the last model call."""
         self._clock.lap("build")
-        if self.before_model is not None:
-            self.before_model()
+        before_model()
         start = time.monotonic()
         return start, self._clock.model_starts(start, drafting)
 
-    def _draft(self, speculator: Speculator, planned: SchedulerOutput) -> float:
+    def _draft(self, speculator: Speculator, planned: SchedulerOutput, before_model: Callable[[], None]) -> float:
         """Let the speculator guess; seconds that took."""
-        if self.before_model is not None:
-            self.before_model()
+        before_model()
         started = time.monotonic()
         speculator.draft(planned)
         drafting = time.monotonic() - started
@@ -226,15 +212,15 @@ class Engine:
         """Tell policy and metrics of a booked step; `num_prompt` tokens of it were of prompts."""
         batch, seconds = step.batch, step.end - step.start
         self.scheduler.policy.observe_step(batch, seconds, step.end)
-        if self.metrics_sink is None:
+        if self.metrics is None:
             return
         num_first = 0
         if not batch.layout:  # with one, everybody had a token before
             for request, _ in planned.scheduled:
                 if len(request.output_token_ids) == 1 and request.request_id in step.sampled:
                     num_first += 1
-                    self.metrics_sink.on_first_token(request)
-        self.metrics_sink.on_step(
+                    self.metrics.on_first_token(request)
+        self.metrics.on_step(
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,
                 num_prompt_tokens=num_prompt,
@@ -253,20 +239,22 @@ class Engine:
         self.scheduler.policy.on_idle()
 
     def _count_decisions(self, outputs: list[RequestOutput]) -> None:
-        if self.metrics_sink is not None:
+        if self.metrics is not None:
             for output in outputs:
                 if output.decision is not None:
-                    self.metrics_sink.on_size_decision(output.decision)
+                    self.metrics.on_size_decision(output.decision)
 
     def _forget(self, requests: list[LiveRequest]) -> None:
         for request in requests:
             self.runner.prompt_scores.forget(request.request_id)
-            if self.metrics_sink is not None:
-                self.metrics_sink.on_request_finished(request)
+            if self.metrics is not None:
+                self.metrics.on_request_finished(request)
 
     # --- when a step fails
 
-    def _salvage(self, scheduled: Scheduled, error: Exception, started: float) -> list[RequestOutput]:
+    def _salvage(
+        self, scheduled: Scheduled, error: Exception, started: float, before_model: Callable[[], None]
+    ) -> list[RequestOutput]:
         """A step could not be computed: advance those that can be computed without the others, fail the rest."""
         self.num_step_failures += 1
         logger.error("a step of %d requests failed", len(scheduled), exc_info=error)
@@ -274,7 +262,7 @@ class Engine:
 
         def run(part: Scheduled) -> list[RequestOutput]:
             try:
-                return self._advance(SchedulerOutput(scheduled=part), started)
+                return self._advance(SchedulerOutput(scheduled=part), started, before_model)
             except ComputeError as failure:
                 raise failure.error from None
 

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from model_store.assembly import Elasticity
+from model_store.pair import LoadedPair
 from server.core.batch import BatchBuilder, ForwardBatch
-from server.core.executor import Executor
+from server.core.config import EngineConfig
 from server.core.request import LiveRequest, SampledToken
 from server.engine.isolation import NoTokenLeft
 from server.engine.kv_cache import KVCacheManager
 from server.engine.prompt_scores import PromptScores
 from server.engine.sampler import Sampler, is_plain_greedy
+from server.model.executor import allocate_states, create_executor
 
 if TYPE_CHECKING:
     from server.engine.extras.speculation import Speculator
@@ -31,14 +32,31 @@ Faults = dict[str, Exception]  # request id -> what went wrong with its own numb
 
 
 class StepRunner:
-    """Executor and sampler of one engine. Keeps nothing of a step but what sampling must know of the answers so far."""
+    """All that computes steps: one loaded pair, its executor, the KV pool, the sampler.
 
-    def __init__(self, executor: Executor, sampler: Sampler, elasticity: Elasticity, kv_cache: KVCacheManager) -> None:
-        self.executor = executor
-        self.sampler = sampler
+    Keeps nothing of a step but what sampling must know of the answers so far.
+    """
+
+    def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
+        self.config = config
+        self.spec, self.elasticity = pair.spec, pair.elasticity
+        self.sizes: tuple[int, ...] = tuple(pair.sizes)
+        self.executor = create_executor(pair, config)
+        num_pages = max(config.kv_cache_bytes // self.executor.page_bytes(), 1)
+        self.executor.allocate_kv(num_pages)
+        self.kv_cache = KVCacheManager(
+            num_pages=num_pages,
+            page_size=config.page_size,
+            num_layers=self.elasticity.num_global_layers,
+            max_num_seqs=config.max_num_seqs * (1 if config.speculative_size is None else 2),  # and their drafts
+            max_model_len=config.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            num_state_pages=allocate_states(self.executor, config.state_bytes),
+        )
+        self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
         self.prompt_scores = PromptScores()
-        tables, shared = kv_cache.block_tables, executor.shared_stations
-        self.build_batch = BatchBuilder(elasticity, tables, shared, kv_cache.page_size)
+        tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
+        self.build_batch = BatchBuilder(self.elasticity, tables, shared, config.page_size)
 
     def run(self, batch: ForwardBatch, speculator: Speculator | None = None) -> tuple[dict[str, SampledToken], Faults]:
         """Forward pass, logits and sampling of one step; books nothing. `speculator` settles guesses in the batch."""

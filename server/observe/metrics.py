@@ -99,7 +99,7 @@ class WeightedHistogram:
 
 
 class Metrics:
-    """All metrics of one server process, on a registry of their own. Implements the engine's `metrics_sink`."""
+    """All metrics of one server process, on a registry of their own. The engine's `MetricsSink`."""
 
     def __init__(self, model_name: str = "", max_model_len: int = 8192, legacy_names: bool = False) -> None:
         disable_created_metrics()
@@ -120,7 +120,6 @@ class Metrics:
         self._declare_engine(max_model_len)
         self._engine = engine
         self.registry.register(EngineCollector(engine, self._labels, self._legacy, gpu_memory_utilization))
-        engine.metrics_sink = self
 
     def render(self) -> bytes:
         self._book_steps()
@@ -317,39 +316,38 @@ class Metrics:
         self.by_source["local_compute"].inc(request.num_prompt_tokens - num_cached)
 
     def on_request_finished(self, request: LiveRequest) -> None:
-        reason = request.status.finish_reason
+        reason = request.status.finish_reason or "abort"
         self.success[reason].inc()
         num_cached, num_output = max(request.num_cached_tokens, 0), len(request.output_token_ids)
         self.num_prompt.observe(request.num_prompt_tokens)
         self.num_generated.observe(num_output)
         self.max_tokens.observe(request.sampling.max_tokens)
-        if request.scheduled_time is not None:
-            self.queue.observe(request.scheduled_time - request.arrival_time)
+        scheduled, first, last = request.scheduled_time, request.first_token_time, request.last_token_time
+        if scheduled is not None:
+            self.queue.observe(scheduled - request.arrival_time)
             if not request.output_token_ids and reason in ("stop", "length"):  # a prompt that was only scored
                 self.on_first_token(request)
             self.kv_computed.observe(request.num_prompt_tokens - num_cached)
-        if request.first_token_time is not None:
-            self._observe_times(request, num_output)
         if request.decision is not None:
-            self._observe_size(request, reason, num_output)
+            if scheduled is not None and first is not None and last is not None:
+                self._observe_times(request, request.decision.size, scheduled, first, last)
+            self._observe_size(request, request.decision, reason)
 
-    def _observe_times(self, request: LiveRequest, num_output: int) -> None:
-        first, last = request.first_token_time, request.last_token_time
+    def _observe_times(self, request: LiveRequest, size: int, scheduled: float, first: float, last: float) -> None:
+        num_output = len(request.output_token_ids)
         ttft, e2e = first - request.arrival_time, last - request.arrival_time
         self.ttft.observe(ttft)
         self.e2e.observe(e2e)
-        self.prefill.observe(first - request.scheduled_time)
+        self.prefill.observe(first - scheduled)
         self.decode.observe(last - first)
-        self.inference.observe(last - request.scheduled_time)
+        self.inference.observe(last - scheduled)
         tpot = (last - first) / (num_output - 1) if num_output > 1 else 0.0
+        labels = (self._labels["model_name"], str(size))
         if num_output > 1:
             self.tpot.observe(tpot)
-        if request.decision is not None:
-            labels = (self._labels["model_name"], str(request.decision.size))
-            self.size_ttft.labels(labels[0], str(request.decisions[0].size)).observe(ttft)
-            self.size_e2e.labels(*labels).observe(e2e)
-            if num_output > 1:
-                self.size_tpot.labels(*labels).observe(tpot)
+            self.size_tpot.labels(*labels).observe(tpot)
+        self.size_ttft.labels(labels[0], str(request.decisions[0].size)).observe(ttft)
+        self.size_e2e.labels(*labels).observe(e2e)
         budget = request.budget
         limits = (("ttft", ttft, budget.ttft), ("tpot", tpot, budget.tpot), ("e2e", e2e, budget.e2e))
         met = {name: value <= limit for name, value, limit in limits if limit is not None}
@@ -358,13 +356,12 @@ class Metrics:
             for item in met.items():
                 self.slo[item].inc()
 
-    def _observe_size(self, request: LiveRequest, reason: str, num_output: int) -> None:
-        name, decision = self._labels["model_name"], request.decision
-        size = str(decision.size)
+    def _observe_size(self, request: LiveRequest, decision: SizeDecision, reason: str) -> None:
+        name, size = self._labels["model_name"], str(decision.size)
         self.size_requests.labels(name, size, reason).inc()
         # Tokens belong to the size that made them, the prompt to the first.
         self.size_prompt_tokens.labels(name, str(request.decisions[0].size)).inc(request.num_prompt_tokens)
-        begins = [decision.after_tokens for decision in request.decisions]
+        begins, num_output = [made.after_tokens for made in request.decisions], len(request.output_token_ids)
         for made_by, begin, end in zip(request.decisions, begins, [*begins[1:], num_output], strict=True):
             if end > begin:
                 self.size_generation_tokens.labels(name, str(made_by.size)).inc(end - begin)

@@ -29,11 +29,13 @@ def folders(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("async"))
 
 
-def make_engine(folders, **changes) -> Engine:
+def make_engine(folders, metrics=None, **changes) -> Engine:
     settings, cpu = Settings(dtype="float32", device="cpu"), torch.device("cpu")
     pair = open_pair(*folders)
     config = engine_config(settings, pair, torch.float32, cpu)
-    return Engine(pair.load(WeightForm(torch.float32)), dataclasses.replace(config, max_num_seqs=8, **changes))
+    return Engine(
+        pair.load(WeightForm(torch.float32)), dataclasses.replace(config, max_num_seqs=8, **changes), metrics=metrics
+    )
 
 
 async def converse(engine: Engine, rng: random.Random) -> Counter:
@@ -69,10 +71,10 @@ async def converse(engine: Engine, rng: random.Random) -> Counter:
 @pytest.mark.parametrize("case", ["plain", "steps fail", "speculative"])
 def test_every_token_is_heard_once_and_in_order(folders, case):
     changes = {"speculative_size": 4, "num_speculative_tokens": 2} if case == "speculative" else {}
-    engine = make_engine(folders, **changes)
+    metrics = Metrics()
+    engine = make_engine(folders, metrics, **changes)
     if not engine.executor.can_ring:
         pytest.skip("no native kernels here")
-    metrics = Metrics()
     metrics.attach(engine, "tiny", 512)
     gc.collect()  # what earlier tests left open, which the collector would close in the middle of this one
     num_files, rng = len(os.listdir("/proc/self/fd")), random.Random(0)

@@ -195,8 +195,8 @@ def test_failures_do_not_spread(pair, loaded, monkeypatch):
 
 
 def test_metrics_by_pair_of_sizes(pair, loaded):
-    _, fast = engines(pair, loaded)
     metrics = Metrics()
+    fast = make_engine(pair, "torch", loaded=loaded, metrics=metrics, speculative_size=4)
     metrics.attach(fast, "m", 96)
     run(fast, [make_request("r", [1, 2, 3], 6, max_tokens=20), make_request("s", [1, 2], 5, max_tokens=20)])
     values = {

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from server.engine import engine
+from server.engine import runner
 from server.model.torch_executor import TorchExecutor
 
 _faults = Path(os.environ["FAULTS"])
@@ -48,7 +48,7 @@ class FaultyExecutor(TorchExecutor):
         return hidden
 
 
-engine.create_executor = lambda pair, config: FaultyExecutor(pair, page_size=config.page_size)
+runner.create_executor = lambda pair, config: FaultyExecutor(pair, page_size=config.page_size)
 
 if __name__ == "__main__":
     from server.cli import main

@@ -38,10 +38,10 @@ def open_order(teacher, student, order):
     return open_pair(teacher, student, patch_order=order)
 
 
-def make_engine(pair, executor, dtype=torch.float32, loaded=None, **changes) -> Engine:
+def make_engine(pair, executor, dtype=torch.float32, loaded=None, metrics=None, **changes) -> Engine:
     values = {"max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 24, "page_size": 8}
     config = EngineConfig(**(values | {"kv_cache_bytes": 4 << 20, "executor": executor} | changes))
-    return Engine(loaded or pair.load(WeightForm(dtype)), config)
+    return Engine(loaded or pair.load(WeightForm(dtype)), config, metrics=metrics)
 
 
 def run(engine: Engine, requests: list[LiveRequest], check: bool = True) -> dict[str, list]:

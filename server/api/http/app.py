@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -28,6 +28,9 @@ from server.config import Settings
 from server.observe.metrics import Metrics
 from server.version import __version__
 
+if TYPE_CHECKING:
+    from server.engine.stats import MetricsSink
+
 logger = logging.getLogger(__name__)
 
 _LAG_INTERVAL = 0.1  # seconds between two looks
@@ -35,7 +38,7 @@ _LAG_INTERVAL = 0.1  # seconds between two looks
 
 def create_app(
     settings: Settings,
-    load: Callable[[], ServedModel],
+    load: Callable[[MetricsSink], ServedModel],
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """The application. `load` builds the engine and runs in a thread once the application starts.
@@ -103,19 +106,18 @@ async def _watch_lag(metrics: Metrics) -> None:
 
 
 async def _load(
-    state: ServerState, load: Callable[[], ServedModel], on_failure: Callable[[BaseException], None] | None
+    state: ServerState, load: Callable[[MetricsSink], ServedModel], on_failure: Callable[[BaseException], None] | None
 ) -> None:
     from server.engine.async_engine import AsyncEngine
 
     try:
-        model = await asyncio.to_thread(load)
+        model = await asyncio.to_thread(load, state.metrics)
         # Smallest and largest size together run every layer: weights that yield no number are found out now.
         for size in {model.engine.sizes[0], model.engine.sizes[-1]}:
             await asyncio.to_thread(model.engine.probe, size)
-        async_engine = AsyncEngine(model.engine)
+        async_engine = AsyncEngine(model.engine, on_failure)
         catalog = model.catalog
         state.metrics.attach(model.engine, catalog.name, catalog.max_model_len, state.settings.gpu_memory_utilization)
-        async_engine.on_failure = on_failure
         await async_engine.start()
         state.attach(model, async_engine)
     except Exception as error:
