@@ -101,7 +101,7 @@ class WeightedHistogram:
 class Metrics:
     """All metrics of one server process, on a registry of their own. The engine's `MetricsSink`."""
 
-    def __init__(self, model_name: str = "", max_model_len: int = 8192, legacy_names: bool = False) -> None:
+    def __init__(self, legacy_names: bool = False) -> None:
         disable_created_metrics()
         self.registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self.registry)

@@ -106,7 +106,7 @@ class Telemetry:
         if self._metering is not None:
             self._measure(shared, time.monotonic() - arrival, generation)
         if self._tracer is not None:
-            self._trace(shared, path, headers, status, arrival, request_id, generation)
+            self._trace(self._tracer, shared, path, headers, status, arrival, request_id, generation)
 
     def _measure(self, shared: dict[str, Any], seconds: float, generation: Generation | None) -> None:
         self._duration.record(seconds, shared)
@@ -118,6 +118,7 @@ class Telemetry:
 
     def _trace(
         self,
+        tracer: Tracer,
         shared: dict[str, Any],
         path: str,
         headers: Headers,
@@ -131,8 +132,6 @@ class Telemetry:
         # The request and its phases are put on the wall clock by one and the same offset, so that they nest.
         offset = time.time_ns() - time.monotonic_ns()
         name = f"{shared['gen_ai.operation.name']} {shared.get('gen_ai.request.model', '')}".strip()
-        tracer = self._tracer
-        assert tracer is not None  # who calls has looked
         span = tracer.start_span(
             name,
             context=self._propagator.extract(dict(headers)),

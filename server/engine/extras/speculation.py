@@ -15,34 +15,25 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from server.core.batch import ForwardBatch, Scheduled
-from server.core.executor import Executor
 from server.core.request import LiveRequest, SampledToken
 from server.engine.extras.drafts import DraftPool
 from server.engine.extras.payoff import Payoff
 from server.engine.sampler import Sampler, SamplerState, needs_processing
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
+if TYPE_CHECKING:
+    from server.engine.runner import StepRunner
+
 logger = logging.getLogger(__name__)
 
 # Tokens that a draft may be behind and still catch up beside its first guess; further ones catch up over several steps.
 _CATCH_UP = 256
-
-
-class Runner(Protocol):
-    """What an engine lends."""
-
-    def build_batch(self, scheduled: Scheduled) -> ForwardBatch: ...
-    def forward_rows(self, batch: ForwardBatch, faults: dict[str, Exception]) -> tuple[torch.Tensor, int] | None: ...
-    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest]) -> list[int] | None: ...
-
-    @property
-    def executor(self) -> Executor: ...
 
 
 @dataclass(slots=True)
@@ -65,7 +56,7 @@ class Speculator:
     """Plans, draws and verifies guesses. Owned by the engine thread."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, sampler: Sampler, pool: DraftPool, max_guesses: int
+        self, runner: StepRunner, scheduler: Scheduler, sampler: Sampler, pool: DraftPool, max_guesses: int
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
