@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def _parse_float(value: Any) -> float:
     return number
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[Any], Any]] = {
     "bool": parse_bool,
     "bytes": parse_bytes,
     "list": _parse_list,
@@ -114,7 +114,7 @@ def env_name(item: Field) -> str:
 
 def default_text(item: Field) -> str:
     """The default as help and documentation show it."""
-    value = item.default
+    value: Any = item.default
     if value is None or value == ():
         return ""
     if isinstance(value, tuple):

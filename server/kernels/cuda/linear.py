@@ -187,18 +187,21 @@ def _starts(sizes: list[int]) -> list[int]:
 
 def _stack(parts: list[Matrix]) -> Matrix:
     """One below the other."""
-    if isinstance(parts[0], Int8Matrix):
-        return Int8Matrix(torch.cat([part.values for part in parts]), torch.cat([part.scale for part in parts]))
-    return torch.cat(parts)
+    quantised = [part for part in parts if isinstance(part, Int8Matrix)]
+    if quantised:
+        values, scales = [part.values for part in quantised], [part.scale for part in quantised]
+        return Int8Matrix(torch.cat(values), torch.cat(scales))
+    return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
 
 
 def _padded(matrix: Matrix, *, rank: int | None = None, width: int | None = None) -> Matrix:
     """Filled up with zeros to `rank` rows and `width` columns."""
     rows, columns = matrix.shape
     more = (rank or rows) - rows
+    missing = (0, (width or columns) - columns, 0, more)
     if isinstance(matrix, Int8Matrix):
-        return Int8Matrix(_padded(matrix.values, rank=rank, width=width), F.pad(matrix.scale, (0, more)))
-    return F.pad(matrix, (0, (width or columns) - columns, 0, more))
+        return Int8Matrix(F.pad(matrix.values, missing), F.pad(matrix.scale, (0, more)))
+    return F.pad(matrix, missing)
 
 
 def _part(matrix: Matrix, rows: slice, columns: slice = slice(None)) -> Matrix:
