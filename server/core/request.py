@@ -262,9 +262,9 @@ class RequestOutput:
     """
 
     request_id: str
+    new_token_ids: list[int] = field(default_factory=list)
     decision: SizeDecision | None = None
     earlier_decisions: tuple[SizeDecision, ...] = ()  # changes before `decision` that nobody has heard of yet
-    new_token_ids: list[int] = field(default_factory=list)
     new_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None  # stop | length | abort | error

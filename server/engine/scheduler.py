@@ -310,16 +310,19 @@ class Scheduler:
             request.first_token_time = now
         request.last_token_time = now
         status = stop_status(request, token.token_id, self.config.max_model_len)
-        result = self._finish(request, status) if status else RequestOutput(request.request_id)
+        if status is None:
+            result = RequestOutput(request.request_id, [token.token_id])  # by keyword it takes half as long again
+        else:
+            result = self._finish(request, status)
+            result.new_token_ids = [token.token_id]
+            if status == RequestStatus.FINISHED_ERROR:
+                result.error, result.error_status, result.error_param = request.error, 400, "response_format"
         result.last_token_time = now
         if is_first:
             result.first_token_time = now
-        if status == RequestStatus.FINISHED_ERROR:
-            result.error, result.error_status, result.error_param = request.error, 400, "response_format"
-        result.new_token_ids = [token.token_id]
         if token.logprobs is not None:
             result.new_logprobs = [token.logprobs]
-        if request.size_schedule and not status:
+        if request.size_schedule and status is None:
             size = planned_size(request)
             if size != request.path.size:
                 self._set_size(request, SizeDecision(size, "schedule"))

@@ -199,9 +199,9 @@ class NativeExecutor(Executor):
 
     def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
         logits = logits.contiguous()
-        rows = (library.Draw * len(draws))(*(library.Draw(**draw._asdict()) for draw in draws))
+        rows = np.array(draws, library.DRAW)
         tokens = np.empty(len(draws), np.int32)
-        self._lib.bs_draw(self._engine, logits.data_ptr(), len(draws), rows, tokens.ctypes.data)
+        self._lib.bs_draw(self._engine, logits.data_ptr(), len(draws), rows.ctypes.data, tokens.ctypes.data)
         return tokens.tolist()
 
     def times(self) -> dict[str, float]:

@@ -6,6 +6,8 @@ import ctypes
 import os
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 
+import numpy as np
+
 from server.kernels.cpu import build
 
 # Forces one variant; for tests and for measuring what a variant is worth.
@@ -87,10 +89,11 @@ class Pack(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Draw(ctypes.Structure):
-    _fields_ = [
-        ("uniform", c_double), ("temperature", c_float), ("top_p", c_float), ("min_p", c_float), ("top_k", c_int32),
-    ]  # fmt: skip
+# BsDraw of step.h, with the fields of `server.core.executor.Draw` in its order.
+DRAW = np.dtype({
+    "names": ["temperature", "top_p", "min_p", "top_k", "uniform"], "formats": ["f4", "f4", "f4", "i4", "f8"],
+    "offsets": [8, 12, 16, 20, 0], "itemsize": 24,
+})  # fmt: skip
 
 
 TIMES = ("product", "attention", "place", "norm", "head", "embed")  # of bs_times
@@ -141,6 +144,6 @@ def load(variant: str) -> ctypes.CDLL:
     library.bs_step.argtypes = [c_void_p, POINTER(Step)]
     library.bs_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]
     library.bs_greedy.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]
-    library.bs_draw.argtypes = [c_void_p, c_void_p, c_int32, POINTER(Draw), c_void_p]
+    library.bs_draw.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
     library.bs_times.argtypes = [c_void_p, POINTER(c_double)]
     return library
