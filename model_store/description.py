@@ -2,7 +2,8 @@
 
     <store>/descriptions/<folder>.json    the spec, by which transformers it was made, and from which files
 
-A description holds as long as neither the files nor the library change; a start that finds it imports no transformers.
+A description holds as long as neither the files nor the library change (told by its stamp, which needs no import); a
+start that finds it imports no transformers.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ def remembered_spec(
     """The spec of `folder`: as remembered if nothing changed, else from `make`."""
     where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
     file = store_root(store) / "descriptions" / f"{where}.json"
-    made_by = {"version": _VERSION, "transformers": importlib.metadata.version("transformers")}
+    library = importlib.util.find_spec("transformers")
+    made_by = {"version": _VERSION, "transformers": _stamp(Path(library.origin)) if library and library.origin else []}
     config = folder / "config.json"
     stamps = {path.name: _stamp(path) for path in (config, *weights)}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -39,8 +42,8 @@ def remembered_spec(
             return _from_json(known["spec"])
     spec = make()
     content = {
-        "folder": str(folder.resolve()), "made_by": made_by, "stamps": stamps, "config_sha256": sha256(config),
-        "spec": dataclasses.asdict(spec),
+        "folder": str(folder.resolve()), "transformers": sys.modules["transformers"].__version__, "made_by": made_by,
+        "stamps": stamps, "config_sha256": sha256(config), "spec": dataclasses.asdict(spec),
     }  # fmt: skip
     with contextlib.suppress(OSError):  # a read-only store: found out again at each start
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -100,9 +100,19 @@ class LowRankStudent:
             prefix = f"model.layers.{index}."
             more = [name.removeprefix(prefix) for name in self._names if name.startswith(prefix)]
             wanted |= {name: shapes.get(name, ()) for name in more if name not in wanted and "lora_" not in name}
+            for name in (name for name in more if "lora_" in name):
+                self._check_scale(prefix + name)
             for name, shape in wanted.items():
                 if (found := self._shape(prefix + name)) != shape:
                     raise WeightError(f"{self.path.name}: {prefix}{name} is {list(found)}, the teacher's {list(shape)}")
+
+    def _check_scale(self, name: str) -> None:
+        """WeightError for factors in int8 without a scale per row, or scales of another length."""
+        factor = name.removesuffix("_scale")
+        rows, scales = self._shape(factor)[0], f"{factor}_scale"
+        is_int8 = self._file.get_slice(factor).get_dtype() == "I8"
+        if (is_int8 or scales in self._names) and math.prod(self._shape(scales)) != rows:
+            raise WeightError(f"{self.path.name}: {scales} is {list(self._shape(scales))}, not one for each of {rows}")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._names:

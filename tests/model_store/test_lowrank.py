@@ -114,6 +114,8 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
         (stored | {"model.layers.1.mlp.down_proj.weight": torch.ones(64)}, "no student layer uses"),
         ({key: value for key, value in stored.items() if key != name}, "lacks the tensor"),
         (stored | {name: stored[name][:-1].clone()}, r"lora_B is \[63, 3\], the teacher.s \[64, 3\]"),
+        (stored | {f"{name}_scale": torch.ones(9)}, r"lora_B_scale is \[9\], not one for each of 64"),
+        (stored | {name: stored[name].to(torch.int8)}, "lacks the tensor '.*lora_B_scale'"),
         (stored | {name: stored[name][:, :-1].clone()}, r"lora_B is \[64, 2\], the teacher.s \[64, 3\]"),
     ):
         save_file(change, student / LOW_RANK_FILE)
