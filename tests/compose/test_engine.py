@@ -204,9 +204,8 @@ def test_a_frozen_replica_holds_up_only_what_it_was_serving(project):
         time.sleep(2)
         docker("pause", frozen)
         time.sleep(12)
-        docker("unpause", frozen)
-        time.sleep(2)
-    print("a replica frozen for 12 s:", dict(seen))
+    docker("unpause", frozen, check=False)  # the autoscaler may have replaced it by now
+    print("a replica frozen:", dict(seen))
     assert seen["200"] > 20 and sum(seen.values()) - seen["200"] <= 1
     project.wait_replicas(2)
 
