@@ -33,7 +33,7 @@ def _grammar(text: str) -> str:
 
 
 def _json(schema: Any, options: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)  # type: ignore[arg-type]  # as above
 
 
 def _tags(tags: list[dict[str, Any]]) -> str:
