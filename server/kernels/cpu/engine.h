@@ -23,7 +23,8 @@ class Engine {
     Engine(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
         : s_(spec), layers_(layers, layers + num_layers), differences_(differences, differences + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
           pool_(num_threads), attention_(num_threads), row_scratch_(num_threads) {
-        auto is_plain = [](const BsWeights& w) { return w.data && (w.type == BS_FLOAT || w.type == BS_BF16 || w.type == BS_BF12); };
+        // Where tiles are int8 counts among them.
+        auto is_plain = [](const BsWeights& w) { return w.data && (w.type == BS_FLOAT || w.type == BS_BF16 || w.type == BS_BF12 || (kHasTiles<bf16> && w.type == BS_INT8)); };
         for (const BsLayer& layer : layers_)
             for (const BsWeights* w : {&layer.qkv, &layer.o, &layer.up, &layer.down})
                 for (; w; w = w->more) has_plain_ |= is_plain(*w);
@@ -194,7 +195,7 @@ class Engine {
                 else
                     convert_row(x + m * ldx, floats + m * ldf, K), row = floats + m * ldf;
                 round_row(row, K, codes + m * ldc, blocks + m * ldb);
-                if (plain) convert_row(row, plain + m * ldp, K);
+                if (plain) convert_row(row, plain + m * ldp, K), std::fill(plain + m * ldp + K, plain + m * ldp + padded<bf16>(K), Act<bf16>{});
             }
         };
         if (alone || M <= 8)
