@@ -41,7 +41,8 @@ def test_special_tokens_and_template(pair, tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     generation = json.loads((pair.tokenizer_path / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == 2
+    ends = generation["eos_token_id"]  # from the hub, or all that llama.cpp ends at
+    assert ends == 2 or (ends[0] == 2 and set(ends) <= {2, 0, 4})
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
