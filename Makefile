@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-ray test-clients test-compose fuzz soak lint types clean
+.PHONY: install tools serve test test-ray test-clients test-llamacpp test-compose fuzz soak lint types clean
 
 install: $(VENV)/.installed
 
@@ -50,6 +50,12 @@ test-clients: install
 test-compose: install
 	$(ENGINE) docker compose build server autoscaler
 	$(ENGINE) env BOOMERANG_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose -s -x -n0 $(ARGS)
+
+# Tokens of GGUF files against llama.cpp's own: 34 MB, so not part of `make test`, which compares with kept answers.
+# `python -m tests.model_store.llama_cpp` writes those anew.
+test-llamacpp: install
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,llamacpp]'
+	$(BIN)/python -m pytest tests/model_store/test_gguf_tokenizers.py $(ARGS)
 
 # 10,000 mutated requests and 200 examples of every operation in the OpenAPI document; the suite tries a few of each.
 fuzz: install

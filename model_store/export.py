@@ -86,6 +86,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
     ExportError for a weight that float16 cannot hold.
     """
     from model_store.gguf_import import write_safetensors
+    from model_store.tokenizer_files import TEMPLATE_DIR
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +109,8 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
         for name in _TOKENIZER_FILES:
             if (pair.tokenizer_path / name).is_file():
                 shutil.copyfile(pair.tokenizer_path / name, target / name)
+        if (pair.tokenizer_path / TEMPLATE_DIR).is_dir():
+            shutil.copytree(pair.tokenizer_path / TEMPLATE_DIR, target / TEMPLATE_DIR)
         (target / "README.md").write_text(model_card(pair, size))
         if folder.exists():
             folder.rmdir()

@@ -11,10 +11,15 @@ import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 
 from model_store.export import ExportError
+from model_store.gguf_file import read_gguf
 from model_store.gguf_import import import_gguf
+from model_store.gguf_pretokenizers import BY_NAME
+from model_store.gguf_tokenizer import cuts, read_tokenizer
 from model_store.spec import ModelSpec
+from model_store.tokenizer_files import TokenizerFiles, read_tokenizer_files, text_of
 from model_store.weights import weight_files
 
 # What the matrices are in a file of each dtype, and what such a file calls itself.
@@ -90,58 +95,125 @@ def _add_tensor(
     writer.add_tensor(name, raw.reshape(value.shape[0], -1), raw_dtype=_TYPES[dtype][0])
 
 
+# Cut differently by every two ways of cutting text that llama.cpp has names for.
+_PROBES = (
+    "I'm SURE they'LL say 'tis 12 1234567 ½ ٣٤٥", "  a   b\t\tc \n\n d\r\ne ", "x=f(a_b, c.d); // +1,234.56 $9 ^~|`<>",
+    "École ǅ CamelCase ABCdef McDonald's naïve", "你好，世界。カタ ひら 한국어 ㄱ 3个",
+    "नमस्ते दुनिया สวัสดี مرحبا، ۔ बात।", "…—‘’ \u00a0\u2003\u3000x 🙂👩‍👩‍👧 e\u0301",
+)  # fmt: skip
+
+
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], pre: str | None) -> None:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not (folder / "tokenizer.json").is_file():
         raise ExportError(f"--gguf: {folder} has no tokenizer.json")
-    tokenizer = json.loads(file.read_text())
+    files = read_tokenizer_files(folder, num_rows=config["vocab_size"])
+    tokenizer = json.loads(files.backend.to_str())
     model = tokenizer["model"]
     if model["type"] != "BPE":
         raise ExportError(f"--gguf writes byte-level BPE tokenizers, not {model['type']}")
+    if model.get("byte_fallback") or "ByteLevel" not in json.dumps(tokenizer.get("pre_tokenizer")):
+        raise ExportError(
+            "--gguf writes byte-level BPE tokenizers, not sentencepiece's with byte fallback (Llama 2, Mistral): "
+            "convert the folder with llama.cpp's script"
+        )
+    if tokenizer.get("normalizer"):
+        raise ExportError(f"--gguf: llama.cpp has no normalizer like this tokenizer's: {tokenizer['normalizer']}")
+    name = pre or _pre_tokenizer(files.backend, bool(model.get("ignore_merges")))
+    if name not in BY_NAME:
+        raise ExportError(f"--gguf-pre {name} is not known (known: {', '.join(BY_NAME)})")
     size = config["vocab_size"]
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
     for added in tokenizer.get("added_tokens", []):
+        if added["lstrip"] or added["rstrip"] or added["single_word"]:
+            raise ExportError(f"--gguf: llama.cpp has no tokens like {added['content']!r}, which takes blanks along")
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre or _pre_tokenizer(tokenizer, config))
+    writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    for name, add in (
-        ("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id),
-    ):  # fmt: skip
-        value = config.get(f"{name}_token_id")
-        if isinstance(value, list):
-            value = value[0]
-        if value is not None:
-            add(value)
-    writer.add_add_bos_token(False)
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        writer.add_chat_template(template.read_text())
+    _add_special_tokens(writer, files, config)
+    if files.templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in files.templates.items()])
 
 
-def _pre_tokenizer(tokenizer: dict[str, Any], config: dict[str, Any]) -> str:
-    """llama.cpp's name for how text is cut before BPE, recognised from what the tokenizer says it does."""
-    steps = tokenizer.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    if any(step.get("type") == "Digits" and step.get("individual_digits") for step in steps):
-        return "smollm"
-    if config["model_type"] in ("qwen2", "qwen3"):
-        return "qwen2"
-    if [step.get("type") for step in steps] == ["ByteLevel"]:
-        return "gpt-2"
-    if any("{1,3}" in str(step.get("pattern")) for step in steps):
-        return "llama-bpe"
-    raise ExportError("--gguf: how this tokenizer cuts text is not recognised: name it with --gguf-pre")
+def _add_special_tokens(writer: gguf.GGUFWriter, files: TokenizerFiles, config: dict[str, Any]) -> None:
+    """What is put around every text, as the tokenizer does it; and what ends an answer."""
+    plain = files.backend.encode("a", add_special_tokens=False).ids
+    whole = files.backend.encode("a").ids
+    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    before, after = whole[:at], whole[at + len(plain) :]
+    if len(before) > 1 or len(after) > 1:
+        raise ExportError(f"--gguf: llama.cpp adds one token before and after a text; this tokenizer {before}, {after}")
+    named = {key: _token_id(files, config, key) for key in ("bos", "pad", "unk")}
+    bos = before[0] if before else named["bos"]
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+    ends = list(dict.fromkeys([*after, *_ends(files, config)]))
+    if not ends:
+        raise ExportError("--gguf: no token ends this model's answers (eos_token_id), and llama.cpp needs one")
+    if len(ends) > 3:
+        raise ExportError(f"--gguf: llama.cpp's files name up to three tokens that end an answer, not {len(ends)}")
+    for end, add in zip(
+        ends, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False
+    ):
+        add(end)
+    for key, write in (("pad", writer.add_pad_token_id), ("unk", writer.add_unk_token_id)):
+        if (token := named[key]) is not None:
+            write(token)
+    writer.add_add_bos_token(bool(before))
+    writer.add_add_eos_token(bool(after))
+
+
+def _token_id(files: TokenizerFiles, config: dict[str, Any], key: str) -> int | None:
+    text = text_of(files.config.get(f"{key}_token"))
+    value = files.backend.token_to_id(text) if text else config.get(f"{key}_token_id")
+    return value if isinstance(value, int) and 0 <= value < config["vocab_size"] else None
+
+
+def _ends(files: TokenizerFiles, config: dict[str, Any]) -> list[int]:
+    """The tokenizer's own end first. ExportError for one that the model has no row for."""
+    own = _token_id(files, config, "eos")
+    for end in files.eos_token_ids:
+        if not 0 <= end < config["vocab_size"]:
+            raise ExportError(f"--gguf: eos_token_id {end} is beyond the model's {config['vocab_size']} tokens")
+    rest = sorted(files.eos_token_ids - {own})
+    return rest if own is None else [own, *rest]
+
+
+def _pre_tokenizer(tokenizer: Tokenizer, ignores_merges: bool) -> str:
+    """llama.cpp's name for how text is cut before BPE, recognised by what it does to some texts."""
+    if tokenizer.pre_tokenizer is None:
+        raise ExportError("--gguf: this tokenizer does not cut text before BPE, which llama.cpp has no name for")
+    pieces = [tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in _PROBES]
+    alike = [name for name, group in BY_NAME.items() if [cuts(group).pre_tokenize_str(t) for t in _PROBES] == pieces]
+    # A name may stand for more than how text is cut.
+    alike.sort(key=lambda name: BY_NAME[name].ignores_merges != ignores_merges)
+    if not alike:
+        raise ExportError("--gguf: how this tokenizer cuts text is not recognised: name it with --gguf-pre")
+    return alike[0]
+
+
+def _check_tokenizer(folder: Path, file: Path) -> None:
+    """ExportError if the file makes other tokens of some text than the folder does."""
+    source = read_tokenizer_files(
+        folder, num_rows=json.loads((folder / "config.json").read_text())["vocab_size"]
+    ).backend
+    written, _, _ = read_tokenizer(read_gguf(file))
+    marked = [token.content for token in source.get_added_tokens_decoder().values()]
+    for text in (*_PROBES, *(f"a {token} b{token}" for token in marked[:20])):
+        ours, theirs = source.encode(text).ids, written.encode(text).ids
+        if ours != theirs:
+            raise ExportError(f"{file.name} makes other tokens of {text!r} than {folder}: another --gguf-pre may not")
 
 
 def verify_gguf(folder: Path, file: Path) -> None:
     """Read the file back as a model is imported, and compare every tensor. ExportError names the first that differs."""
+    _check_tokenizer(folder, file)
     with tempfile.TemporaryDirectory() as scratch:
         back = Path(scratch)
         import_gguf(file, back, progress=False, dtype=torch.float32)  # every dtype written is exact in float32
@@ -154,7 +226,7 @@ def verify_gguf(folder: Path, file: Path) -> None:
 
 
 def _all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         with safe_open(file, "pt") as handle:
             tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118

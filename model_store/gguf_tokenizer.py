@@ -63,7 +63,7 @@ class _Vocabulary:
 
     def _get(self, key: str, kind: type) -> Any:
         value: Any = self.metadata.get(f"tokenizer.ggml.{key}")
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(entry, str) for entry in list(value))):
+        if not isinstance(value, kind) or (kind is list and not _are_texts(value)):
             raise GgufError(f"{self.file} has no tokenizer that can be read: tokenizer.ggml.{key} is missing or odd")
         return value
 
@@ -122,6 +122,10 @@ class _Vocabulary:
         return found
 
 
+def _are_texts(values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any], list[int]]:
     """The tokenizer, the content of its tokenizer_config.json, and the ids that end an answer.
 
@@ -169,6 +173,12 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | 
     return [{"name": name, "template": template} for name, template in named.items()]
 
 
+def cuts(group: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """What cuts text as the group says, and writes it in GPT-2's letters for bytes."""
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in group.expressions]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     name = vocabulary.metadata.get("tokenizer.ggml.pre")
     if not name:
@@ -183,10 +193,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     if vocabulary.flag("add_space_prefix", False):
         raise GgufError(f"{vocabulary.file}: tokenizer.ggml.add_space_prefix is not supported for tokenizers of bytes")
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges, ignore_merges=group.ignores_merges))
-    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in group.expressions]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = cuts(group)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, group.adds_bos
 

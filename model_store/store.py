@@ -9,6 +9,7 @@ A model folder is written under `incoming` and renamed when it is whole, so noth
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -74,7 +75,9 @@ def install(
         except BaseException as error:
             if not keep_partial:
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, SafetensorError):  # what safetensors makes of a full disk
+            if is_disk_full(error):
+                raise StoreError(f"{target.name} could not be written: the disk of {scratch} is full") from error
+            if isinstance(error, SafetensorError):
                 raise StoreError(f"{target.name} could not be written: {error}") from error
             raise
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +90,18 @@ def install(
         else:
             folder.rename(target)
     return target
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error, or one behind it, is that nothing more can be written; libraries wrap it."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if "os error 28" in str(chain) or "No space left" in str(chain):  # safetensors
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def incoming_dir(store: Path | str | None = None) -> Path:
@@ -108,11 +123,29 @@ def sha256(path: Path, progress: bool = False) -> str:
 
 def write_manifest(folder: Path, **facts: Any) -> None:
     """Record size and digest of every file, and where the model came from."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in (MANIFEST, _STAMPS)]
-    stamps = _digests(paths, {})
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths if path.name not in (MANIFEST, _STAMPS)]
+    stamps = _digests(folder, names, {})
     files = {name: {"size": stamp[0], "sha256": stamp[2]} for name, stamp in stamps.items()}
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
     _write_stamps(folder / _STAMPS, stamps)
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The files that the store recorded for a folder, None for a user's own, which may have some other manifest.json.
+
+    StoreError for one of the store's that is damaged.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
+        files = json.loads(file.read_text())["files"] if file.stat().st_size else {}
+        if files and all(isinstance(fact["size"], int) and isinstance(fact["sha256"], str) for fact in files.values()):
+            return files
+    if (folder / _STAMPS).is_file():
+        raise StoreError(f"{file} is damaged: pull the model again with --force")
+    return None
 
 
 def verify(folder: Path, full: bool = False) -> None:
@@ -121,9 +154,9 @@ def verify(folder: Path, full: bool = False) -> None:
     Digests are read again only for files that changed on disk since they were last read, so that a warm start stays
     fast; `full` reads them all. A folder without a manifest is a user's own, which the store promised nothing about.
     """
-    if not (folder / MANIFEST).is_file():
+    recorded = _recorded(folder)
+    if recorded is None:
         return
-    recorded = json.loads((folder / MANIFEST).read_text())["files"]
     hint = "pull the model again with --force"
     for name, facts in recorded.items():
         path = folder / name
@@ -132,7 +165,7 @@ def verify(folder: Path, full: bool = False) -> None:
         if path.stat().st_size != facts["size"]:
             raise StoreError(f"{path} has {path.stat().st_size} bytes instead of {facts['size']}: {hint}")
     known = {} if full else _read_stamps(folder / _STAMPS)
-    stamps = _digests([folder / name for name in recorded], known)
+    stamps = _digests(folder, list(recorded), known)
     for name, facts in recorded.items():
         if stamps[name][2] != facts["sha256"]:
             raise StoreError(f"{folder / name} does not match its recorded digest: {hint}")
@@ -145,29 +178,31 @@ def folder_digest(folder: Path, store: Path | str | None = None) -> str:
 
     From the manifest where there is one; for a user's own folder from its files, remembered in the store.
     """
-    if (folder / MANIFEST).is_file():
-        facts = json.loads((folder / MANIFEST).read_text())["files"]
-        digests = {name: fact["sha256"] for name, fact in facts.items()}
+    recorded = _recorded(folder)
+    if recorded is not None:
+        digests = {name: fact["sha256"] for name, fact in recorded.items()}
     else:
-        paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
+        paths = [*sorted(folder.iterdir()), *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
+        paths = [path for path in paths if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja")]
+        names = [path.relative_to(folder).as_posix() for path in paths]
         where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
         memory = store_root(store) / "digests" / f"{where}.json"
         known = _read_stamps(memory)
-        stamps = _digests(paths, known)
+        stamps = _digests(folder, names, known)
         if stamps != known:
             _write_stamps(memory, stamps)
         digests = {name: stamp[2] for name, stamp in stamps.items()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(paths: list[Path], known: _Stamps) -> _Stamps:
+def _digests(folder: Path, names: list[str], known: _Stamps) -> _Stamps:
     stamps = {}
-    for path in paths:
-        stat = path.stat()
-        old = known.get(path.name)
+    for name in names:
+        stat = (folder / name).stat()
+        old = known.get(name)
         # ctime, unlike mtime, cannot be set back by whoever changed the file.
         is_known = old is not None and old[:2] == [stat.st_size, stat.st_ctime_ns]
-        stamps[path.name] = old if is_known else [stat.st_size, stat.st_ctime_ns, sha256(path)]
+        stamps[name] = old if old is not None and is_known else [stat.st_size, stat.st_ctime_ns, sha256(folder / name)]
     return stamps
 
 

@@ -64,7 +64,11 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     pull = commands.add_parser("pull", help="fetch models into the local store", formatter_class=_Formatter)
-    pull.add_argument("models", nargs="*", help="hub ids, GGUF files; none: the default pair")
+    pull.add_argument(
+        "models",
+        nargs="*",
+        help="owner/name, owner/name@revision, owner/name:Q4_K_M, GGUF files; none: the default pair",
+    )
     pull.add_argument("--store", help="folder of the local model store [env: BOOMERANG_STORE]")
     pull.add_argument("--force", action="store_true", help="fetch again what is there")
     pull.set_defaults(run=_pull)

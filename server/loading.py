@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,20 +182,36 @@ def _free_bytes(settings: Settings, device: torch.device) -> int:
     return min(int(_available_ram() * _KV_SHARE), _KV_CAP_CPU)
 
 
-def _available_ram() -> int:
-    """What the kernel thinks can be had without swapping, within the limits of a container."""
+def _available_ram(root: Path = Path("/")) -> int:
+    """What the kernel thinks can be had without swapping, within the limits of a container (cgroup v2 or v1)."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            available = min(available, int(limit) - used)
-    except (OSError, ValueError):
-        pass
+    for limit, used in _cgroup_files(root):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            available = min(available, int(limit.read_text()) - int(used.read_text()))
     return max(available, 0)
+
+
+def _cgroup_files(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Files of the memory limit and its use, in the group of this process and those above it.
+
+    In a container the group's own folder is mostly mounted as the root, whatever /proc/self/cgroup says.
+    """
+    groups = [""]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = [*line.split(":", 2), "-", ""][:3]  # number:controllers:path
+            if controllers == "" or "memory" in controllers.split(","):
+                parts = [part for part in path.split("/") if part not in ("", "..")]
+                groups += ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    base = root / "sys/fs/cgroup"
+    for group in dict.fromkeys(groups):
+        yield base / group / "memory.max", base / group / "memory.current"
+        folder = base / "memory" / group
+        yield folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes"
 
 
 def load_model(
@@ -220,7 +238,10 @@ def load_model(
     runner = StepRunner(loaded, config)
     clock.mark("executor and KV cache")
     tokenizer = ServingTokenizer.from_folder(
-        pair.tokenizer_path, chat_template=read_template(settings.chat_template), vocab_size=pair.spec.vocab_size
+        pair.tokenizer_path,
+        chat_template=read_template(settings.chat_template),
+        vocab_size=pair.spec.vocab_size,
+        store=settings.store,
     )
     infos = size_infos(pair.size_table(runner.executor.weight_form, runner.executor.matrix_bytes))
     folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
@@ -277,12 +298,10 @@ def make_policy(
 
 
 def read_template(value: str | None) -> str | None:
-    """`--chat-template` is a file or the template itself."""
-    if value is None:
-        return None
-    if "{" in value or "\n" in value:
+    """`--chat-template` is a file, the template itself, or the name of one that the model brings."""
+    if value is None or "{" in value or "\n" in value or (value.isidentifier() and not Path(value).exists()):
         return value
-    return Path(value).read_text()
+    return Path(value).read_text(encoding="utf-8")
 
 
 def _fingerprint(pair: Pair, form: WeightForm) -> str:

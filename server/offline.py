@@ -36,7 +36,7 @@ class OfflineEngine:
         config = engine_config(settings, pair, form.dtype, device)
         length = min(max_model_len, pair.spec.max_context)
         self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))
-        tokenizer = ServingTokenizer.from_folder(pair.tokenizer_path, vocab_size=pair.spec.vocab_size)
+        tokenizer = ServingTokenizer.from_folder(pair.tokenizer_path, vocab_size=pair.spec.vocab_size, store=pair.store)
         self.ends = set(tokenizer.eos_token_ids)
         self._calls = 0
 

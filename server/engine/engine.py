@@ -93,6 +93,7 @@ class Engine:
         """`add_request` for one that was made before."""
         if request.num_tokens == 0:
             raise ValueError("prompt is empty")
+        self._check_tokens(request)
         if request.request_id in self.scheduler.requests:
             raise ValueError(f"request id {request.request_id!r} is already in use")
         if self._quarantine.holds(request):
@@ -100,6 +101,21 @@ class Engine:
         if refusal := self.scheduler.prepare(request):
             raise RequestRefused(refusal.message, refusal.param)
         self.scheduler.add(request)
+
+    def _check_tokens(self, request: LiveRequest) -> None:
+        """ValueError for a token that the model has no row for, whichever way it came: executors read what is there."""
+        sampling = request.sampling
+        for param, ids in (
+            ("prompt", request.prompt_token_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids or ()),
+            ("logit_bias", sampling.logit_bias or ()),
+            ("bad_words", [i for word in sampling.bad_words_ids for i in word]),
+        ):
+            if len(ids) and (min(ids) < 0 or max(ids) >= self.spec.vocab_size):
+                wrong = next(i for i in ids if not 0 <= i < self.spec.vocab_size)
+                raise RequestRefused(
+                    f"{param}: token {wrong} is not in the model's vocabulary (0 .. {self.spec.vocab_size - 1}).", param
+                )
 
     def abort(self, request_ids: Iterable[str], stop_string: str | None = None) -> list[RequestOutput]:
         """End requests early; unknown and finished ones are ignored. `stop_string`: what their text ended with."""

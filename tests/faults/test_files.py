@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_store.store import install
+from tests import tiny_pairs
 from tests.api.tiny import ROOT, RunningServer, make_tokenizer
 from tests.faults.ledger import Ledger
-from tests.model_store.gguf_files import write_gguf
+from tests.model_store.gguf_files import TOKENS, write_gguf
 from tests.tiny_pairs import make_model
 
 WEIGHTS = "model.safetensors"
@@ -115,12 +116,14 @@ def pull(source, store, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
-def test_a_full_disk_while_importing_leaves_no_half_model(tmp_path):
+def test_a_full_disk_while_importing_leaves_no_half_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_pairs, "VOCAB", len(TOKENS))
     source, store = tmp_path / "model.gguf", tmp_path / "store"
     write_gguf(make_model("llama", 3, seed=1, tied=True), source)
     failed = pull(source, store, preexec_fn=full_disk(100_000))
     assert failed.returncode == 1 and failed.stderr.strip(), failed.stderr
     assert "Traceback" not in failed.stderr, failed.stderr
+    assert "could not be written" in failed.stderr and "network" not in failed.stderr
     assert not list((store / "models").glob("*")) if (store / "models").exists() else True
     again = pull(source, store)
     assert again.returncode == 0, again.stderr

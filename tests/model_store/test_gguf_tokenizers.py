@@ -7,7 +7,7 @@ import pytest
 
 from model_store.gguf_file import read_gguf
 from model_store.gguf_tokenizer import read_tokenizer
-from tests.model_store.llama_cpp import FORMS, REFERENCE, fields_of, write_vocabulary
+from tests.model_store.llama_cpp import FORMS, REFERENCE, LlamaCpp, fields_of, write_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +26,12 @@ def test_tokens_are_llama_cpps(name, reference, tmp_path):
         if mine != theirs
     ]
     assert not differing, differing[:3]
+
+
+@pytest.mark.parametrize("name", ["pre llama-bpe", "pre qwen2", "pre tekken", "no pre", "sentencepiece"])
+def test_the_kept_answers_are_llama_cpps(name, reference, tmp_path):
+    """With the package (make test-llamacpp); without it the kept answers stand."""
+    pytest.importorskip("xllamacpp")
+    write_vocabulary(tmp_path / "tiny.gguf", fields_of(name, reference["merges"], reference["pieces"]))
+    server = LlamaCpp(tmp_path / "tiny.gguf")
+    assert [server.tokenize(text) for text in reference["texts"]] == reference["ids"][name]

@@ -1,11 +1,15 @@
 """Pulling: the hub where it answers, the package where it does not, and nothing half valid when either breaks."""
 
+import errno
 import hashlib
 import http.server
 import importlib.metadata
+import shutil
+import tempfile
 import threading
 import types
 import zipfile
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
@@ -32,25 +36,41 @@ class Hub:
 
     def __init__(self, monkeypatch):
         self.repositories, self.answers, self.downloads, self.breaks = {}, True, [], 0
+        self.cached, self.is_gated, self.breaks_with = {}, False, ConnectionError("reset by peer")
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.model_info)
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
 
-    def model_info(self, repository, timeout):
+    def model_info(self, repository, revision, timeout):
         assert timeout <= 10
         if not self.answers:
             raise ConnectionError("no route to host")
         if repository not in self.repositories:
-            response = types.SimpleNamespace(headers={}, request=None)
+            response = types.SimpleNamespace(headers={}, request=None, status_code=404)
             raise HfHubHTTPError(f"404: {repository} not found", response=response)
-        return types.SimpleNamespace(sha="abc123")
+        with tempfile.TemporaryDirectory() as folder:
+            self.repositories[repository](Path(folder))
+            files = [str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file()]
+        return types.SimpleNamespace(
+            sha=revision or "abc123", siblings=[types.SimpleNamespace(rfilename=f) for f in files]
+        )
 
-    def snapshot_download(self, repository, revision, local_dir, allow_patterns, ignore_patterns):
+    def snapshot_download(self, repository, revision, local_dir=None, allow_patterns=None, local_files_only=False):
+        if local_files_only:
+            if repository not in self.cached:
+                raise FileNotFoundError(repository)
+            return str(self.cached[repository])
+        if self.is_gated:
+            raise OSError("403 Client Error. Cannot access gated repo for url ...")
         self.downloads.append(repository)
         (local_dir / ".cache").mkdir(exist_ok=True)
-        self.repositories[repository](local_dir)
+        with tempfile.TemporaryDirectory() as folder:
+            self.repositories[repository](Path(folder))
+            for file in allow_patterns:
+                (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(folder) / file, local_dir / file)
         if self.breaks:
             self.breaks -= 1
-            raise ConnectionError("reset by peer")
+            raise self.breaks_with
 
 
 @pytest.fixture
@@ -81,7 +101,7 @@ def test_what_cannot_be_had(hub, tmp_path):
     (tmp_path / "notes.txt").write_text("")
     for spec, message in (
         ("owner/missing", "the hub does not give owner/missing: 404"),
-        ("owner/pickles", "no safetensors"),
+        ("owner/pickles", "no safetensors and no GGUF files"),
         ("word", "'word' is neither a folder"),
         ("./no/such", "neither a folder"),
         (str(tmp_path / "notes.txt"), "neither a folder with a checkpoint nor a .gguf"),
@@ -108,6 +128,110 @@ def test_known_pairs_are_pulled_whole(hub):
 def test_local_folders_are_used_as_they_are(tmp_path):
     teacher, _ = make_pair(tmp_path, "llama")
     assert resolve(teacher) == teacher and pull(str(teacher)) == teacher
+
+
+# --- names
+
+
+def gguf_repository(*names):
+    def fill(folder):
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_gguf(make_model("qwen3", 1, seed=len(name)), folder / name)
+
+    return fill
+
+
+@pytest.fixture
+def vocabulary(monkeypatch):
+    monkeypatch.setattr(tiny_pairs, "VOCAB", len(TOKENS))
+
+
+def test_a_revision_is_a_model_of_its_own(hub):
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    one, other = pull("owner/model"), pull("owner/model@v1.0")
+    assert one != other and '"revision": "v1.0"' in (other / "manifest.json").read_text()
+    assert resolve("owner/model@v1.0") == other and len(hub.downloads) == 2
+
+
+def test_a_quantisation_is_named(hub, vocabulary):
+    names = ["m-Q8_0.gguf", "m.Q4_K_M.gguf", "m-Q4_K_S.gguf", "mmproj-F16.gguf", "sub/m-BF16.gguf"]
+    hub.repositories["owner/model-GGUF"] = gguf_repository(*names)
+    named = {":Q4_K_M": "m.Q4_K_M", ":q8": "m-Q8_0", ":bf16": "sub/m-BF16", ":m-Q4_K_S.gguf": "m-Q4_K_S"}
+    for label, file in named.items():
+        spec = f"owner/model-GGUF{label}"
+        path = pull(spec)
+        assert f"owner/model-GGUF, {file}.gguf" in (path / "manifest.json").read_text()
+        assert (path / "model.safetensors").exists() and resolve(spec) == path
+    every = ":BF16, .*:Q4_K_M, .*:Q4_K_S, .*:Q8_0|:Q4_K_S, .*:Q8_0, .*:Q4_K_M, .*:BF16"
+    for spec, message in (("owner/model-GGUF", f"offers several models; name one: .*({every})"),
+                          ("owner/model-GGUF:Q4", "names several models; name one: .*Q4_K_.*Q4_K_"),
+                          ("owner/model-GGUF:IQ2_XS", "has no IQ2_XS; it offers")):  # fmt: skip
+        with pytest.raises(StoreError, match=message):
+            pull(spec)
+    assert not list((model_dir("x").parent.parent / "incoming").glob("*.gguf"))
+
+
+def test_a_repository_with_one_gguf_file_needs_no_label(hub, vocabulary):
+    hub.repositories["owner/model-GGUF"] = gguf_repository("m-Q8_0.gguf")
+    assert (pull("owner/model-GGUF") / "config.json").exists()
+
+
+# --- the hub's own words and cache
+
+
+def test_gated_files_are_said_even_if_the_info_is_public(hub):
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    hub.is_gated = True
+    with pytest.raises(StoreError, match="owner/model is gated: accept its licence on the hub and set HF_TOKEN"):
+        pull("owner/model")
+
+
+def test_a_full_disk_is_not_the_networks_fault(hub):
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    hub.breaks, hub.breaks_with = 1, OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StoreError, match=r"owner--model could not be written: the disk of .* is full"):
+        pull("owner/model")
+
+
+def test_the_hubs_cache_serves_without_the_hub(hub, tmp_path, vocabulary):
+    hub.answers = False
+    snapshot = tmp_path / "snapshot"
+    make_model("llama", 1, seed=0).save_pretrained(snapshot)
+    hub.cached["owner/model"] = snapshot
+    assert resolve("owner/model") == snapshot
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"its cache has only a part of owner/model"):
+        resolve("owner/model")
+    gguf_repository("m-Q8_0.gguf", "m-Q4_K_M.gguf")(snapshot)
+    assert resolve("owner/model:Q8_0").name.startswith("m-Q8_0-")
+
+
+def test_additional_templates_are_pulled_and_checked(hub):
+    def fill(folder):
+        make_model("llama", 1, seed=0).save_pretrained(folder)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "config.json").write_text("{}")
+
+    hub.repositories["owner/model"] = fill
+    path = pull("owner/model")
+    file = path / "additional_chat_templates" / "tool_use.jinja"
+    assert file.read_text() == "T" and not (path / "onnx").exists()
+    file.write_text("U")
+    with pytest.raises(StoreError, match="does not match its recorded digest"):
+        resolve(path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"files": ["a"]}', '{"files": {"a": 1}}', "", "not json"])
+def test_somebody_elses_manifest_is_no_matter(content, tmp_path):
+    folder, _ = make_pair(tmp_path, "llama")
+    (folder / "manifest.json").write_text(content)
+    assert resolve(folder) == folder
+    from model_store.store import folder_digest
+
+    assert len(folder_digest(folder)) == 64
 
 
 # --- the package that carries the default teacher

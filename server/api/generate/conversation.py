@@ -200,7 +200,7 @@ class Conversation:
 
 
 def chat_template(body: ChatCompletionRequest | TokenizeRequest, state: ServerState) -> ChatTemplate:
-    """The model's template, or the request's own where the operator trusts those."""
+    """The model's template (that for tools, if the request has any), or the request's own where those are trusted."""
     if body.chat_template is not None:
         if not state.settings.trust_request_chat_template:
             raise invalid("chat_template is not accepted here (--trust-request-chat-template).", "chat_template")
@@ -208,9 +208,15 @@ def chat_template(body: ChatCompletionRequest | TokenizeRequest, state: ServerSt
             return ChatTemplate(body.chat_template, state.tokenizer.special_tokens)
         except TemplateError as error:
             raise invalid(str(error), "chat_template") from None
-    if state.tokenizer.chat_template is None:
-        raise invalid("This model has no chat template; use /v1/completions or start with --chat-template.", "messages")
-    return state.tokenizer.chat_template
+    tokenizer = state.tokenizer
+    has_tools = bool(body.tools) and getattr(body, "tool_choice", None) != "none"
+    template = tokenizer.tool_template if has_tools else tokenizer.chat_template
+    if template is None:
+        names = f" but named ones ({', '.join(tokenizer.template_names)})" if tokenizer.template_names else ""
+        raise invalid(
+            f"This model has no chat template{names}; use /v1/completions or start with --chat-template.", "messages"
+        )
+    return template
 
 
 def render(body: ChatCompletionRequest | TokenizeRequest, tools: ToolUse) -> str:

@@ -1,20 +1,16 @@
-"""Text to token ids and back, and everything the tokenizer's folder knows: special tokens, chat template.
-
-Works on `tokenizer.json` through the tokenizers library alone: importing transformers would cost a good part of the
-time in which the server is to be ready. Only a folder without that file takes the long way.
-"""
+"""Text to token ids and back, and everything the tokenizer's folder knows: special tokens, chat templates."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from model_store.tokenizer_files import read_tokenizer_files, text_of
 from server.api.generate.chat_template import ChatTemplate
 
 # Below this a tokenisation takes less than the hop to a thread and back.
@@ -29,25 +25,30 @@ class ServingTokenizer:
         backend: Tokenizer,
         config: dict[str, Any],
         *,
-        chat_template: str | None = None,
+        templates: Mapping[str, str] | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
         vocab_size: int | None = None,
     ) -> None:
-        """`config` is the content of tokenizer_config.json; `vocab_size` the rows of the model's embedding."""
+        """`config` is the content of tokenizer_config.json; `templates` are chat templates by name ("default" is the
+        ordinary one); `vocab_size` the rows of the model's embedding. TemplateError for one that is not valid."""
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.config = config
         self.vocab_size = vocab_size or backend.get_vocab_size()
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        texts = ((name, _token_text(config.get(name))) for name in names)
+        texts = ((name, text_of(config.get(name))) for name in names)
         self.special_tokens = {name: text for name, text in texts if text is not None}
         eos = self.special_tokens.get("eos_token")
         eos_id = backend.token_to_id(eos) if eos else None
         self.eos_token_ids = eos_token_ids | (frozenset() if eos_id is None else {eos_id})
         bos = self.special_tokens.get("bos_token")
         self.bos_token_id = backend.token_to_id(bos) if bos else None
-        self.chat_template = ChatTemplate(chat_template, self.special_tokens) if chat_template else None
+        self.template_names = sorted(templates or ())
+        used = {name: source for name, source in (templates or {}).items() if name in ("default", "tool_use")}
+        named = {name: ChatTemplate(source, self.special_tokens) for name, source in used.items()}
+        self.chat_template = named.get("default")
+        self.tool_template = named.get("tool_use", self.chat_template)  # where a conversation has tools
         # A byte-level vocabulary writes each byte as a printable character; knowing the map gives exact bytes.
         self._byte_of = _byte_level_map() if _is_byte_level(backend) else None
         self.special_token_ids = frozenset(
@@ -58,29 +59,28 @@ class ServingTokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, chat_template: str | None = None, vocab_size: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        chat_template: str | None = None,
+        vocab_size: int | None = None,
+        store: str | Path | None = None,
     ) -> ServingTokenizer:
-        """Load a Hugging Face tokenizer folder; `chat_template` (text) overrides its own. OSError if absent."""
-        folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").exists():
-            backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        else:
-            from transformers import AutoTokenizer
+        """Load a checkpoint folder's; `chat_template` (a text, or the name of one of the folder's) overrides its own.
 
-            converted = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            backend = converted.backend_tokenizer
-            config = {**converted.special_tokens_map, **config}
-        for name, value in _read_json(folder / "special_tokens_map.json").items():
-            config.setdefault(name, value)
-        eos: set[int] = set()
-        for name in ("generation_config.json", "config.json"):
-            value = _read_json(folder / name).get("eos_token_id")
-            if value is not None:
-                eos = {value} if isinstance(value, int) else set(value)
-                break
-        template = chat_template or _folder_template(folder, config)
-        return cls(backend, config, chat_template=template, eos_token_ids=frozenset(eos), vocab_size=vocab_size)
+        StoreError names a file that is missing, damaged or does not fit `vocab_size`.
+        """
+        files = read_tokenizer_files(Path(folder), store, vocab_size)
+        templates = files.templates
+        if chat_template is not None:
+            templates = {"default": templates.get(chat_template, chat_template)}
+        return cls(
+            files.backend,
+            files.config,
+            templates=templates,
+            eos_token_ids=files.eos_token_ids,
+            vocab_size=vocab_size,
+        )
 
     # --- text -> ids
 
@@ -147,25 +147,6 @@ class ServingTokenizer:
             "add_bos_token": self.config.get("add_bos_token", False),
             "chat_template": self.chat_template.source if self.chat_template else None,
         }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token is a string or {"content": ...}."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _folder_template(folder: Path, config: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default") or next(iter(named.values()), None)
-    return template
 
 
 def _is_byte_level(backend: Tokenizer) -> bool:
