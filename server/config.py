@@ -107,8 +107,8 @@ class Settings:
     )
     weight_compression: str = option(
         "auto",
-        "auto: the native executor keeps bfloat16 weights in twelve bits, without loss: the same model in three "
-        "quarters of the memory traffic; off: as they are",
+        "auto: the native executor keeps bfloat16 weights in twelve bits, without loss; off: it keeps sixteen bits, "
+        "which is faster from 16 requests on",
         group="model",
         choices=("auto", "off"),
     )
@@ -117,9 +117,9 @@ class Settings:
     )
     low_rank: str = option(
         "auto",
-        "a student kept as a low-rank difference runs as one (on: least memory, cheapest mixes of sizes) or expanded "
-        "(off: fastest small sizes); auto: as one beside a teacher in a file's codes, or where the expanded one does "
-        "not fit --memory-budget",
+        "whether a low-rank student stays a difference to the teacher. on: least memory, cheapest mixes of sizes; "
+        "off: expanded, fastest small sizes; auto: on beside a teacher in a file's codes, or if the expanded student "
+        "does not fit --memory-budget",
         group="model",
         choices=("auto", "on", "off"),
     )
@@ -173,12 +173,17 @@ class Settings:
         32, "tokens per KV page", group="engine", minimum=1, maximum=1024, aliases=("--block-size",)
     )
     enable_prefix_caching: bool = option(True, "keep KV of finished prefixes for reuse", group="engine")
-    executor: str = option("auto", "what computes a step", group="engine", choices=("auto", "cuda", "native", "torch"))
+    executor: str = option(
+        "auto",
+        "which executor computes steps; auto: the first that can",
+        group="engine",
+        choices=("auto", "cuda", "native", "torch"),
+    )
     enforce_eager: bool = option(False, "record no CUDA graphs", group="engine")
     speculative_size: str = option(
         "off",
-        "size that guesses tokens for requests of larger sizes: a size, auto (the smallest), off; it guesses only "
-        "where that is predicted to pay",
+        "size that guesses tokens for requests of larger sizes: a size, auto (the smallest) or off; the server guesses "
+        "only where it predicts that guessing pays",
         group="engine",
     )
     num_speculative_tokens: int = option(3, "tokens guessed ahead, at most", group="engine", minimum=1, maximum=16)
@@ -206,7 +211,10 @@ class Settings:
     )
     slo_e2e_ms: float | None = option(None, "default limit on total time", kind="float", group="sizes", minimum=0)
     slo_policy: str = option(
-        "best_effort", "what happens when a limit cannot be met now", group="sizes", choices=("best_effort", "strict")
+        "best_effort",
+        "if a limit cannot be met: serve at the size that comes closest (best_effort), or refuse (strict)",
+        group="sizes",
+        choices=("best_effort", "strict"),
     )
     memory_budget_mb: float | None = option(
         None, "default limit on a request's own weights plus KV, in MiB", kind="float", group="sizes", minimum=0

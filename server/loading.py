@@ -149,7 +149,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
             max_model_len,
         )
     if not is_cuda and kv_bytes + state_bytes > (ram := _available_ram()):
-        # It is had as it is used: without this, the first sign would be the system ending the server under load.
+        # Memory is committed on first use: without this warning, the first sign would be an OOM kill under load.
         logger.warning(
             "--kv-cache-memory: the KV cache may grow to %.2f GiB and %.2f GiB are available: lower it",
             (kv_bytes + state_bytes) / GiB,

@@ -229,19 +229,3 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise SettingsError(f"--config: {path}: there is no setting {key!r}")
         result[name] = value
     return result
-
-
-def settings_table() -> str:
-    """The table of docs/configuration.md: flag, environment variable, default, meaning."""
-    lines = []
-    for group, title in GROUPS.items():
-        lines += [f"### {title}", "", "| flag | environment | default | meaning |", "|---|---|---|---|"]
-        for item in setting_fields():
-            if item.metadata["group"] == group:
-                names = " ".join(f"`{name}`" for name in (flag_name(item), *item.metadata.get("aliases", ())))
-                choices = item.metadata["choices"]
-                text = item.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
-                default = f"`{default_text(item)}`" if default_text(item) else ""
-                lines.append(f"| {names} | `{env_name(item)}` | {default} | {text.replace('|', chr(92) + '|')} |")
-        lines.append("")
-    return "\n".join(lines)

@@ -1,7 +1,9 @@
 """README.md and docs/ say what the data says, point at what exists, and stay short."""
 
+import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,9 @@ from benchmarks import pages
 from model_store.store import StoreError
 from studies import training_recipes_report as recipes_report
 
+USER_PAGES = ("README.md", *(f"docs/{name}.md" for name in (
+    "api", "benchmarks", "deployment", "quality", "reliability", "scheduling"
+)))  # fmt: skip
 FOLDERS = ("server/", "model_store/", "deploy/", "recipes/", "benchmarks/", "studies/", "tests/", "docs/")
 
 
@@ -64,6 +69,58 @@ def test_paths_and_modules_that_pages_name_exist(page):
     for module in re.findall(r"python -m ((?:server|deploy|recipes|benchmarks|studies)[\w.]*)", text):
         path = pages.ROOT / module.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), module
+
+
+SOURCES = [path for folder in ("server", "model_store", "deploy", "recipes", "benchmarks")
+           for suffix in ("py", "h", "cpp") for path in (pages.ROOT / folder).rglob(f"*.{suffix}")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """Class -> the text of the files that define it."""
+    found: dict[str, str] = {}
+    for path in SOURCES:
+        text = path.read_text()
+        for name in re.findall(r"^(?:class|struct)\s+(\w+)", text, re.MULTILINE):
+            found[name] = found.get(name, "") + text
+    return found
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "server/kernels/README.md"])
+def test_names_of_the_code_that_developer_pages_use_exist(page, classes):
+    everything = "\n".join(path.read_text() for path in SOURCES)
+    for name in re.findall(r"`([A-Za-z_][\w.]*)(?:\(.*?\))?`", (pages.ROOT / page).read_text()):
+        first, _, member = name.partition(".")
+        if name.endswith((".h", ".py", ".md", ".cpp")):
+            assert any(path.name == Path(name).name for path in SOURCES) or (pages.ROOT / name).exists(), name
+        elif re.match(r"[A-Z][a-z]", first):
+            assert first in classes, name
+            assert re.search(rf"\b{member}\b", classes[first]), name
+        elif first not in ("transformers", "kept"):
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", everything), name
+
+
+def test_arrows_of_the_graph_are_imports():
+    page = (pages.ROOT / "docs/architecture.md").read_text()
+    for one, other in re.findall(r"^  (\w+) --> (\w+)$", page, re.MULTILINE):
+        folder = pages.ROOT / "server" / one
+        files = folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]
+        name = other if other == "model_store" else rf"server(\.| import ){other}"
+        assert any(re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.MULTILINE) for path in files), one
+
+
+SCRIPTS = [f"{folder}.{path.stem}" for folder in ("benchmarks", "studies", "recipes")
+           for path in sorted((pages.ROOT / folder).glob("*.py")) if path.stem != "__init__"]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_still_find_what_they_import(script):
+    importlib.import_module(script)
+
+
+def test_pages_for_users_stay_short():
+    words = {name: len((pages.ROOT / name).read_text().split()) for name in USER_PAGES}
+    assert sum(words.values()) <= 12_000, words
 
 
 def test_gain_is_paired_over_windows():

@@ -110,11 +110,15 @@ def _endpoints() -> str:
 
 
 def _unsupported() -> str:
-    rows = []
+    """A table of those that something else replaces, and a list of the others."""
+    rows, others = [], []
     for name, neutral in sorted(UNSUPPORTED.items()):
         values = ", ".join(dict.fromkeys(f"`{_json(value)}`" for value in neutral if value is not None)) or "null"
-        rows.append((f"`{name}`", values, f"`{INSTEAD[name]}`" if name in INSTEAD else ""))
-    return _rows("field | accepted | use instead", rows)
+        if name in INSTEAD:
+            rows.append((f"`{name}`", values, f"`{INSTEAD[name]}`"))
+        else:
+            others.append(f"`{name}` ({values})")
+    return _rows("field | accepted | use instead", rows) + f"\nWithout a substitute: {', '.join(others)}.\n"
 
 
 def _json(value: Any) -> str:
