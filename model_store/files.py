@@ -13,13 +13,26 @@ class FileError(BoomerangError, ValueError):
     """A file that is not what its name says, with the reason."""
 
 
+_LFS = b"version https://git-lfs"  # how a pointer begins that a clone without Git LFS has in place of a large file
+
+
+def refuse_pointer(file: Path) -> None:
+    """FileError for a pointer of Git LFS in place of the file itself."""
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS)) == _LFS:
+            raise FileError(f"{file} is a pointer of Git LFS, not the file itself: git lfs pull")
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. FileError if it is empty, not JSON in UTF-8, or no object."""
+    """The JSON object in `file`. FileError if it cannot be read, is empty, not JSON in UTF-8, or no object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise FileError(f"{file} is not text in UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
+        refuse_pointer(file)
         reason = "it is empty" if not file.stat().st_size else str(error)
         raise FileError(f"{file} is not valid JSON: {reason}") from error
     if not isinstance(value, dict):

@@ -19,6 +19,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.quants import quant_shape_to_byte_shape
 
+from model_store.files import refuse_pointer
+
 _SCALARS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
@@ -161,6 +163,7 @@ class _Cursor:
 def _read_part(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     cursor = _Cursor(path)
     if (magic := bytes(cursor.data[:4])) != b"GGUF":
+        refuse_pointer(path)
         raise GgufError(f"{path.name} is not a readable GGUF file: it starts with {magic!r} instead of 'GGUF'")
     cursor.take(4)
     version = cursor.number("I")

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_store.files import read_json
 from model_store.published import by_student
+from model_store.spec import SpecError, resolved_config
 from model_store.store import StoreError, incoming_dir, install, is_disk_full
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ _FILES = re.compile(
 )
 _IGNORED = re.compile(r"consolidated.*")
 _ANSWER_SECONDS = 5.0
+_CONFIG = "config.json"
 _GGUF = re.compile(r"(?P<stem>.*?)(-\d{5}-of-\d{5})?\.gguf", re.IGNORECASE)
 # A quantisation at the end of a file's name: Q4_K_M, IQ3_XXS, BF16, UD-Q4_K_XL.
 _LABEL = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|T?Q\d_\d|MXFP4\w*|BF16|F16|F32|FP16|FP32))$", re.IGNORECASE)
@@ -132,6 +135,12 @@ def _checkpoint(name: HubName, sha: str, files: list[str], store: Path | str | N
     wanted = [file for file in files if _FILES.fullmatch(file) and not _IGNORED.fullmatch(file)]
 
     def fill(folder: Path) -> dict[str, Any]:
+        if _CONFIG in wanted:  # before gigabytes of what cannot be served
+            _download(name, sha, folder, [_CONFIG])
+            try:
+                resolved_config(read_json(folder / _CONFIG))
+            except SpecError as error:
+                raise StoreError(f"{name}: {error}") from error
         _download(name, sha, folder, wanted)
         _add_student_config(name.repository, folder)
         return {"source": name.repository, "revision": sha}
@@ -201,11 +210,11 @@ def _cached(name: HubName, store: Path | str | None, force: bool, reason: Except
 
 def _is_whole(snapshot: Path) -> bool:
     """Whether a cached snapshot has config and all weights: the cache may hold any part of a repository."""
-    from model_store.tokenizer_files import read_object
+    from model_store.weights import WeightError, weight_files
 
-    if not (snapshot / "config.json").is_file():
+    if not (snapshot / _CONFIG).is_file():
         return False
-    index = snapshot / "model.safetensors.index.json"
-    if index.is_file():
-        return all((snapshot / file).is_file() for file in set(read_object(index).get("weight_map", {}).values()))
-    return any(snapshot.glob("*.safetensors"))
+    try:
+        return bool(weight_files(snapshot))
+    except WeightError:
+        return False

@@ -276,8 +276,11 @@ def open_pair(
             raise PairError(f"no student is known for the teacher {str(teacher)!r}: name one with --student")
         student = known.student or DEFAULT_PAIR_DIR
     student_path = resolve(student, store)
-    notes = Path(student).expanduser().parent if str(student).endswith(".gguf") else student_path
+    notes = Path(student).expanduser().parent if str(student).lower().endswith(".gguf") else student_path
     manifest = read_json_if_there(notes / "pair.json")
+    for key in ("name", "teacher"):
+        if not isinstance(manifest.get(key, ""), str):
+            raise PairError(f"{notes / 'pair.json'}: {key} is {manifest[key]!r}, not a text")
     teacher = teacher or manifest.get("teacher") or published.DEFAULT_TEACHER
     teacher_path = default_teacher(store) if str(teacher) == published.DEFAULT_TEACHER else resolve(teacher, store)
     kept_layers = read_json_if_there(notes / "student_config.json")
@@ -292,7 +295,6 @@ def open_pair(
     except (AssemblyError, SpecError) as error:
         raise PairError(str(error)) from error
     is_recorded = elasticity.thresholds == recorded[1].thresholds
-    quality = read_json_if_there(notes / "quality.json").get("sizes", {}) if is_recorded else {}
     default_name = known.name if known else teacher_path.name.rsplit("--", 1)[-1].lower()
     return Pair(
         name=name or manifest.get("name") or default_name,
@@ -302,10 +304,21 @@ def open_pair(
         spec=spec,
         elasticity=elasticity,
         patch_order=order,
-        quality={int(size): row for size, row in quality.items()},
+        quality=_quality(notes / "quality.json") if is_recorded else {},
         student_spec=student_spec,
         store=store,
     )
+
+
+def _quality(file: Path) -> dict[int, dict[str, Any]]:
+    """What `evaluate` wrote, by size; PairError for what it did not."""
+    sizes = read_json_if_there(file).get("sizes", {})
+    if isinstance(sizes, dict) and all(
+        size.isdecimal() and isinstance(row, dict) and isinstance(row.get("kl") or 0, int | float)
+        for size, row in sizes.items()
+    ):
+        return {int(size): row for size, row in sizes.items()}
+    raise PairError(f"{file}: sizes does not give figures for each size: run boomerang evaluate, or delete the file")
 
 
 def _known_pair(teacher: Path | str | None, student: Path | str | None) -> PublishedPair | None:

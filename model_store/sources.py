@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from model_store.errors import BoomerangError
+from model_store.files import FileError, read_json_if_there
 from model_store.hub import HubName, fetch
 from model_store.published import DEFAULT_TEACHER, find
 from model_store.store import IMPORT_RULES, MANIFEST, StoreError, incoming_dir, install, model_dir, sha256, verify
@@ -40,33 +42,51 @@ def resolve(spec: Path | str, store: Path | str | None = None) -> Path:
         verify(path)
         return path
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise StoreError(f"{path} is neither a folder with a checkpoint nor a .gguf file")
         return import_gguf_file(path, store)
-    return pull(str(spec), store)
+    return _fetched(str(spec), store)[0]
 
 
 def pull(spec: str, store: Path | str | None = None, *, force: bool = False) -> Path:
     """Fetch a model into the store, if it is not there, and return its folder. Raises StoreError.
 
     The name of a known pair fetches its teacher and student and returns the teacher's folder. `force` fetches again
-    what is there (the old one stays until the new one is whole).
+    what is there (the old one stays until the new one is whole). The model is opened once: what is wrong with it is
+    said now, and what a start needs to know of it is in the store, which may be read-only later.
     """
+    folders = _fetched(spec, store, force)
+    for folder in folders:
+        _open_once(folder, store)
+    return folders[0]
+
+
+def _open_once(folder: Path, store: Path | str | None) -> None:
+    """BoomerangError for a checkpoint that cannot be served. Low-rank students are only opened with their teacher."""
+    from model_store.tokenizer_files import read_tokenizer_files
+    from model_store.weights import Checkpoint
+
+    if not (folder / "config.json").is_file():
+        return
+    num_rows = Checkpoint(folder, store).spec.vocab_size
+    with contextlib.suppress(BoomerangError):  # a student needs none, and a teacher may be given another template
+        read_tokenizer_files(folder, store, num_rows)
+
+
+def _fetched(spec: str, store: Path | str | None, force: bool = False) -> list[Path]:
+    """Folders of a model, or of the teacher and student of a known pair."""
     if (pair := find(spec)) and not Path(spec).exists():
-        teacher = pull(pair.teacher, store, force=force)
-        if pair.student:
-            pull(pair.student, store, force=force)
-        return teacher
+        return [folder for model in (pair.teacher, pair.student) if model for folder in _fetched(model, store, force)]
     if Path(spec).expanduser().exists():
-        return resolve(spec, store)
+        return [resolve(spec, store)]
     if spec == DEFAULT_TEACHER:
-        return default_teacher(store, force=force)
+        return [default_teacher(store, force=force)]
     name = HubName.parse(spec)
     stored = model_dir(name.stored if name else spec, store)
     if stored.is_dir() and not force:
         verify(stored)
-        return stored
-    return _from_hub(spec, store, force)
+        return [stored]
+    return [_from_hub(spec, store, force)]
 
 
 def default_teacher(store: Path | str | None = None, *, force: bool = False) -> Path:
@@ -92,9 +112,10 @@ def default_teacher(store: Path | str | None = None, *, force: bool = False) -> 
 
 def _is_old_import(folder: Path) -> bool:
     """Whether the default teacher came from its package and other rules of import than today's."""
-    manifest = folder / MANIFEST
-    facts = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    return facts.get("source", "").startswith(_WHEEL_PACKAGE) and facts.get("import_rules") != IMPORT_RULES
+    facts: dict[str, Any] = {}
+    with contextlib.suppress(FileError):  # what is damaged is for `verify` to say
+        facts = read_json_if_there(folder / MANIFEST)
+    return str(facts.get("source")).startswith(_WHEEL_PACKAGE) and facts.get("import_rules") != IMPORT_RULES
 
 
 def import_gguf_file(path: Path, store: Path | str | None = None) -> Path:

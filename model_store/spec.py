@@ -122,7 +122,12 @@ class ModelSpec:
             if hidden % heads or (getattr(config, "head_dim", None) or head_dim) != head_dim:
                 raise SpecError(f"heads of hidden_size {hidden} / num_attention_heads {heads} channels are expected")
         else:
-            head_dim = getattr(config, "head_dim", None) or head_dim
+            own = getattr(config, "head_dim", None)
+            head_dim = head_dim if own is None else own
+        if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 1 <= head_dim <= _MOST["head_dim"]:
+            raise SpecError(f"head_dim is {head_dim!r}, not a count between 1 and {_MOST['head_dim']}")
+        if not getattr(config, "is_causal", True):
+            raise SpecError("is_causal is false: a model whose tokens see those after them generates no text")
         windows = _windows(config)
         common: dict[str, Any] = {
             "family": family, "num_layers": config.num_hidden_layers, "hidden_size": hidden, "num_heads": heads,
@@ -208,10 +213,11 @@ def _gpt2(config: Any) -> dict[str, Any]:
         raise SpecError("GPT-2 with attention scaled by layer index or with cross attention is not supported")
     changes = {} if config.scale_attn_weights else {"attention_scale": 1.0}
     return changes | {
-        "intermediate_size": config.n_inner or 4 * config.n_embd, "num_kv_heads": config.n_head, "norm": "layer",
-        "norm_eps": config.layer_norm_epsilon, "activation": _activation(config.activation_function),
-        "gated_mlp": False, "parallel_residual": False, "qk_norm": False, "qkv_bias": True, "o_bias": True,
-        "mlp_bias": True, "rotary_dim": 0, "learned_positions": True,
+        "intermediate_size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
+        "num_kv_heads": config.n_head, "norm": "layer", "norm_eps": config.layer_norm_epsilon,
+        "activation": _activation(config.activation_function), "gated_mlp": False, "parallel_residual": False,
+        "qk_norm": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "rotary_dim": 0,
+        "learned_positions": True,
     }  # fmt: skip
 
 
@@ -288,9 +294,9 @@ def _check_counts(config: Any) -> None:
 
 
 def _check(spec: ModelSpec) -> None:
-    for name, count in (("intermediate_size", spec.intermediate_size), ("head_dim", spec.head_dim)):
-        if not 1 <= count <= _MOST[name]:
-            raise SpecError(f"{name} is {count!r}, not a count between 1 and {_MOST[name]}")
+    most = _MOST["intermediate_size"]
+    if not 1 <= spec.intermediate_size <= most:
+        raise SpecError(f"intermediate_size is {spec.intermediate_size!r}, not a count between 1 and {most}")
     if spec.num_heads % spec.num_kv_heads:
         raise SpecError(f"num_attention_heads {spec.num_heads} is no multiple of {spec.num_kv_heads} key/value heads")
     if spec.sliding_window is not None and spec.sliding_window < 1:

@@ -20,6 +20,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from model_store.files import FileError, read_json, read_json_if_there
 from model_store.store import StoreError, store_root
 
 logger = logging.getLogger(__name__)
@@ -43,26 +44,15 @@ class TokenizerFiles:
 def read_tokenizer_files(folder: Path, store: Path | str | None = None, num_rows: int | None = None) -> TokenizerFiles:
     """Read a folder. `num_rows`: rows of the model's embedding, beyond which no text may lead.
 
-    StoreError names the file that is missing, damaged or at odds with the model.
+    StoreError or FileError names the file that is missing, damaged or at odds with the model.
     """
-    config = read_object(folder / _CONFIG)
-    for name, value in read_object(folder / _MAP).items():
+    config = read_json_if_there(folder / _CONFIG)
+    for name, value in read_json_if_there(folder / _MAP).items():
         config.setdefault(name, value)
     backend = _backend(folder, config, store)
     if num_rows is not None:
         backend = _within(backend, num_rows, folder)
     return TokenizerFiles(backend, config, read_templates(folder, config), _end_ids(folder, backend, config))
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} without the file. StoreError names a file that holds anything else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise StoreError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise StoreError(f"{file} holds no JSON object")
-    return value
 
 
 def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -87,7 +77,7 @@ def _end_ids(folder: Path, backend: Tokenizer, config: dict[str, Any]) -> frozen
     """What ends an answer: generation_config.json's ids, else config.json's; and the tokenizer's eos token."""
     ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = read_object(folder / name).get("eos_token_id")
+        value = read_json_if_there(folder / name).get("eos_token_id")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
@@ -112,9 +102,10 @@ def _backend(folder: Path, config: dict[str, Any], store: Path | str | None) -> 
     if not file.is_file():
         return _kept(folder, store)
     try:
-        text = file.read_text(encoding="utf-8")
-        added = {token["content"]: token for token in json.loads(text).get("added_tokens") or []}
-        backend = Tokenizer.from_str(text)
+        added = {token["content"]: token for token in read_json(file).get("added_tokens") or []}
+        backend = Tokenizer.from_file(str(file))
+    except FileError:
+        raise
     except Exception as error:  # the library raises bare Exceptions
         raise StoreError(f"{file} is not a tokenizer that can be read: {error}") from error
     if all(name in added and _agrees(flags, added[name]) for name, flags in _named_elsewhere(folder, config)):
@@ -144,7 +135,7 @@ def _named_elsewhere(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
         if isinstance(content := text_of(value), str):
             yield content, {"special": True}
     if not decoder:
-        yield from ((content, {"id": i}) for content, i in read_object(folder / _ADDED).items())
+        yield from ((content, {"id": i}) for content, i in read_json_if_there(folder / _ADDED).items())
 
 
 def _kept(folder: Path, store: Path | str | None) -> Tokenizer:

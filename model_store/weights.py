@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from model_store.description import remembered_spec
 from model_store.errors import BoomerangError
-from model_store.files import read_json
+from model_store.files import read_json, refuse_pointer
 from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
 from model_store.layout import END_PARTS, HEAD_NAMES, FileTensor, Order, end_tensors, layer_prefix, layer_tensors
 from model_store.quantized import BLOCK_TYPES, CODES_FILE, CodedMatrix, CodedRows, stacked
@@ -26,7 +26,7 @@ from model_store.spec import ModelSpec, SpecError, quantised_as
 from model_store.weight_form import Storage, WeightForm
 
 # Buffers that old checkpoints carry; computed, not learned.
-_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+_BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 _PREFIXES = ("model.", "gpt_neox.", "transformer.")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # What GPTQ, AWQ, bitsandbytes, compressed-tensors and float8 checkpoints add to the weights.
@@ -321,8 +321,9 @@ def quantise_layer(layer: LayerWeights) -> None:
 
 def _open(file: Path) -> Any:
     try:
+        refuse_pointer(file)
         return safe_open(file, "pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise WeightError(f"{file} is not a readable safetensors file: {error}") from error
 
 

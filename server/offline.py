@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_store.files import read_json
 from server.config import Settings
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _alone(teacher: str | None, store: str | None) -> Pair:
     from model_store.spec import ModelSpec
 
     path = resolve(teacher, store) if teacher else default_teacher(store)
-    layers = ModelSpec.from_hf_config(json.loads((path / "config.json").read_text())).num_layers
+    layers = ModelSpec.from_hf_config(read_json(path / "config.json")).num_layers
     folder = Path(tempfile.mkdtemp(prefix="boomerang-teacher-"))
     save_file({}, folder / LOW_RANK_FILE)
     kept = sorted({*range(0, layers, 2), layers - 1})

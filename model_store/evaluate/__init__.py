@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_store.evaluate.job import EvaluateJob, add_arguments
+from model_store.files import read_json_if_there
 
 if TYPE_CHECKING:
     from model_store.evaluate.chat import Generate
@@ -245,7 +246,7 @@ def store_quality(
     or prompts that replace an earlier call's bring what is known of their overlap with the training text, or nothing.
     """
     file = pair.notes_path / QUALITY_FILE
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = read_json_if_there(file)
     measured = known.get("measured", {})
     for kind in provenance.keys() & {"text", "chat"}:
         measured.pop("products", None)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from model_store.assembly import Elasticity
+from model_store.files import read_json, read_json_if_there
 
 if TYPE_CHECKING:
     from model_store.distill.elastic import ElasticModel
@@ -80,10 +81,10 @@ def adopt(pair: Pair, name: str) -> None:
     from model_store.weights import END_PARTS
 
     manifest_file, quality_file = pair.notes_path / "pair.json", pair.notes_path / QUALITY_FILE
-    manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
+    manifest = read_json_if_there(manifest_file)
     manifest = {key: value for key, value in manifest.items() if key.removesuffix("_threshold") not in END_PARTS}
     manifest |= {"patch_order": name, "thresholds": list(pair.elasticity.thresholds)}
     manifest_file.write_text(json.dumps(manifest, indent=1) + "\n")
     if quality_file.is_file():
-        quality = json.loads(quality_file.read_text()) | {"measured": {}, "sizes": {}}
+        quality = read_json(quality_file) | {"measured": {}, "sizes": {}}
         quality_file.write_text(json.dumps(quality, indent=1) + "\n")

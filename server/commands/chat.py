@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -42,12 +43,16 @@ class ServerBackend:
 
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=600)
-        card = self._get("/v1/models")["data"][0]
-        self.model, self._sizes = card["id"], card["sizes"]
+        try:
+            card = self._get("/v1/models")["data"][0]
+            self.model, self._sizes = card["id"], card["sizes"]
+        except (LookupError, TypeError, ValueError):
+            raise ChatError(f"--url: {url} is not a boomerang server") from None
         self.last_size, self.num_tokens = "", 0
 
     def _get(self, path: str) -> dict[str, Any]:
-        response = self._client.get(path)
+        with _connected():
+            response = self._client.get(path)
         if response.status_code != 200:
             raise ChatError(_message(response.text))
         return response.json()
@@ -61,7 +66,7 @@ class ServerBackend:
             "temperature": arguments.temperature, "max_tokens": arguments.max_tokens,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
-        with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+        with _connected(), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 raise ChatError(_message(response.read().decode()))
             self.last_size = response.headers.get("x-boomerang-size", "")
@@ -76,6 +81,17 @@ class ServerBackend:
                 for choice in chunk["choices"]:
                     if piece := choice["delta"].get("content"):
                         yield piece
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """ChatError for a server that is not there, or goes away."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ChatError(f"--url: the server does not answer: {error}") from error
 
 
 class LocalBackend:

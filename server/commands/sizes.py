@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +42,7 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
         print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows}, indent=1))
         return 0
     student = ", low-rank student as a difference" if form.low_rank else ""
-    table = Table(title=f"{pair.name}, {form}{student}, patch order {pair.patch_order}")
+    table = Table(title=f"{pair.name}, {form}{student}, patch order {pair.patch_order}", box=box.SIMPLE_HEAD)
     names = ("size", "parameters", "of teacher", "weights", "KV per token", "KL to teacher", "decode tok/s")
     for name in names:
         table.add_column(name, justify="right")

@@ -107,6 +107,19 @@ def write(name: str, content: str | bytes) -> Change:
     return change
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+def instead(name: str, make: Callable[[Path], object]) -> Change:
+    """Something else under a file's name."""
+
+    def change(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
 def sharded(index: object | None = None) -> Change:
     """The file as a shard; `index` is the content of its index, None for the right one."""
 
@@ -237,6 +250,7 @@ EQUAL = [
      add(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))),
     ("gpt_neox: masks of old files", "gpt_neox", add(gpt_neox__layers__0__attention__bias=torch.ones(1, 1, 4, 4),
      gpt_neox__layers__0__attention__masked_bias=torch.tensor(-1e9))),
+    ("llama: one rotary buffer for all layers", "llama", add(model__rotary_emb__inv_freq=torch.ones(8))),
     ("gpt2: masks of old files", "gpt2", add(transformer__h__0__attn__bias=torch.ones(1, 1, 4, 4))),
 ]  # fmt: skip
 REFUSED = [
@@ -287,6 +301,8 @@ REFUSED = [
     # families and options
     ("no model_type", "llama", without("model_type"), "names no model_type"),
     ("another family", "llama", config(model_type="mamba"), "'mamba' is not supported"),
+    *((f"{f}: tokens see those after them", f, config(is_causal=False), "is_causal is false")
+      for f in ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")),
     ("activation relu", "llama", config(hidden_act="relu"), "activation 'relu'"),
     ("activation quick_gelu", "gpt2", config(activation_function="quick_gelu"), "activation 'quick_gelu'"),
     ("attention scaled by layer", "gpt2", config(scale_attn_by_inverse_layer_idx=True), "scaled by layer index"),
@@ -310,6 +326,9 @@ REFUSED = [
     ("10^12 tokens", "llama", config(vocab_size=10**12), "vocab_size is 10+: no model"),
     ("0 heads", "llama", config(num_attention_heads=0, head_dim=16), "num_attention_heads is 0|does not take"),
     ("0 layers", "llama", config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    ("0 channels of a head", "llama", config(head_dim=0), "head_dim is 0"),
+    ("-16 channels of a head", "qwen3", config(head_dim=-16), "head_dim is -16"),
+    ("0 channels of an MLP", "gpt2", config(n_inner=0), "intermediate_size is 0"),
     ("-1 positions", "llama", config(max_position_embeddings=-1), "max_position_embeddings is -1"),
     ("3 key/value heads of 4", "llama", config(num_key_value_heads=3), "no multiple of 3 key/value heads"),
     ("layers in words", "llama", config(num_hidden_layers="3"), "does not take this config.*num_hidden_layers"),
@@ -327,6 +346,11 @@ REFUSED = [
     ("config.json is cut", "llama", write("config.json", '{"a": '), r"config.json is not valid JSON"),
     ("config.json has a byte-order mark", "llama", write("config.json", b"\xef\xbb\xbf{}"), r"g.json is not valid"),
     ("config.json in another encoding", "llama", write("config.json", b'{"a": "\xff"}'), r"is not text in UTF-8"),
+    *((f"{name} is a pointer of Git LFS", "llama", write(name, LFS), rf"{name} is a pointer of Git LFS, not the file")
+      for name in ("config.json", "model.safetensors")),
+    ("the weights are a folder", "llama", instead("model.safetensors", Path.mkdir), "not a readable safetensors file"),
+    ("the weights are a link to nowhere", "llama",
+     instead("model.safetensors", lambda file: file.symlink_to("nowhere")), "no safetensors file|not a readable safet"),
     ("no config.json", "llama", lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     ("an adapter", "llama", write("adapter_config.json", "{}"), "merge the adapter"),
     ("an index without weight_map", "llama", sharded({"metadata": {}}), r"index.json has no weight_map"),
@@ -414,3 +438,21 @@ def test_a_head_that_is_not_there_is_the_embedding_and_is_said(kind, originals, 
     on_disk = sum(value.numel() for value in load_file(teacher / "model.safetensors").values())
     assert pair.parameters(3) == on_disk
     assert_served_as_by_transformers(pair, {3: teacher}, tie_word_embeddings=True)
+
+
+NOTES = {
+    "quality.json": ('{"sizes": []}', '{"sizes": null}', '{"sizes": {"all": {}}}', '{"sizes": {"2": 5}}',
+                     '{"sizes": {"2": {"kl": "low"}}}', "[]", "{"),
+    "pair.json": ('{"name": 5}', '{"name": ["a"]}', '{"teacher": 5}', '{"patch_order": 3}', '{"thresholds": {}, "a',
+                  '{"thresholds": 5}', '{"thresholds": ["a", 3]}'),
+    "student_config.json": ("[0, 2]", "", "{}", '{"copied_teacher_layers": "02"}', '{"copied_teacher_layers": [0, 9]}',
+                            '{"copied_teacher_layers": [0, 2], "pruned_teacher_layers": [0]}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content", [(name, text) for name, texts in NOTES.items() for text in texts])
+def test_notes_of_a_pair_that_are_damaged_are_refused_in_one_sentence(name, content, originals, tmp_path):
+    teacher, student = changed(originals, "llama", tmp_path, write(name, content), ("student",))
+    with pytest.raises(BoomerangError) as caught:
+        open_pair(teacher, student)
+    assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from model_store.errors import BoomerangError
 from model_store.store import StoreError
 from model_store.tokenizer_files import read_tokenizer_files
 from server.api.generate.tokenizer import ServingTokenizer
@@ -146,17 +147,21 @@ def test_a_warm_start_imports_no_transformers(tmp_path):
 
 
 REFUSED = {
-    "tokenizer.json, cut": ({"tokenizer__json": '{"model": '}, "tokenizer.json is not a tokenizer that can be read"),
-    "tokenizer.json, another thing": ({"tokenizer__json": "[]"}, "tokenizer.json is not a tokenizer"),
+    "tokenizer.json, cut": ({"tokenizer__json": '{"model": '}, "tokenizer.json is not valid JSON"),
+    "tokenizer.json, another thing": ({"tokenizer__json": {}}, "tokenizer.json is not a tokenizer that can be read"),
+    "tokenizer.json, a list": ({"tokenizer__json": []}, "tokenizer.json is a JSON list, not an object"),
     "tokenizer_config.json, empty": ({"tokenizer_config__json": ""}, "tokenizer_config.json is not valid JSON"),
     "tokenizer_config.json, a BOM": ({"tokenizer_config__json": "\ufeff{}"}, "tokenizer_config.json is not valid JSON"),
-    "tokenizer_config.json, a list": ({"tokenizer_config__json": []}, "tokenizer_config.json holds no JSON object"),
+    "tokenizer_config.json, a list": (
+        {"tokenizer_config__json": []},
+        "tokenizer_config.json is a JSON list",
+    ),
     "special_tokens_map.json, cut": ({"special_tokens_map__json": "{"}, "special_tokens_map.json is not valid JSON"),
     "added_tokens.json, cut": ({"added_tokens__json": '{"a": 1'}, "added_tokens.json is not valid JSON"),
     "generation_config.json, cut": ({"generation_config__json": "{"}, "generation_config.json is not valid JSON"),
     "generation_config.json, a text": (
         {"generation_config__json": '"x"'},
-        "generation_config.json holds no JSON object",
+        "generation_config.json is a JSON str, not an object",
     ),
     "eos as a text": ({"generation_config__json": {"eos_token_id": "</s>"}}, "eos_token_id is '</s>', neither"),
     "eos in a list of texts": (
@@ -182,7 +187,7 @@ REFUSED = {
 def test_damage_is_told_with_the_file(name, tmp_path):
     changes, message = REFUSED[name]
     folder = write(tmp_path / "model", **changes)
-    with pytest.raises(StoreError, match=re.escape(message)) as refusal:
+    with pytest.raises(BoomerangError, match=re.escape(message)) as refusal:
         read_tokenizer_files(folder)
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
