@@ -1,5 +1,7 @@
 """The smaller routes of a real server, settings from environment and YAML, keys, and float16."""
 
+import re
+
 import httpx
 import pytest
 
@@ -32,6 +34,15 @@ def test_version_metrics_and_docs(url):
     assert any(line.startswith("boomerang:") and 'size="5' in line for line in text.splitlines())
     paths = httpx.get(url + "/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(paths)
+
+
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_the_pages_of_the_api_load_nothing_from_elsewhere(url, page):
+    """A public endpoint's users run no script of a third party, and an air-gapped one has its pages."""
+    loaded = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", httpx.get(url + page).text)
+    assert len(loaded) >= 2 and "/openapi.json" in "".join([*loaded, httpx.get(url + page).text])
+    for link in loaded:
+        assert link.startswith("/") and httpx.get(url + link).status_code == 200, link
 
 
 def test_environment_and_yaml_are_flags_too_and_float16_serves(pair, tmp_path):

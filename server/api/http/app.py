@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -66,7 +67,8 @@ def create_app(
     docs: dict[str, Any] = (
         {} if not settings.disable_fastapi_docs else {"docs_url": None, "redoc_url": None, "openapi_url": None}
     )
-    app = FastAPI(
+    make = FastAPI if settings.disable_fastapi_docs else FastAPIOffline  # whose pages load nothing from elsewhere
+    app = make(
         title="boomerang-serve",
         version=__version__,
         lifespan=lifespan,
