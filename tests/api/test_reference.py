@@ -59,7 +59,7 @@ CASES = {
             "cache_salt": "s",
             "service_tier": "auto",
             "tools": [{"name": "f", "input_schema": PARAMETERS}], "tool_choice": {"type": "auto"},
-            "thinking": {"type": "disabled"}, "output_config": {"effort": "low"},
+            "thinking": {"type": "disabled"}, "output_config": {"effort": "low"}, "thread": None,
         },
     ),
     "/v1/responses": (

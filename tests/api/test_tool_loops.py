@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from typing import Literal
 
 import anthropic
 import openai
@@ -93,6 +94,34 @@ def test_anthropic_loop(server, stream):
         result = {"type": "tool_result", "tool_use_id": call.id, "content": f"{call.input['city']}: rain"}
         messages += [{"role": "assistant", "content": [call.model_dump()]}, {"role": "user", "content": [result]}]
     assert client.messages.create(**arguments | {"messages": messages, "max_tokens": 4}).usage.output_tokens > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropics_tool_runner(server, stream):
+    """It would have the server keep the conversation, and sends it whole once it is told that this one does not."""
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    cities = []
+
+    @anthropic.beta_tool
+    def weather(city: Literal["Bern", "Köln"]) -> str:
+        """Of a city."""
+        cities.append(city)
+        return "rain"
+
+    shared = {
+        "model": NAME,
+        "max_tokens": 250,
+        "tools": [weather],
+        "messages": [{"role": "user", "content": "Weather?"}],
+    }
+    runner = client.beta.messages.tool_runner(
+        **shared, tool_choice={"type": "any"}, max_iterations=2, stream=stream, extra_body={"temperature": 0}
+    )
+    turns = [turn.get_final_message() if stream else turn for turn in runner]
+    assert [turn.stop_reason for turn in turns] == ["tool_use"] * 2
+    assert cities and set(cities) <= {"Bern", "Köln"}
+    with pytest.raises(anthropic.BadRequestError, match="nothing is stored"):
+        client.messages.create(**shared | {"tools": []}, extra_body={"thread": {"type": "create"}})
 
 
 AI_SDK = """

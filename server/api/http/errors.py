@@ -50,7 +50,9 @@ class APIError(BoomerangError):
         code: str | None = None,
         retry_after: float | None = None,
         headers: dict[str, str] | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
+        """`details` are what clients of `/v1/messages` act on."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -58,6 +60,7 @@ class APIError(BoomerangError):
         self.code = code
         self.retry_after = retry_after
         self.extra_headers = headers or {}
+        self.details = details
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "internal_error")
@@ -66,7 +69,8 @@ class APIError(BoomerangError):
     def anthropic_body(self) -> dict[str, Any]:
         """The same in the shape of Anthropic's API."""
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        details = {} if self.details is None else {"details": self.details}
+        return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
 
     def headers(self) -> dict[str, str]:
         """openai-python obeys both: when to come back, and whether that can help at all.

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from server.api.chat.protocol import ChatCompletionRequest
 from server.api.generate.protocol import SizeFields
-from server.api.http.errors import from_validation, invalid
+from server.api.http.errors import APIError, from_validation, invalid
 from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
 
 _DROPPED = ("redacted_thinking",)
@@ -17,6 +17,9 @@ _DROPPED = ("redacted_thinking",)
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     """APIError names the field of the Anthropic body that cannot be served."""
+    if body.thread is not None:  # its clients send the whole conversation once they are told
+        message = "thread: nothing is stored here, so send the whole conversation."
+        raise APIError(message, param="thread", details={"error_code": "thread_unsupported_request", "unsupported": []})
     messages = [{"role": "system", "content": _texts(body.system, "system")}] if body.system else []
     for index, message in enumerate(body.messages):
         messages += _message(message, f"messages.{index}")

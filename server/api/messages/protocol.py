@@ -64,6 +64,7 @@ class CountTokensRequest(Body):
         default=None, description="type enabled or disabled: for templates that know enable_thinking"
     )
     output_config: OutputConfig | None = Field(default=None, description="format of the text")
+    thread: dict[str, Any] | None = Field(default=None, description="not offered: nothing is stored")
 
 
 class MessagesRequest(SizeFields, CountTokensRequest):
