@@ -62,13 +62,33 @@ def forced_call_schema(tools: Iterable[tuple[str, dict[str, Any] | None]]) -> di
 
 
 def parameters_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """What a forced call's arguments must be; a function that declares none is called with `{}`."""
-    described = {key for key, value in (parameters or {}).items() if value not in ({}, [], None)}
+    """What a forced call's arguments must be: an object; a function that declares none is called with `{}`.
+
+    Where `properties` stand alone they are the parameters, and a model may not invent others. 400 for another type.
+    """
+    parameters = parameters or {}
+    kind = parameters.get("type", "object")
+    if isinstance(kind, list) and "object" in kind:
+        kind, parameters = "object", parameters | {"type": "object"}
+    if kind != "object":
+        raise invalid(f"tools: the parameters of a function are an object, not {str(kind)[:40]!r}.", "tools")
+    described = {key for key, value in parameters.items() if value not in ({}, [], None)}
     if not described - {"type", "title", "description", "$schema", "$id", "required", "strict"} or (
-        described <= {"type", "additionalProperties"} and (parameters or {}).get("additionalProperties") is False
+        described <= {"type", "additionalProperties"} and parameters.get("additionalProperties") is False
     ):
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    return parameters or {}
+    known, required = parameters.get("properties"), parameters.get("required") or []
+    if not isinstance(known, dict) or not isinstance(required, list) or parameters.keys() & _EXTENDING:
+        return parameters
+    is_listed = all(isinstance(name, str) and name in known for name in required)
+    return parameters | {"additionalProperties": False} if is_listed else parameters
+
+
+# Keywords beside `properties` that say more of the properties.
+_EXTENDING = frozenset(
+    {"additionalProperties", "unevaluatedProperties", "patternProperties", "dependentSchemas", "propertyNames"}
+    | {"allOf", "anyOf", "oneOf", "if", "not", "$ref", "$dynamicRef", "minProperties"}
+)
 
 
 def _rooted(schema: dict[str, Any], place: str) -> dict[str, Any]:
