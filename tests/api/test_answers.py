@@ -48,6 +48,8 @@ ARGUMENTS = {
     "null": "{}",
     '""': "{}",
     '"{\\"x\\": 2}"': '{"x": 2}',
+    r'"{\"s\": \"\ud800\"}"': r'{"s": "\ud800"}',  # half of a surrogate pair: text cannot hold it, JSON can name it
+    r'{"s": "\ud800", "x": 1e999}': r'{"s": "\ud800", "x": 1e999}',
 }
 
 
@@ -138,6 +140,28 @@ def test_forced_calls_follow_references_within_their_own_schema(url, route, stre
 def test_a_function_without_parameters_is_called_with_none(url, parameters, stream):
     got = chat(url, {"tools": [tool("get_time", parameters)], "tool_choice": "required", "max_tokens": 60}, stream)
     assert got.calls == [("get_time", "{}")] and got.finish == "tool_calls" and got.content is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_invents_no_parameters(url, stream):
+    """`properties` without `additionalProperties`, as most libraries write them; whoever wants others says so."""
+    shut = {"type": ["object", "null"], "properties": {"a": {"const": 1}}, "$defs": {"A": {}}}
+    for required, wanted in ((["a"], [{"a": 1}]), ([], [{}, {"a": 1}])):
+        for route, choice in ((chat, "required"), (asking.responses, "required"), (asking.messages, {"type": "any"})):
+            tools = [tool("f", shut | {"required": required})]
+            got = route(url, {"tools": tools, "tool_choice": choice}, stream).calls[0][1]
+            assert (json.loads(got) if isinstance(got, str) else got) in wanted
+
+
+def test_parameters_are_an_object(url):
+    for parameters in ({"type": "array", "items": {"const": 1}}, {"type": ["null", "string"]}, {"type": 7}):
+        body = {"messages": asking.MESSAGES, "tools": [tool("f", parameters)], "tool_choice": "required"}
+        error = post(url, "/v1/chat/completions", body, 400)["error"]
+        assert error["param"] == "tools" and "object" in error["message"]
+    # What is no schema is 400 as well, not a failure of ours.
+    for required in (7, [7], [{}]):
+        parameters = {"type": "object", "properties": {"a": {"const": 1}}, "required": required}
+        post(url, "/v1/chat/completions", body | {"tools": [tool("f", parameters)]}, 400)
 
 
 @pytest.mark.parametrize("stream", [False, True])

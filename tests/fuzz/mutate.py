@@ -10,7 +10,7 @@ from typing import Any
 from tests.fuzz.seeds import SEEDS
 
 STRANGE: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, -1e308, 2**31, 2**63, 2**64, -(2**63), 10**30, "", " ", "\x00",
+    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, -1e308, 2**31, 2**63, 2**64, 10**30, "", " ", "\x00",
     "a" * 5000, "🌍" * 300, "\u202e", "NaN", "auto", "5L", "0L", "-1L", "999L", "1e9M", "1000%", "nan%", "\n",
     "{{ x }}", [], [[]], [[[[]]]], {}, {"": {}}, {"type": None}, [None], [1, "a", None], [-1], [0] * 600, ["a"] * 200,
     list(range(300)), {"a": {"a": {"a": {"a": {}}}}}, "(a|b)*a(a|b){20}", {"$ref": "#"}, {"type": ["string", "null"]},

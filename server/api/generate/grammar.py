@@ -257,6 +257,7 @@ def _tags(structures: list[Structure], triggers: list[str], param: str) -> str:
 def _loads(text: str, param: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # escapes may name what no text can hold
         check_nesting(value, param)
         return value
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 BLANKS = " \t\r\n"
 _IN_STRING = re.compile(r'["\\]')
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can name it, but no text can hold it
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=lambda name: _refuse(name))
 
 
@@ -144,7 +145,7 @@ def call_arguments(text: str) -> str | None:
     if text == "null":
         return "{}"
     if text.startswith('"'):  # an object within a string, as OpenAI's API itself has it
-        text = parse(text).strip()
+        text = _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", parse(text).strip())
         if not text:
             return "{}"
     return text if text.startswith("{") and is_json(text) else None

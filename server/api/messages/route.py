@@ -12,6 +12,7 @@ from starlette.responses import Response
 from server.api.generate.answer_parts import CallPart, Reasoning, Text
 from server.api.generate.conversation import Conversation, Piece
 from server.api.generate.generation import Generation
+from server.api.generate.json_text import is_json
 from server.api.generate.serving import json_response, read_body, respond
 from server.api.generate.submission import Caller
 from server.api.http.errors import APIError
@@ -175,8 +176,4 @@ def _tool_use(call_id: str, name: str) -> dict[str, Any]:
 
 def _input(arguments: str) -> Any:
     """The arguments as they were written; of a call that was cut short, nothing."""
-    try:
-        orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return {}
-    return orjson.Fragment(arguments)
+    return orjson.Fragment(arguments) if is_json(arguments) else {}
