@@ -51,6 +51,23 @@ def test_large_integers_lie_within_their_bounds(plain, bounds):
             assert bounds.get("exclusiveMinimum", value - 1) < value < bounds.get("exclusiveMaximum", value + 1)
 
 
+@pytest.mark.parametrize("schema", [r'{"const": "\ud800"}', r'{"enum": [{"\udfff": 1}]}', '{"const": NaN}', "{"])
+def test_a_schema_as_text_must_be_json_that_text_can_hold(plain, schema):
+    error = completion(plain.url, 400, structured_outputs={"json": schema})["error"]
+    assert error["param"] == "structured_outputs.json" and "not valid JSON" in error["message"]
+
+
+def test_a_prompt_that_is_too_long_is_called_what_the_route_calls_it(plain):
+    for long in ("hi " * 600, "hi " * 100_000):  # the second is not even tokenised
+        for path, body, param in (
+            ("/v1/completions", {"prompt": long}, "prompt"),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}, "messages"),
+            ("/v1/responses", {"input": long}, "input"),
+        ):
+            error = post(plain.url, path, body, 400)["error"]
+            assert error["code"] == "context_length_exceeded" and error["param"] == param, error
+
+
 def test_boolean_schemas_and_json_objects_with_a_schema(plain):
     wanted = closed(a={"const": 5})
     for form in (

@@ -98,6 +98,7 @@ class Conversation:
         self.body = body
         is_old_name = body.max_completion_tokens is None
         self.limit_param = limit_param or ("max_tokens" if is_old_name else "max_completion_tokens")
+        self.prompt_param = "input" if limit_param == "max_output_tokens" else "messages"
         if body.max_completion_tokens is not None and body.max_tokens not in (None, body.max_completion_tokens):
             raise invalid("max_tokens and max_completion_tokens disagree.", "max_completion_tokens")
         for name in ("max_tokens", "max_completion_tokens"):
@@ -129,6 +130,7 @@ class Conversation:
         limits = OutputLimits(
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             param=self.limit_param,
+            prompt=self.prompt_param,
             default=state.sampling_defaults.max_new_tokens or None,
             logprobs=self.num_logprobs,
             prompt_logprobs=body.prompt_logprobs,
@@ -151,7 +153,7 @@ class Conversation:
         text = render(body, self.tools)
         self._has_thought_begun = self.template.thinks and text.rstrip().endswith(THINK)
         is_cut = None if body.truncate_prompt_tokens is None else body.truncation_side or "left"
-        prompt = await encode_prompt(text, bool(body.add_special_tokens), state, "messages", is_cut)
+        prompt = await encode_prompt(text, bool(body.add_special_tokens), state, self.prompt_param, is_cut)
         prompt.token_ids = truncate(prompt.token_ids, body, state.catalog.max_model_len)
         return prompt
 

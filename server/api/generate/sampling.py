@@ -51,17 +51,19 @@ def check_token_ids(token_ids: list[int], param: str, vocab_size: int) -> None:
 
 
 def output_limit(
-    requested: int | None, param: str, default: int | None, num_prompt_tokens: int, max_model_len: int
+    requested: int | None, param: str, default: int | None, num_prompt_tokens: int, max_model_len: int, prompt: str
 ) -> int:
-    """`max_tokens`, or what is left of the context (at most `default`). 400 if prompt and output do not fit."""
+    """`max_tokens`, or what is left of the context (at most `default`). 400 if prompt and output do not fit.
+
+    `param` and `prompt` are what the caller's route calls the limit and the prompt.
+    """
     room = max_model_len - num_prompt_tokens
     if requested is not None and 0 <= requested <= room:
         return requested
     if requested is None and room > 0:
         return room if default is None else min(default, room)
     if requested is None:
-        param = "messages" if default is None or param != "max_tokens" else "prompt"
-        detail = "which leaves no room for an answer"
+        param, detail = prompt, "which leaves no room for an answer"
     else:
         detail = f"and {requested} more were asked for"
     raise APIError(

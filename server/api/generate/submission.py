@@ -51,6 +51,7 @@ class OutputLimits:
 
     max_tokens: int | None
     param: str = "max_tokens"
+    prompt: str = "prompt"  # what the route calls that
     default: int | None = None  # None: what is left of the context
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -99,8 +100,8 @@ class Submission:
         stop = stop_strings(body, settings)
         n = _num_choices(body, len(prompts), state)
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        most = [output_limit(limits.max_tokens, limits.param, limits.default, length, catalog.max_model_len)
-                for length in lengths]  # fmt: skip
+        asked, room = (limits.max_tokens, limits.param, limits.default), catalog.max_model_len
+        most = [output_limit(*asked, length, room, limits.prompt) for length in lengths]
         sizes = sizes.within_memory(catalog, max(map(sum, zip(lengths, most, strict=True))))
         logprobs = check_logprobs(limits.logprobs, "logprobs", settings, tokenizer.vocab_size)
         scored = check_logprobs(limits.prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size)
