@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix
 
 _SCALE_BYTES = 4
@@ -45,7 +46,7 @@ class Int8Matrix:
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
 
-Matrix = torch.Tensor | Int8Matrix | CodedMatrix
+Matrix = torch.Tensor | Int8Matrix | CodedMatrix | NestedMatrix
 
 
 def quantise(matrix: torch.Tensor) -> Int8Matrix:
@@ -70,7 +71,7 @@ def tensors_of(value: Matrix | None) -> Iterator[torch.Tensor]:
     """What a field of weights holds in memory."""
     if isinstance(value, Int8Matrix):
         yield from (value.values, value.scale)
-    elif isinstance(value, CodedMatrix):
+    elif isinstance(value, CodedMatrix | NestedMatrix):
         yield from value.tensors()
     elif value is not None:
         yield value

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model_store.int8 import Int8Matrix, Matrix
+from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix, round_activations
 
 # Up to so many rows torch's own int8 operation on CPU (bfloat16) is faster than converting the weights; measured. It
@@ -22,7 +23,7 @@ def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) ->
     Of int8 weights a plain copy lives while it is multiplied with, at most: their values are exact in every type, and
     the sums are scaled in float32. With codes activations are rounded to 8 bits by blocks, as the integer kernels do.
     """
-    if isinstance(weight, CodedMatrix):
+    if isinstance(weight, CodedMatrix | NestedMatrix):
         out = F.linear(round_activations(x), weight.dense(torch.float32))
         return (out if bias is None else out + bias).to(x.dtype)
     if not isinstance(weight, Int8Matrix):
@@ -39,7 +40,7 @@ def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) ->
 
 def embed(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Rows `ids` of [V, E] -> [T, E]."""
-    if isinstance(weight, CodedMatrix):
+    if isinstance(weight, CodedMatrix | NestedMatrix):
         return weight.rows(ids).to(dtype)
     if not isinstance(weight, Int8Matrix):
         return F.embedding(ids, weight)

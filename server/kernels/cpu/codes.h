@@ -31,18 +31,20 @@ enum Scales {
     kTwoLevel16,  // signed bytes of 16 inputs, times a float16 of 256 inputs
     kChannel,     // none: the sums are scaled by channel
     kWide,        // float and minimum, of 16 inputs
+    kNested,      // float16 for each width, and the place of zero: codes_nested.h
 };
 
 template <int bits_, Scales scales_, int centre_>
 struct Form {
     static constexpr int bits = bits_, centre = centre_;  // centre: its power of two, -1 for none
     static constexpr Scales scales = scales_;
-    static constexpr bool has_minimum = scales == kHalfMin || scales == kTwoLevel || scales == kWide;
+    static constexpr bool has_minimum = scales == kHalfMin || scales == kTwoLevel || scales == kWide || scales == kNested;
     static constexpr int parts = scales == kTwoLevel16 || scales == kWide ? 2 : 1;  // of a group, with scales of their own
     static constexpr int scale_bytes = scales == kHalf ? 64 : scales == kHalfMin ? 128 : scales == kChannel ? 0 : scales == kWide ? 512 : 64;
     static constexpr int super_bytes = scales == kTwoLevel ? 128 : scales == kTwoLevel16 ? 64 : 0;
     static constexpr int code_bytes = bits == 8 ? 1024 : kNibbleBytes + (bits - 4) * kPlaneBytes;
-    static constexpr int record = scale_bytes + code_bytes;
+    static constexpr int read = (scales == kNested ? 96 + kNibbleBytes + (bits - 4) * kPlaneBytes : scale_bytes + code_bytes);  // of a group by a product
+    static constexpr int record = scales == kNested ? 1312 : read;  // in memory
     static constexpr long head(int groups) { return long(super_bytes) * ((groups + kGroupsInSuper - 1) / kGroupsInSuper); }
     static constexpr long panel_bytes(int groups) { return head(groups) + long(record) * groups; }
 };
@@ -60,6 +62,10 @@ inline bool with_form(int type, Body&& body) {
         case BS_Q4_K: return body(Form<4, kTwoLevel, -1>{}), true;
         case BS_Q5_K: return body(Form<5, kTwoLevel, -1>{}), true;
         case BS_Q6_K: return body(Form<6, kTwoLevel16, 5>{}), true;
+        case BS_NESTED_4: return body(Form<4, kNested, -1>{}), true;
+        case BS_NESTED_5: return body(Form<5, kNested, -1>{}), true;
+        case BS_NESTED_6: return body(Form<6, kNested, -1>{}), true;
+        case BS_NESTED_8: return body(Form<8, kNested, 7>{}), true;
         case BS_WIDE: return body(Form<8, kWide, 7>{}), true;
         default: return false;
     }
@@ -90,7 +96,9 @@ struct Packed {
     int groups, group = 0;
     Packed(const char* panel, int groups) : start(reinterpret_cast<const uint8_t*>(panel)), record(start + F::head(groups)), groups(groups) {}
     void next() { record += F::record, group++; }
-    const uint8_t* ahead(long bytes) const { return record + bytes; }
+    void fetch(long ahead) const {
+        for (int i = 0; i < F::record; i += 64) _mm_prefetch(reinterpret_cast<const char*>(record + ahead + i), _MM_HINT_NTA);
+    }
 
     // Codes of line i, vector v of the panel's.
     template <int i, int v>
@@ -121,10 +129,16 @@ struct Packed {
     }
 };
 
+}  // namespace boomerang
+
+#include "codes_nested.h"
+
+namespace boomerang {
+
 // What a panel is widened to once for many rows: bytes of codes, then floats. Where fours of bytes are multiplied at once the
 // width does not matter, and codes get one common centre.
 template <class F>
-using WideForm = Form<kFours ? 8 : F::bits, F::scales == kTwoLevel ? kHalfMin : F::scales, F::centre < 0 ? -1 : kFours ? 7 : F::centre>;
+using WideForm = Form<kFours ? 8 : F::bits, F::scales == kTwoLevel || F::scales == kNested ? kHalfMin : F::scales, F::centre < 0 ? -1 : kFours ? 7 : F::centre>;
 
 // Reads a widened panel.
 template <class F>
@@ -135,7 +149,7 @@ struct Widened {
     const uint8_t* record;
     Widened(const char* panel, int) : record(reinterpret_cast<const uint8_t*>(panel)) {}
     void next() { record += kRecord; }
-    const uint8_t* ahead(long bytes) const { return record + bytes; }
+    void fetch(long) const {}
 
     template <int i, int v>
     Bytes code() const { return load_bytes(record + (2 * i + v * kLanes / 16) * 64 + v * kLanes % 16 * 4); }

@@ -74,8 +74,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) total[r][v] = no_floats();
     for (int g = 0; g < groups; g++, from.next(), codes += kGroup, blocks++) {
-        if (ahead)
-            for (int i = 0; i < F::record; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from.ahead(ahead) + i), _MM_HINT_NTA);
+        if (ahead) from.fetch(ahead);
         each_line<0, F::parts>([&](auto part) {
             Bytes sum[R][V];
             for (int r = 0; r < R; r++) {

@@ -107,30 +107,78 @@ void pack_codes_panel(const BsPack& m, int panel) {
         }
 }
 
+// From codes [N, K], `source_scale` as float16 [4, N, G] for 8, 6, 5 and 4 bits, `source_minimum` as the bytes of zero [N, G].
+inline void pack_nested_panel(const BsPack& m, int panel) {
+    constexpr int widths[] = {8, 6, 5, 4};
+    const int groups = groups_of(m.K);
+    auto* start = static_cast<uint8_t*>(m.target) + long(panel) * groups * kNestedRecord;
+    std::memset(start, 0, size_t(groups) * kNestedRecord);
+    const auto* scales = reinterpret_cast<const uint16_t*>(m.source_scale);
+    const auto* zeros = reinterpret_cast<const uint8_t*>(m.source_minimum);
+    auto piece = [&](int at, int size, int g) { return start + long(at) * groups + long(size) * g; };
+    for (int c = 0; c < kPanel; c++) {
+        const long row = source_row(panel * kPanel + c, m.N, m.gated);
+        if (row < 0) continue;
+        for (int g = 0; g < groups; g++) {
+            const uint8_t* from = static_cast<const uint8_t*>(m.source) + row * m.K + g * kGroup;
+            uint8_t *nibbles = piece(kNibblesAt, kNibbleBytes, g), *planes[4];
+            for (int p = 0; p < 4; p++) planes[p] = piece(plane_at(p), kPlaneBytes, g) + c / 16 * 64;
+            piece(0, kZeroPiece, g)[c] = zeros[row * groups + g];
+            for (int k = 0; k < kGroup; k++) {
+                const int i = k / 4, byte = c % 16 * 4 + k % 4;
+                nibbles[i * 64 + byte] |= uint8_t(from[k] >> 4 << (c < 16 ? 0 : 4));
+                for (int p = 0; p < 4; p++) planes[p][byte] |= uint8_t((from[k] >> (3 - p) & 1) << i);
+            }
+            for (int w = 0; w < 4; w++) std::memcpy(piece(scale_at(widths[w]), kScalePiece, g) + 2 * c, scales + (w * long(m.N) + row) * groups + g, 2);
+        }
+    }
+}
+
+// Row `n` of nested codes, read at so many bits.
+template <int bits, int centre>
+void unpack_nested_row(const char* data, int n, int K, float* out) {
+    const int groups = groups_of(K), c = n % kPanel;
+    Packed<Form<bits, kNested, centre>> from(data + long(n / kPanel) * groups * kNestedRecord, groups);
+    for (int g = 0; g < groups; g++, from.next()) {
+        alignas(64) float lanes[kLanes];
+        store_floats(lanes, from.raw_scale(c / kLanes));
+        for (int k = 0; k < kGroup; k++) {
+            const int i = k / 4, byte = c % 16 * 4 + k % 4;
+            int code = from.nibbles()[i * 64 + byte] >> (c < 16 ? 0 : 4) & 15;
+            for (int p = 0; p < bits - 4; p++) code = 2 * code + (from.plane(p)[c / 16 * 64 + byte] >> i & 1);
+            out[g * kGroup + k] = lanes[c % kLanes] * ((1 << (8 - bits)) * (code + 0.5f) - from.zero()[c]);
+        }
+    }
+}
+
 // Row `n` of a packed [N, K] as float.
 template <class F>
 void unpack_codes_row(const char* data, const float* scale, int n, int K, float* out) {
-    const int groups = groups_of(K), c = n % kPanel, v = c / kLanes, half = c / 16, at = c % 16 * 4;
-    Packed<F> from(data + n / kPanel * F::panel_bytes(groups), groups);
-    for (int g = 0; g < groups; g++, from.next()) {
-        float scales[F::parts], minima[F::parts];
-        for (int part = 0; part < F::parts; part++) {
-            alignas(64) float lanes[2][kLanes];
-            store_floats(lanes[0], from.scale(part, v)), store_floats(lanes[1], from.minimum(part, v));
-            scales[part] = F::scales == kChannel ? scale[n] : lanes[0][c % kLanes], minima[part] = lanes[1][c % kLanes];
-        }
-        const uint8_t* codes = from.record + F::scale_bytes;
-        for (int k = 0; k < std::min(kGroup, K - g * kGroup); k++) {
-            const int i = k / 4, byte = at + k % 4, part = F::parts == 1 ? 0 : k / 16;
-            int code;
-            if constexpr (F::bits == 8) {
-                code = codes[(2 * i + half) * 64 + byte];
-            } else {
-                code = codes[i * 64 + byte] >> (4 * half) & 15;
-                for (int bit = 0; bit < F::bits - 4; bit++) code = 2 * code + (codes[kNibbleBytes + bit * kPlaneBytes + half * 64 + byte] >> i & 1);
+    if constexpr (F::scales == kNested) {
+        unpack_nested_row<F::bits, F::centre>(data, n, K, out);
+    } else {
+        const int groups = groups_of(K), c = n % kPanel, v = c / kLanes, half = c / 16, at = c % 16 * 4;
+        Packed<F> from(data + n / kPanel * F::panel_bytes(groups), groups);
+        for (int g = 0; g < groups; g++, from.next()) {
+            float scales[F::parts], minima[F::parts];
+            for (int part = 0; part < F::parts; part++) {
+                alignas(64) float lanes[2][kLanes];
+                store_floats(lanes[0], from.scale(part, v)), store_floats(lanes[1], from.minimum(part, v));
+                scales[part] = F::scales == kChannel ? scale[n] : lanes[0][c % kLanes], minima[part] = lanes[1][c % kLanes];
             }
-            if constexpr (F::centre >= 0) code -= 1 << std::max(F::centre, 0);
-            out[g * kGroup + k] = float(code) * scales[part] + minima[part];
+            const uint8_t* codes = from.record + F::scale_bytes;
+            for (int k = 0; k < std::min(kGroup, K - g * kGroup); k++) {
+                const int i = k / 4, byte = at + k % 4, part = F::parts == 1 ? 0 : k / 16;
+                int code;
+                if constexpr (F::bits == 8) {
+                    code = codes[(2 * i + half) * 64 + byte];
+                } else {
+                    code = codes[i * 64 + byte] >> (4 * half) & 15;
+                    for (int bit = 0; bit < F::bits - 4; bit++) code = 2 * code + (codes[kNibbleBytes + bit * kPlaneBytes + half * 64 + byte] >> i & 1);
+                }
+                if constexpr (F::centre >= 0) code -= 1 << std::max(F::centre, 0);
+                out[g * kGroup + k] = float(code) * scales[part] + minima[part];
+            }
         }
     }
 }

@@ -109,7 +109,7 @@ class NativeExecutor(Executor):
         kind = str(self.weight_form)
         if self._weights.is_compressed:
             kind = f"{str(self.dtype).removeprefix('torch.')}, weights compressed without loss to 12 bits"
-        if self.weight_form.storage is Storage.CODES:
+        if self.weight_form.storage in (Storage.CODES, Storage.NESTED):
             kind = f"{str(self.dtype).removeprefix('torch.')}, weights in codes ({self._kinds})"
         text = f"native C++ ({self.variant}) on cpu, {kind}, {self.num_threads} threads, "
         return f"{text}pages of {self.page_size} tokens"

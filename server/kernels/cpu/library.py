@@ -14,6 +14,7 @@ from server.kernels.cpu import build
 VARIANT_VARIABLE = "BOOMERANG_CPU_VARIANT"
 FLOAT, BF16, INT8, BF12, WIDE, CODES = 0, 1, 2, 3, 12, 13  # BsType
 BLOCK_TYPES = {"Q4_0": 4, "Q4_1": 5, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 9, "Q5_K": 10, "Q6_K": 11}
+NESTED = {4: 14, 5: 15, 6: 16, 8: 17}  # by the bits that are read
 
 
 class Weights(ctypes.Structure):

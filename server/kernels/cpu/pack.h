@@ -124,7 +124,12 @@ inline void pack_one(const BsPack& m, int panel) {
         pack_panel_fast<bf16, false>(m, panel, reinterpret_cast<char*>(lines));
         return compress_panel(m, panel, lines);
     }
-    with_form(m.type, [&](auto form) { pack_codes_panel<decltype(form)>(m, panel); });
+    with_form(m.type, [&](auto form) {
+        if constexpr (decltype(form)::scales == kNested)
+            pack_nested_panel(m, panel);
+        else
+            pack_codes_panel<decltype(form)>(m, panel);
+    });
 }
 
 // each(matrix, panel) for all panels, on several threads.

@@ -17,6 +17,7 @@ import torch
 
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.loaded import LoadedPair
+from model_store.nested import NestedMatrix, bytes_in_memory, bytes_read
 from model_store.quantized import CodedMatrix
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.kernels.cpu import library
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
 TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+_NESTED_BITS = {kind: bits for bits, kind in library.NESTED.items()}
 _PLAIN = {library.FLOAT, library.BF16, library.BF12}  # not codes
 
 
@@ -43,6 +45,7 @@ class _Source:
     shape: torch.Size
     type: int  # BsType
     num_bytes: int  # packed
+    num_read: int  # of those, by a product
     num_channels: int  # with padding
     is_gated: bool = False
     scale: torch.Tensor | None = None  # int8: [N]; WIDE: [N, K / 16]
@@ -73,7 +76,7 @@ class PackedWeights:
         self.type = types.pop() if types <= _PLAIN and len(types) == 1 else library.CODES
         self.is_compressed = self.type == library.BF12
         num_weights = sum(source.shape.numel() for source in sources)
-        self.bytes_per_weight = sum(source.num_bytes for source in sources) / num_weights
+        self.bytes_per_weight = sum(source.num_read for source in sources) / num_weights
         everyone = list(pair.tensors())
         self._arena = huge_pages(sum(source.num_bytes for source in sources))
         self._scales = torch.zeros(sum(s.num_channels for s in sources if s.type == library.INT8))
@@ -98,15 +101,21 @@ class PackedWeights:
                 self._source(part.blocks, part.shape, library.BLOCK_TYPES[part.type.name], is_gated)
                 for part in matrix.parts
             ]
+        if isinstance(matrix, NestedMatrix):
+            kind = library.NESTED[matrix.width]
+            parts = {"scale": matrix.scales, "minimum": matrix.zero}
+            return [self._source(matrix.codes, matrix.shape, kind, is_gated, **parts)]
         if isinstance(matrix, Int8Matrix):
             return [self._source(matrix.values, matrix.shape, library.INT8, is_gated, scale=matrix.scale)]
         is_compressed = self._compress and matrix.dtype == torch.bfloat16
         return [self._source(matrix, matrix.shape, library.BF12 if is_compressed else TYPES[matrix.dtype], is_gated)]
 
     def _source(self, values: torch.Tensor, shape: torch.Size, kind: int, is_gated: bool, **more) -> _Source:
-        num_bytes = self._lib.bs_packed_bytes(*shape, is_gated, kind)
+        num_bytes = num_read = self._lib.bs_packed_bytes(*shape, is_gated, kind)
+        if kind in _NESTED_BITS:
+            num_read = round(num_bytes * bytes_read(_NESTED_BITS[kind]) / bytes_in_memory())
         return _Source(
-            values, shape, kind, num_bytes, self._lib.bs_packed_channels(shape[0], is_gated), is_gated, **more
+            values, shape, kind, num_bytes, num_read, self._lib.bs_packed_channels(shape[0], is_gated), is_gated, **more
         )
 
     def _wide(self, matrix: CodedMatrix, is_gated: bool) -> _Source:
@@ -163,6 +172,8 @@ class PackedWeights:
                     tensor.data = packed_values
             if isinstance(matrix, Int8Matrix):
                 matrix.scale.data = here[0][2][1]
+            if isinstance(matrix, NestedMatrix):  # they lie with the codes now
+                matrix.zero.data, matrix.scales.data = target[:0], target[:0]
             self._where[_start(matrix)] = weights[0]
 
     def _measure_exponents(self, items: list[library.Pack]) -> None:
@@ -198,6 +209,8 @@ def source_of(matrix: Matrix) -> torch.Tensor:
     """The tensor that says which matrix it is: shared matrices share it."""
     if isinstance(matrix, CodedMatrix):
         return matrix.parts[0].blocks
+    if isinstance(matrix, NestedMatrix):
+        return matrix.codes
     return matrix.values if isinstance(matrix, Int8Matrix) else matrix
 
 

@@ -12,6 +12,8 @@ enum BsType : int32_t {
     // As GGUF names them; BS_WIDE: codes of eight bits with float scale and minimum per 16 inputs, which hold them all.
     BS_Q4_0 = 4, BS_Q4_1 = 5, BS_Q5_0 = 6, BS_Q5_1 = 7, BS_Q8_0 = 8, BS_Q4_K = 9, BS_Q5_K = 10, BS_Q6_K = 11, BS_WIDE = 12,
     BS_CODES = 13,  // as the type of an engine's weights: each matrix says its own
+    // Nested codes (codes_nested.h), read at so many bits; one layout.
+    BS_NESTED_4 = 14, BS_NESTED_5 = 15, BS_NESTED_6 = 16, BS_NESTED_8 = 17,
 };
 
 // A weight whose exponent has no code: input, channel within its panel, and what it is.
@@ -95,7 +97,8 @@ struct BsStep {
 };
 
 // One matrix to pack: `source` [N, K] to `target`, of `type` (BS_BF12: from bfloat16; codes: from a file's blocks); for int8
-// also its scales [N], to one per channel; for BS_WIDE int8 codes with scales and minima [N, K / 16]. For BS_BF12 bs_measure fills `exponents` and `rest_start` [panels + 1], whose last says how long `rest` is.
+// also its scales [N], to one per channel; for BS_WIDE int8 codes with scales and minima [N, K / 16]; for nested codes float16 scales [4, N, K / 32] of 8, 6, 5 and 4
+// bits, and bytes of zero [N, K / 32] as minima. For BS_BF12 bs_measure fills `exponents` and `rest_start` [panels + 1], whose last says how long `rest` is.
 struct BsPack {
     const void* source;
     void* target;

@@ -1,0 +1,67 @@
+// Nested codes (model_store/nested.py): one 8-bit parent, read at 4, 5, 6 or 8 bits; included by codes.h.
+//
+// A panel is ten streams, each with a piece for every group of 32 inputs: the place of zero, the plane of nibbles, and for
+// each width its scales and the planes that it adds. A reader of few bits leaves the later streams in memory. Within a
+// piece planes lie as codes.h says.
+//
+// weight = scale * (2^(8 - bits) * (code + 1/2) - zero).
+#pragma once
+
+namespace boomerang {
+
+constexpr int kZeroPiece = kPanel, kScalePiece = 2 * kPanel;
+constexpr int kNestedRecord = kZeroPiece + 4 * kScalePiece + kNibbleBytes + 4 * kPlaneBytes;  // of a group, all streams together
+
+// Where streams begin, in bytes for each group of the panel.
+constexpr int kNibblesAt = kZeroPiece;
+constexpr int scale_at(int bits) { return kNibblesAt + kNibbleBytes + (bits == 4 ? 0 : (bits - 4) * (kPlaneBytes + kScalePiece) - (bits == 8 ? kScalePiece : 0)); }
+// Plane `p` below the nibbles, the highest bit first.
+constexpr int plane_at(int p) { return kNibblesAt + kNibbleBytes + kScalePiece + p * (kPlaneBytes + kScalePiece) - (p == 3 ? kScalePiece : 0); }
+static_assert(scale_at(8) == kNestedRecord - kScalePiece && plane_at(3) == scale_at(8) - kPlaneBytes, "streams follow each other");
+
+template <int bits, int centre>
+struct Packed<Form<bits, kNested, centre>> {
+    using Form = boomerang::Form<bits, kNested, centre>;
+    static constexpr int more = bits - 4;
+    const uint8_t* panel;
+    int groups, group = 0;
+    Packed(const char* panel, int groups) : panel(reinterpret_cast<const uint8_t*>(panel)), groups(groups) {}
+    void next() { group++; }
+    const uint8_t* piece(int at, int size) const { return panel + long(at) * groups + long(size) * group; }
+    const uint8_t* zero() const { return piece(0, kZeroPiece); }
+    const uint8_t* nibbles() const { return piece(kNibblesAt, kNibbleBytes); }
+    const uint8_t* plane(int p) const { return piece(plane_at(p), kPlaneBytes); }
+
+    // Fetches what a group about `bytes` later, in this panel or the next, will read.
+    void fetch(long bytes) const {
+        Packed later = *this;
+        const int to = group + int(bytes / Form::read) + 1;
+        later.panel += long(to / groups) * groups * kNestedRecord, later.group = to % groups;
+        auto lines = [](const uint8_t* from, int size) {
+            for (int i = 0; i < size; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_NTA);
+        };
+        lines(later.zero(), kZeroPiece);
+        lines(later.nibbles(), kNibbleBytes);
+        lines(later.piece(scale_at(bits), kScalePiece), kScalePiece);
+        for (int p = 0; p < more; p++) lines(later.plane(p), kPlaneBytes);
+    }
+
+    template <int i, int v>
+    Bytes code() const {
+        constexpr int half = v * kLanes / 16, at = v * kLanes % 16 * 4;
+        Bytes code = both(shifted<half ? more - 4 : more>(load_bytes(nibbles() + at + i * 64)), every_byte(15 << more));
+        each_line<0, more>([&](auto p) {
+            constexpr int bit = more - 1 - p;
+            code = with(code, both(shifted<bit - i>(load_bytes(plane(p) + half * 64 + at)), every_byte(1 << bit)));
+        });
+        return code;
+    }
+    Floats raw_scale(int v) const { return load_halves(piece(scale_at(bits), kScalePiece) + 2 * v * kLanes); }
+    Floats scale(int, int v) const { return raw_scale(v) * every_float(1 << (8 - bits)); }
+    Floats minimum(int, int v) const {
+        constexpr float half = (1 << (8 - bits)) / 2.0f, shift = centre < 0 ? 0 : 1 << (centre < 0 ? 0 : centre);
+        return raw_scale(v) * (every_float(half + shift) - load_u8(zero() + v * kLanes));
+    }
+};
+
+}  // namespace boomerang
