@@ -13,6 +13,7 @@ import torch
 from model_store.assembly import Elasticity
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.lowrank import LowRankDelta
+from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
@@ -40,6 +41,9 @@ class LoadedPair:
         storage = Storage.INT8 if isinstance(end.head, Int8Matrix) else Storage.AS_LOADED
         if any(isinstance(value, CodedMatrix) for _, value in self._matrices()):
             storage = Storage.CODES
+        nested = [value.width for _, value in self._matrices() if isinstance(value, NestedMatrix)]
+        if nested:
+            return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), Storage.NESTED, min(nested))
         return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage)
 
     def _matrices(self) -> Iterator[tuple[str, Matrix]]:
@@ -52,7 +56,8 @@ class LoadedPair:
         """What lies in memory, by kind of tensor, before an executor packs it: "qkv Q4_K + Q6_K, ..., head Q6_K"."""
         kinds: dict[str, dict[str, None]] = {}
         for name, matrix in self._matrices():
-            kind = matrix.kind if isinstance(matrix, CodedMatrix) else str(matrix.dtype).removeprefix("torch.")
+            in_codes = isinstance(matrix, CodedMatrix | NestedMatrix)
+            kind = matrix.kind if in_codes else str(matrix.dtype).removeprefix("torch.")
             kinds.setdefault(name, {})[kind] = None
         names: dict[str, list[str]] = {}
         for name, found in kinds.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from model_store.int8 import int8_bytes
+from model_store.nested import can_nest_width, nested_bytes
 
 
 class Storage(enum.StrEnum):
@@ -16,21 +17,24 @@ class Storage(enum.StrEnum):
     AS_LOADED = "as loaded"
     TWELVE_BITS = "12 bits"  # bfloat16, compressed without loss by an executor
     CODES = "codes"  # a file's own, and AS_LOADED for what it has no codes of
+    NESTED = "nested codes"  # one 8-bit parent per weight, read at fewer bits (nested.py)
     INT8 = "int8"  # rounded to 255 steps per output channel
 
 
 @dataclass(frozen=True, slots=True)
 class WeightForm:
-    """`dtype` is that of the products; `low_rank`: a low-rank student's layers stay differences to the teacher's."""
+    """`dtype` is that of the products; `low_rank`: a low-rank student's layers stay differences to the teacher's;
+    `bits`: those at which nested codes are read."""
 
     dtype: torch.dtype = torch.bfloat16
     low_rank: bool = False
     storage: Storage = Storage.AS_LOADED
+    bits: int = 8
 
     @property
     def is_quantised(self) -> bool:
         """Whether the weights differ from those of the files by more than the dtype's rounding."""
-        return self.storage is Storage.INT8
+        return self.storage in (Storage.INT8, Storage.NESTED)
 
     def stored_as(self, storage: Storage) -> WeightForm:
         return replace(self, storage=storage)
@@ -39,8 +43,12 @@ class WeightForm:
         """Bytes of a matrix [num_rows, width] as `Pair.load` leaves it; an executor that packs it knows its own."""
         if self.storage is Storage.INT8:
             return int8_bytes(num_rows, width)
+        if self.storage is Storage.NESTED and can_nest_width(width):
+            return nested_bytes(num_rows, width)
         return num_rows * width * self.dtype.itemsize
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        if self.storage is Storage.NESTED:
+            return f"{name}, {self.storage} read at {self.bits} bits"
         return name if self.storage is Storage.AS_LOADED else f"{name}, {self.storage} weights"

@@ -100,10 +100,11 @@ class Settings:
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="model")
     quantization: str | None = option(
         None,
-        "none: matrices in --dtype; int8: of 8 bits, rounded when loaded, one scale per output channel; not given: a "
-        "GGUF file's own codes on CPU, --dtype for other checkpoints",
+        "none: matrices in --dtype; int8: of 8 bits, rounded when loaded, one scale per output channel; q8, q6, q5, "
+        "q4: nested codes read at so many bits, made once and kept in the store; not given: a GGUF file's own codes on "
+        "CPU, --dtype for other checkpoints",
         group="model",
-        choices=("none", "int8"),
+        choices=("none", "int8", "q8", "q6", "q5", "q4"),
     )
     weight_compression: str = option(
         "auto",

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _KV_SHARE, _KV_CAP_CPU = 0.4, 4 * GiB  # of what is free; a server is seldom alone on a CPU machine
 _DEFAULT_CONTEXT = 8192
+_NESTED_BITS = {"q8": 8, "q6": 6, "q5": 5, "q4": 4}  # --quantization
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -74,6 +75,11 @@ def weight_form(settings: Settings, pair: Pair) -> WeightForm:
         keeps_codes = pair.has_codes and settings.executor != "cuda" and pick_device(settings).type == "cpu"
         storage = Storage.CODES if keeps_codes else Storage.AS_LOADED
     else:
+        bits = _NESTED_BITS.get(settings.quantization)
+        if bits is not None:
+            if settings.low_rank == "on":
+                raise ValueError(f"--low-rank on does not go with --quantization {settings.quantization}")
+            return WeightForm(pick_dtype(settings), storage=Storage.NESTED, bits=bits)
         storage = Storage.AS_LOADED if settings.quantization == "none" else Storage(settings.quantization)
     form = WeightForm(pick_dtype(settings), storage=storage)
     if pair.student_spec is not None:
@@ -84,6 +90,25 @@ def weight_form(settings: Settings, pair: Pair) -> WeightForm:
     if settings.low_rank == "auto" and settings.memory_budget is not None and not low_rank:
         low_rank = pair.union_bytes(pair.elasticity.sizes, form) > settings.memory_budget
     return dataclasses.replace(form, low_rank=low_rank)
+
+
+def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: torch.device) -> LoadedPair:
+    """The pair's tensors in this form. Nested codes are made first if the store has none yet: a minute for 135M
+    parameters. Raises PairError or WeightError."""
+    from model_store.weight_form import Storage
+
+    if form.storage is not Storage.NESTED:
+        return pair.load(form, device, settings.memory_budget)
+    from model_store import nested_store
+    from model_store.store import store_root
+    from server.nesting import make_nested, nested_file
+
+    file = nested_file(pair, store_root(settings.store))
+    if not nested_store.is_current(file):
+        make_nested(pair, file)
+    loaded = pair.load(form, device, settings.memory_budget)
+    nested_store.put(loaded, file, form.bits)
+    return loaded
 
 
 def speculative_size(settings: Settings, pair: Pair) -> int | None:
@@ -232,7 +257,7 @@ def load_model(
         torch.set_num_threads(settings.num_threads)
     pair = open_settings_pair(settings)
     form, device = weight_form(settings, pair), pick_device(settings)
-    loaded = pair.load(form, device, settings.memory_budget)
+    loaded = load_weights(settings, pair, form, device)
     clock.mark("weights")
     config = engine_config(settings, pair, form.dtype, device)
     runner = StepRunner(loaded, config)

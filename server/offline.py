@@ -30,10 +30,10 @@ class OfflineEngine:
 
         from server.api.generate.tokenizer import ServingTokenizer
         from server.engine.engine import Engine
-        from server.loading import engine_config, pick_device, weight_form
+        from server.loading import engine_config, load_weights, pick_device, weight_form
 
         form, device = weight_form(settings, pair), pick_device(settings)
-        loaded = pair.load(form, device, settings.memory_budget)
+        loaded = load_weights(settings, pair, form, device)
         config = engine_config(settings, pair, form.dtype, device)
         length = min(max_model_len, pair.spec.max_context)
         self.engine = Engine(loaded, dataclasses.replace(config, max_num_seqs=_MAX_SEQS, max_model_len=length))

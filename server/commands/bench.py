@@ -18,7 +18,7 @@ from server.commands.sizes import speed_file
 from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.loading import engine_config, open_settings_pair, pick_device, weight_form
+from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
 from server.sizing.spec import SizeSpec
 
 
@@ -46,7 +46,7 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     length = arguments.input_len + arguments.output_len
     if min(batches) < 1 or arguments.input_len < 1 or arguments.output_len < 2 or length > pair.spec.max_context:
         raise ValueError("batch sizes and lengths must be positive (output at least 2) and fit the model's context")
-    loaded = pair.load(form, device, settings.memory_budget)
+    loaded = load_weights(settings, pair, form, device)
     config = dataclasses.replace(
         engine_config(settings, pair, form.dtype, device),
         max_num_seqs=max(batches),

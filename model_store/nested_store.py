@@ -1,0 +1,93 @@
+"""A pair's matrices in nested codes, kept in the store: made once from the loaded pair, read at every later start.
+
+One safetensors file for each pair (by the digest of everything that decides its answers), tensors named
+`layers.<global id>.<field>.<part>` and `<side>.<head|embed>.<part>`. A matrix that several places share is there once;
+the metadata say whose it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model_store.loaded import LoadedPair
+from model_store.nested import HEAD_BITS, NestedMatrix, can_nest_width, nest
+from model_store.weights import MATRICES, EndWeights, LayerWeights
+
+VERSION = 1  # of the codes and of the text that scales are fitted on: files of other versions are made again
+_PARTS = ("codes", "zero", "scales")
+
+Grams = dict[int, torch.Tensor]  # address of a matrix -> X^T X of the inputs that it met
+
+
+def places(pair: LoadedPair) -> Iterator[tuple[str, LayerWeights | EndWeights, str]]:
+    """(name, owner, field) of every plain matrix of layers and heads that can be nested, in the order of a step."""
+    owners: list[tuple[str, LayerWeights | EndWeights, tuple[str, ...]]] = [
+        (f"layers.{index}", layer, MATRICES) for index, layer in sorted(pair.layers.items())
+    ]
+    owners += [(side, end, ("head",)) for side, end in pair.ends.items()]
+    for prefix, owner, fields in owners:
+        for field in fields:
+            matrix = getattr(owner, field)
+            if isinstance(matrix, torch.Tensor) and can_nest_width(matrix.shape[1]):
+                yield f"{prefix}.{field}", owner, field
+
+
+def write(
+    pair: LoadedPair, file: Path, grams: Grams | None = None, each: Callable[[str], None] = lambda name: None
+) -> None:
+    """Nest every matrix of a pair loaded in plain floats. `each` hears the name of what was done, for a bar."""
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, owner, field in places(pair):
+        matrix = getattr(owner, field)
+        address = matrix.data_ptr()
+        if address in names:
+            shared[name] = names[address]
+            continue
+        names[address] = name
+        nested = nest(matrix, (grams or {}).get(address))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in zip(_PARTS, nested.tensors(), strict=True)}
+        each(name)
+    about = {"version": VERSION, "fitted": bool(grams), "shared": shared}
+    partial = file.with_suffix(".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial, metadata={"boomerang": json.dumps(about)})
+    partial.replace(file)
+
+
+def is_current(file: Path) -> bool:
+    """Whether the file is there, whole, and of this version."""
+    try:
+        with safe_open(file, "pt") as handle:
+            return _about(handle).get("version") == VERSION
+    except (OSError, SafetensorError):
+        return False
+
+
+def _about(handle: safe_open) -> dict:
+    return json.loads((handle.metadata() or {}).get("boomerang", "{}"))
+
+
+def put(pair: LoadedPair, file: Path, bits: int) -> None:
+    """Replace the pair's plain matrices by those of the file, layers read at `bits`, heads at `HEAD_BITS`.
+
+    What is shared stays shared. A tied embedding is read as its head is.
+    """
+    with safe_open(file, "pt") as handle:
+        shared, read = _about(handle)["shared"], {}
+        for name, owner, field in list(places(pair)):
+            first = shared.get(name, name)
+            if first not in read:
+                width = HEAD_BITS[bits] if field == "head" else bits
+                codes, zero, scales = (handle.get_tensor(f"{first}.{part}") for part in _PARTS)
+                read[first] = NestedMatrix(codes, zero, scales, width)
+            if isinstance(owner, EndWeights) and owner.embed is owner.head:
+                owner.embed = read[first]
+            setattr(owner, field, read[first])
