@@ -46,7 +46,8 @@ class Int8Matrix:
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
 
-Matrix = torch.Tensor | Int8Matrix | CodedMatrix | NestedMatrix
+Factor = torch.Tensor | Int8Matrix  # of a low-rank term
+Matrix = Factor | CodedMatrix | NestedMatrix
 
 
 def quantise(matrix: torch.Tensor) -> Int8Matrix:

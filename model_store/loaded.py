@@ -56,8 +56,9 @@ class LoadedPair:
         """What lies in memory, by kind of tensor, before an executor packs it: "qkv Q4_K + Q6_K, ..., head Q6_K"."""
         kinds: dict[str, dict[str, None]] = {}
         for name, matrix in self._matrices():
-            in_codes = isinstance(matrix, CodedMatrix | NestedMatrix)
-            kind = matrix.kind if in_codes else str(matrix.dtype).removeprefix("torch.")
+            kind = str(matrix.dtype).removeprefix("torch.")
+            if isinstance(matrix, CodedMatrix | NestedMatrix):
+                kind = matrix.kind
             kinds.setdefault(name, {})[kind] = None
         names: dict[str, list[str]] = {}
         for name, found in kinds.items():
@@ -143,4 +144,6 @@ def _is_equal(one: Matrix | None, other: Matrix | None) -> bool:
         if not (isinstance(one, Int8Matrix) and isinstance(other, Int8Matrix)):
             return False
         return _is_equal(one.scale, other.scale) and _is_equal(one.values, other.values)
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return one is other
     return one is other or (one.shape == other.shape and torch.equal(one, other))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model_store.int8 import Int8Matrix, Matrix, dense, tensors_of
+from model_store.int8 import Factor, Int8Matrix, dense, tensors_of
 from model_store.layout import layer_tensors
 from model_store.quantized import q8_0
 from model_store.spec import ModelSpec
@@ -41,8 +41,8 @@ class LowRankTerm:
 
     start: int
     stop: int
-    a: Matrix
-    b: Matrix
+    a: Factor
+    b: Factor
 
 
 @dataclass(slots=True, eq=False)
@@ -192,7 +192,7 @@ class LowRankStudent:
             raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
         return self._file.get_tensor(name)
 
-    def _factor(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Matrix:
+    def _factor(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Factor:
         value = self._tensor(name)
         if f"{name}_scale" not in self._names:
             return value.to(device, dtype, copy=True)

@@ -10,7 +10,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from model_store.int8 import Int8Matrix, Matrix, dense
+from model_store.int8 import Factor, Int8Matrix, dense
 from model_store.loaded import LoadedPair
 from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.kernels.cpu import library
@@ -46,7 +46,7 @@ class PackedDifferences:
 
     def _pack(self, delta: LowRankDelta) -> dict[str, library.Factors]:
         """One layer's factors; the plain ones are freed."""
-        sources: list[Matrix] = []
+        sources: list[Factor] = []
         for name in _GROUPS:
             padded = [self._padded(term) for term in delta.terms[name]]
             sources += [_stacked([a for a, _ in padded]), *(b for _, b in padded)]
@@ -80,20 +80,23 @@ class PackedDifferences:
         delta.terms = {}
         return factors
 
-    def _padded(self, term: LowRankTerm) -> tuple[Matrix, Matrix]:
+    def _padded(self, term: LowRankTerm) -> tuple[Factor, Factor]:
         """a and b with the rank filled up with zeros, in the type that is packed."""
         more = _padded_rank(term) - term.a.shape[0]
         if self.dtype != torch.int8:
             a, b = dense(term.a, self.dtype), dense(term.b, self.dtype)
             return F.pad(a, (0, 0, 0, more)).contiguous(), F.pad(b, (0, more)).contiguous()
-        a = Int8Matrix(F.pad(term.a.values, (0, 0, 0, more)), F.pad(term.a.scale, (0, more)))
-        return a, Int8Matrix(F.pad(term.b.values, (0, more)).contiguous(), term.b.scale)
+        assert isinstance(term.a, Int8Matrix) and isinstance(term.b, Int8Matrix)
+        padded = Int8Matrix(F.pad(term.a.values, (0, 0, 0, more)), F.pad(term.a.scale, (0, more)))
+        return padded, Int8Matrix(F.pad(term.b.values, (0, more)).contiguous(), term.b.scale)
 
 
-def _stacked(matrices: list[Matrix]) -> Matrix:
-    if isinstance(matrices[0], Int8Matrix):
-        return Int8Matrix(torch.cat([m.values for m in matrices]), torch.cat([m.scale for m in matrices]))
-    return torch.cat(matrices)
+def _stacked(factors: list[Factor]) -> Factor:
+    """One below the other; all are of one kind."""
+    int8 = [factor for factor in factors if isinstance(factor, Int8Matrix)]
+    if int8:
+        return Int8Matrix(torch.cat([f.values for f in int8]), torch.cat([f.scale for f in int8]))
+    return torch.cat([factor for factor in factors if isinstance(factor, torch.Tensor)])
 
 
 def _padded_rank(term: LowRankTerm) -> int:

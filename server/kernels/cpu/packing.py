@@ -234,8 +234,9 @@ def end_table(pair: LoadedPair, packed: PackedWeights) -> ctypes.Array:
 
     def end(weights: EndWeights) -> library.End:
         packed_embed = packed.of(weights.embed)
+        plain = weights.embed.data_ptr() if isinstance(weights.embed, torch.Tensor) else None
         return library.End(
-            embed=None if packed_embed else weights.embed.data_ptr(), positions=_address(weights, "positions"),
+            embed=None if packed_embed else plain, positions=_address(weights, "positions"),
             norm_w=weights.final_norm_weight.data_ptr(), norm_b=_address(weights, "final_norm_bias"),
             head_b=_address(weights, "head_bias"), packed_embed=packed_embed or library.Weights(),
             head=packed.of(weights.head),

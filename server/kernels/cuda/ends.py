@@ -44,6 +44,7 @@ def embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torc
         values, scale = end.embed.values.index_select(0, ids), end.embed.scale.index_select(0, ids)
         out.copy_(values * scale[:, None])
     else:
+        assert isinstance(end.embed, torch.Tensor)
         torch.index_select(end.embed, 0, ids, out=out)
     if end.positions is not None:
         out += F.embedding(positions, end.positions)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from model_store.pair import LoadedPair
+from model_store.weight_form import Storage
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
 from server.core.executor import GREEDY, Draw, Executor, Follows
@@ -52,6 +53,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
         if missing := _missing_for_triton():
             return f"Triton needs {missing} at run time"
+    if pair.form.storage in (Storage.CODES, Storage.NESTED):
+        return f"takes no {pair.form.storage}"
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
         return "runs students kept as differences only where all of their layers are"
     return CudaExecutor(pair, config)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from model_store.int8 import Int8Matrix, Matrix, dense
+from model_store.int8 import Factor, Int8Matrix, Matrix, dense
 from model_store.lowrank import LowRankTerm
 from server.kernels.cuda.runtime import INTERPRETED
 
@@ -98,6 +98,7 @@ def _launch(
     num_rows, num_outputs = len(x), out.shape[1]
     if not num_rows:
         return
+    assert isinstance(weight, Factor)
     values, scale = (weight.values, weight.scale) if isinstance(weight, Int8Matrix) else (weight, None)
     tiles, width = Tiles.of(num_rows), values.shape[1]
     columns = tiles.outputs if blocks is None else TERM_BLOCK
@@ -116,6 +117,7 @@ def linear(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [T, K] -> x W^T + b [T, N], contiguous."""
+    assert isinstance(weight, Factor)
     if isinstance(weight, Int8Matrix):
         out = x.new_empty(len(x), weight.shape[0]) if out is None else out
         _launch(x, weight, out, bias=bias)
@@ -130,6 +132,7 @@ def linear(
 
 def add_linear(x: torch.Tensor, rows: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> None:
     """x [T, N] += rows [T, K] W^T + b."""
+    assert isinstance(weight, Factor)
     if isinstance(weight, Int8Matrix):
         _launch(rows, weight, x, bias=bias, add=True)
         return
@@ -145,8 +148,8 @@ class Factors:
     Ranks are padded, R and r count the zeros.
     """
 
-    a: Matrix  # [R, K]
-    b: Matrix  # [N, r], r of the term of the largest rank
+    a: Factor  # [R, K]
+    b: Factor  # [N, r], r of the term of the largest rank
     blocks: torch.Tensor  # int32 [n, 4]: outputs [first, end), the term's first row of `a`, its rank
 
     @classmethod
@@ -185,7 +188,7 @@ def _starts(sizes: list[int]) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def _stack(parts: list[Matrix]) -> Matrix:
+def _stack(parts: list[Factor]) -> Factor:
     """One below the other."""
     quantised = [part for part in parts if isinstance(part, Int8Matrix)]
     if quantised:
@@ -194,7 +197,7 @@ def _stack(parts: list[Matrix]) -> Matrix:
     return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
 
 
-def _padded(matrix: Matrix, *, rank: int | None = None, width: int | None = None) -> Matrix:
+def _padded(matrix: Factor, *, rank: int | None = None, width: int | None = None) -> Factor:
     """Filled up with zeros to `rank` rows and `width` columns."""
     rows, columns = matrix.shape
     more = (rank or rows) - rows
@@ -204,7 +207,7 @@ def _padded(matrix: Matrix, *, rank: int | None = None, width: int | None = None
     return F.pad(matrix, missing)
 
 
-def _part(matrix: Matrix, rows: slice, columns: slice = slice(None)) -> Matrix:
+def _part(matrix: Factor, rows: slice, columns: slice = slice(None)) -> Factor:
     if isinstance(matrix, Int8Matrix):
         return Int8Matrix(matrix.values[rows, columns], matrix.scale[rows])
     return matrix[rows, columns]
