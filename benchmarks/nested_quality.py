@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from benchmarks.codes_quality import make_engine
@@ -71,15 +69,13 @@ def main() -> None:
                 ours = logprobs(engine, size, window)
                 kl = (itself.exp() * (itself - ours)).sum(-1).mean().item()
                 sums[size, name] += [kl, (ours.argmax(-1) == itself.argmax(-1)).float().mean().item()]
-    table = Table(title=f"{pair.name}, {len(windows)} windows of {WINDOW} tokens")
-    for column in ("layers", "quantization", "KL to itself", "top-1 as itself", "decode step, ms", "bytes a weight"):
-        table.add_column(column, justify="right")
+    print("| layers | quantization | KL to itself | top-1 as itself | decode step, ms | bytes of a weight read |")
+    print("|---|---|---|---|---|---|")
     for (size, name), row in sums.items():
         kl, agreement = row / len(windows)
         engine = engines[name]
         step, read = decode_milliseconds(engine, size), engine.executor.bytes_per_weight
-        table.add_row(f"{size}", name, f"{kl:.5f}", f"{agreement:.4f}", f"{step:.2f}", f"{read:.3f}")
-    Console(width=120).print(table)
+        print(f"| {size} | {name} | {kl:.4f} | {agreement:.3f} | {step:.2f} | {read:.2f} |")
 
 
 if __name__ == "__main__":
