@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from model_store.gguf_file import GgufError, GgufFile, GgufTensor, read_gguf
 from model_store.gguf_tokenizer import write_tokenizer
+from model_store.layout import end_tensors, full_name, layer_prefix, layer_tensors
 from model_store.quantized import BLOCK_TYPES, CODES_FILE
 from model_store.spec import ModelSpec, SpecError
 from model_store.store import StoreError
@@ -165,7 +166,9 @@ def gguf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
         "intermediate_size": keys.count("feed_forward_length"), "max_position_embeddings": keys.count("context_length"),
         "num_key_value_heads": keys.count("attention.head_count_kv", heads), "hidden_act": "silu", "head_dim": head_dim,
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_theta": keys.number("rope.freq_base", 10000.0), **_rope_scaling(file, keys)},
+        "rope_parameters": {
+            "rope_theta": keys.number("rope.freq_base", 10000.0), **_rope_scaling(file, keys, head_dim),
+        },
     }  # fmt: skip
     if architecture == "llama":
         names = file.tensors
@@ -210,21 +213,23 @@ def _check_metadata(file: GgufFile) -> None:
             raise GgufError(f"{file.name} is no model ({name} is {_short(file.metadata[name])})")
 
 
-def _rope_scaling(file: GgufFile, keys: _Keys) -> dict[str, Any]:
+def _rope_scaling(file: GgufFile, keys: _Keys, head_dim: int) -> dict[str, Any]:
     """As llama.cpp's loader does: linear where no type is given, the factor under its new or its old key."""
     kind = keys.text("rope.scaling.type", "linear")
     old = keys.number("rope.scale_linear", 0.0)
     factor = keys.number("rope.scaling.factor", old)
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
-        return _llama3_scaling(file, keys)
+        return _llama3_scaling(file, keys, head_dim)
     if "rope_freqs.weight" in file.tensors:
         raise GgufError(f"{file.name} has both rope_freqs.weight and {keys.architecture}.rope.scaling.type {kind!r}")
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(factor)}
     if kind != "yarn":
         raise GgufError(f"{file.name}: {keys.architecture}.rope.scaling.type {kind!r} is not supported")
-    if factor in (0.0, 1.0):
-        raise GgufError(f"{file.name}: {keys.architecture}.rope.scaling.type is yarn and there is no scaling.factor")
+    if not factor > 1.0:
+        raise GgufError(
+            f"{file.name}: {keys.architecture}.rope.scaling.type is yarn and there is no scaling.factor above 1"
+        )
     scaling: dict[str, Any] = {"rope_type": "yarn", "factor": float(factor)}
     if (extrapolation := keys.number("rope.scaling.yarn_ext_factor", 1.0)) not in (1.0, -1.0):
         raise GgufError(
@@ -241,11 +246,13 @@ def _rope_scaling(file: GgufFile, keys: _Keys) -> dict[str, Any]:
     return scaling | {"original_max_position_embeddings": original}
 
 
-def _llama3_scaling(file: GgufFile, keys: _Keys) -> dict[str, Any]:
+def _llama3_scaling(file: GgufFile, keys: _Keys, head_dim: int) -> dict[str, Any]:
     if "rope_freqs.weight" not in file.tensors:
         return {"rope_type": "default"}
     # Llama 3.1 and later: the file carries the resulting factor of each frequency instead of the four parameters.
     factors = file.tensors["rope_freqs.weight"].dequantised()
+    if factors.shape != (head_dim // 2,):
+        raise GgufError(f"{file.name}: rope_freqs.weight is {[*factors.shape]}, not [{head_dim // 2}]")
     factor = float(factors.max())
     scaling = {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -284,7 +291,7 @@ class HfTensor:
 
 
 def hf_tensors(file: GgufFile, spec: ModelSpec) -> list[HfTensor]:
-    """Every weight of the file. GgufError for one that the family has no place for."""
+    """Every weight of the file. GgufError for one that is missing, unknown to the family, or of another shape."""
     architecture = file.metadata["general.architecture"]
     _, _, names, prefix = _ARCHITECTURES[architecture]
     found = []
@@ -305,7 +312,30 @@ def hf_tensors(file: GgufFile, spec: ModelSpec) -> list[HfTensor]:
             rows = np.arange(tensor.shape[0]).reshape(heads, spec.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
         is_conv = architecture == "gpt2" and layer is not None and kind == "weight" and len(tensor.shape) == 2  # Conv1D
         found.append(HfTensor(name, tensor, rows, is_conv))
+    _check_shapes(file, spec, found)
     return found
+
+
+def _check_shapes(file: GgufFile, spec: ModelSpec, found: list[HfTensor]) -> None:
+    ends = {name: shape for field, (_, name, shape) in end_tensors(spec).items()
+            if field != "head" or not spec.tie_word_embeddings}  # fmt: skip
+    layers = {
+        f"{layer_prefix(spec.family)}{index}.{tensor.name}": tensor.shape
+        for index in range(spec.num_layers)
+        for tensor in layer_tensors(spec)
+    }
+    expected = {full_name(name, spec.family): shape for name, shape in (ends | layers).items()}
+    for tensor in found:
+        shape = tensor.source.shape[::-1] if tensor.is_transposed else tensor.source.shape
+        if tensor.name not in expected:
+            raise GgufError(f"{file.name} has a tensor that this family does not: {tensor.source.name}")
+        if tuple(shape) != expected.pop(tensor.name):
+            raise GgufError(
+                f"{file.name}: the shape of {tensor.source.name} is {[*tensor.source.shape]}, which its metadata do "
+                "not say"
+            )
+    if expected:
+        raise GgufError(f"{file.name} lacks a tensor: {next(iter(expected))} as transformers names it")
 
 
 def _write_codes(folder: Path, tensors: list[HfTensor]) -> None:

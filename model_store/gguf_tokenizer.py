@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,23 @@ class _Vocabulary:
         if len(self.ids) != len(self.tokens):
             token = next(token for i, token in enumerate(self.tokens) if self.ids[token] != i)
             raise GgufError(f"{self.file} has the token {token!r} twice in tokenizer.ggml.tokens")
-        self.types = self._per_token("token_type", TokenType.NORMAL)
+        self.types = self._per_token("token_type", int(TokenType.NORMAL))
         defaults = {"bos": 1, "eos": 2, "unk": 0} if self.kind == "llama" else {}  # LLaMA's own
         self.special: dict[str, int] = {}
         for name, key in _SPECIAL.items():
-            value = self.metadata.get(f"tokenizer.ggml.{key}_token_id", defaults.get(name))
+            value = self._id(key, defaults.get(name))
             if value is not None and 0 <= value < len(self.tokens):
                 self.special[name] = value
+
+    def _id(self, key: str, default: int | None = None) -> int | None:
+        return self._typed(f"{key}_token_id", int, default)
+
+    def _typed(self, key: str, kind: type, default: Any) -> Any:
+        value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is not default and type(value) is not kind:
+            wanted = {int: "a token id", bool: "true or false"}[kind]
+            raise GgufError(f"{self.file}: the metadata key tokenizer.ggml.{key} is {value!r:.60}, not {wanted}")
+        return value
 
     def _get(self, key: str, kind: type) -> Any:
         value: Any = self.metadata.get(f"tokenizer.ggml.{key}")
@@ -77,6 +88,8 @@ class _Vocabulary:
             return [default] * len(self.tokens)
         if not isinstance(values, list) or len(values) < len(self.tokens):
             raise GgufError(f"{self.file}: tokenizer.ggml.{key} has fewer entries than there are tokens")
+        if any(type(value) is not type(default) for value in values):
+            raise GgufError(f"{self.file}: tokenizer.ggml.{key} holds other things than numbers of its kind")
         return values
 
     @property
@@ -97,14 +110,14 @@ class _Vocabulary:
         return merges
 
     def flag(self, key: str, default: bool) -> bool:
-        return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
+        return self._typed(key, bool, default)
 
     @property
     def end_ids(self) -> list[int]:
         """What ends an answer: eos first, then eot and eom, then every token that is known to be an end."""
-        metadata, ids = self.metadata, self.ids
+        ids = self.ids
         named = [self.special.get("eos")]
-        named += [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
+        named += [self._id(key) for key in ("eot", "eom")]
         ends = [end for end in named if end is not None and 0 <= end < len(self.tokens)]
         ends += [ids[token] for token in sorted((_ENDS | _GAP_ENDS) & ids.keys(), key=ids.__getitem__)]
         texts = {self.tokens[end] for end in ends}
@@ -156,6 +169,9 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any], list[int]
         tokenizer.post_processor = text if own is None else processors.Sequence([own, text])
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": vocabulary.tokens[i] for name, i in special.items()}
+    for key, value in file.metadata.items():
+        if re.match(r"tokenizer\.chat_template($|\.)", key) and not isinstance(value, str):
+            raise GgufError(f"{file.name}: the metadata key {key} is {value!r:.60}, not a text")
     if template_text := _chat_template(file.metadata):
         config["chat_template"] = template_text
     return tokenizer, config, vocabulary.end_ids

@@ -167,6 +167,73 @@ REFUSED = {
         {"fields": byte_level(MERGES, "gpt-2") | {"general.type": "adapter"}},
         r"is no model \(general\.type is 'adapter'\)",
     ),
+    "part of the frequencies' factors": (
+        {"tensors": {"rope_freqs.weight": np.ones(4, F32)}},
+        r"rope_freqs\.weight is \[4\], not \[8\]",
+    ),
+    "yarn with a factor below 1": (
+        {"model": {"rope.scaling.type": "yarn", "rope.scaling.factor": 0.5}},
+        r"yarn and there is no scaling\.factor above 1",
+    ),
+    **{
+        f"{name} of another shape": (
+            {"tensors": {f"blk.0.{name}.weight": np.zeros(sizes, F32)}},
+            rf"the shape of blk\.0\.{name}\.weight is \[{', '.join(map(str, sizes))}\]",
+        )
+        for name, sizes in (
+            ("attn_q", (32, 16)),
+            ("ffn_up", (64, 32)),
+            ("attn_norm", (16,)),
+            ("attn_norm", (1, 32)),
+            ("ffn_down", (32, 64)),
+        )
+    },
+    "a head of other rows": (
+        {"tensors": {"output.weight": np.zeros((999, 32), F32)}},
+        r"the shape of output\.weight is \[999, 32\]",
+    ),
+    "an MLP of another width": ({"model": {"feed_forward_length": 64}}, r"the shape of blk\.0\.ffn_gate\.weight"),
+    "no queries": ({"drop": ("blk.0.attn_q.weight",)}, r"lacks a tensor: model\.layers\.0\.self_attn\.q_proj\.weight"),
+    "no last norm": ({"drop": ("output_norm.weight",)}, r"lacks a tensor: model\.norm\.weight"),
+    "a bias of the queries alone": (
+        {"tensors": {"blk.0.attn_q.bias": np.zeros(32, F32)}},
+        r"lacks a tensor: model\.layers\.0\.self_attn\.k_proj\.bias",
+    ),
+    "a bias of the keys alone": (
+        {"tensors": {"blk.0.attn_k.bias": np.zeros(32, F32)}},
+        r"a tensor that this family does not: blk\.0\.attn_k\.bias",
+    ),
+    "a bias of the head": (
+        {"tensors": {"output.bias": np.zeros(267, F32)}},
+        r"a tensor that this family does not: output\.bias",
+    ),
+    **{
+        f"{key} is {value!r}": (
+            {"fields": byte_level(MERGES, "gpt-2") | {key: value}},
+            rf"tokenizer\.ggml\.{key} is {re.escape(repr(value))}, not (a token id|true or false)",
+        )
+        for key, value in (
+            ("eos_token_id", "</s>"),
+            ("bos_token_id", [1]),
+            ("eot_token_id", "x"),
+            ("eom_token_id", [2, 3]),
+            ("add_bos_token", "no"),
+            ("add_bos_token", 1),
+            ("add_eos_token", 0.0),
+        )
+    },
+    "prefix as a text": (
+        {"fields": sentencepiece(PIECES) | {"add_space_prefix": "no"}},
+        r"tokenizer\.ggml\.add_space_prefix is 'no', not true or false",
+    ),
+    "template as a number": (
+        {"fields": byte_level(MERGES, "gpt-2") | {"tokenizer.chat_template.tool_use": 5}},
+        r"tokenizer\.chat_template\.tool_use is 5, not a text",
+    ),
+    "types as texts": (
+        {"fields": byte_level(MERGES, "gpt-2") | {"token_type": ["normal"] * 300}},
+        r"tokenizer\.ggml\.token_type holds other things than numbers",
+    ),
     "pre": ({"fields": byte_level(MERGES, "novel-bpe")}, r"tokenizer\.ggml\.pre 'novel-bpe' is not known"),
     "tokenizer": (
         {"fields": byte_level(MERGES, "gpt-2", model="bert")},
