@@ -45,7 +45,7 @@ def test_sizes_and_bench_latency(pair, tmp_path):
     rows = json.loads(boomerang("sizes", *flags, "--json", store=tmp_path).stdout)["sizes"]
     assert rows[0]["speed"]["decode"]["1"] > 0
     table = boomerang("sizes", *flags, store=tmp_path)
-    assert "6L" in table.stdout and "all 3 sizes together" in table.stdout
+    assert "parameters" in table.stdout and "6L" in table.stdout and "all 3 sizes together" in table.stdout
 
 
 CONVERSATION = "/sizes\nhello\n/size 5L\nhello\n/size 99L\nhello\n/nonsense\n/reset\n/quit\n"
@@ -67,6 +67,13 @@ def test_chat_with_a_pair_loaded_here(pair, tmp_path):
 def test_chat_with_a_running_server(pair):
     with RunningServer(pair) as server:
         check_chat(boomerang("chat", "--url", server.url, "--max-tokens", "6", stdin=CONVERSATION))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:9", "http://["])
+def test_chat_without_a_server(url):
+    answer = boomerang("chat", "--url", url)
+    assert answer.returncode == 1 and answer.stdout.startswith("boomerang: --url: the server does not answer: ")
+    assert not answer.stderr
 
 
 def test_help_and_mistakes(pair):
