@@ -45,7 +45,7 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     table = Table(title=f"{pair.name}, {form}{student}, patch order {pair.patch_order}", box=box.SIMPLE_HEAD)
     names = ("size", "parameters", "of teacher", "weights", "KV per token", "KL to teacher", "decode tok/s")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for row in rows:
         kl, speed = (row["quality"] or {}).get("kl"), row["speed"]
         table.add_row(
