@@ -15,6 +15,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.api.http.body import WrittenFloat
+
 # What a template can raise over a conversation that it was not written for.
 _CLASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -54,7 +56,7 @@ class Arguments(dict):
         if not value.strip() or value.strip() == "null":
             value = "{}"
         try:
-            parsed = json.loads(value, parse_float=_Float)
+            parsed = json.loads(value, parse_float=WrittenFloat)
         except (ValueError, RecursionError):
             return value
         if not isinstance(parsed, dict):
@@ -62,22 +64,6 @@ class Arguments(dict):
         arguments = cls(parsed)
         arguments.text = value
         return arguments
-
-
-class _Float(float):
-    """A number as it was written: 1e5 stays 1e5."""
-
-    def __new__(cls, text: str) -> _Float:
-        number = super().__new__(cls, text)
-        number.text = text
-        return number
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    __repr__ = __str__
 
 
 # Stands for what has a text of its own while JSON is written; nobody outside can know it.
@@ -95,7 +81,7 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 def _replaced(value: Any, texts: list[str]) -> Any:
-    if isinstance(value, Arguments | _Float):
+    if isinstance(value, Arguments | WrittenFloat):
         texts.append(value.text)
         return f"{_PLACE}:{len(texts) - 1}"
     if isinstance(value, dict):

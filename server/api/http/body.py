@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -90,21 +90,42 @@ class AtMost:
         return value
 
 
+class WrittenFloat(float):
+    """A number as it was written: 1e5 stays 1e5."""
+
+    text: str
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), populate_by_name=True)
+    # Where a body may hold what a model once wrote as JSON itself: then its numbers must stay as they were written.
+    written_mark: ClassVar[bytes | None] = None
 
 
 T = TypeVar("T", bound=Body)
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
+def parse_json(raw: bytes, written_mark: bytes | None = None) -> dict[str, Any]:
     """A JSON object, or APIError for anything else, and for one nested deeper than `MAX_NESTING`.
 
+    Where `written_mark` occurs, fractions are `WrittenFloat`s.
     orjson refuses NaN, infinities, lone surrogates and bad UTF-8.
     """
     try:
         value = orjson.loads(raw)
-        if _LONG_NUMBER.search(raw):  # beyond 64 bits it would be a float
+        if written_mark is not None and written_mark in raw:
+            value = json.loads(raw, parse_float=WrittenFloat)
+        elif _LONG_NUMBER.search(raw):  # beyond 64 bits it would be a float
             value = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise invalid(f"The request body is not valid JSON: {error}") from None
@@ -129,7 +150,7 @@ def check_nesting(value: Any, param: str | None = None) -> None:
 def parse_body(model: type[T], raw: bytes) -> T:
     """Validate a request body; APIError 400 names the parameter."""
     try:
-        body = model.model_validate(parse_json(raw))
+        body = model.model_validate(parse_json(raw, model.written_mark))
     except ValidationError as error:
         raise from_validation(error) from None
     if body.model_extra:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import ValidationError
 
 from server.api.chat.protocol import ChatCompletionRequest
+from server.api.generate.chat_template import to_json
 from server.api.generate.protocol import SizeFields
 from server.api.http.errors import APIError, from_validation, invalid
 from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
@@ -18,8 +18,11 @@ _DROPPED = ("redacted_thinking",)
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     """APIError names the field of the Anthropic body that cannot be served."""
     if body.thread is not None:  # its clients send the whole conversation once they are told
-        message = "thread: nothing is stored here, so send the whole conversation."
-        raise APIError(message, param="thread", details={"error_code": "thread_unsupported_request", "unsupported": []})
+        raise APIError(
+            "thread: nothing is stored here, so send the whole conversation.",
+            param="thread",
+            details={"error_code": "thread_unsupported_request", "unsupported": []},
+        )
     messages = [{"role": "system", "content": _texts(body.system, "system")}] if body.system else []
     for index, message in enumerate(body.messages):
         messages += _message(message, f"messages.{index}")
@@ -66,7 +69,7 @@ def _message(message: Message, param: str) -> list[dict[str, Any]]:
         if block.type == "text":
             texts.append(_text(block, where))
         elif block.type == "tool_use" and message.role == "assistant":
-            arguments = json.dumps(block.input or {}, ensure_ascii=False)
+            arguments = to_json(block.input or {})
             call = {"type": "function", "function": {"name": block.name or "", "arguments": arguments}}
             calls.append(call | ({"id": block.id} if block.id else {}))
         elif block.type == "tool_result" and message.role == "user":

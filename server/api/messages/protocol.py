@@ -53,6 +53,8 @@ class OutputConfig(Body):
 
 
 class CountTokensRequest(Body):
+    written_mark = b"tool_use"
+
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
     messages: Annotated[list[Message], Field(min_length=1), AtMost(4096)] = Field(
         description="the conversation; a last message of the assistant is continued"
