@@ -68,6 +68,20 @@ def test_a_prompt_that_is_too_long_is_called_what_the_route_calls_it(plain):
             assert error["code"] == "context_length_exceeded" and error["param"] == param, error
 
 
+def test_a_schema_that_cannot_be_kept_is_called_what_the_route_calls_it(plain):
+    hello, form = {"messages": [{"role": "user", "content": "hi"}]}, {"type": "json_schema"}
+    for schema in ({"const": 2**53 + 1}, {"not": {}}):
+        for path, body, param in (
+            ("/v1/chat/completions", hello | {"response_format": form | {"json_schema": {"schema": schema}}},
+             "response_format"),
+            ("/v1/responses", {"input": "hi", "text": {"format": form | {"schema": schema}}}, "text.format"),
+            ("/v1/messages", hello | {"max_tokens": 2, "output_config": {"format": form | {"schema": schema}}},
+             "output_config.format"),
+        ):  # fmt: skip
+            error = post(plain.url, path, body, 400)["error"]
+            assert error["message"].startswith(param) and error.get("param", param).startswith(param)
+
+
 def test_boolean_schemas_and_json_objects_with_a_schema(plain):
     wanted = closed(a={"const": 5})
     for form in (

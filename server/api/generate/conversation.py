@@ -6,7 +6,7 @@ body into a `ChatCompletionRequest` and writes the `Piece`s of the answer in its
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,11 @@ from server.api.generate.history import plain_messages, with_tools_in_words
 from server.api.generate.serving import encode_prompt, truncate
 from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
 from server.api.generate.tools import ToolUse
-from server.api.http.errors import invalid
+from server.api.http.errors import APIError, invalid
 from server.api.http.state import ServerState
 from server.api.routes.protocol import TokenizeRequest
+
+_NO_NAMES: Mapping[str, str] = {}
 
 
 @dataclass(slots=True)
@@ -89,16 +91,17 @@ class Answer:
 class Conversation:
     """One request's messages on their way to a prompt, and its answer on the way back."""
 
-    def __init__(self, state: ServerState, body: ChatCompletionRequest, limit_param: str | None = None) -> None:
+    def __init__(self, state: ServerState, body: ChatCompletionRequest, names: Mapping[str, str] = _NO_NAMES) -> None:
         """APIError for fields that contradict each other or that this model cannot follow.
 
-        `limit_param`: what the caller's route calls `max_tokens`.
+        `names`: what the caller's route calls `max_tokens`, `messages` and `response_format`, where it differs.
         """
         self.state = state
         self.body = body
         is_old_name = body.max_completion_tokens is None
-        self.limit_param = limit_param or ("max_tokens" if is_old_name else "max_completion_tokens")
-        self.prompt_param = "input" if limit_param == "max_output_tokens" else "messages"
+        self.limit_param = names.get("max_tokens", "max_tokens" if is_old_name else "max_completion_tokens")
+        self.prompt_param = names.get("messages", "messages")
+        self.format_param = names.get("response_format")
         if body.max_completion_tokens is not None and body.max_tokens not in (None, body.max_completion_tokens):
             raise invalid("max_tokens and max_completion_tokens disagree.", "max_completion_tokens")
         for name in ("max_tokens", "max_completion_tokens"):
@@ -126,7 +129,12 @@ class Conversation:
         body, state = self.body, self.state
         state.admission.check(caller.tenant)
         prompt = await self.prompt()
-        grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags(), caller.tenant)
+        try:
+            grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags(), caller.tenant)
+        except APIError as error:
+            if self.format_param is not None:
+                error.rename("response_format", self.format_param)
+            raise
         limits = OutputLimits(
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             param=self.limit_param,

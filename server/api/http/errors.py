@@ -72,6 +72,12 @@ class APIError(BoomerangError):
         details = {} if self.details is None else {"details": self.details}
         return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
 
+    def rename(self, param: str, to: str) -> None:
+        """Another route's word for a parameter and all that is inside of it."""
+        if self.param is not None and (self.param == param or self.param.startswith(f"{param}.")):
+            self.message = self.message.replace(self.param, to)
+            self.param = to
+
     def headers(self) -> dict[str, str]:
         """openai-python obeys both: when to come back, and whether that can help at all.
 

@@ -21,13 +21,14 @@ from server.api.http.state import ServerState
 from server.api.messages.convert import to_chat
 from server.api.messages.protocol import CountTokensRequest, MessagesRequest
 
+_NAMES = {"response_format": "output_config.format"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 async def create_message(request: Request, state: ServerState) -> Response:
     body = await read_body(request, MessagesRequest, state)
     caller = Caller.of(request)
-    call = MessageCall(state, Conversation(state, to_chat(body)), caller.request_id)
+    call = MessageCall(state, Conversation(state, to_chat(body), _NAMES), caller.request_id)
     generation = await call.conversation.generation(caller, call.id)
     return await respond(request, generation, bool(body.stream), call.whole, call.events, _error_event)
 

@@ -21,10 +21,12 @@ from server.api.http.state import ServerState
 from server.api.responses.convert import to_chat
 from server.api.responses.protocol import ResponsesRequest
 
+_NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}
+
 
 async def create_response(request: Request, state: ServerState) -> Response:
     body = await read_body(request, ResponsesRequest, state)
-    conversation = Conversation(state, to_chat(body), "max_output_tokens")
+    conversation = Conversation(state, to_chat(body), _NAMES)
     caller = Caller.of(request, body.request_id)
     call = ResponseCall(state, body, conversation, caller.request_id)
     generation = await conversation.generation(caller, call.id)
