@@ -6,11 +6,12 @@ import subprocess
 from typing import Literal
 
 import anthropic
+import httpx
 import openai
 import pytest
 
 from tests.api import templates
-from tests.api.asking import closed
+from tests.api.asking import MESSAGES, closed, post
 from tests.api.tiny import NAME, RunningServer, make_pair
 
 DONE = {"structured_outputs": {"choice": ["done"]}}
@@ -122,6 +123,22 @@ def test_anthropics_tool_runner(server, stream):
     assert cities and set(cities) <= {"Bern", "Köln"}
     with pytest.raises(anthropic.BadRequestError, match="nothing is stored"):
         client.messages.create(**shared | {"tools": []}, extra_body={"thread": {"type": "create"}})
+
+
+@pytest.mark.parametrize("number", ["1e5", "1.10", "-0.0", "123456789012345678901", "2"])
+def test_numbers_in_anthropics_history_are_what_they_were(server, number):
+    """Counted against the same conversation in OpenAI's words, where arguments come as text."""
+    given = f'{{"x": {number}}}'
+    block = f'{{"type": "tool_use", "id": "c", "name": "f", "input": {given}}}'
+    raw = f'{{"messages": [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "content": [{block}]}}]}}'
+    answer = httpx.post(server.url + "/v1/messages/count_tokens", content=raw)
+    assert answer.status_code == 200, answer.text
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": given}}
+    history = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    ids = post(server.url, "/tokenize", {"messages": history})["tokens"]
+    assert given in post(server.url, "/detokenize", {"tokens": ids})["prompt"] and answer.json()["input_tokens"] == len(
+        ids
+    )
 
 
 AI_SDK = """

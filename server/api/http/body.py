@@ -51,6 +51,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "json_schema": (None,),
     "regex": (None,),
     "ebnf": (None,),
+    "mcp_servers": (None, []),
+    "compaction": (None,),
 }
 # Where a caller of another server finds what that field did.
 INSTEAD = {
