@@ -120,7 +120,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
 # Spellings that what is written replaces, and notes of the tool that wrote the teacher.
 _STALE = (
     "num_hidden_layers", "n_layer", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window",
-    "torch_dtype", "_name_or_path", "auto_map", "transformers_version",
+    "torch_dtype", "_name_or_path", "auto_map", "transformers_version", "quantization_config", "compression_config",
 )  # fmt: skip
 
 
@@ -129,11 +129,14 @@ def _config(pair: Pair, size: int, tied: bool, dtype: str) -> dict[str, Any]:
 
     ExportError if no one config can say what the layers do.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     from model_store.spec import resolved_config
 
     raw = read_json(pair.teacher_path / "config.json")
     config = {key: value for key, value in raw.items() if key not in _STALE}
     config |= {"tie_word_embeddings": tied, "dtype": dtype}
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pair.spec.family]]
     config["n_layer" if pair.spec.family == "gpt2" else "num_hidden_layers"] = size
     if raw.get("rope_scaling") and raw.get("rope_parameters"):  # one of them would be read, the other believed
         config = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}

@@ -172,9 +172,10 @@ def resolved_config(raw: Mapping[str, Any]) -> Any:
 
 def quantised_as(raw: Mapping[str, Any]) -> str | None:
     """What to say of a checkpoint that its config calls quantised; None for one that it does not."""
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if not quantization:
+    found = [raw[key] for key in ("quantization_config", "compression_config") if raw.get(key) is not None]
+    if not found:
         return None
+    quantization = found[0]
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if isinstance(quantization, Mapping) and not method:
         method = "bitsandbytes" if any(str(key).startswith("load_in_") for key in quantization) else "unknown method"

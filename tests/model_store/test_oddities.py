@@ -293,6 +293,7 @@ REFUSED = [
     ("bitsandbytes", "qwen2", quantised(quant_method="bitsandbytes", load_in_4bit=True), r"quantised \(bitsandbytes"),
     ("fp8", "qwen3", quantised(quant_method="fp8", activation_scheme="dynamic"), r"quantised \(fp8"),
     ("compressed-tensors", "llama", quantised(quant_method="compressed-tensors"), r"quantised \(compressed-tensors"),
+    ("a quantization_config that says nothing", "llama", quantised(), r"quantised \(unknown method"),
     ("compression_config", "llama", config(compression_config={"quant_method": "sparseml"}), r"quantised \(sparseml"),
     ("qweight without a word in config", "llama", add(model__layers__0__self_attn__q_proj__qweight=torch.ones(2, 2)),
      r"is quantised \(it has layers.0.self_attn.q_proj.qweight"),

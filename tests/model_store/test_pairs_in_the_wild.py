@@ -144,6 +144,19 @@ def test_an_export_says_its_rope_once(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+def test_an_export_has_no_stale_keys(family, tmp_path):
+    teacher, student = make_pair(tmp_path, family)
+    stale = {"architectures": ["AnotherModel"], "quantization_config": None, "auto_map": {"AutoModel": "m.X"}}
+    config(**stale, dtype="float16")(teacher)
+    pair = open_pair(teacher, student)
+    export_size(pair, 5, tmp_path / "out", "float32")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"quantization_config", "auto_map", "_name_or_path"} & written.keys() and written["dtype"] == "float32"
+    assert written["architectures"] == json.loads((student / "config.json").read_text())["architectures"]
+    assert verify(pair, 5, tmp_path / "out", dtype="float32") < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_teacher_whose_head_is_not_tied_as_its_config_says(family, tmp_path):
     teacher, student = make_pair(tmp_path, family, tied=True)
     own_head(teacher)

