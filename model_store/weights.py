@@ -140,7 +140,8 @@ class Checkpoint:
 
     def _matrix_names(self, index: int) -> dict[str, list[str]]:
         """Field of a layer's matrix -> the tensors that it is made of."""
-        base, names = f"{layer_prefix(self.spec.family)}{index}.", {name: [] for name in MATRICES}
+        base = f"{layer_prefix(self.spec.family)}{index}."
+        names: dict[str, list[str]] = {name: [] for name in MATRICES}
         for tensor in layer_tensors(self.spec):
             if tensor.field in names:
                 names[tensor.field].append(base + tensor.name)
