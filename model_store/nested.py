@@ -67,9 +67,6 @@ class NestedMatrix:
         """The same tensors read at `width` bits."""
         return NestedMatrix(self.codes, self.zero, self.scales, width)
 
-    def to(self, device: torch.device | str) -> NestedMatrix:
-        return NestedMatrix(self.codes.to(device), self.zero.to(device), self.scales.to(device), self.width)
-
     def groups(self, width: int | None = None) -> Groups:
         """Codes of `width` bits with the scale and minimum of each group: what an integer kernel multiplies."""
         width = width or self.width

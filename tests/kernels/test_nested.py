@@ -7,10 +7,9 @@ from model_store.loaded import LoadedPair
 from model_store.nested import WIDTHS, NestedMatrix, nest
 from model_store.weights import MATRICES
 from server.kernels.cpu.build import VARIANTS
-from server.model.linear import linear
 from server.model.torch_executor import TorchExecutor
 from tests.kernels.steps import FAMILIES, PAGE, assert_same_logits, make_pair, make_steps
-from tests.kernels.test_codes import EXACT, ROUNDED, SHAPE, STEPS, densified, native_of
+from tests.kernels.test_codes import EXACT, ROUNDED, SHAPE, STEPS, assert_same_products, densified, native_of
 
 
 def nested(pair: LoadedPair, width: int) -> LoadedPair:
@@ -35,13 +34,7 @@ def test_products_at_every_width_and_number_of_rows(variant, width, monkeypatch)
     pair = nested(make_pair("llama", torch.float32, **SHAPE), width)
     head = NestedMatrix(*(tensor.clone() for tensor in pair.ends["teacher"].head.tensors()), width)
     native = native_of(pair, variant, monkeypatch)
-    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
-    x[3, 32:64] = 0
-    everything = native.logits(x, len(x))
-    expected = linear(x, head)
-    assert (everything - expected).norm() < 1e-6 * expected.norm()
-    for num_rows in (1, 2, 3, 4, 5, 7, 8, 12, 13, 23):
-        assert torch.equal(native.logits(x[:num_rows], num_rows), everything[:num_rows])
+    assert_same_products(native, head)
 
 
 @pytest.mark.parametrize("exact", [False, True])
