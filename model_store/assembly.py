@@ -72,20 +72,20 @@ class Elasticity:
     ) -> None:
         """`kept`: teacher layer that each student layer started from; `thresholds`: one per station, in layers.
 
+        A teacher alone has no `kept`: one station covers all its layers, and there is one size.
         The embedding follows the first station and norm and head the last, unless told otherwise: that reproduces the
         published rules of both orders. Raises AssemblyError if any size between would not have its number of layers.
         """
         kept = tuple(kept)
         _check_kept(num_teacher_layers, kept)
-        if len(thresholds) != len(kept):
-            raise AssemblyError(f"{len(thresholds)} thresholds for {len(kept)} stations")
+        if len(thresholds) != (num_stations := max(len(kept), 1)):
+            raise AssemblyError(f"{len(thresholds)} thresholds for {num_stations} stations")
         if any(isinstance(t, bool) or not isinstance(t, int) for t in thresholds):
             raise AssemblyError(f"thresholds must be whole numbers of layers, got {list(thresholds)}")
         self.num_teacher_layers = num_teacher_layers
         self.num_student_layers = len(kept)
         self.kept = kept
-        stops = (*kept[1:], num_teacher_layers)
-        self.stations = tuple(Station(i, a, b) for i, (a, b) in enumerate(zip(kept, stops, strict=True)))
+        self.stations = _stations(num_teacher_layers, kept)
         self.thresholds = tuple(thresholds)
         self.embed_threshold = thresholds[0] if embed_threshold is None else embed_threshold
         self.norm_threshold = thresholds[-1] if norm_threshold is None else norm_threshold
@@ -94,7 +94,7 @@ class Elasticity:
         for threshold in (*self.thresholds, self.embed_threshold, self.norm_threshold, self.head_threshold):
             if not low < threshold <= high:
                 raise AssemblyError(f"threshold {threshold} is not between {low + 1} and {high}")
-        paths = {low: self._build(low)} | {size: self._build(size) for size in sorted(set(self.thresholds))}
+        paths = {size: self._build(size) for size in sorted({*self.thresholds, *([low] if kept else [])})}
         for size, path in paths.items():
             if len(path.layers) != size:
                 raise AssemblyError(f"thresholds give the size of {size} layers a path of {len(path.layers)}")
@@ -126,14 +126,19 @@ class Elasticity:
 
     @property
     def num_global_layers(self) -> int:
-        """How many global layer ids there are, teacher's and student's."""
-        return self.num_teacher_layers + self.num_student_layers
+        """How many global layer ids there are: the teacher's, and one for each station (even without a student)."""
+        return self.num_teacher_layers + len(self.stations)
 
     def student_layer(self, index: int) -> int:
         """Global id of student layer `index`, the one at station `index`."""
         return self.num_teacher_layers + index
 
     # --- orders
+
+    @classmethod
+    def of_teacher(cls, num_teacher_layers: int) -> Elasticity:
+        """A teacher without a student: its own depth is the only size."""
+        return cls(num_teacher_layers, (), (num_teacher_layers,))
 
     @classmethod
     def last_to_first(cls, num_teacher_layers: int, kept: Sequence[int]) -> Elasticity:
@@ -164,14 +169,16 @@ class Elasticity:
         """
         kept = tuple(kept)
         _check_kept(num_teacher_layers, kept)
+        if not kept:
+            raise AssemblyError("a teacher without a student has no patch order")
         blocks, order = _real_blocks(num_teacher_layers, kept), list(order)
         if sorted(order) != blocks:
             raise AssemblyError(f"a patch order must name every block of more than one layer once, got {order}")
-        stops = (*kept[1:], num_teacher_layers)
+        stations = _stations(num_teacher_layers, kept)
         threshold_of = {}
         size = len(kept)
         for station in order:
-            size += stops[station] - kept[station] - 1
+            size += stations[station].num_layers - 1
             threshold_of[station] = size
 
         def host(station: int) -> int:
@@ -184,16 +191,21 @@ class Elasticity:
 
 
 def _real_blocks(num_teacher_layers: int, kept: Sequence[int]) -> list[int]:
-    stops = (*tuple(kept)[1:], num_teacher_layers)
-    return [i for i, (a, b) in enumerate(zip(kept, stops, strict=True)) if b - a > 1]
+    return [station.index for station in _stations(num_teacher_layers, kept) if station.num_layers > 1]
+
+
+def _stations(num_teacher_layers: int, kept: Sequence[int]) -> tuple[Station, ...]:
+    starts = tuple(kept) or (0,)
+    stops = (*starts[1:], num_teacher_layers)
+    return tuple(Station(i, a, b) for i, (a, b) in enumerate(zip(starts, stops, strict=True)))
 
 
 def _check_kept(num_teacher_layers: int, kept: Sequence[int]) -> None:
     if any(isinstance(k, bool) or not isinstance(k, int) for k in kept):
         raise AssemblyError(f"kept layers must be whole numbers, got {list(kept)}")
-    if not kept or kept[0] != 0:
+    if kept and kept[0] != 0:
         raise AssemblyError("the student must keep the teacher's layer 0, so that its first block has a beginning")
-    if list(kept) != sorted(set(kept)) or kept[-1] >= num_teacher_layers:
+    if list(kept) != sorted(set(kept)) or max(kept, default=0) >= num_teacher_layers:
         raise AssemblyError(f"kept layers {list(kept)} are not ascending layers of a teacher of {num_teacher_layers}")
     if len(kept) >= num_teacher_layers:
         raise AssemblyError("the student must have fewer layers than the teacher")

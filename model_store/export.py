@@ -150,7 +150,7 @@ def _windows(pair: Pair, size: int) -> dict[str, Any]:
 
     num_teacher, path = pair.elasticity.num_teacher_layers, pair.elasticity.path(size)
     teacher = Checkpoint(pair.teacher_path, pair.store).spec
-    student = teacher if pair.student_spec is None else Checkpoint(pair.student_path, pair.store).spec
+    student = pair.student_spec or teacher
     kinds = []  # (type, window) of each layer
     for layer in path.layers:
         spec, index = (teacher, layer) if layer < num_teacher else (student, layer - num_teacher)
@@ -192,7 +192,7 @@ def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torc
             yield full_name(f"{layer_prefix(family)}{position}.{name}", family), tensor.clone()
     teacher = Checkpoint(pair.teacher_path, pair.store)
     sources = {"teacher": teacher, "student": teacher}
-    if pair.student_spec is not None:
+    if pair.student_spec is not None and pair.student_path is not None:
         sources["student"] = Checkpoint(pair.student_path, pair.store)
     sides = {"embed": path.embed_from, "norm": path.norm_from, "head": path.head_from}
     is_tied = sources[path.head_from].spec.tie_word_embeddings and sources[path.head_from] is sources[path.embed_from]
@@ -215,7 +215,8 @@ def model_card(pair: Pair, size: int) -> str:
         f"# {pair.name}, {size} layers", "",
         f"One size of an elastic pair: {size} of the {num_teacher} layers of `{teacher}`, some of them replaced by "
         "distilled student layers that stand for several (Boomerang distillation, arXiv 2510.05064). "
-        "Written by `boomerang export`; any size of the same pair can be served from one copy of the tensors.", "",
+        "Written by `boomerang export`; any size of the same pair can be served from one copy of the tensors."
+        if pair.student_path else f"`{teacher}` as it is, written by `boomerang export`.", "",
         f"- parameters: {pair.parameters(size):,}", f"- licence: {licence}", f"- patch order: {pair.patch_order}",
         f"- layers (numbers are the teacher's, S are student layers): {', '.join(origin)}", "",
     ]  # fmt: skip

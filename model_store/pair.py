@@ -26,10 +26,10 @@ from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, SpecError
-from model_store.store import folder_digest
+from model_store.store import folder_digest, store_root
 from model_store.vocabulary import other_tokens
 from model_store.weight_form import Storage, WeightForm
-from model_store.weights import Checkpoint, LayerWeights
+from model_store.weights import Checkpoint, LayerWeights, weight_files
 
 __all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_PAIR_DIR = Path(__file__).parent / "default_pair"
 _LOAD_THREADS = 2  # each holds one layer beside the result
 PATCH_ORDERS = ("last_to_first", "first_to_last")
+NO_STUDENT = "none"  # in the place of a student: the teacher alone
 
 
 class PairError(BoomerangError, ValueError):
@@ -46,29 +47,35 @@ class PairError(BoomerangError, ValueError):
 
 @dataclass(eq=False)
 class Pair:
-    """A pair on disk. `open_pair` makes one."""
+    """A pair on disk, or a teacher alone. `open_pair` makes one."""
 
     name: str
     teacher_path: Path
-    student_path: Path
-    notes_path: Path  # of pair.json, quality.json and the like: the student's folder, or that of its GGUF file
+    student_path: Path | None  # None: a teacher alone, which has one size
+    # Of pair.json, quality.json and the like: the student's folder, or that of its GGUF file; alone: one in the store.
+    notes_path: Path
     spec: ModelSpec
     elasticity: Elasticity
     patch_order: str  # "last_to_first", "first_to_last", or "thresholds" for a measured one
     quality: dict[int, dict[str, Any]] = field(default_factory=dict)  # size -> what was measured in this patch order
-    student_spec: ModelSpec | None = None  # None: a low-rank student, whose ends are the teacher's
+    student_spec: ModelSpec | None = None  # None: a low-rank student, whose ends are the teacher's, or no student
     store: Path | str | None = None
 
     @property
     def tokenizer_path(self) -> Path:
         return self.teacher_path
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the student is kept as low-rank differences to the teacher."""
+        return self.student_path is not None and self.student_spec is None
+
     @cached_property
     def digest(self) -> str:
         """Hex sha256 of everything that decides an answer: both models' files and the patch order."""
         paths = [self.elasticity.path(size) for size in self.elasticity.sizes]
         order = [[path.layers, path.embed_from, path.norm_from, path.head_from] for path in paths]
-        folders = [folder_digest(path, self.store) for path in (self.teacher_path, self.student_path)]
+        folders = [folder_digest(path, self.store) for path in (self.teacher_path, self.student_path) if path]
         return hashlib.sha256(json.dumps([folders, order]).encode()).hexdigest()
 
     # --- arithmetic, from the shapes alone
@@ -97,10 +104,11 @@ class Pair:
 
     @cached_property
     def _footprint(self) -> Footprint:
-        if self.student_spec is not None:
+        if not self.is_low_rank:
             # Equal layers of an ordinary student are only found when it is loaded.
-            ends = self._equal_ends()
-            return Footprint(self.elasticity, self.spec, self.student_spec, {}, ends, code_bytes=self._code_bytes())
+            ends = self._equal_ends() if self.student_spec else END_PARTS
+            spec = self.student_spec or self.spec
+            return Footprint(self.elasticity, self.spec, spec, {}, ends, code_bytes=self._code_bytes())
         student, num_teacher = self.low_rank_student, self.spec.num_layers
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, code_bytes=self._code_bytes())
@@ -120,7 +128,7 @@ class Pair:
             return None
         sides = {"teacher": Checkpoint(self.teacher_path, self.store)}
         if self.student_spec is not None:
-            sides["student"] = Checkpoint(self.student_path, self.store)
+            sides["student"] = self._student()
 
         def code_bytes(side: str, what: int | str, itemsize: int) -> int:
             if side not in sides:  # a low-rank student's, expanded
@@ -134,7 +142,7 @@ class Pair:
 
     def _footprint_in(self, form: WeightForm) -> Footprint:
         """With low-rank layers kept as differences to the teacher's if `form` says so."""
-        if self.student_spec is not None or not form.low_rank:
+        if not self.is_low_rank or not form.low_rank:
             return self._footprint
         student, num_teacher = self.low_rank_student, self.spec.num_layers
         is_shared = [student.is_difference(i) or not student.has_own_layer(i) for i in range(len(student.kept))]
@@ -144,7 +152,7 @@ class Pair:
 
     def _equal_ends(self) -> set[str]:
         """End parts in which the student's tensors equal the teacher's. Unlike tensors are told apart at once."""
-        teacher, student = Checkpoint(self.teacher_path, self.store), Checkpoint(self.student_path, self.store)
+        teacher, student = Checkpoint(self.teacher_path, self.store), self._student()
 
         def is_equal(part: str) -> bool:
             ours, theirs = teacher.end_names(part), student.end_names(part)
@@ -153,9 +161,15 @@ class Pair:
 
         return {part for part in END_PARTS if is_equal(part)}
 
+    def _student(self) -> Checkpoint:
+        """Where it is an ordinary one."""
+        assert self.student_path is not None
+        return Checkpoint(self.student_path, self.store)
+
     @cached_property
     def low_rank_student(self) -> LowRankStudent:
-        """Where `student_spec` is None."""
+        """Where `is_low_rank`."""
+        assert self.student_path is not None
         return LowRankStudent(self.student_path / LOW_RANK_FILE, self.elasticity.kept)
 
     # --- loading
@@ -164,7 +178,7 @@ class Pair:
         """One layer by its global id (teacher t is t, student s is N + s), low-rank ones expanded, from the file."""
         index, kept = layer - self.spec.num_layers, self.elasticity.kept
         if index >= 0 and self.student_spec is not None:
-            return Checkpoint(self.student_path, self.store).layer(index, form)
+            return self._student().layer(index, form)
         teacher = Checkpoint(self.teacher_path, self.store)
         if index < 0 or not self.low_rank_student.has_own_layer(index):
             return teacher.layer(layer if index < 0 else kept[index], form)
@@ -188,7 +202,7 @@ class Pair:
             raise PairError(f"not even the smallest size can be served: {smallest} layers {missing[smallest]}")
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
-        if form.low_rank and self.student_spec is None:
+        if form.low_rank and self.is_low_rank:
             shared = self._footprint_in(form).shared_layers
             wanted = sorted({*wanted, *(shared[i] for i in wanted if i in shared)})
         teacher = Checkpoint(self.teacher_path, self.store)
@@ -200,10 +214,10 @@ class Pair:
         factors: dict[int, LowRankDelta] = {}
         parts = self._footprint.end_parts(sizes)
         if self.student_spec is None:
-            factors = self._load_low_rank(teacher, student_ids, layers, form, device)
+            factors = self._load_low_rank(teacher, student_ids, layers, form, device) if student_ids else {}
             ends = join_ends(teacher.end_tensors(form, device), {})
         else:
-            student = Checkpoint(self.student_path, self.store)
+            student = self._student()
             for i in student_ids:
                 own = student.layer(i - num_teacher, form, device)
                 origin = self.elasticity.kept[i - num_teacher]
@@ -263,17 +277,22 @@ def open_pair(
     """Open a teacher and a student; with neither, the default pair.
 
     Each is a folder, a hub id or a GGUF file. `teacher` alone may be the name of a known pair (published.py) or the
-    teacher of one. The patch order is, in this order: `thresholds`, `patch_order`, what the student's pair.json says,
-    the known pair's, last-to-first. Raises PairError if they do not interlock, StoreError if one cannot be had.
+    teacher of one; any other teacher is opened without a student, and so is a known one with the student "none".
+    The patch order is, in this order: `thresholds`, `patch_order`, what the student's pair.json says, the known
+    pair's, last-to-first. Raises PairError if they do not interlock, StoreError if one cannot be had.
     """
-    from model_store.sources import default_teacher, resolve
+    from model_store.sources import resolve
 
-    known = _known_pair(teacher, student)
+    without_student = str(student) == NO_STUDENT and not Path(NO_STUDENT).is_dir()
+    known = _known_pair(teacher, None if without_student else student)
     if known and (teacher is None or published.find(str(teacher))):
         teacher = known.teacher
+    if without_student or (student is None and known is None):
+        if patch_order is not None or thresholds is not None:
+            raise PairError("a teacher without a student has no patch order: name a student, or leave the order out")
+        return _alone(teacher or published.DEFAULT_TEACHER, name, store)
     if student is None:
-        if known is None:
-            raise PairError(f"no student is known for the teacher {str(teacher)!r}: name one with --student")
+        assert known is not None
         student = known.student or DEFAULT_PAIR_DIR
     student_path = resolve(student, store)
     notes = Path(student).expanduser().parent if str(student).lower().endswith(".gguf") else student_path
@@ -282,7 +301,7 @@ def open_pair(
         if not isinstance(manifest.get(key, ""), str):
             raise PairError(f"{notes / 'pair.json'}: {key} is {manifest[key]!r}, not a text")
     teacher = teacher or manifest.get("teacher") or published.DEFAULT_TEACHER
-    teacher_path = default_teacher(store) if str(teacher) == published.DEFAULT_TEACHER else resolve(teacher, store)
+    teacher_path = _teacher_path(teacher, store)
     kept_layers = read_json_if_there(notes / "student_config.json")
     try:
         spec, student_spec, kept = _interlock(teacher_path, student_path, kept_layers, known, store)
@@ -295,9 +314,8 @@ def open_pair(
     except (AssemblyError, SpecError) as error:
         raise PairError(str(error)) from error
     is_recorded = elasticity.thresholds == recorded[1].thresholds
-    default_name = known.name if known else teacher_path.name.rsplit("--", 1)[-1].lower()
     return Pair(
-        name=name or manifest.get("name") or default_name,
+        name=name or manifest.get("name") or (known.name if known else _name_of(teacher_path)),
         teacher_path=teacher_path,
         student_path=student_path,
         notes_path=notes,
@@ -308,6 +326,37 @@ def open_pair(
         student_spec=student_spec,
         store=store,
     )
+
+
+def _alone(teacher: Path | str, name: str | None, store: Path | str | None) -> Pair:
+    path = _teacher_path(teacher, store)
+    if not (path / "config.json").is_file():
+        raise PairError(f"{path} has no config.json: it is not a checkpoint folder")
+    spec = _spec_of(path, store)
+    name = name or _name_of(path)
+    stamps = [str(path.resolve()), *(file.stat().st_ctime_ns for file in weight_files(path))]
+    notes = store_root(store) / "notes" / f"{name}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}"
+    return Pair(
+        name=name,
+        teacher_path=path,
+        student_path=None,
+        notes_path=notes,
+        spec=spec,
+        elasticity=Elasticity.of_teacher(spec.num_layers),
+        patch_order="none",
+        quality=_quality(notes / "quality.json"),
+        store=store,
+    )
+
+
+def _teacher_path(teacher: Path | str, store: Path | str | None) -> Path:
+    from model_store.sources import default_teacher, resolve
+
+    return default_teacher(store) if str(teacher) == published.DEFAULT_TEACHER else resolve(teacher, store)
+
+
+def _name_of(path: Path) -> str:
+    return path.name.rsplit("--", 1)[-1].lower()
 
 
 def _quality(file: Path) -> dict[int, dict[str, Any]]:

@@ -85,7 +85,11 @@ class Settings:
 
     # --- model
     teacher: str | None = option(None, "teacher: store name, hub id, folder or GGUF file", group="model")
-    student: str | None = option(None, "student: hub id or folder; not needed for a known pair", group="model")
+    student: str | None = option(
+        None,
+        "student: hub id or folder [a known pair's, else the teacher alone]; none: the teacher alone",
+        group="model",
+    )
     patch_order: str | None = option(
         None,
         "order in which student layers give way to teacher blocks",

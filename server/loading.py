@@ -82,9 +82,9 @@ def weight_form(settings: Settings, pair: Pair) -> WeightForm:
             return WeightForm(pick_dtype(settings), storage=Storage.NESTED, bits=bits)
         storage = Storage.AS_LOADED if settings.quantization == "none" else Storage(settings.quantization)
     form = WeightForm(pick_dtype(settings), storage=storage)
-    if pair.student_spec is not None:
+    if not pair.is_low_rank:
         if settings.low_rank == "on":
-            raise ValueError("--low-rank on: this student is not kept as a low-rank difference")
+            raise ValueError("--low-rank on: this student is not kept as a low-rank difference, or there is none")
         return form
     low_rank = settings.low_rank == "on" or (settings.low_rank == "auto" and storage is Storage.CODES)
     if settings.low_rank == "auto" and settings.memory_budget is not None and not low_rank:
@@ -117,7 +117,7 @@ def speculative_size(settings: Settings, pair: Pair) -> int | None:
     if text == "off":
         return None
     if text == "auto":
-        return sizes[0]
+        return sizes[0] if len(sizes) > 1 else None
     try:
         size = SizeSpec.parse(text).resolve(sizes, {size: pair.parameters(size) for size in sizes})
     except SizeError as error:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_store.files import read_json
 from server.config import Settings
 
 if TYPE_CHECKING:
@@ -82,7 +78,9 @@ def pair_generator(job: EvaluateJob, longest: int = 2048) -> Generate:
 
 def teacher_generator(job: DistillJob, longest: int = 2048) -> Generate:
     """Answers by a teacher alone, as `distill --self-generate` needs them: no student exists yet."""
-    return _lazy(lambda: _alone(job.teacher, job.store), Settings(device=job.device), longest)
+    from model_store.pair import NO_STUDENT, open_pair
+
+    return _lazy(lambda: open_pair(job.teacher, NO_STUDENT, store=job.store), Settings(device=job.device), longest)
 
 
 def _lazy(open_it: Callable[[], Pair], settings: Settings, longest: int) -> Generate:
@@ -94,24 +92,3 @@ def _lazy(open_it: Callable[[], Pair], settings: Settings, longest: int) -> Gene
         return engines[0].generate(*values, **named)
 
     return generate
-
-
-def _alone(teacher: str | None, store: str | None) -> Pair:
-    """The teacher with a student that differs from it in nothing: low-rank differences of no layer at all."""
-    from safetensors.torch import save_file
-
-    from model_store.lowrank import LOW_RANK_FILE
-    from model_store.pair import open_pair
-    from model_store.sources import default_teacher, resolve
-    from model_store.spec import ModelSpec
-
-    path = resolve(teacher, store) if teacher else default_teacher(store)
-    layers = ModelSpec.from_hf_config(read_json(path / "config.json")).num_layers
-    folder = Path(tempfile.mkdtemp(prefix="boomerang-teacher-"))
-    save_file({}, folder / LOW_RANK_FILE)
-    kept = sorted({*range(0, layers, 2), layers - 1})
-    pruned = sorted(set(range(layers)) - set(kept))
-    (folder / "student_config.json").write_text(
-        json.dumps({"copied_teacher_layers": kept, "pruned_teacher_layers": pruned})
-    )
-    return open_pair(path, folder, patch_order="last_to_first", store=store)

@@ -33,7 +33,7 @@ def load_elastic(pair: Pair, dtype: torch.dtype, device: torch.device | str = "c
     body, stations = body_of(teacher), pair.elasticity.stations
     student: dict[int, nn.Module] = {}
     own_ends = None
-    if pair.student_spec is None:
+    if pair.is_low_rank:
         for station in stations:
             if pair.low_rank_student.has_own_layer(station.index):
                 layer = copy.deepcopy(body.layers[station.start])
@@ -42,7 +42,7 @@ def load_elastic(pair: Pair, dtype: torch.dtype, device: torch.device | str = "c
                     for name, value in split_layer(weights, pair.spec):
                         layer.get_parameter(name).copy_(value)
                 student[station.index] = layer
-    else:
+    elif pair.student_path is not None:
         other_body = body_of(load_transformers(pair.student_path, dtype, pair.store).to(device))
         student = dict(enumerate(other_body.layers))
         own_ends = other_body.ends

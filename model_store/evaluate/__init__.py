@@ -246,6 +246,7 @@ def store_quality(
     or prompts that replace an earlier call's bring what is known of their overlap with the training text, or nothing.
     """
     file = pair.notes_path / QUALITY_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
     known = read_json_if_there(file)
     measured = known.get("measured", {})
     for kind in provenance.keys() & {"text", "chat"}:

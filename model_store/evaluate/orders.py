@@ -25,6 +25,8 @@ def open_with_order(job: EvaluateJob) -> tuple[Pair, bool]:
 
     named = None if job.patch_order == "klpatch" else job.patch_order
     pair = open_pair(job.teacher, job.student, patch_order=named, thresholds=job.thresholds, store=job.store)
+    if pair.student_path is None and (job.compare_orders or job.patch_order or job.calibration):
+        raise ValueError("--patch-order, --compare-orders, --calibration: a teacher without a student has no order")
     own = open_pair(job.teacher, job.student, store=job.store).elasticity
     return pair, pair.elasticity.thresholds == own.thresholds
 
