@@ -70,8 +70,9 @@ class ForwardBatch:
     saves: list[StateCopy] = field(default_factory=list)
     restores: list[StateCopy] = field(default_factory=list)
     depths: np.ndarray | None = None  # [R] layers that each row runs; None: all of its path
-    # Batches of one layout (not 0) differ in input_ids, positions and context_lens alone.
+    # Batches of one layout (not 0) differ in input_ids, positions, context_lens and widths alone.
     layout: int = 0
+    widths: np.ndarray | None = None  # uint8 [R], bits that each row reads; None: all at the widest
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +81,10 @@ class ForwardBatch:
     @property
     def num_requests(self) -> int:
         return len(self.requests)
+
+    def widths_of(self, starts: np.ndarray) -> np.ndarray | None:
+        """Widths by what each row has several of: `starts` is `query_start` for tokens, `logits_start` for logits."""
+        return None if self.widths is None else np.repeat(self.widths, np.diff(starts))
 
     def tokens(self, start: int, stop: int) -> slice:
         """Token range of requests [start, stop)."""
@@ -104,9 +109,10 @@ def build_batch(
             parts += parts_of(request, count, page_size)
         else:
             parts.append(Part(request, request.num_computed_tokens, count))
-    # Within a size decode rows come first, so that kernels meet runs of one-token rows, and rows that start above the
-    # embedding last, so that segments are cut as seldom as can be.
-    parts.sort(key=lambda part: (-part.request.path.size, part.station, part.num_tokens > 1))
+    # Within a size rows of one width lie together, the widest first, and of these decode rows come first, so that
+    # kernels meet runs of one-token rows. Rows that start above the embedding are last, so that segments are cut as
+    # seldom as can be.
+    parts.sort(key=lambda part: (-part.request.path.size, part.station, -part.request.width, part.num_tokens > 1))
     requests = [part.request for part in parts]
     counts = np.fromiter((part.num_tokens for part in parts), np.int32, len(parts))
     computed = np.fromiter((part.begin for part in parts), np.int32, len(parts))
@@ -179,6 +185,7 @@ def build_batch(
         saves=saves,
         restores=restores,
         depths=depths,
+        widths=np.fromiter((request.width for request in requests), np.uint8, len(requests)),
     )
 
 
@@ -194,6 +201,7 @@ class BatchBuilder:
         self._arguments = elasticity, block_tables, shared_stations, page_size
         self._lanes: list[tuple[LiveRequest, LayerPath, int]] = []  # of `_last`, as scheduled: request, path, slot
         self._last: ForwardBatch | None = None
+        self._seen, self._widths = b"", np.zeros(0, np.uint8)  # widths of the rows of the last step
 
     def __call__(self, scheduled: Scheduled) -> ForwardBatch:
         decodes = all(count == 1 and _is_decode(request) for request, count in scheduled)
@@ -208,6 +216,9 @@ class BatchBuilder:
             last.layout = next(_LAYOUTS)
             return last
         requests = last.requests
+        if not self._still_in_order(last):
+            self._last = None
+            return self(scheduled)
         positions = np.array([request.num_computed_tokens for request in requests], np.int32)
         return ForwardBatch(
             requests=requests,
@@ -227,7 +238,16 @@ class BatchBuilder:
             sample_requests=last.sample_requests,
             sample_rows=last.sample_rows,
             layout=last.layout,
+            widths=self._widths,
         )
+
+    def _still_in_order(self, last: ForwardBatch) -> bool:
+        """Whether rows of one size still lie from wide to narrow; brings `_widths` up to date."""
+        now = bytes([request.width for request in last.requests])
+        if now == self._seen:
+            return True
+        self._seen, self._widths = now, np.frombuffer(now, np.uint8)
+        return not ((np.diff(self._widths.astype(np.int8)) > 0) & (np.diff(last.sizes) == 0)).any()
 
 
 def _is_decode(request: LiveRequest) -> bool:

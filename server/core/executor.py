@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from server.core.width import EXACT
+
 if TYPE_CHECKING:  # of torch an executor's callers need no more than tensors it made
     import numpy as np
     import torch
@@ -79,10 +81,11 @@ class Executor:
         """
         raise NotImplementedError
 
-    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
         """Apply the head, the teacher's to rows [0, num_teacher), else the student's. [n, E] -> float32 [n, V].
 
-        Called after `forward`, with (some of) its rows; the caller may write to the result.
+        `widths` uint8 [n]: those of the rows; None: all at the widest. Called after `forward`, with (some of) its
+        rows; the caller may write to the result.
         """
         raise NotImplementedError
 
@@ -92,8 +95,17 @@ class Executor:
         """Bytes that a weight matrix [num_rows, width] takes here. Override it where matrices are packed."""
         return self.weight_form.matrix_bytes(num_rows, width)
 
-    # Bytes of one weight of a matrix as steps read it. None: as it was loaded.
+    # Bytes of one weight of a matrix as steps read it, at the widest. None: as it was loaded.
     bytes_per_weight: float | None = None
+
+    # --- precision (`server.core.width`)
+
+    # What rows may read, ascending. A batch's widths are among these; an executor with one width need not look at them.
+    widths: tuple[int, ...] = (EXACT,)
+
+    def bytes_per_weight_at(self, width: int) -> float | None:
+        """`bytes_per_weight` of a step whose rows all read at this width."""
+        return self.bytes_per_weight
 
     # --- how batches for it are made
 
@@ -103,13 +115,13 @@ class Executor:
 
     # --- tokens
 
-    def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
-        """The likeliest token per row of `logits(hidden, num_teacher)`; -1 where the largest logit is not finite.
+    def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
+        """The likeliest token per row of `logits(hidden, num_teacher, widths)`; -1 where the largest is not finite.
 
         Called instead of `logits` where no request of the step wants more. Override it where the logits need not be
         written to memory for that.
         """
-        values, tokens = self.logits(hidden, num_teacher).max(dim=-1)
+        values, tokens = self.logits(hidden, num_teacher, widths).max(dim=-1)
         return tokens.masked_fill(~values.isfinite(), -1).tolist()
 
     can_draw = False  # whether there is a `draw`; if not, the sampler draws with torch operations

@@ -144,6 +144,10 @@ class LoadView(Protocol):
     def elasticity(self) -> Elasticity: ...
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that the executor can read, ascending."""
+
+    @property
     def running(self) -> Sequence[LiveRequest]: ...
 
     @property

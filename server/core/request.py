@@ -18,6 +18,7 @@ import numpy as np
 
 from model_store.assembly import LayerPath
 from server.core.block import Block
+from server.core.width import EXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class SizeDecision:
-    """The size a request got and why (`size.reason` in the answer)."""
+    """The size a request got and why (`size.reason` in the answer). `width`: what its first step at that size reads."""
 
     size: int
     reason: str
     after_tokens: int = 0  # output tokens before it
+    width: int = EXACT
 
 
 class RequestStatus(enum.IntEnum):
@@ -150,6 +152,9 @@ class Request:
     priority: int = 0  # lower first, as in vLLM
     tenant: str = ""  # fairness is between tenants; "" = anonymous
     size_schedule: tuple[tuple[int, int], ...] = ()  # ((size, output tokens), ...) for a planned mid-request change
+    # Widths that the caller allows (`server.core.width`): a server takes the nearest that it offers. Equal: pinned.
+    min_width: int = 0
+    max_width: int = EXACT
     cache_salt: str = ""
     grammar: Constraint | None = None  # the engine's alone from the submission on
     arrival_time: float = field(default_factory=time.monotonic)
@@ -184,8 +189,11 @@ class LiveRequest:
     grammar: Constraint | None = field(init=False)  # the runner tells it of every token
     arrival_time: float = field(init=False)
 
-    # --- completed before it is queued: scheduler (sizes that fit), policy (limits of the tenant)
+    # --- completed before it is queued: scheduler (sizes that fit, widths that are offered), policy (limits of the
+    # tenant). A request whose answer must be repeatable has one width only: `min_width` is `max_width`.
     sizes: tuple[int, ...] = field(init=False)
+    min_width: int = field(init=False)
+    max_width: int = field(init=False)
     size_reason: str = field(init=False)
     budget: Budget = field(init=False)
 
@@ -196,6 +204,8 @@ class LiveRequest:
     decisions: list[SizeDecision] = field(default_factory=list)  # all of them, the first and every change
     path: LayerPath = field(init=False)  # set at admission, and by the KV cache at a change of size; unset before
     slot: int = -1  # row of the block tables while running
+    width: int = EXACT  # what its next step reads; set before every step
+    widths: list[tuple[int, int]] = field(default_factory=list)  # (width, output tokens before it): the first, changes
     keep_station: int = 0  # hidden states are kept before this station, for a change of size to come; 0: nowhere
     num_cached_tokens: int = -1  # prefix-cache hit at first admission
     num_preemptions: int = 0
@@ -208,6 +218,7 @@ class LiveRequest:
     # --- KV cache (`num_computed_tokens`: the scheduler too, as it books a step)
     blocks: list[Block] = field(default_factory=list)
     num_computed_tokens: int = 0
+    kv_width: int = EXACT  # the narrowest width that any of its KV was computed at
     resume_stop: int = 0  # positions below this start from a hidden state if their block `resumes`
 
     # --- speculation and sampler
@@ -220,6 +231,7 @@ class LiveRequest:
         self.priority, self.tenant, self.size_schedule = asked.priority, asked.tenant, asked.size_schedule
         self.cache_salt, self.grammar, self.arrival_time = asked.cache_salt, asked.grammar, asked.arrival_time
         self.sizes, self.size_reason, self.budget = asked.sizes, asked.size_reason, asked.budget
+        self.min_width, self.max_width = asked.min_width, asked.max_width
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -236,6 +248,13 @@ class LiveRequest:
     @property
     def is_finished(self) -> bool:
         return self.status.is_finished
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the same request should give the same answer again: then it keeps one width from first to last."""
+        sampling, is_pinned = self.sampling, self.asked.min_width == self.asked.max_width
+        is_scored = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        return is_pinned or is_scored or sampling.seed is not None
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Ids at positions start .. stop-1 of prompt followed by output."""
@@ -263,6 +282,7 @@ class RequestOutput:
 
     request_id: str
     new_token_ids: list[int] = field(default_factory=list)
+    width: int = EXACT  # that `new_token_ids` were made at
     decision: SizeDecision | None = None
     earlier_decisions: tuple[SizeDecision, ...] = ()  # changes before `decision` that nobody has heard of yet
     new_logprobs: list[TokenLogprobs] | None = None

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from server.core.request import LiveRequest, SizeDecision
+from server.core.width import EXACT
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from server.core.batch import ForwardBatch
+    from server.core.batch import ForwardBatch, Scheduled
     from server.core.load import Load, LoadView
     from server.core.step_times import StepTimes
 
@@ -82,6 +83,20 @@ class SizePolicy:
     def resize(self, view: LoadView, now: float) -> list[tuple[LiveRequest, SizeDecision]]:
         """Running requests that should go on at another size."""
         return []
+
+    def width(self, view: LoadView, now: float) -> int:
+        """Bits at which rows of the step that is about to be planned read the weights, each row within its own limits.
+
+        Called once per step. What `view.widths` does not offer counts as the next narrower one that it does.
+        """
+        return EXACT
+
+    def raises_rows(self, scheduled: Scheduled, width: int) -> bool:
+        """Whether all rows of this step may read what one of them demands (`width`), each up to its own limit.
+
+        True where a step waits for memory: what is read for one row costs no more if it serves all.
+        """
+        return True
 
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """A step spent `seconds` in the model and ended at `end` on the scheduler's clock."""

@@ -67,7 +67,9 @@ class Engine:
         if config.speculative_size is not None:
             slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
             drafts = DraftPool(self.kv_cache, self.elasticity.path(config.speculative_size), slots)
-        self.scheduler = Scheduler(config, self.elasticity, self.kv_cache, policy, queue, drafts=drafts)
+        self.scheduler = Scheduler(
+            config, self.elasticity, self.kv_cache, policy, queue, drafts=drafts, widths=self.executor.widths
+        )
         self.speculator: Speculator | None = None
         if drafts is not None:
             self.speculator = Speculator(

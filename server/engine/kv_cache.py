@@ -20,6 +20,7 @@ import numpy as np
 from model_store.assembly import LayerPath
 from server.core.block import Block
 from server.core.request import LiveRequest
+from server.core.width import EXACT
 from server.engine.kept_states import KeptStates
 
 
@@ -36,8 +37,10 @@ class KVCacheManager:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         num_state_pages: int = 0,
+        widest: int = EXACT,
     ) -> None:
-        """`num_layers` counts the global layer ids of the pair (teacher + student)."""
+        """`num_layers` counts the global layer ids of the pair (teacher + student); `widest` of the server's widths."""
+        self.widest = widest
         self.num_pages = num_pages
         self.page_size = page_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -77,8 +80,8 @@ class KVCacheManager:
     def find_prefix(self, request: LiveRequest, path: LayerPath, counts: bool = True) -> list[Block]:
         """Cached blocks that hold the longest prefix of the request on this path; `counts`: as a query and hits.
 
-        At least the last token is left to compute, because its logits are wanted. A request that asks for prompt
-        logprobs needs every position's logits and so takes nothing from the cache.
+        At least the last token is left to compute, because its logits are wanted. What was computed at a narrower
+        width than the request reads now is not good enough for it. A request that asks for prompt logprobs needs every position's logits and so takes nothing from the cache.
         """
         if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
             return []
@@ -87,7 +90,7 @@ class KVCacheManager:
         for index in range((request.num_tokens - 1) // self.page_size):
             parent = self._chain(parent, request, index)
             block = self._cached.get(parent)
-            if block is None:
+            if block is None or block.width < request.width:
                 break
             found.append(block)
         if counts:
@@ -109,12 +112,20 @@ class KVCacheManager:
         for index in range(first, num_full):
             parent = self._chain(parent, request, index)
             block = request.blocks[index]
-            block.hash = parent
-            # Tables are append-only, so a twin computed at the same time keeps its own pages and is simply not entered.
-            self._cached.setdefault(parent, block)
+            block.hash, block.width = parent, request.kv_width
+            # Tables are append-only, so a twin computed at the same time keeps its own pages and is simply not entered,
+            # unless it was computed at a wider width.
+            twin = self._cached.setdefault(parent, block)
+            if twin.width < block.width:
+                if twin.ref_count == 0:
+                    del self._evictable[parent]
+                    self._disown([twin])
+                self._cached[parent] = block
 
     def _root(self, request: LiveRequest, path: LayerPath) -> bytes:
-        return b"%d|" % path.size + request.cache_salt.encode()
+        """What decides KV beside the tokens. An answer that is to be the same again takes nothing from wider widths."""
+        pinned = request.max_width if request.max_width < self.widest and request.is_repeatable else 0
+        return b"%d|%d|" % (path.size, pinned) + request.cache_salt.encode()
 
     def _chain(self, parent: bytes, request: LiveRequest, index: int) -> bytes:
         start = index * self.page_size
@@ -128,6 +139,7 @@ class KVCacheManager:
         self._hold(blocks)
         request.blocks = list(blocks)
         request.num_computed_tokens = len(blocks) * self.page_size
+        request.kv_width = min((block.width for block in blocks), default=EXACT)
         self._write_tables(request, 0)
 
     def can_allocate(self, num_pages: int) -> bool:
@@ -183,6 +195,8 @@ class KVCacheManager:
         request.path, request.blocks = path, prefix + blocks
         request.num_computed_tokens = len(prefix) * self.page_size
         request.resume_stop = len(request.blocks) * self.page_size if blocks else 0
+        widths = [block.width for block in prefix]
+        request.kv_width = min([*widths, request.kv_width] if blocks else widths, default=EXACT)
         self._write_tables(request, 0)
 
     def finish_resuming(self, request: LiveRequest) -> None:

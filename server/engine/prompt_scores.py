@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from server.core.batch import ForwardBatch
@@ -36,7 +37,8 @@ class PromptScores:
             known = len(scores)
             for start in range(0, count, MAX_ROWS):
                 rows = hidden[first + start : first + min(start + MAX_ROWS, count)]
-                logits = executor.logits(rows, len(rows) if first < head_rows else 0)
+                widths = np.full(len(rows), request.width, np.uint8)
+                logits = executor.logits(rows, len(rows) if first < head_rows else 0, widths)
                 tokens = request.token_ids(begin + start + 1, begin + start + 1 + len(rows))
                 scores += token_logprobs(logits, tokens, [wanted] * len(rows))
             if any(score is not None and math.isnan(score.logprob) for score in scores[known:]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 _NO_NUMBER = "the logits hold no finite number to choose"
 
 Faults = dict[str, Exception]  # request id -> what went wrong with its own numbers
+
+
+class HeadRows(NamedTuple):
+    """Rows that the head is applied to, as `Executor.logits` takes them."""
+
+    hidden: torch.Tensor
+    num_teacher: int
+    widths: np.ndarray | None
 
 
 class StepRunner:
@@ -52,6 +60,7 @@ class StepRunner:
             max_model_len=config.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             num_state_pages=allocate_states(self.executor, config.state_bytes),
+            widest=self.executor.widths[-1],
         )
         self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
         self.prompt_scores = PromptScores()
@@ -65,14 +74,14 @@ class StepRunner:
         if found is None:
             return {}, faults
         requests = [batch.requests[row] for row in batch.sample_requests]
-        tokens = self._choose(*found, requests, speculator, faults)
+        tokens = self._choose(found, requests, speculator, faults)
         for request, token in zip(requests, tokens, strict=True):
             if request.grammar is not None:
                 request.grammar.accept(token.token_id)
         return {request.request_id: token for request, token in zip(requests, tokens, strict=True)}, faults
 
-    def forward_rows(self, batch: ForwardBatch, faults: Faults) -> tuple[torch.Tensor, int] | None:
-        """Hidden rows that tokens are drawn from, and how many take the teacher's head; None if there are none.
+    def forward_rows(self, batch: ForwardBatch, faults: Faults) -> HeadRows | None:
+        """Rows that tokens are drawn from; None if there are none.
 
         Requests whose prompt has no finite scores are added to `faults`.
         """
@@ -80,6 +89,7 @@ class StepRunner:
         if not len(batch.logits_rows):
             return None
         rows = batch.sample_rows
+        widths = batch.widths_of(batch.logits_start) if len(self.executor.widths) > 1 else None
         head_rows = int(batch.logits_start[batch.head_cut])
         if len(rows) < len(batch.logits_rows):
             for request in self.prompt_scores.score(self.executor, batch, hidden, head_rows):
@@ -88,22 +98,22 @@ class StepRunner:
                 return None
             hidden = hidden[torch.from_numpy(rows)]
             head_rows = int((rows < head_rows).sum())
-        return hidden, head_rows
+            widths = None if widths is None else widths[rows]
+        return HeadRows(hidden, head_rows, widths)
 
-    def greedy_tokens(self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest]) -> list[int] | None:
+    def greedy_tokens(self, rows: HeadRows, requests: list[LiveRequest]) -> list[int] | None:
         """The likeliest token per row, -1 where none is; None unless that is all these requests want."""
         if not all(is_plain_greedy(request) for request in requests):
             return None
-        return self.executor.greedy(hidden, head_rows)
+        return self.executor.greedy(*rows)
 
     def _choose(
-        self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest], speculator: Speculator | None,
-        faults: Faults,
-    ) -> list[SampledToken]:  # fmt: skip
+        self, rows: HeadRows, requests: list[LiveRequest], speculator: Speculator | None, faults: Faults
+    ) -> list[SampledToken]:
         """A token per request, with those that follow; whoever has no finite number to choose is added to `faults`."""
-        ids = self.greedy_tokens(hidden, head_rows, requests)
+        ids = self.greedy_tokens(rows, requests)
         if ids is None:
-            return self._draw(hidden, head_rows, requests, speculator, faults)
+            return self._draw(rows, requests, speculator, faults)
         if min(ids) < 0:
             bad = [owner for owner, token in zip(_owners(requests), ids, strict=True) if token < 0]
             faults |= {request.request_id: ArithmeticError(_NO_NUMBER) for request in bad}
@@ -112,10 +122,9 @@ class StepRunner:
 
     @torch.inference_mode()
     def _draw(
-        self, hidden: torch.Tensor, head_rows: int, requests: list[LiveRequest], speculator: Speculator | None,
-        faults: Faults,
-    ) -> list[SampledToken]:  # fmt: skip
-        logits = self.executor.logits(hidden, head_rows)
+        self, wanted: HeadRows, requests: list[LiveRequest], speculator: Speculator | None, faults: Faults
+    ) -> list[SampledToken]:
+        logits = self.executor.logits(*wanted)
         if speculator is None:
             tokens = self.sampler.sample(logits, requests)
         else:

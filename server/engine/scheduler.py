@@ -19,6 +19,7 @@ from server.core.config import EngineConfig
 from server.core.load import Load
 from server.core.request import LiveRequest, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.core.size_policy import LargestSize, PrefillBudget, Refusal, SizePolicy
+from server.core.width import EXACT, bits_read, offered_width
 from server.engine.extras.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
@@ -49,8 +50,9 @@ class Scheduler:
         queue: WaitingQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
         drafts: DraftPool | None = None,
+        widths: tuple[int, ...] = (EXACT,),
     ) -> None:
-        """`drafts`: where requests speculate."""
+        """`drafts`: where requests speculate. `widths`: what the executor can read, ascending."""
         self.config = config
         self.elasticity = elasticity
         self.kv_cache = kv_cache
@@ -61,6 +63,8 @@ class Scheduler:
         self.load = Load(elasticity.num_teacher_layers)
         self.num_preemptions = 0
         self.num_resizes = 0
+        self.widths = widths
+        self._width = widths[-1]  # of this step, where a request's own limits say nothing else
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
         self.drafts = drafts
@@ -93,7 +97,17 @@ class Scheduler:
             request.sizes = (planned_size(request),)
         if reason := self.limit_sizes(request):
             return Refusal(reason, 400)
-        return self.policy.prepare(request, self, self.clock())
+        refusal = self.policy.prepare(request, self, self.clock())
+        self._limit_widths(request)
+        return refusal
+
+    def _limit_widths(self, request: LiveRequest) -> None:
+        """Make the request's limits widths that are offered, and one where its answer must be repeatable."""
+        request.max_width = offered_width(request.max_width, self.widths)
+        request.min_width = min(offered_width(request.min_width, self.widths), request.max_width)
+        if request.is_repeatable:
+            request.min_width = request.max_width
+        request.width = request.max_width
 
     def add(self, request: LiveRequest) -> None:
         self.requests[request.request_id] = request
@@ -144,6 +158,7 @@ class Scheduler:
         """Decoding rows first, then running prompts, then waiting requests, until tokens, slots or pages run out."""
         output = SchedulerOutput()
         now = self.clock()
+        self._width = self._choose_width(now)
         for request in self.waiting.overdue(now):
             self._refuse(request, self.policy.refuse(self, now), output)
         for request, decision in self.policy.resize(self, now):
@@ -164,6 +179,7 @@ class Scheduler:
                 budget = self._advance(request, budget, output)
         if not output.num_preempted:
             self._admit(output, budget, now, prefill)
+        self._set_widths(output)
         return output
 
     def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
@@ -190,15 +206,42 @@ class Scheduler:
 
     # --- parts
 
+    def _choose_width(self, now: float) -> int:
+        if len(self.widths) == 1:
+            return self.widths[0]
+        try:
+            return offered_width(self.policy.width(self, now), self.widths)
+        except Exception:  # as for sizes
+            logger.exception("the size policy failed; taking the largest width")
+            return self.widths[-1]
+
+    def _width_of(self, request: LiveRequest) -> int:
+        return min(max(self._width, request.min_width), request.max_width)
+
+    def _set_widths(self, output: SchedulerOutput) -> None:
+        """What each row of the step reads: the policy's width within the request's limits, or more where it is paid."""
+        if len(self.widths) == 1:
+            return
+        widest = 0
+        for request, _ in output.scheduled:
+            request.width = self._width_of(request)
+            widest = max(widest, request.width)
+        if widest > self._width and self.policy.raises_rows(output.scheduled, widest):
+            for request, _ in output.scheduled:
+                request.width = max(request.width, min(widest, request.max_width))
+
     def _book(self, request: LiveRequest, count: int) -> None:
         """`count` more tokens of the request hold KV."""
         is_decode = count == 1 and bool(request.output_token_ids)
+        request.kv_width = min(request.kv_width, request.width)
         request.num_computed_tokens += count
         self.load.advance(request, count)
         self.kv_cache.cache_full_blocks(request)
         if request.resume_stop and request.num_computed_tokens >= request.resume_stop:
             self.kv_cache.finish_resuming(request)
         weight = OUTPUT_TOKEN_COST if is_decode else 1.0
+        if request.min_width > self._width:  # the step reads more for this request's sake
+            weight *= bits_read(request.min_width) / bits_read(self._width)
         self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
 
     def _advance(self, request: LiveRequest, budget: int, output: SchedulerOutput) -> int:
@@ -230,6 +273,7 @@ class Scheduler:
                 self._refuse(request, choice, output)
                 continue
             path = self.elasticity.path(choice.size)
+            request.width = self._width_of(request)
             prefix = self.kv_cache.find_prefix(request, path)
             num_cached = len(prefix) * self.kv_cache.page_size
             count = min(request.num_tokens - num_cached, budget // path.num_layers)
@@ -243,7 +287,7 @@ class Scheduler:
                 break
             self.waiting.remove(request)
             is_change = request.decision is not None and request.decision.size != choice.size
-            choice = replace(choice, after_tokens=len(request.output_token_ids))
+            choice = replace(choice, after_tokens=len(request.output_token_ids), width=request.width)
             request.path, request.decision = path, choice
             if is_change or not request.decisions:
                 request.decisions.append(choice)
@@ -303,6 +347,8 @@ class Scheduler:
         self.waiting.push_front(request)
 
     def _append(self, request: LiveRequest, token: SampledToken, now: float) -> RequestOutput:
+        if not request.widths or request.widths[-1][0] != request.width:
+            request.widths.append((request.width, len(request.output_token_ids)))
         request.output_token_ids.append(token.token_id)
         self.load.append(request)
         is_first = request.first_token_time is None
@@ -317,7 +363,7 @@ class Scheduler:
             result.new_token_ids = [token.token_id]
             if status == RequestStatus.FINISHED_ERROR:
                 result.error, result.error_status, result.error_param = request.error, 400, "response_format"
-        result.last_token_time = now
+        result.last_token_time, result.width = now, request.width
         if is_first:
             result.first_token_time = now
         if token.logprobs is not None:
@@ -345,7 +391,7 @@ class Scheduler:
         """
         self.load.leave(request)
         self.kv_cache.move(request, self.elasticity.path(decision.size))
-        request.decision = replace(decision, after_tokens=len(request.output_token_ids))
+        request.decision = replace(decision, after_tokens=len(request.output_token_ids), width=request.width)
         request.decisions.append(request.decision)
         if request.size_schedule:
             request.sizes = (decision.size,)

@@ -93,7 +93,7 @@ class TorchExecutor(Executor):
         return self._by_side(wanted, split, self._final_norm)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
         def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
             return linear(rows, end.head, end.head_bias)
 

@@ -8,6 +8,7 @@ import random
 from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
 from server.core.request import LiveRequest, Request, SampledToken, SamplingParams
+from server.core.width import EXACT
 from server.engine.kv_cache import KVCacheManager
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
@@ -28,7 +29,7 @@ def make_config(**changes) -> EngineConfig:
     return EngineConfig(**values)
 
 
-def make_scheduler(num_pages: int = 512, policy=None, queue=None, **changes) -> Scheduler:
+def make_scheduler(num_pages: int = 512, policy=None, queue=None, widths=(EXACT,), **changes) -> Scheduler:
     config = make_config(**changes)
     kv_cache = KVCacheManager(
         num_pages=num_pages,
@@ -37,8 +38,9 @@ def make_scheduler(num_pages: int = 512, policy=None, queue=None, **changes) -> 
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
+        widest=widths[-1],
     )
-    return Scheduler(config, ELASTICITY, kv_cache, policy, queue, clock=Clock())
+    return Scheduler(config, ELASTICITY, kv_cache, policy, queue, clock=Clock(), widths=widths)
 
 
 def make_request(prompt: int | list[int] = 10, size: int | tuple[int, ...] = 6, **kwargs) -> LiveRequest:

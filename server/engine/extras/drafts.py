@@ -39,14 +39,16 @@ class DraftPool:
         known = min(len(draft.output_token_ids), len(request.output_token_ids) - 1)
         draft.output_token_ids[known:] = request.output_token_ids[known:]
         # Only now are these tokens certain: a cached block must never be written again.
+        draft.kv_width = min(draft.kv_width, draft.width)
         self.kv_cache.cache_full_blocks(draft)
+        draft.width = request.width
         return draft
 
     def _make(self, request: LiveRequest) -> LiveRequest:
         sampling = replace(request.sampling, logprobs=None, prompt_logprobs=None)
         asked = replace(request.asked, sampling=sampling, sizes=(self.path.size,), size_schedule=(), grammar=None)
         draft = LiveRequest(asked)
-        draft.path, draft.slot = self.path, self._free_slots.pop()
+        draft.path, draft.slot, draft.width = self.path, self._free_slots.pop(), request.width
         draft.output_token_ids = list(request.output_token_ids)
         self.kv_cache.adopt(draft, self.kv_cache.find_prefix(draft, self.path, counts=False))
         self.drafts[request.request_id] = draft

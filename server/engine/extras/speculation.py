@@ -28,7 +28,7 @@ from server.engine.sampler import Sampler, SamplerState, needs_processing
 from server.engine.scheduler import Scheduler, SchedulerOutput
 
 if TYPE_CHECKING:
-    from server.engine.runner import StepRunner
+    from server.engine.runner import HeadRows, StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Speculator:
         assert found is not None, "every draft is to get a token"
         pairs = [by_id[batch.requests[row].request_id] for row in batch.sample_requests]
         drafts = [draft for _, draft in pairs]
-        tokens = self.runner.greedy_tokens(*found, drafts)
+        tokens = self.runner.greedy_tokens(found, drafts)
         if tokens is None:
             tokens = self._draw(self.runner.executor.logits(*found), pairs)
         for (request, draft), token in zip(pairs, tokens, strict=True):
@@ -180,7 +180,7 @@ class Speculator:
                 self._probs.setdefault(request.request_id, []).append(q[0])
         return tokens
 
-    def _run(self, scheduled: Scheduled) -> tuple[ForwardBatch, tuple[torch.Tensor, int] | None]:
+    def _run(self, scheduled: Scheduled) -> tuple[ForwardBatch, HeadRows | None]:
         batch = self.runner.build_batch(scheduled)
         started = time.monotonic()
         found = self.runner.forward_rows(batch, {})

@@ -175,7 +175,7 @@ class NativeExecutor(Executor):
         self._layout = batch.layout
         self._pointed_at = batch, program, saves, restores  # they live as long as the description
 
-    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
         num_rows, width, vocab = hidden.shape[0], self.spec.hidden_size, self.spec.vocab_size
         out = torch.empty(num_rows, vocab, dtype=torch.float32)
         hidden = hidden.contiguous()
@@ -184,7 +184,7 @@ class NativeExecutor(Executor):
             self._lib.bs_head(self._engine, rows + 4 * width * start, stop - start, end, target + 4 * vocab * start)
         return out
 
-    def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
+    def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
         """The likeliest token per row of `logits(hidden, num_teacher)`, which are never written to memory.
 
         -1 for a row whose largest logit is not finite.

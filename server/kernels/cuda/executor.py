@@ -154,7 +154,7 @@ class CudaExecutor(Executor):
         return self._run_any(batch)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor, num_teacher: int) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
         if hidden is self._ready:
             return self._logits[: len(hidden)].float()
         out = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
@@ -162,7 +162,7 @@ class CudaExecutor(Executor):
         return out.float()
 
     @torch.inference_mode()
-    def greedy(self, hidden: torch.Tensor, num_teacher: int) -> list[int]:
+    def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
         """The likeliest token of each row; -1 where no logit is a finite number."""
         if hidden is self._ready:
             logits = self._logits[: len(hidden)]
