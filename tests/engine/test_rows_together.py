@@ -189,7 +189,7 @@ def test_prompt_scores(wanted):
     ]
     logits = {request.request_id: make_logits(request.num_prompt_tokens, rng) for request in requests}
     logits["r3"][60] = torch.nan
-    executor, found, faulty = SimpleNamespace(logits=lambda hidden, num_teacher: hidden), PromptScores(), []
+    executor, found, faulty = SimpleNamespace(logits=lambda hidden, num_teacher, widths: hidden), PromptScores(), []
     for counts in pieces:
         starts = [request.num_computed_tokens for request in requests]
         rows = [logits[r.request_id][s : s + n] for r, s, n in zip(requests, starts, counts, strict=True)]

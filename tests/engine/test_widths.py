@@ -1,4 +1,4 @@
-"""The scheduler's part in precision: what each row of a step reads, and which cached prefixes are good enough for it."""
+"""The scheduler's part in precision: what each row of a step reads, which cached prefixes are good enough."""
 
 import pytest
 
