@@ -284,6 +284,7 @@ def load_model(
         max_model_len=config.max_model_len,
         page_size=config.page_size,
         root=str(settings.teacher or pair.name),
+        total_bytes=pair.union_bytes(runner.sizes, runner.executor.weight_form, runner.executor.matrix_bytes),
     )
     resolve = lambda size: catalog.resolve(SizeSpec.parse(size), "--api-key-file")  # noqa: E731
     tenants = KeyRing.from_settings(settings).sizing(resolve)

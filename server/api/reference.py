@@ -20,6 +20,7 @@ from server.api.completions.protocol import CompletionRequest
 from server.api.generate import protocol
 from server.api.http.body import INSTEAD, UNSUPPORTED
 from server.api.messages.protocol import MessagesRequest
+from server.api.ollama import protocol as ollama
 from server.api.responses.protocol import ResponsesRequest
 from server.api.routes.operations import POSTS, ROUTERS
 from server.api.routes.protocol import DetokenizeRequest, TokenizeRequest
@@ -34,6 +35,11 @@ MODELS: dict[str, tuple[type[BaseModel], type[BaseModel] | None]] = {
     "chat": (ChatCompletionRequest, protocol.SamplingFields),
     "messages": (MessagesRequest, protocol.SizeFields),
     "responses": (ResponsesRequest, protocol.SizeFields),
+    "ollama": (ollama.OllamaRequest, protocol.SizeFields),
+    "ollama_chat": (ollama.OllamaChatRequest, ollama.OllamaRequest),
+    "ollama_generate": (ollama.OllamaGenerateRequest, ollama.OllamaRequest),
+    "ollama_options": (ollama.OllamaOptions, None),
+    "ollama_show": (ollama.OllamaShowRequest, None),
     "tokenize": (TokenizeRequest, None),
     "detokenize": (DetokenizeRequest, None),
     "slo": (protocol.SLO, None),

@@ -1,4 +1,8 @@
-"""LiteLLM and LangChain as people configure them. Needs the extra `clients`; skipped without it."""
+"""LiteLLM, LangChain and Ollama's JavaScript client as people configure them, for `make test-clients`."""
+
+import json
+import os
+import subprocess
 
 import httpx
 import pytest
@@ -84,3 +88,42 @@ def test_langchain_completions(server):
         base_url=server.url + "/v1", api_key="secret", model=NAME, temperature=0, max_tokens=5, max_retries=0
     )
     assert model.invoke("The quick") == "".join(model.stream("The quick"))
+
+
+OLLAMA_JS = """
+import { Ollama } from 'ollama';
+const client = new Ollama({ host: process.argv[2], headers: { authorization: 'Bearer secret' } });
+const model = 'tiny:5L', messages = [{ role: 'user', content: 'hi' }], options = { temperature: 0, num_predict: 6 };
+const names = (await client.list()).models.map((model) => model.name);
+const shown = await client.show({ model });
+const whole = await client.chat({ model, messages, options });
+const parts = [];
+for await (const part of await client.chat({ model, messages, options, stream: true })) parts.push(part);
+const text = (await client.generate({ model, prompt: 'The quick', raw: true, options })).response;
+const schema = { type: 'object', properties: { on: { type: 'boolean' } }, required: ['on'],
+  additionalProperties: false };
+const formed = await client.chat({ model, messages, format: schema, options: { temperature: 0 } });
+let error;
+try {
+  await client.chat({ model: 'nope', messages });
+} catch (failure) {
+  error = [failure.status_code, failure.message];
+}
+console.log(JSON.stringify({ names, blocks: shown.model_info['llama.block_count'], whole: whole.message.content,
+  streamed: parts.map((part) => part.message.content).join(''), counted: parts.at(-1).eval_count, text,
+  formed: JSON.parse(formed.message.content), error }));
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_NPM"), reason="make test-clients: installs npm packages")
+def test_ollamas_javascript_client(server, tmp_path):
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "ask.mjs").write_text(OLLAMA_JS)
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "ollama@0.6"], cwd=tmp_path, check=True)
+    done = subprocess.run(["node", "ask.mjs", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["names"] == [f"{NAME}:{tag}" for tag in ("latest", "4L", "5L", "6L")] and got["blocks"] == 5
+    assert got["whole"] == got["streamed"] and got["counted"] == 6 and got["text"]
+    assert isinstance(got["formed"]["on"], bool)
+    assert got["error"][0] == 404 and "not found" in got["error"][1]

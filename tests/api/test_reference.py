@@ -9,6 +9,7 @@ from server.api.chat.protocol import ChatCompletionRequest
 from server.api.completions.protocol import CompletionRequest
 from server.api.http.body import UNSUPPORTED
 from server.api.messages.protocol import MessagesRequest
+from server.api.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
 from server.api.reference import main
 from server.api.responses.protocol import ResponsesRequest
 from server.api.routes.operations import POSTS
@@ -38,6 +39,10 @@ SAMPLING = SIZE | {
 }  # fmt: skip
 TEMPLATE = {"add_special_tokens": True, "add_generation_prompt": True, "continue_final_message": True,
             "chat_template_kwargs": {"a": 1}, "tools": [TOOL], "chat_template": "{{ messages }}"}  # fmt: skip
+OLLAMA = SIZE | {
+    "model": f"{NAME}:5L", "stream": False, "format": {"type": "object"}, "options": {"temperature": 0.5},
+    "think": False, "logprobs": True, "top_logprobs": 2, "keep_alive": "5m", "truncate": True, "shift": False,
+}  # fmt: skip
 CASES = {
     "/v1/completions": (
         CompletionRequest, {"prompt": "hi", "max_tokens": 2},
@@ -78,6 +83,17 @@ CASES = {
             "metadata": {"a": "b"}, "user": "me", "service_tier": "auto",
         },
     ),
+    "/api/chat": (
+        OllamaChatRequest, {"model": NAME, "messages": HELLO, "options": {"num_predict": 2}},
+        OLLAMA | {"messages": HELLO, "tools": [TOOL]},
+    ),
+    "/api/generate": (
+        OllamaGenerateRequest, {"model": NAME, "prompt": "hi", "options": {"num_predict": 2}},
+        OLLAMA | {
+            "prompt": "ho", "system": "x", "raw": True, "suffix": "", "template": "", "context": [], "images": [],
+        },
+    ),
+    "/api/show": (OllamaShowRequest, {"model": NAME}, {"model": NAME, "name": NAME, "verbose": True}),
     "/tokenize": (
         TokenizeRequest, {"messages": HELLO},
         TEMPLATE | {"model": NAME, "prompt": ("hi", {"messages": None}), "messages": HELLO, "return_token_strs": True},
@@ -129,7 +145,10 @@ def test_every_field_is_checked(client, path):
         answer = client.post(path, json=base | {field: 7 if isinstance(value, dict) else WRONG})
         assert answer.status_code == 400, (field, answer.text)
         error = answer.json()["error"]
-        named = error["message"] if path == "/v1/messages" else error["param"]
+        if path.startswith("/api/"):
+            named = error
+        else:
+            named = error["message"] if path == "/v1/messages" else error["param"]
         assert named.split(":")[0].split(".")[0] == field, (field, error)
 
 

@@ -23,6 +23,7 @@ class Continuation:
         self.state = state
         self.body = body
         self.echo = bool(body.echo)
+        self.default_max_tokens: int | None = 16  # None: what the context holds
         if body.max_tokens == 0 and not self.echo and body.prompt_logprobs is None:
             raise invalid("max_tokens must be at least 1 unless echo or prompt_logprobs is asked for.", "max_tokens")
 
@@ -32,7 +33,10 @@ class Continuation:
         state.admission.check(caller.tenant)
         prompts = await self._prompts()
         limits = OutputLimits(
-            max_tokens=body.max_tokens, default=16, logprobs=body.logprobs, prompt_logprobs=self._num_scored
+            max_tokens=body.max_tokens,
+            default=self.default_max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=self._num_scored,
         )
         grammar = await grammar_factory(body, state, tenant=caller.tenant)
         submission = Submission.build(state, caller, body, prompts, answer_id=answer_id, limits=limits, grammar=grammar)

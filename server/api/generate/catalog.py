@@ -43,6 +43,7 @@ class Catalog:
     max_model_len: int
     page_size: int
     root: str = ""
+    total_bytes: int = 0  # weights of all sizes together
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -121,6 +121,7 @@ class Conversation:
             allows_several=body.parallel_tool_calls is not False,
             is_strict=state.settings.tool_template == "none",
         )
+        self.default_max_tokens = state.sampling_defaults.max_new_tokens or None  # None: what the context holds
         self._has_thought_begun = False
         self.num_reasoning_tokens = 0
 
@@ -139,7 +140,7 @@ class Conversation:
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             param=self.limit_param,
             prompt=self.prompt_param,
-            default=state.sampling_defaults.max_new_tokens or None,
+            default=self.default_max_tokens,
             logprobs=self.num_logprobs,
             prompt_logprobs=body.prompt_logprobs,
             repetition=None if grammar or body.ignore_eos else state.sampling_defaults.repetition_detection,

@@ -120,6 +120,7 @@ async def respond(
     whole: Callable[[Generation], Awaitable[Response]],
     events: Callable[[Generation], AsyncGenerator[bytes]],
     error_event: Callable[[APIError], bytes] | None = None,
+    media_type: str = "text/event-stream",
 ) -> Response:
     """Run the generation as one answer or as a stream. Whatever happens, nothing of it is left running."""
 
@@ -136,7 +137,7 @@ async def respond(
             if not stream:
                 return await whole(generation)
             handed_over = True
-            return EventStream(events(generation), generation.headers(), generation.close, error_event)
+            return EventStream(events(generation), generation.headers(), generation.close, error_event, media_type)
         finally:
             if not handed_over:
                 await generation.close()

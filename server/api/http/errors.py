@@ -72,6 +72,9 @@ class APIError(BoomerangError):
         details = {} if self.details is None else {"details": self.details}
         return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
 
+    def ollama_body(self) -> dict[str, Any]:
+        return {"error": self.message}
+
     def rename(self, param: str, to: str) -> None:
         """Another route's word for a parameter and all that is inside of it."""
         if self.param is not None and (self.param == param or self.param.startswith(f"{param}.")):
@@ -89,8 +92,9 @@ class APIError(BoomerangError):
         return {"x-should-retry": "false", **self.extra_headers}
 
     def response(self, path: str = "") -> Response:
-        """`path` is that of the request: clients of `/v1/messages` expect another shape."""
-        body = self.anthropic_body() if "/v1/messages" in path else self.body()
+        """`path` is that of the route: clients of `/v1/messages` and of `/api/` expect other shapes."""
+        body = self.ollama_body() if path.startswith("/api/") else self.body()
+        body = self.anthropic_body() if path.startswith("/v1/messages") else body
         return Response(orjson.dumps(body), self.status, headers=self.headers(), media_type="application/json")
 
 
@@ -119,20 +123,25 @@ def _is_branch(part: int | str) -> bool:
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
 
 
+def _path(request: Request) -> str:
+    """As routes declare it: a proxy's prefix stands in front."""
+    return request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+
+
 async def handle_api_error(request: Request, error: APIError) -> Response:
-    return error.response(request.url.path)
+    return error.response(_path(request))
 
 
 async def handle_http_error(request: Request, error: Any) -> Response:
     """Starlette's own 404 and 405, in the same shape."""
-    return APIError(str(error.detail), status=error.status_code, headers=error.headers).response(request.url.path)
+    return APIError(str(error.detail), status=error.status_code, headers=error.headers).response(_path(request))
 
 
 async def handle_recursion(request: Request, error: RecursionError) -> Response:
     """Something that reads what the client sent is recursive: the client's to mend."""
-    return invalid("The request is nested too deeply.").response(request.url.path)
+    return invalid("The request is nested too deeply.").response(_path(request))
 
 
 async def handle_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours. The text stays in the log: it may hold what other requests sent."""
-    return APIError("The server failed to handle this request.", status=500).response(request.url.path)
+    return APIError("The server failed to handle this request.", status=500).response(_path(request))

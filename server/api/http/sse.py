@@ -51,16 +51,16 @@ class EventStream(Response):
     A failure after the headers have gone becomes an error event, so that the client can tell it from an end.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         events: AsyncGenerator[bytes],
         headers: dict[str, str],
         close: Callable[[], Awaitable[None]],
         error_event: Callable[[APIError], bytes] | None = None,
+        media_type: str = "text/event-stream",
     ) -> None:
-        super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
+        super().__init__(None, headers=headers, media_type=media_type)
         # Response sets a length of 0 for its empty body.
         self.raw_headers = [item for item in self.raw_headers if item[0] != b"content-length"]
         self.events = events

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 _DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-_OPERATIONS = {"/v1/completions": "text_completion"}  # everything else that generates is chat
+_OPERATIONS = {
+    "/v1/completions": "text_completion",
+    "/api/generate": "text_completion",
+}  # everything else that generates is chat
 
 
 def create_telemetry(settings: Settings) -> Telemetry | None:

@@ -23,8 +23,10 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(definitions["$defs"])
         schemas["Error"], schemas["AnthropicError"] = _ERROR_SCHEMA, _ANTHROPIC_ERROR_SCHEMA
+        schemas["OllamaError"] = _OLLAMA_ERROR_SCHEMA
         for path, operations in document["paths"].items():
-            name = "AnthropicError" if path.startswith("/v1/messages") else "Error"
+            name = "OllamaError" if path.startswith("/api/") else "Error"
+            name = "AnthropicError" if path.startswith("/v1/messages") else name
             error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
             operations.pop("head", None)
             for operation in operations.values():
@@ -52,6 +54,8 @@ _ERROR_SCHEMA = {
         }
     },
 }
+
+_OLLAMA_ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 
 _ANTHROPIC_ERROR_SCHEMA = {
     "type": "object",

@@ -18,13 +18,17 @@ from server.api.completions.route import create_completion
 from server.api.http.state import ServerState
 from server.api.messages.protocol import CountTokensRequest, MessagesRequest
 from server.api.messages.route import count_message_tokens, create_message
+from server.api.ollama.models import ollama_show
+from server.api.ollama.models import router as ollama_router
+from server.api.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
+from server.api.ollama.route import ollama_chat, ollama_generate
 from server.api.responses.protocol import ResponsesRequest
 from server.api.responses.route import create_response
 from server.api.routes import health, models, tokenizer
 from server.api.routes.protocol import DetokenizeRequest, TokenizeRequest
 from server.api.routes.tokenizer import detokenize, tokenize
 
-ROUTERS = (models.router, tokenizer.router, health.router)
+ROUTERS = (models.router, tokenizer.router, ollama_router, health.router)
 
 # path, handler, request model, tag, summary
 POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [
@@ -45,6 +49,9 @@ POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [
         "tokenizer",
         "Prompt tokens of a conversation",
     ),
+    ("/api/chat", ollama_chat, OllamaChatRequest, "ollama", "Answer a conversation, Ollama's API"),
+    ("/api/generate", ollama_generate, OllamaGenerateRequest, "ollama", "Answer or continue a prompt, Ollama's API"),
+    ("/api/show", ollama_show, OllamaShowRequest, "ollama", "What a model is, Ollama's API"),
     ("/tokenize", tokenize, TokenizeRequest, "tokenizer", "Text or messages to token ids"),
     ("/detokenize", detokenize, DetokenizeRequest, "tokenizer", "Token ids to text"),
 ]
