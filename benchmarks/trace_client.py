@@ -90,7 +90,7 @@ class Exchange:
                     headers = {name: value.decode() for name, value in event.headers}
                     status = event.status_code
                     if status == 200:
-                        layers = int(headers[b"x-boomerang-size"].rstrip("L"))
+                        layers, width = point_of(headers[b"x-boomerang-size"])
                         reason = headers[b"x-boomerang-size-reason"]
                 elif isinstance(event, h11.Data):
                     *lines, text = (text + bytes(event.data)).split(b"\n")
@@ -99,7 +99,7 @@ class Exchange:
                             continue
                         told = json.loads(line[6:])
                         if told.get("model"):  # the last one, if it changed on the way
-                            layers = int(told["model"].rpartition(":")[2].rstrip("L"))
+                            layers, width = point_of(told["model"].rpartition(":")[2])
                         if told.get("usage"):
                             count = told["usage"]["completion_tokens"]
                         elif told.get("choices"):

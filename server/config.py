@@ -205,9 +205,17 @@ class Settings:
     )
 
     # --- size choice
-    size: str = option("auto", "size of requests that name none: auto, 24L, 75%, 110M, student, teacher", group="sizes")
+    size: str = option("auto", "size of requests that name none: auto, 24L, 24L-q6, 75%, 110M, student, teacher", group="sizes")
     min_size: str | None = option(None, "smallest size served", group="sizes")
     max_size: str | None = option(None, "largest size served", group="sizes")
+    precision: str = option(
+        "auto", "precision where a request names no size and no precision: auto, exact, q8, q6, ...", group="sizes"
+    )
+    min_precision: str | None = option(None, "narrowest precision served", group="sizes")
+    max_precision: str | None = option(None, "widest precision served", group="sizes")
+    workload: str | None = option(
+        None, "kind of text on which auto weighs sizes; not given: the kind on which each is worst", group="sizes"
+    )
     slo_ttft_ms: float | None = option(
         None, "default limit on time to first token", kind="float", group="sizes", minimum=0
     )

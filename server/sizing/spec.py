@@ -1,7 +1,8 @@
-"""What a caller means by a size: `auto`, `"24L"`, `24`, `"75%"`, `0.75`, `"110M"`, `student`, `teacher`.
+"""What a caller means by a size: `auto`, `"24L"`, `24`, `"75%"`, `0.75`, `"110M"`, `student`, `teacher`; and by a
+precision: `exact`, `"q6"`. Any size may name one: `"24L-q6"`, and `"24L-exact"`, which is written `"24L"`.
 
 Parsed once, at the edge. Layers name exactly one size; a share or a parameter count names the largest size that does
-not exceed it.
+not exceed it. A precision is a width of weights (`server.core.width`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from server.core.width import EXACT
 
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(L|%|K|M|B)?", re.IGNORECASE)
 _SCALE = {"K": 1e3, "M": 1e6, "B": 1e9}
+_PRECISION = re.compile(r"exact|q([1-9])", re.IGNORECASE)
 
 
 class SizeError(ValueError):
@@ -21,10 +25,14 @@ class SizeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SizeSpec:
-    """A parsed size. `kind`: auto | student | teacher | layers | fraction | parameters; `value` for the last three."""
+    """A parsed size. `kind`: auto | student | teacher | layers | fraction | parameters; `value` for the last three.
+
+    `width`: the precision in bits, None if none is named.
+    """
 
     kind: str
     value: float = 0.0
+    width: int | None = None
 
     @property
     def is_auto(self) -> bool:
@@ -42,6 +50,12 @@ class SizeSpec:
         if not isinstance(value, str):
             raise SizeError(f"a size is text or a number, not {type(value).__name__}")
         text = value.strip()
+        depth, separator, precision = text.rpartition("-")
+        if separator and len(text) <= 24 and (match := _PRECISION.fullmatch(precision)):
+            found = cls.parse(depth)
+            if found.width is not None:
+                raise SizeError(f"{text!r} names two precisions")
+            return replace(found, width=_width(match))
         if text.lower() in ("auto", "student", "teacher"):
             return cls(text.lower())
         match = _NUMBER.fullmatch(text) if len(text) <= 24 else None
@@ -49,6 +63,7 @@ class SizeSpec:
             shown = text if len(text) <= 24 else text[:24] + "..."
             raise SizeError(
                 f"{shown!r} is not a size: use auto, student, teacher, layers (24L), a share (75%) or parameters (110M)"
+                ", and -q6 or the like after it for a precision (24L-q6)"
             )
         number, unit = float(match[1]), (match[2] or "").upper()
         if unit == "L" or (not unit and "." not in match[1]):
@@ -100,6 +115,8 @@ class SizeSpec:
         return fits[-1]
 
     def __str__(self) -> str:
+        if self.width is not None:
+            return f"{replace(self, width=None)}-{precision_name(self.width)}"
         if self.kind == "layers":
             return f"{int(self.value)}L"
         if self.kind == "fraction":
@@ -110,6 +127,38 @@ class SizeSpec:
 
 
 AUTO = SizeSpec("auto")
+
+
+def parse_precision(value: object) -> int | None:
+    """A width in bits of `exact` or `q8`, `q6`, ...; None for `auto`. SizeError for anything else."""
+    if not isinstance(value, str):
+        raise SizeError(f"a precision is text (exact, q8, q6, ...), not {type(value).__name__}")
+    text = value.strip()
+    if text.lower() == "auto":
+        return None
+    match = _PRECISION.fullmatch(text)
+    if match is None:
+        shown = text if len(text) <= 24 else text[:24] + "..."
+        raise SizeError(f"{shown!r} is not a precision: use auto, exact, or the bits of a weight as q8, q6, ...")
+    return _width(match)
+
+
+def _width(match: re.Match[str]) -> int:
+    return int(match[1]) if match[1] else EXACT
+
+
+def precision_name(width: int) -> str:
+    return "exact" if width == EXACT else f"q{width}"
+
+
+def size_name(layers: int, width: int = EXACT) -> str:
+    """`24L` as the weights were loaded, `24L-q6` at 6 bits: valid in URLs, file names and labels."""
+    return f"{layers}L" if width == EXACT else f"{layers}L-q{width}"
+
+
+def describe_widths(widths: Sequence[int]) -> str:
+    """`exact, q8, q6` of ascending widths."""
+    return ", ".join(map(precision_name, reversed(widths)))
 
 
 def describe_sizes(sizes: Sequence[int]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.core.request import Budget
+from server.core.width import EXACT
+from server.sizing.spec import SizeSpec, parse_precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +20,9 @@ class Tenant:
     rank: int = 0
     min_size: int | None = None
     max_size: int | None = None
+    min_width: int = 0
+    max_width: int = EXACT
+    workload: str | None = None  # of requests that name none
     budget: Budget = field(default_factory=Budget)  # for requests that bring no limit of their own
     strict: bool | None = None  # None: the server's own slo_policy
     priority: int | None = None  # of requests that name none; None: the server's own
@@ -65,7 +70,8 @@ def merge_budget(own: Budget, *defaults: Budget) -> Budget:
 
 
 _SETTINGS = (
-    *("tenant", "weight", "rank", "min_size", "max_size", "slo_policy", "memory_budget_mb", "priority"),
+    *("tenant", "weight", "rank", "min_size", "max_size", "min_precision", "max_precision", "workload"),
+    *("slo_policy", "memory_budget_mb", "priority"),
     *(f"slo_{name}_ms" for name in _TIMES),
 )
 
@@ -98,6 +104,12 @@ def tenant_from_config(entry: Mapping[str, Any], resolve_size: Callable[[Any], i
     )
     if smallest is not None and largest is not None and smallest > largest:
         raise ValueError(f"{who}: min_size is above max_size")
+    narrowest, widest = (_width(entry, name) for name in ("min", "max"))
+    if narrowest is not None and widest is not None and narrowest > widest:
+        raise ValueError(f"{who}: min_precision is above max_precision")
+    workload = entry.get("workload")
+    if workload is not None and not isinstance(workload, str):
+        raise ValueError(f"{who}: workload must be text, not {workload!r}")
     ttft, tpot, e2e = (None if (ms := number(f"slo_{name}_ms")) is None else ms / 1000.0 for name in _TIMES)
     memory = number("memory_budget_mb")
     return Tenant(
@@ -109,4 +121,17 @@ def tenant_from_config(entry: Mapping[str, Any], resolve_size: Callable[[Any], i
         budget=Budget(ttft=ttft, tpot=tpot, e2e=e2e, memory=None if memory is None else int(memory * (1 << 20))),
         min_size=smallest,
         max_size=largest,
+        min_width=narrowest or 0,
+        max_width=widest or EXACT,
+        workload=workload,
     )
+
+
+def _width(entry: Mapping[str, Any], name: str) -> int | None:
+    """What `min_precision` says, or `min_size: 24L-q6`; ValueError."""
+    text, size = entry.get(f"{name}_precision"), entry.get(f"{name}_size")
+    named = None if size is None else SizeSpec.parse(size).width
+    width = None if text is None else parse_precision(text)
+    if width is not None and named not in (None, width):
+        raise ValueError(f"tenant {entry.get('tenant')!r}: {name}_size names another precision than {name}_precision")
+    return named if width is None else width

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.api.http.errors import APIError
-from server.sizing.spec import SizeError, SizeSpec
+from server.core.width import EXACT
+from server.sizing.spec import SizeError, SizeSpec, describe_widths, precision_name, size_name
 
 
 @dataclass(frozen=True, slots=True)
 class SizeInfo:
-    """One size. Bytes are those of its own weights, as if it were served alone; KV bytes cover its layers."""
+    """One depth. Bytes are those of its own weights, as if it were served alone; KV bytes cover its layers."""
 
     layers: int
     parameters: int
@@ -22,10 +23,12 @@ class SizeInfo:
     fraction: float  # of the teacher's parameters
     quality: Mapping[str, Any] | None = None
 
-    def summary(self, reason: str) -> dict[str, Any]:
+    def summary(self, width: int, reason: str) -> dict[str, Any]:
         """The `size` object of an answer."""
         return {
+            "name": size_name(self.layers, width),
             "layers": self.layers,
+            "precision": precision_name(width),
             "parameters": self.parameters,
             "fraction": round(self.fraction, 4),
             "reason": reason,
@@ -33,8 +36,23 @@ class SizeInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PointInfo:
+    """What is known of a depth at a width."""
+
+    size: int
+    width: int
+    kl: Mapping[str, float]  # to the teacher as loaded, in nats per token, by kind of text
+    best_in: tuple[str, ...]  # regimes (decode of one request, of sixteen, prompts) in which nothing beats it
+    is_measured: bool  # False: additive, or guessed for a pair that nobody has measured
+
+    def card(self) -> dict[str, Any]:
+        kl = {kind: round(value, 4) for kind, value in self.kl.items()}
+        return {"expected_kl": kl, "kl_is_measured": self.is_measured, "best_in": list(self.best_in)}
+
+
+@dataclass(frozen=True, slots=True)
 class Catalog:
-    """Names and sizes. `sizes` are those that can be served, `missing` maps the others to the reason."""
+    """Names, sizes and widths. `sizes` are those that can be served, `missing` maps the others to the reason."""
 
     names: tuple[str, ...]
     infos: Mapping[int, SizeInfo]
@@ -44,6 +62,9 @@ class Catalog:
     page_size: int
     root: str = ""
     total_bytes: int = 0  # weights of all sizes together
+    widths: tuple[int, ...] = (EXACT,)  # that rows may read, ascending
+    bytes_per_weight: Mapping[int, float] = field(default_factory=dict)  # by width, as steps read it
+    points: tuple[PointInfo, ...] = ()  # what was measured of (size, width); empty where precision is no dial
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -54,8 +75,8 @@ class Catalog:
     def all_sizes(self) -> tuple[int, ...]:
         return tuple(sorted({*self.sizes, *self.missing}))
 
-    def model_id(self, size: int) -> str:
-        return f"{self.name}:{size}L"
+    def model_id(self, size: int, width: int = EXACT) -> str:
+        return f"{self.name}:{size_name(size, width)}"
 
     def split_model(self, model: str | None) -> SizeSpec | None:
         """The size in a model id, None if it names none. 404 for a model or size that is not served here."""
@@ -79,19 +100,33 @@ class Catalog:
             raise APIError(f"{param}: {size}L is not served here: {self.missing[size]}", param=param, status=status)
         return size
 
-    def memory_bytes(self, size: int, num_tokens: int) -> int:
+    def width_of(self, spec: SizeSpec, param: str, *, status: int = 400) -> int:
+        """The width that a size means: what it names, else as loaded. APIError if it is not served."""
+        if spec.width is None:
+            return self.widths[-1]
+        return check_width(spec.width, param, self.widths, status=status)
+
+    def weight_bytes(self, size: int, width: int = EXACT) -> int:
+        """Own weights as a step reads them."""
+        read = self.bytes_per_weight
+        share = read[width] / read[self.widths[-1]] if width in read else 1.0
+        return int(self.infos[size].weight_bytes * share)
+
+    def memory_bytes(self, size: int, num_tokens: int, width: int = EXACT) -> int:
         """Own weights plus KV pages for `num_tokens` positions."""
-        info = self.infos[size]
         pages = -(-num_tokens // self.page_size)
-        return info.weight_bytes + pages * self.page_size * info.kv_bytes_per_token
+        return self.weight_bytes(size, width) + pages * self.page_size * self.infos[size].kv_bytes_per_token
 
     def _parameters(self) -> dict[int, int]:
         return {size: info.parameters for size, info in self.infos.items()}
 
     def cards(self) -> list[dict[str, Any]]:
-        """`/v1/models`: the name itself (size chosen by policy), then one id per size."""
+        """`/v1/models`: the name itself (size chosen by policy), one id per size as loaded, and one for each further
+        point that `auto` may choose. Any other point is an id as well."""
         cards = [self._card(name, self.name if name != self.name else None) for name in self.names]
-        return cards + [self._card(self.model_id(size), self.name, self.infos[size]) for size in self.sizes]
+        exact = [(size, self.widths[-1]) for size in self.sizes]
+        chosen = [(p.size, p.width) for p in self.points if p.best_in and p.size in self.sizes]
+        return cards + [self._point_card(*point) for point in dict.fromkeys([*exact, *sorted(chosen, reverse=True)])]
 
     def card(self, model: str) -> dict[str, Any]:
         """One card; 404 if there is no such model. Any spelling of a size is understood."""
@@ -100,12 +135,27 @@ class Catalog:
             name = model if model in self.names else self.name
             return self._card(name, self.name if name != self.name else None)
         try:
-            size = self.resolve(spec, "model", status=404)
+            return self._point_card(
+                self.resolve(spec, "model", status=404), self.width_of(spec, "model", status=404)
+            )
         except APIError as error:
             raise _no_model(model, error.message) from None
-        return self._card(self.model_id(size), self.name, self.infos[size])
 
-    def _card(self, model: str, parent: str | None, info: SizeInfo | None = None) -> dict[str, Any]:
+    def _point_card(self, size: int, width: int) -> dict[str, Any]:
+        info = self.infos[size]
+        card = self._card(self.model_id(size, width), self.name) | {
+            "layers": info.layers,
+            "precision": precision_name(width),
+            "parameters": info.parameters,
+            "bytes": self.weight_bytes(size, width),
+            "kv_bytes_per_token": info.kv_bytes_per_token,
+            "fraction": round(info.fraction, 4),
+            "quality": dict(info.quality) if info.quality and width == self.widths[-1] else None,
+        }
+        point = next((point for point in self.points if (point.size, point.width) == (size, width)), None)
+        return card if point is None else card | point.card()
+
+    def _card(self, model: str, parent: str | None) -> dict[str, Any]:
         card: dict[str, Any] = {
             "id": model,
             "object": "model",
@@ -116,19 +166,20 @@ class Catalog:
             "max_model_len": self.max_model_len,
             "permission": [],
         }
-        if info is None:
+        if parent is None or model in self.names:
             card["sizes"] = [f"{size}L" for size in self.sizes]
+            card["precisions"] = [precision_name(width) for width in reversed(self.widths)]
             card["missing_sizes"] = {f"{size}L": reason for size, reason in self.missing.items()}
-        else:
-            card |= {
-                "layers": info.layers,
-                "parameters": info.parameters,
-                "bytes": info.weight_bytes,
-                "kv_bytes_per_token": info.kv_bytes_per_token,
-                "fraction": round(info.fraction, 4),
-                "quality": dict(info.quality) if info.quality else None,
-            }
         return card
+
+
+def check_width(width: int, param: str, served: tuple[int, ...], *, status: int = 400) -> int:
+    """`width` if it is served; APIError names `param`."""
+    if width not in served:
+        verb = "is" if len(served) == 1 else "are"
+        message = f"{param}: {precision_name(width)} is not served here; {describe_widths(served)} {verb}."
+        raise APIError(message, param=param, status=status)
+    return width
 
 
 def _no_model(model: str, detail: str) -> APIError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.submission import PromptInput, Submission
 from server.api.http.errors import APIError
 from server.core.request import Request, RequestOutput, SamplingParams, TokenLogprobs
+from server.core.width import EXACT
 from server.engine.async_engine import OutputStream, merge
+from server.sizing.spec import precision_name, size_name
 
 if TYPE_CHECKING:
     from server.api.http.state import ServerState
@@ -105,8 +108,10 @@ class Generation:
         self.state = state
         self.submission = submission
         self.size = 0
+        self.width = EXACT  # of the newest tokens
         self.reason = ""
-        self.changes: list[tuple[int, int]] = []  # (size, output tokens before it) of the first choice
+        self.changes: list[tuple[int, int, int]] = []  # (size, width, output tokens before it) of the first choice
+        self.num_tokens_at: Counter[int] = Counter()  # output tokens of the first choice, by width
         self._first: RequestOutput | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -126,7 +131,11 @@ class Generation:
             budget=asked.sizes.budget,
             priority=asked.sizes.priority,
             tenant=asked.caller.tenant,
-            size_schedule=asked.sizes.schedule,
+            size_schedule=tuple((size, tokens) for size, tokens, _ in asked.sizes.schedule),
+            width_schedule=tuple(width for _, _, width in asked.sizes.schedule),
+            min_width=asked.sizes.min_width,
+            max_width=asked.sizes.max_width,
+            workload=asked.sizes.workload,
             # What is cached shows in an answer's `cached_tokens` and in its time: each key has a cache of its own.
             cache_salt=asked.cache_salt if shares_cache else f"{asked.caller.tenant}\0{asked.cache_salt}",
             grammar=asked.grammar() if asked.grammar else None,
@@ -255,11 +264,16 @@ class Generation:
             sequence.first_token_time = output.first_token_time
         if output.last_token_time is not None:
             sequence.last_token_time = output.last_token_time
-        if output.decision is not None and sequence.index == 0:
+        if sequence.index:
+            return
+        if output.decision is not None:
             for decision in (*output.earlier_decisions, output.decision):
                 if decision.size != self.size:
-                    self.changes.append((decision.size, decision.after_tokens))
-                self.size, self.reason = decision.size, decision.reason
+                    self.changes.append((decision.size, decision.width, decision.after_tokens))
+                self.size, self.width, self.reason = decision.size, decision.width, decision.reason
+        if output.new_token_ids:
+            self.width = output.width
+            self.num_tokens_at[output.width] += len(output.new_token_ids)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         if sequence.is_queued:
@@ -310,12 +324,19 @@ class Generation:
         """The size that answers, as a model id; the name that was asked for where the operator wants it back."""
         if self.state.settings.echo_requested_model:
             return self.submission.model
-        return self.state.catalog.model_id(self.size)
+        return self.state.catalog.model_id(self.size, self.width)
 
     def size_summary(self) -> dict[str, Any]:
-        summary = self.state.catalog.infos[self.size].summary(self.reason)
+        """The precision is the narrowest that made a token; `precisions` counts them where there are several."""
+        width = min(self.num_tokens_at, default=self.width)
+        summary = self.state.catalog.infos[self.size].summary(width, self.reason)
+        if len(self.num_tokens_at) > 1:
+            summary["precisions"] = {precision_name(width): n for width, n in sorted(self.num_tokens_at.items())}
         if len(self.changes) > 1:
-            summary["changes"] = [{"layers": size, "after_tokens": count} for size, count in self.changes]
+            summary["changes"] = [
+                {"layers": size, "precision": precision_name(width), "after_tokens": count}
+                for size, width, count in self.changes
+            ]
         return summary
 
     def timings(self) -> dict[str, float]:
@@ -350,7 +371,7 @@ class Generation:
         return {"metrics": self.timings()} if self.state.settings.enable_per_request_metrics else {}
 
     def headers(self) -> dict[str, str]:
-        return {"x-boomerang-size": f"{self.size}L", "x-boomerang-size-reason": self.reason}
+        return {"x-boomerang-size": size_name(self.size, self.width), "x-boomerang-size-reason": self.reason}
 
 
 def now() -> float:

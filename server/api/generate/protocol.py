@@ -15,7 +15,7 @@ Size = Annotated[
     WithJsonSchema(
         {
             "anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "number"}],
-            "examples": ["auto", "24L", 24, "75%", 0.75, "110M", "student", "teacher"],
+            "examples": ["auto", "24L", "24L-q6", 24, "75%", 0.75, "110M", "student", "teacher"],
         }
     ),
 ]
@@ -101,9 +101,17 @@ class StructuredOutputs(Body):
 class SizeFields(Body):
     """How a caller chooses the size; the same on every endpoint that generates."""
 
-    size: Size | None = Field(default=None, description="auto, 24L, 24, 75%, 0.75, 110M, student or teacher")
+    size: Size | None = Field(default=None, description="auto, 24L, 24L-q6, 24, 75%, 0.75, 110M, student or teacher")
     min_size: Size | None = Field(default=None, description="smallest size that may answer")
     max_size: Size | None = Field(default=None, description="largest size that may answer")
+    precision: str | None = Field(
+        default=None, description="auto, exact, or bits of a weight as q8, q6; a size without one is exact"
+    )
+    min_precision: str | None = Field(default=None, description="narrowest precision that may answer")
+    max_precision: str | None = Field(default=None, description="widest precision that may answer")
+    workload: str | None = Field(
+        default=None, description="kind of text whose measured quality auto goes by; default: the worst kind"
+    )
     memory_budget_mb: Positive | None = Field(
         default=None, description="largest size whose own weights plus KV for prompt and max_tokens fit, in MiB"
     )

@@ -179,6 +179,7 @@ def _generated(generation: Generation | None) -> dict[str, Any]:
     return {
         "model": generation.model_id,
         "size": generation.size,
+        "precision": generation.size_summary()["precision"],
         "size_reason": generation.reason,
         "prompt_tokens": usage["prompt_tokens"],
         "completion_tokens": usage["completion_tokens"],

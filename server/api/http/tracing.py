@@ -186,5 +186,7 @@ def _details(generation: Generation) -> dict[str, Any]:
     if sampling.seed is not None:
         details["gen_ai.request.seed"] = str(sampling.seed)  # may be wider than an attribute's 64 signed bits
     if generation.size:
+        summary = generation.size_summary()
         details |= {"boomerang.size": generation.size, "boomerang.size.reason": generation.reason}
+        details["boomerang.precision"] = summary["precision"]
     return details
