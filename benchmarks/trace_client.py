@@ -16,6 +16,7 @@ from typing import Any
 
 import h11
 
+from server.core.width import EXACT
 from server.simulation.jobs import Job, Record
 
 VOCAB = 40000  # prompts are random token ids below this: no prefix is shared
@@ -81,7 +82,8 @@ class Exchange:
     def record(self) -> Record:
         """What became of it; status 599 if the answer is not whole."""
         first = last = None
-        status, reason, layers, count, is_whole = 599, "unfinished", 0, 0, False
+        status, reason, layers, width, count, is_whole = 599, "unfinished", 0, EXACT, 0, False
+        tokens_at: dict[int, int] = {}
         text = b""
         for now, data in self.received:
             self.connection.receive_data(data)
@@ -103,6 +105,7 @@ class Exchange:
                         if told.get("usage"):
                             count = told["usage"]["completion_tokens"]
                         elif told.get("choices"):
+                            tokens_at[width] = tokens_at.get(width, 0) + 1
                             first = first or now
                             last = now
                 elif isinstance(event, h11.EndOfMessage):
@@ -114,7 +117,14 @@ class Exchange:
         if not is_whole or first is None:
             return Record(self.job, 0, "unfinished", NAN, NAN, NAN, 0, 0, 599)
         tpot = (last - first) / (count - 1) if count > 1 else 0.0
-        return Record(self.job, layers, reason, first - self.intended, tpot, last - self.intended, 0, 0)
+        times = first - self.intended, tpot, last - self.intended
+        return Record(self.job, layers, reason, *times, 0, 0, tokens_at=tokens_at)
+
+
+def point_of(name: str) -> tuple[int, int]:
+    """(layers, width) of `24L` or `24L-q6`."""
+    layers, _, bits = name.partition("L-q")
+    return int(layers.rstrip("L")), int(bits or EXACT)
 
 
 async def ask(url: str, job: Job, size: str, rng: random.Random) -> Record:

@@ -205,7 +205,9 @@ class Settings:
     )
 
     # --- size choice
-    size: str = option("auto", "size of requests that name none: auto, 24L, 24L-q6, 75%, 110M, student, teacher", group="sizes")
+    size: str = option(
+        "auto", "size of requests that name none: auto, 24L, 24L-q6, 75%, 110M, student, ...", group="sizes"
+    )
     min_size: str | None = option(None, "smallest size served", group="sizes")
     max_size: str | None = option(None, "largest size served", group="sizes")
     precision: str = option(
@@ -213,8 +215,8 @@ class Settings:
     )
     min_precision: str | None = option(None, "narrowest precision served", group="sizes")
     max_precision: str | None = option(None, "widest precision served", group="sizes")
-    workload: str | None = option(
-        None, "kind of text on which auto weighs sizes; not given: the kind on which each is worst", group="sizes"
+    workload: str = option(
+        "worst", "kind of text whose measured quality auto goes by; worst: that on which a size is worst", group="sizes"
     )
     slo_ttft_ms: float | None = option(
         None, "default limit on time to first token", kind="float", group="sizes", minimum=0

@@ -119,7 +119,10 @@ def speculative_size(settings: Settings, pair: Pair) -> int | None:
     if text == "auto":
         return sizes[0] if len(sizes) > 1 else None
     try:
-        size = SizeSpec.parse(text).resolve(sizes, {size: pair.parameters(size) for size in sizes})
+        spec = SizeSpec.parse(text)
+        if spec.width is not None:
+            raise SizeError("guesses are made at the precision of the step: name layers only")
+        size = spec.resolve(sizes, {size: pair.parameters(size) for size in sizes})
     except SizeError as error:
         raise ValueError(f"--speculative-size: {error}") from None
     if size == sizes[-1]:
@@ -280,6 +283,8 @@ def load_model(
         names=tuple(dict.fromkeys(names)),
         infos=infos,
         sizes=runner.sizes,
+        widths=runner.executor.widths,
+        bytes_per_weight={w: runner.executor.bytes_per_weight_at(w) or 1.0 for w in runner.executor.widths},
         missing=loaded.missing_sizes,
         max_model_len=config.max_model_len,
         page_size=config.page_size,

@@ -17,17 +17,23 @@ from rich.table import Table
 from server.commands.sizes import speed_file
 from server.config import Settings
 from server.core.request import Request, SamplingParams
+from server.core.width import EXACT
 from server.engine.engine import Engine
 from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
-from server.sizing.spec import SizeSpec
+from server.sizing.spec import SizeError, SizeSpec, describe_widths, size_name
 
 
-def measure(engine: Engine, prompts: list[list[int]], num_new: int, size: int) -> tuple[float, float]:
+def measure(
+    engine: Engine, prompts: list[list[int]], num_new: int, size: int, width: int = EXACT
+) -> tuple[float, float]:
     """Seconds until every request has its first token, and of the decode steps after that. Greedy, nothing cached."""
     engine.kv_cache.reset_prefix_cache()
     sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
     stamp = time.monotonic_ns()
-    requests = [Request(f"bench-{stamp}-{i}", prompt, sampling, sizes=(size,)) for i, prompt in enumerate(prompts)]
+    requests = [
+        Request(f"bench-{stamp}-{i}", prompt, sampling, sizes=(size,), min_width=width, max_width=width)
+        for i, prompt in enumerate(prompts)
+    ]
     start = time.perf_counter()
     running = [engine.add_request(request) for request in requests]
     while any(not request.output_token_ids for request in running):
@@ -58,16 +64,18 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
     rng = random.Random(settings.seed)
     vocab = range(min(100, pair.spec.vocab_size - 1), pair.spec.vocab_size)
     prompts = [rng.choices(vocab, k=arguments.input_len) for _ in range(max(batches))]
-    measure(engine, prompts[:1], 4, sizes[-1])  # first use pays for page faults
-    results: dict[int, dict[str, dict[str, float]]] = {}
-    for size in sizes:
+    measure(engine, prompts[:1], 4, *sizes[-1])  # first use pays for page faults
+    results: dict[int | str, dict[str, dict[str, float]]] = {}
+    for size, width in sizes:
         row: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
         for batch in batches:
-            times = [measure(engine, prompts[:batch], arguments.output_len, size) for _ in range(arguments.repeats)]
+            times = [
+                measure(engine, prompts[:batch], arguments.output_len, size, width) for _ in range(arguments.repeats)
+            ]
             prefill, decode = (statistics.median(column) for column in zip(*times, strict=True))
             row["prefill"][str(batch)] = batch * arguments.input_len / prefill
             row["decode"][str(batch)] = batch * (arguments.output_len - 1) / decode
-        results[size] = row
+        results[size if width == engine.executor.widths[-1] else size_name(size, width)] = row
     report = {
         "pair": pair.name,
         "executor": engine.executor.describe(),
@@ -101,15 +109,22 @@ def _print(report: dict[str, Any], batches: list[int]) -> None:
             table.add_column(f"{phase}, {batch} request{'s' * (batch > 1)}", justify="right")
     for size, row in report["sizes"].items():
         figures = [f"{row[phase][str(batch)]:.1f}" for phase in ("decode", "prefill") for batch in batches]
-        table.add_row(f"{size}L", *figures)
+        table.add_row(f"{size}L" if isinstance(size, int) else size, *figures)
     Console().print(table)
 
 
-def _sizes(text: str | None, engine: Engine, pair: Any) -> list[int]:
+def _sizes(text: str | None, engine: Engine, pair: Any) -> list[tuple[int, int]]:
+    """(size, width) of each name; all sizes as loaded if none is named. SizeError for what is not there."""
+    widths = engine.executor.widths
     if not text:
-        return list(engine.sizes)
+        return [(size, widths[-1]) for size in engine.sizes]
     parameters = {row["size"]: row["parameters"] for row in pair.size_table()}
-    return sorted({SizeSpec.parse(part.strip()).resolve(engine.sizes, parameters) for part in text.split(",")})
+    points = set()
+    for spec in map(SizeSpec.parse, text.split(",")):
+        if spec.width not in (None, *widths):
+            raise SizeError(f"{spec}: this pair is loaded at {describe_widths(widths)}")
+        points.add((spec.resolve(engine.sizes, parameters), widths[-1] if spec.width is None else spec.width))
+    return sorted(points)
 
 
 def _token_bytes(pair: Any, dtype: Any) -> int:

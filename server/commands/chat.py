@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from model_store.errors import BoomerangError
 from server.config import Settings
+from server.sizing.spec import size_name
 
-HELP = """/size SIZE    answer with this size from now on (auto, 24L, 75%, student, teacher)
+HELP = """/size SIZE    answer with this size from now on (auto, 24L, 24L-q6, 75%, student, teacher)
 /sizes        list the sizes
 /system TEXT  start over with this system message
 /reset        forget the conversation
@@ -127,7 +128,10 @@ class LocalBackend:
             max_tokens=min(arguments.max_tokens, room), temperature=arguments.temperature,
             eos_token_ids=tokenizer.eos_token_ids,
         )  # fmt: skip
-        asked = Request(uuid.uuid4().hex, prompt, sampling, sizes=choice.sizes, size_reason=choice.reason)
+        asked = Request(
+            uuid.uuid4().hex, prompt, sampling, sizes=choice.sizes, size_reason=choice.reason,
+            min_width=choice.min_width, max_width=choice.max_width, workload=choice.workload,
+        )  # fmt: skip
         try:
             request = engine.add_request(asked)
         except ValueError as error:
@@ -141,7 +145,7 @@ class LocalBackend:
                     for token in output.new_token_ids:
                         text.push(token)
                 if request.decision is not None:
-                    self.last_size = f"{request.decision.size}L"
+                    self.last_size = size_name(request.decision.size, request.width)
                 if piece := text.take():
                     yield piece
             text.finish()

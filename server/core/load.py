@@ -24,6 +24,7 @@ class Load:
         self.num_rows = 0
         # The same times layers, over all sizes
         self.layer_rows = self.layer_context = self.layer_pending = 0
+        self.floors: dict[int, int] = {}  # least width that rows allow -> rows
         self.tenant_rows: dict[str, list[int]] = {}  # tenant -> rows by size
         self.held: dict[str, int] = {}  # tenant -> rows
         self._limits: dict[str, dict[float, int]] = {}  # tenant -> TPOT limit -> how many running requests have it
@@ -34,6 +35,7 @@ class Load:
         size = request.path.size
         self.rows[size] += 1
         self.num_rows += 1
+        self.floors[request.min_width] = self.floors.get(request.min_width, 0) + 1
         self._count(size, request.num_computed_tokens, request.num_tokens - request.num_computed_tokens, 1)
         rows = self.tenant_rows.get(request.tenant)
         if rows is None:
@@ -51,6 +53,9 @@ class Load:
         size = request.path.size
         self.rows[size] -= 1
         self.num_rows -= 1
+        self.floors[request.min_width] -= 1
+        if not self.floors[request.min_width]:
+            del self.floors[request.min_width]
         self._count(size, -request.num_computed_tokens, request.num_computed_tokens - request.num_tokens, -1)
         rows = self.tenant_rows[request.tenant]
         rows[size] -= 1
@@ -82,6 +87,10 @@ class Load:
         self.layer_context += size * context
         self.layer_pending += size * pending
 
+    def demanded_width(self) -> int:
+        """The widest that some running row insists on; 0 without rows."""
+        return max(self.floors, default=0)
+
     def tightest_tpot(self, skip: set[str] | frozenset[str] = frozenset()) -> float | None:
         """The smallest TPOT limit among running requests of tenants not in `skip`, in seconds."""
         if skip:
@@ -94,7 +103,7 @@ class Load:
         for request in running:
             fresh.enter(request)
         totals = ("num_rows", "layer_rows", "layer_context", "layer_pending")
-        for name in ("rows", "context", "pending", *totals, "tenant_rows", "held", "_limits", "_tightest"):
+        for name in ("rows", "context", "pending", *totals, "floors", "tenant_rows", "held", "_limits", "_tightest"):
             assert getattr(self, name) == getattr(fresh, name), f"load totals disagree on {name}"
 
 

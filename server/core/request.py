@@ -152,6 +152,8 @@ class Request:
     priority: int = 0  # lower first, as in vLLM
     tenant: str = ""  # fairness is between tenants; "" = anonymous
     size_schedule: tuple[tuple[int, int], ...] = ()  # ((size, output tokens), ...) for a planned mid-request change
+    width_schedule: tuple[int, ...] = ()  # widths of its entries; (): the limits below, for all
+    workload: str = ""  # kind of text on which sizes are weighed (`SizePolicy`); "": that on which each is worst
     # Widths that the caller allows (`server.core.width`): a server takes the nearest that it offers. Equal: pinned.
     min_width: int = 0
     max_width: int = EXACT

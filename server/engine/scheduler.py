@@ -23,7 +23,7 @@ from server.core.width import EXACT, bits_read, offered_width
 from server.engine.extras.drafts import DraftPool
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
-from server.engine.size_schedule import following_size, planned_size
+from server.engine.size_schedule import following_size, planned_size, planned_width
 from server.engine.stopping import stop_status
 
 logger = logging.getLogger(__name__)
@@ -370,12 +370,21 @@ class Scheduler:
             result.new_logprobs = [token.logprobs]
         if request.size_schedule and status is None:
             size = planned_size(request)
+            self._pin_width(request, planned_width(request))
             if size != request.path.size:
                 self._set_size(request, SizeDecision(size, "schedule"))
                 result.decision = request.decision
         return result
 
-    # --- a running request changes size
+    # --- a running request changes size or precision
+
+    def _pin_width(self, request: LiveRequest, width: int | None) -> None:
+        """From its next step on, `request` reads this width and no other; None: as it was."""
+        if width is None or (width := offered_width(width, self.widths)) == request.min_width == request.max_width:
+            return
+        self.load.leave(request)
+        request.min_width = request.max_width = request.width = width
+        self.load.enter(request)
 
     def _change_size(self, request: LiveRequest, decision: SizeDecision, output: SchedulerOutput) -> None:
         if request.status == RequestStatus.RUNNING and decision.size != request.path.size:

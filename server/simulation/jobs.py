@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from server.core.request import Budget
+from server.core.width import EXACT
 
 
 @dataclass(slots=True)
@@ -17,6 +18,8 @@ class Job:
     tenant: str = ""
     priority: int = 0
     sizes: tuple[int, ...] | None = None  # None: all
+    min_width: int = 0
+    max_width: int = EXACT
     budget: Budget = field(default_factory=Budget)
 
 
@@ -33,6 +36,7 @@ class Record:
     preemptions: int
     replica: int
     error_status: int = 0
+    tokens_at: dict[int, int] = field(default_factory=dict)  # tokens of the answer by width; {}: all as loaded
 
     @property
     def met(self) -> bool:

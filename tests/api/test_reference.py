@@ -23,7 +23,8 @@ WRONG = {"no field": "takes this"}  # an object with an unknown key
 
 # What each path needs, and a value for every field it knows. A tuple: (value, further fields).
 SIZE = {
-    "size": "5L", "min_size": 4, "max_size": "100%", "memory_budget_mb": 100.0, "slo": {"e2e_ms": 60000},
+    "size": "5L", "min_size": 4, "max_size": "100%", "precision": "exact", "min_precision": "q4",
+    "max_precision": "exact", "workload": "worst", "memory_budget_mb": 100.0, "slo": {"e2e_ms": 60000},
     "slo_policy": "best_effort", "size_schedule": [{"size": "4L", "tokens": 2}, {"size": "5L"}], "priority": -1,
 }  # fmt: skip
 SAMPLING = SIZE | {

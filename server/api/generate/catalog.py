@@ -135,9 +135,7 @@ class Catalog:
             name = model if model in self.names else self.name
             return self._card(name, self.name if name != self.name else None)
         try:
-            return self._point_card(
-                self.resolve(spec, "model", status=404), self.width_of(spec, "model", status=404)
-            )
+            return self._point_card(self.resolve(spec, "model", status=404), self.width_of(spec, "model", status=404))
         except APIError as error:
             raise _no_model(model, error.message) from None
 

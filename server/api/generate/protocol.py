@@ -110,7 +110,8 @@ class SizeFields(Body):
     min_precision: str | None = Field(default=None, description="narrowest precision that may answer")
     max_precision: str | None = Field(default=None, description="widest precision that may answer")
     workload: str | None = Field(
-        default=None, description="kind of text whose measured quality auto goes by; default: the worst kind"
+        default=None,
+        description="kind of text whose measured quality auto goes by, or worst (the default): that of the worst kind",
     )
     memory_budget_mb: Positive | None = Field(
         default=None, description="largest size whose own weights plus KV for prompt and max_tokens fit, in MiB"

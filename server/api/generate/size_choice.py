@@ -54,8 +54,8 @@ class SizeChoice:
             worst = max(points, key=need.__getitem__) if self.schedule else points[0]
             which = "the largest of size_schedule" if self.schedule else "the smallest size allowed"
             raise invalid(
-                f"memory_budget_mb: {size_name(*worst)}, {which}, needs {need[worst] / MiB:.1f} MiB for its weights and "
-                f"the KV of {num_tokens} tokens; the limit is {limit / MiB:g}.",
+                f"memory_budget_mb: {size_name(*worst)}, {which}, needs {need[worst] / MiB:.1f} MiB for its weights "
+                f"and the KV of {num_tokens} tokens; the limit is {limit / MiB:g}.",
                 "memory_budget_mb",
             )
         if self.schedule:
@@ -114,7 +114,8 @@ class SizeChooser:
         priority = body.priority
         if priority is None:
             priority = self.priority if who.priority is None else who.priority
-        workload = self._workload(body.workload or who.workload) or self.workload
+        kind = who.workload if body.workload is None else body.workload
+        workload = self.workload if kind is None else self._workload(kind)
         return replace(choice, budget=self._budget(body, headers, who), priority=priority, workload=workload)
 
     # --- parts
@@ -172,7 +173,8 @@ class SizeChooser:
             )
         width, source = (precision, "precision") if named is None else (named, param)
         says_nothing = body.precision is None and bounds == (None, None)
-        if width is None and says_nothing and (spec.is_auto or is_default) and self.precision is not None:
+        is_default = is_default and width is not None and width == named
+        if width is None and says_nothing and (spec.is_auto or param == "default") and self.precision is not None:
             width, is_default = min(max(self.precision, served[0]), served[-1]), True
         elif width is None and says_nothing and not spec.is_auto:
             width = served[-1]
@@ -188,12 +190,14 @@ class SizeChooser:
         return width, width
 
     def _workload(self, kind: str | None) -> str:
-        """A kind of text that this pair was measured on; "" for none. APIError for others."""
+        """A kind of text that this pair was measured on; "" for none and for `worst`. APIError for others."""
         known = sorted({name for point in self.catalog.points for name in point.kl})
-        if kind and kind not in known:
+        if kind is None or kind == "worst":
+            return ""
+        if kind not in known:
             there = f"it was measured on {', '.join(known)}" if known else "it was measured on one kind only"
             raise invalid(f"workload: nothing is known of {kind[:40]!r} for this pair; {there}.", "workload")
-        return kind or ""
+        return kind
 
     def _spec(self, body: SizeFields, model_spec: SizeSpec | None) -> tuple[SizeSpec, str]:
         named = _parse(body.size, "size") if body.size is not None else None
