@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from server.api.chat.protocol import ChatCompletionRequest
 from server.api.completions.protocol import CompletionRequest
+from server.api.embeddings.protocol import EmbeddingsRequest
 from server.api.generate import protocol
 from server.api.http.body import INSTEAD, UNSUPPORTED
 from server.api.messages.protocol import MessagesRequest
@@ -35,6 +36,8 @@ MODELS: dict[str, tuple[type[BaseModel], type[BaseModel] | None]] = {
     "chat": (ChatCompletionRequest, protocol.SamplingFields),
     "messages": (MessagesRequest, protocol.SizeFields),
     "responses": (ResponsesRequest, protocol.SizeFields),
+    "embeddings": (EmbeddingsRequest, protocol.SizeFields),
+    "ollama_embed": (ollama.OllamaEmbedRequest, protocol.SizeFields),
     "ollama": (ollama.OllamaRequest, protocol.SizeFields),
     "ollama_chat": (ollama.OllamaChatRequest, ollama.OllamaRequest),
     "ollama_generate": (ollama.OllamaGenerateRequest, ollama.OllamaRequest),

@@ -148,6 +148,8 @@ def build_batch(
         if request.sampling.prompt_logprobs is not None and begin < request.num_prompt_tokens - 1:
             # Position i's logits score token i + 1, so the prompt's own rows end one before its last token.
             logits_rows.extend(range(start, start + min(count, request.num_prompt_tokens - 1 - begin)))
+        elif request.sampling.pool:
+            logits_rows.extend(range(start, stop))
         if is_last and request.sampling.max_tokens > 0:
             sample_rows.append(len(logits_rows))
             logits_rows.append(stop - 1)

@@ -53,6 +53,12 @@ class SamplingParams:
     repetition: RepetitionLimit | None = None  # ends a loop
     logprobs: int | None = None  # None: none; 0: of the sampled token only; n: and of the n likeliest; -1: all
     prompt_logprobs: int | None = None  # the same for prompt positions 1..
+    pool: bool = False  # the mean of the prompt's final hidden states is wanted, and no token
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether every position of the prompt must be computed, though its KV may be cached."""
+        return self.pool or self.prompt_logprobs is not None
 
     @property
     def is_greedy(self) -> bool:
@@ -255,7 +261,7 @@ class LiveRequest:
     def is_repeatable(self) -> bool:
         """Whether the same request should give the same answer again: then it keeps one width from first to last."""
         sampling, is_pinned = self.sampling, self.asked.min_width == self.asked.max_width
-        is_scored = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        is_scored = sampling.logprobs is not None or sampling.wants_prompt
         return is_pinned or is_scored or sampling.seed is not None
 
     def token_ids(self, start: int, stop: int) -> list[int]:
@@ -289,6 +295,7 @@ class RequestOutput:
     earlier_decisions: tuple[SizeDecision, ...] = ()  # changes before `decision` that nobody has heard of yet
     new_logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pooled: np.ndarray | None = None  # float32 [E], on the last output
     finish_reason: str | None = None  # stop | length | abort | error
     stop_reason: int | str | None = None  # the stop token id that ended it, when not eos
     scheduled_time: float | None = None  # on the admission; all times on the clock of `Request.arrival_time`

@@ -77,6 +77,7 @@ def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
     if first.new_logprobs is not None or then.new_logprobs is not None:
         then.new_logprobs = (first.new_logprobs or []) + (then.new_logprobs or [])
     then.prompt_logprobs = then.prompt_logprobs or first.prompt_logprobs
+    then.pooled = first.pooled if then.pooled is None else then.pooled
     then.num_cached_tokens = max(then.num_cached_tokens, first.num_cached_tokens)
     if first.scheduled_time is not None:
         then.scheduled_time = first.scheduled_time

@@ -222,6 +222,7 @@ class Engine:
         """Book a computed step; what clients should hear of it."""
         outputs = self.scheduler.update(planned, sampled)
         self.runner.prompt_scores.attach(outputs)
+        self.runner.pooled_states.attach(outputs, [request for request, _ in planned.scheduled])
         self._forget([request for request, _ in planned.scheduled if request.is_finished])
         self._count_decisions(outputs)
         return outputs
@@ -265,6 +266,7 @@ class Engine:
     def _forget(self, requests: list[LiveRequest]) -> None:
         for request in requests:
             self.runner.prompt_scores.forget(request.request_id)
+            self.runner.pooled_states.forget(request.request_id)
             if self.metrics is not None:
                 self.metrics.on_request_finished(request)
 

@@ -81,10 +81,10 @@ class KVCacheManager:
         """Cached blocks that hold the longest prefix of the request on this path; `counts`: as a query and hits.
 
         At least the last token is left to compute, because its logits are wanted. What was computed at a narrower
-        width than the request reads now is not good enough for it. A request that asks for prompt logprobs needs
-        every position's logits and so takes nothing from the cache.
+        width than the request reads now is not good enough for it. A request that asks for prompt logprobs or pooled
+        states needs every position and so takes nothing from the cache.
         """
-        if not self.enable_prefix_caching or request.sampling.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.sampling.wants_prompt:
             return []
         found: list[Block] = []
         parent = self._root(request, path)

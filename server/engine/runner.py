@@ -19,6 +19,7 @@ from server.core.config import EngineConfig
 from server.core.request import LiveRequest, SampledToken
 from server.engine.isolation import NoTokenLeft
 from server.engine.kv_cache import KVCacheManager
+from server.engine.pooling import PooledStates
 from server.engine.prompt_scores import PromptScores
 from server.engine.sampler import Sampler, is_plain_greedy
 from server.model.executor import allocate_states, create_executor
@@ -64,6 +65,7 @@ class StepRunner:
         )
         self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
         self.prompt_scores = PromptScores()
+        self.pooled_states = PooledStates()
         tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
         self.build_batch = BatchBuilder(self.elasticity, tables, shared, config.page_size)
 
@@ -83,7 +85,7 @@ class StepRunner:
     def forward_rows(self, batch: ForwardBatch, faults: Faults) -> HeadRows | None:
         """Rows that tokens are drawn from; None if there are none.
 
-        Requests whose prompt has no finite scores are added to `faults`.
+        Requests whose prompt has no finite scores or states are added to `faults`.
         """
         hidden = self.executor.forward(batch)
         if not len(batch.logits_rows):
@@ -94,6 +96,8 @@ class StepRunner:
         if len(rows) < len(batch.logits_rows):
             for request in self.prompt_scores.score(self.executor, batch, hidden, head_rows):
                 faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
+            for request in self.pooled_states.gather(batch, hidden):
+                faults[request.request_id] = ArithmeticError("the prompt's states hold no number")
             if not len(rows):
                 return None
             hidden = hidden[torch.from_numpy(rows)]

@@ -410,7 +410,7 @@ class Scheduler:
 
     def _keep_station(self, request: LiveRequest) -> int:
         """The station at which a change of size to come parts from the request's path; 0: none is expected."""
-        if not self.kv_cache.states.num_pages or request.sampling.prompt_logprobs is not None:
+        if not self.kv_cache.states.num_pages or request.sampling.wants_prompt:
             return 0
         size = following_size(request) if request.size_schedule else None
         if not request.size_schedule and self.policy.shrinks_running:

@@ -130,3 +130,23 @@ def test_keys_come_in_anthropics_header(pair):
         assert anthropic.Anthropic(base_url=server.url, api_key="one").messages.create(**arguments).content
         with pytest.raises(anthropic.AuthenticationError):
             anthropic.Anthropic(base_url=server.url, api_key="two").messages.create(**arguments)
+
+
+def test_models_in_its_form(plain, client):
+    pages = client.models.list(limit=3)
+    listed = list(pages)  # goes on to the next page by itself
+    assert [model.id for model in listed] == [NAME, f"{NAME}:4L", f"{NAME}:5L", f"{NAME}:6L"]
+    assert pages.has_more and (pages.first_id, pages.last_id) == (NAME, f"{NAME}:5L")
+    assert not client.models.list().has_more
+    before = client.models.list(before_id=f"{NAME}:6L", limit=2)
+    assert [model.id for model in before.data] == [f"{NAME}:4L", f"{NAME}:5L"] and before.has_more
+    one = client.models.retrieve(f"{NAME}:5L")
+    assert one == listed[2] and one.type == "model" and one.lifecycle == "active" and one.max_input_tokens == 256
+    with pytest.raises(anthropic.NotFoundError) as error:
+        client.models.retrieve("nope")
+    assert error.value.body["type"] == "error" and error.value.body["error"]["type"] == "not_found_error"
+    for query in ({"limit": 0}, {"limit": "x"}, {"after_id": "nope"}, {"after_id": NAME, "before_id": NAME}):
+        with pytest.raises(anthropic.BadRequestError):
+            client.models.list(extra_query=query)
+    assert httpx.get(plain.url + "/v1/models").json()["object"] == "list"
+    assert httpx.head(plain.url + "/v1/models").status_code == 200

@@ -7,9 +7,16 @@ import pytest
 
 from server.api.chat.protocol import ChatCompletionRequest
 from server.api.completions.protocol import CompletionRequest
+from server.api.embeddings.protocol import EmbeddingsRequest
 from server.api.http.body import UNSUPPORTED
 from server.api.messages.protocol import MessagesRequest
-from server.api.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
+from server.api.ollama.protocol import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from server.api.reference import main
 from server.api.responses.protocol import ResponsesRequest
 from server.api.routes.operations import POSTS
@@ -44,6 +51,8 @@ OLLAMA = SIZE | {
     "model": f"{NAME}:5L", "stream": False, "format": {"type": "object"}, "options": {"temperature": 0.5},
     "think": False, "logprobs": True, "top_logprobs": 2, "keep_alive": "5m", "truncate": True, "shift": False,
 }  # fmt: skip
+VECTOR = SIZE | {"dimensions": 3, "size_schedule": None}
+OLLAMA_VECTOR = {"model": f"{NAME}:5L", "options": {"num_ctx": 2048}, "keep_alive": 0}
 CASES = {
     "/v1/completions": (
         CompletionRequest, {"prompt": "hi", "max_tokens": 2},
@@ -94,6 +103,16 @@ CASES = {
             "prompt": "ho", "system": "x", "raw": True, "suffix": "", "template": "", "context": [], "images": [],
         },
     ),
+    "/v1/embeddings": (
+        EmbeddingsRequest, {"input": "hi"},
+        VECTOR | {"model": NAME, "input": [[5, 6], [7]], "encoding_format": "base64", "user": "me"},
+    ),
+    "/api/embed": (
+        OllamaEmbedRequest, {"model": NAME, "input": "hi"},
+        VECTOR | OLLAMA_VECTOR | {"input": ["hi", "ho"], "truncate": False},
+    ),
+    "/api/embeddings": (OllamaEmbeddingsRequest, {"model": NAME, "prompt": "hi"},
+                        VECTOR | OLLAMA_VECTOR | {"prompt": "ho"}),
     "/api/show": (OllamaShowRequest, {"model": NAME}, {"model": NAME, "name": NAME, "verbose": True}),
     "/tokenize": (
         TokenizeRequest, {"messages": HELLO},

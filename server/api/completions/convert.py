@@ -10,7 +10,7 @@ from server.api.generate.conversation import Piece
 from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.generation import Generation
 from server.api.generate.grammar import grammar_factory
-from server.api.generate.serving import check_prompt_ids, encode_prompt, truncate
+from server.api.generate.serving import read_prompts, truncate
 from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
 from server.api.http.errors import invalid
 from server.api.http.state import ServerState
@@ -62,31 +62,16 @@ class Continuation:
     # --- prompts
 
     async def _prompts(self) -> list[PromptInput]:
-        """Tokenised prompts. 400 for anything that is not text, texts, ids or lists of ids."""
+        """Tokenised, and cut where that is asked for."""
         body, state = self.body, self.state
-        most = state.settings.max_completion_prompts
-        value = body.prompt
-        if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(prompt, str | list) for prompt in value):
-            raise invalid("prompt must be text, a list of texts, token ids, or a list of lists of token ids.", "prompt")
-        if not value:
-            raise invalid("prompt is an empty list.", "prompt")
-        if len(value) > most:
-            raise invalid(f"prompt has {len(value)} entries; at most {most} are allowed here.", "prompt")
-        special = body.add_special_tokens is not False
         is_cut = None if body.truncate_prompt_tokens is None else body.truncation_side or "left"
-        prompts = []
-        for prompt in value:
-            if isinstance(prompt, str):
-                item = await encode_prompt(prompt, special, state, "prompt", is_cut)
-            else:
-                item = check_prompt_ids(prompt, state, "prompt")
-            kept = truncate(item.token_ids, body, state.catalog.max_model_len)
-            if len(kept) < len(item.token_ids):
-                item = PromptInput(kept)
-            prompts.append(item)
-        return prompts
+        special = body.add_special_tokens is not False
+        prompts = await read_prompts(body.prompt, state, "prompt", special, is_cut)
+        kept = [truncate(prompt.token_ids, body, state.catalog.max_model_len) for prompt in prompts]
+        return [
+            prompt if len(ids) == len(prompt.token_ids) else PromptInput(ids)
+            for prompt, ids in zip(prompts, kept, strict=True)
+        ]
 
     # --- echo
 

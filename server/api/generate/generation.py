@@ -19,6 +19,8 @@ from server.engine.async_engine import OutputStream, merge
 from server.sizing.spec import precision_name, size_name
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from server.api.http.state import ServerState
 
 _serial = itertools.count()
@@ -51,6 +53,7 @@ class Sequence:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pooled: np.ndarray | None = None  # float32 [E], of a request that asked, once it is finished
     scheduled_time: float | None = None  # these on the clock of `Request.arrival_time`
     first_token_time: float | None = None
     last_token_time: float | None = None
@@ -75,6 +78,8 @@ class Sequence:
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if output.pooled is not None:
+            self.pooled = output.pooled
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         last = len(token_ids) - 1
         for position, token_id in enumerate(token_ids):

@@ -81,6 +81,7 @@ def sampling_params(
     max_tokens_param: str = "max_tokens",
     logprobs: int | None,
     prompt_logprobs: int | None,
+    pool: bool = False,
     index: int = 0,
     repetition: RepetitionDetection | None = None,
 ) -> SamplingParams:
@@ -116,6 +117,7 @@ def sampling_params(
         repetition=_repetition(body.repetition_detection or repetition),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        pool=pool,
     )
 
 

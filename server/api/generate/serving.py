@@ -92,6 +92,27 @@ async def encode_prompt(
     return PromptInput(token_ids, text)
 
 
+async def read_prompts(
+    value: Any, state: ServerState, param: str, add_special_tokens: bool = True, is_cut: str | None = None
+) -> list[PromptInput]:
+    """Tokenised prompts of a `Prompt`. 400 for anything that is not text, texts, ids or lists of ids."""
+    most = state.settings.max_completion_prompts
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(prompt, str | list) for prompt in value):
+        raise invalid(f"{param} must be text, a list of texts, token ids, or a list of lists of token ids.", param)
+    if not value:
+        raise invalid(f"{param} is an empty list.", param)
+    if len(value) > most:
+        raise invalid(f"{param} has {len(value)} entries; at most {most} are allowed here.", param)
+    return [
+        await encode_prompt(prompt, add_special_tokens, state, param, is_cut)
+        if isinstance(prompt, str)
+        else check_prompt_ids(prompt, state, param)
+        for prompt in value
+    ]
+
+
 def too_long(text: str, state: ServerState, param: str) -> APIError:
     return APIError(
         f"{param} has {len(text)} characters, far more than {state.catalog.max_model_len} tokens can hold.",
@@ -118,11 +139,11 @@ async def respond(
     generation: Generation,
     stream: bool,
     whole: Callable[[Generation], Awaitable[Response]],
-    events: Callable[[Generation], AsyncGenerator[bytes]],
+    events: Callable[[Generation], AsyncGenerator[bytes]] | None = None,
     error_event: Callable[[APIError], bytes] | None = None,
     media_type: str = "text/event-stream",
 ) -> Response:
-    """Run the generation as one answer or as a stream. Whatever happens, nothing of it is left running."""
+    """Run the generation as one answer, or as a stream. Whatever happens, nothing of it is left running."""
 
     carried = request.scope["state"]
     carried["generation"] = generation  # for log and traces
@@ -134,7 +155,7 @@ async def respond(
         handed_over = False
         try:
             await generation.start()
-            if not stream:
+            if not stream or events is None:
                 return await whole(generation)
             handed_over = True
             return EventStream(events(generation), generation.headers(), generation.close, error_event, media_type)

@@ -37,6 +37,10 @@ class SizeChoice:
     max_width: int = EXACT
     workload: str = ""  # kind of text whose quality counts; "": the one on which a size is worst
 
+    def largest(self) -> SizeChoice:
+        """The same, pinned to the largest of these sizes."""
+        return self if len(self.sizes) == 1 else replace(self, sizes=self.sizes[-1:], reason="default")
+
     def within_memory(self, catalog: Catalog, num_tokens: int) -> SizeChoice:
         """Drop sizes whose own weights plus KV for `num_tokens` exceed the memory budget, and widths at which the
         largest that is left would; 400 if none is left."""

@@ -55,6 +55,7 @@ class OutputLimits:
     default: int | None = None  # None: what is left of the context
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pool: bool = False  # no output but the mean of the prompt's states
     repetition: RepetitionDetection | None = None  # for bodies that say nothing of it
 
 
@@ -103,6 +104,8 @@ class Submission:
         asked, room = (limits.max_tokens, limits.param, limits.default), catalog.max_model_len
         most = [output_limit(*asked, length, room, limits.prompt) for length in lengths]
         sizes = sizes.within_memory(catalog, max(map(sum, zip(lengths, most, strict=True))))
+        if limits.pool:
+            sizes = sizes.largest()
         logprobs = check_logprobs(limits.logprobs, "logprobs", settings, tokenizer.vocab_size)
         scored = check_logprobs(limits.prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size)
         _check_entries(((logprobs, n * sum(most)), (scored, n * sum(lengths))), state)
@@ -115,6 +118,7 @@ class Submission:
                     max_tokens_param=limits.param,
                     logprobs=logprobs,
                     prompt_logprobs=scored,
+                    pool=limits.pool,
                     index=index,
                     repetition=limits.repetition,
                 )

@@ -91,10 +91,13 @@ class APIError(BoomerangError):
             return {"retry-after": str(max(1, math.ceil(seconds))), **self.extra_headers}
         return {"x-should-retry": "false", **self.extra_headers}
 
-    def response(self, path: str = "") -> Response:
-        """`path` is that of the route: clients of `/v1/messages` and of `/api/` expect other shapes."""
+    def response(self, path: str = "", is_anthropic: bool = False) -> Response:
+        """`path` is that of the route: clients of `/v1/messages` and of `/api/` expect other shapes.
+
+        `is_anthropic`: the client says by a header that it speaks Anthropic's API.
+        """
         body = self.ollama_body() if path.startswith("/api/") else self.body()
-        body = self.anthropic_body() if path.startswith("/v1/messages") else body
+        body = self.anthropic_body() if is_anthropic or path.startswith("/v1/messages") else body
         return Response(orjson.dumps(body), self.status, headers=self.headers(), media_type="application/json")
 
 
@@ -123,25 +126,26 @@ def _is_branch(part: int | str) -> bool:
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part or part[:1].isupper())
 
 
-def _path(request: Request) -> str:
-    """As routes declare it: a proxy's prefix stands in front."""
-    return request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+def _response(request: Request, error: APIError) -> Response:
+    """In the shape of the route: in front of its path may stand a proxy's prefix."""
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    return error.response(path, "anthropic-version" in request.headers)
 
 
 async def handle_api_error(request: Request, error: APIError) -> Response:
-    return error.response(_path(request))
+    return _response(request, error)
 
 
 async def handle_http_error(request: Request, error: Any) -> Response:
     """Starlette's own 404 and 405, in the same shape."""
-    return APIError(str(error.detail), status=error.status_code, headers=error.headers).response(_path(request))
+    return _response(request, APIError(str(error.detail), status=error.status_code, headers=error.headers))
 
 
 async def handle_recursion(request: Request, error: RecursionError) -> Response:
     """Something that reads what the client sent is recursive: the client's to mend."""
-    return invalid("The request is nested too deeply.").response(_path(request))
+    return _response(request, invalid("The request is nested too deeply."))
 
 
 async def handle_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours. The text stays in the log: it may hold what other requests sent."""
-    return APIError("The server failed to handle this request.", status=500).response(_path(request))
+    return _response(request, APIError("The server failed to handle this request.", status=500))

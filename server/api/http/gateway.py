@@ -85,7 +85,7 @@ class Gateway:
                     tenant = carried["tenant"]
                     self.state.num_active += 1
             except APIError as error:
-                await error.response(path)(scope, receive, send_noting)
+                await error.response(path, "anthropic-version" in headers)(scope, receive, send_noting)
                 return
             await self.app(scope, receive, send_noting)
         finally:

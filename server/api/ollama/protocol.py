@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.chat.protocol import ToolFunction
+from server.api.embeddings.protocol import VectorFields
 from server.api.generate.protocol import SizeFields
 from server.api.http.body import AtMost, Body
 
@@ -116,3 +117,18 @@ class OllamaShowRequest(Body):
     model: str | None = Field(default=None, description="as for chat")
     name: str | None = Field(default=None, description="the older name of model")
     verbose: bool | None = Field(default=None, description="ignored")
+
+
+class OllamaVectorFields(VectorFields):
+    model: Annotated[str, Field(min_length=1)] = Field(description="as for chat")
+    options: OllamaOptions | None = Field(default=None, description="ignored: nothing is drawn")
+    keep_alive: float | str | None = Field(default=None, description="ignored: the pair stays loaded")
+
+
+class OllamaEmbedRequest(OllamaVectorFields):
+    input: str | list[str] | None = Field(default=None, description="text or texts; none: whether the model is there")
+    truncate: bool | None = Field(default=None, description="false: refuse a text that is too long; default: cut it")
+
+
+class OllamaEmbeddingsRequest(OllamaVectorFields):
+    prompt: str | None = Field(default=None, description="a text; none: whether the model is there")

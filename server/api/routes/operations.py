@@ -15,12 +15,21 @@ from server.api.chat.protocol import ChatCompletionRequest
 from server.api.chat.route import create_chat_completion
 from server.api.completions.protocol import CompletionRequest
 from server.api.completions.route import create_completion
+from server.api.embeddings.protocol import EmbeddingsRequest
+from server.api.embeddings.route import create_embeddings
 from server.api.http.state import ServerState
 from server.api.messages.protocol import CountTokensRequest, MessagesRequest
 from server.api.messages.route import count_message_tokens, create_message
+from server.api.ollama.embed import ollama_embed, ollama_embeddings
 from server.api.ollama.models import ollama_show
 from server.api.ollama.models import router as ollama_router
-from server.api.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
+from server.api.ollama.protocol import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from server.api.ollama.route import ollama_chat, ollama_generate
 from server.api.responses.protocol import ResponsesRequest
 from server.api.responses.route import create_response
@@ -42,6 +51,7 @@ POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [
     ),
     ("/v1/messages", create_message, MessagesRequest, "inference", "Answer a conversation, Anthropic's API"),
     ("/v1/responses", create_response, ResponsesRequest, "inference", "Answer a conversation, OpenAI's newer API"),
+    ("/v1/embeddings", create_embeddings, EmbeddingsRequest, "inference", "Texts to vectors"),
     (
         "/v1/messages/count_tokens",
         count_message_tokens,
@@ -51,6 +61,8 @@ POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [
     ),
     ("/api/chat", ollama_chat, OllamaChatRequest, "ollama", "Answer a conversation, Ollama's API"),
     ("/api/generate", ollama_generate, OllamaGenerateRequest, "ollama", "Answer or continue a prompt, Ollama's API"),
+    ("/api/embed", ollama_embed, OllamaEmbedRequest, "ollama", "Texts to vectors, Ollama's API"),
+    ("/api/embeddings", ollama_embeddings, OllamaEmbeddingsRequest, "ollama", "The same, its older form"),
     ("/api/show", ollama_show, OllamaShowRequest, "ollama", "What a model is, Ollama's API"),
     ("/tokenize", tokenize, TokenizeRequest, "tokenizer", "Text or messages to token ids"),
     ("/detokenize", detokenize, DetokenizeRequest, "tokenizer", "Token ids to text"),

@@ -1,0 +1,46 @@
+"""Means of hidden states over a prompt, for requests that asked: gathered by chunks, given to the last output."""
+
+from __future__ import annotations
+
+import torch
+
+from server.core.batch import ForwardBatch
+from server.core.request import LiveRequest, RequestOutput
+
+
+class PooledStates:
+    """Sums over the chunks of prompts that are still being computed, by request id and first position."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[int, torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def gather(self, batch: ForwardBatch, hidden: torch.Tensor) -> list[LiveRequest]:
+        """Add what this step computed of prompts. `hidden` [S, E]. Returns the requests whose states are no numbers."""
+        faulty: list[LiveRequest] = []
+        for row, request in enumerate(batch.requests):
+            first, last = int(batch.logits_start[row]), int(batch.logits_start[row + 1])
+            if not request.sampling.pool or first == last:
+                continue
+            begin = request.num_computed_tokens
+            # A step that failed is run again, and a preempted request computes its prompt again.
+            sums = {at: one for at, one in self._sums.get(request.request_id, {}).items() if at < begin}
+            sums[begin] = hidden[first:last].sum(dim=0, dtype=torch.float32).cpu()
+            self._sums[request.request_id] = sums
+            if not bool(torch.isfinite(sums[begin]).all()):
+                faulty.append(request)
+        return faulty
+
+    def attach(self, outputs: list[RequestOutput], requests: list[LiveRequest]) -> None:
+        """Give each finished request's mean, float32 [E], to its last output."""
+        if not self._sums:
+            return
+        lengths = {request.request_id: request.num_prompt_tokens for request in requests}
+        for output in outputs:
+            if output.is_finished and output.request_id in self._sums:
+                sums = self._sums.pop(output.request_id)
+                total = torch.stack(list(sums.values())).sum(dim=0)
+                output.pooled = (total / lengths[output.request_id]).numpy()
+
+    def forget(self, request_id: str) -> None:
+        self._sums.pop(request_id, None)
