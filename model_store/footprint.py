@@ -114,7 +114,7 @@ class Footprint:
         """One row per size: layers, parameters, fraction of the teacher, weight bytes, KV bytes per token."""
         sizes = self.elasticity.sizes
         teacher = self.parameters(sizes[-1:])
-        kv_bytes = self.specs["teacher"].kv_bytes_per_token_layer(form.dtype.itemsize)
+        kv_bytes = self.specs["teacher"].kv_bytes_per_token_layer(form.dtype.itemsize, form.kv_cache_dtype)
         return [
             {
                 "size": size,

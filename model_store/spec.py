@@ -34,6 +34,11 @@ class SpecError(BoomerangError, ValueError):
     """A model this server cannot run, with the reason."""
 
 
+def int8_kv_bytes(num_kv_heads: int, head_dim: int) -> int:
+    """Of K and V of one token of one layer: a byte per value; float16 scales, of K per 32 channels, of V per head."""
+    return num_kv_heads * (2 * head_dim + 2 * (-(-head_dim // 32) + 1))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """Counts are of units, sizes of channels. `attention_scale` multiplies q.k before the softmax."""
@@ -102,7 +107,9 @@ class ModelSpec:
         count += qkv * self.qkv_bias + e * self.o_bias + (up + e) * self.mlp_bias
         return count + (2 * self.head_dim if self.qk_norm else 0)
 
-    def kv_bytes_per_token_layer(self, bytes_per_value: int) -> int:
+    def kv_bytes_per_token_layer(self, bytes_per_value: int, kv_cache_dtype: str = "auto") -> int:
+        if kv_cache_dtype == "int8":
+            return int8_kv_bytes(self.num_kv_heads, self.head_dim)
         return 2 * self.kv_size * bytes_per_value
 
     def rope_inv_freq(self) -> tuple[torch.Tensor, float]:

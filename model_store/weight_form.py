@@ -1,4 +1,4 @@
-"""In what form weights lie in memory: decided once, before they are loaded; an executor says what it made of it."""
+"""In what form weights and KV lie in memory: decided before they are loaded; an executor says what it made of it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Storage(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class WeightForm:
     """`dtype` is that of the products; `low_rank`: a low-rank student's layers stay differences to the teacher's;
-    `bits`: those at which nested codes are read."""
+    `bits`: those at which nested codes are read; `kv_cache_dtype`: auto (keys and values in `dtype`) or int8."""
 
     dtype: torch.dtype = torch.bfloat16
     low_rank: bool = False
     storage: Storage = Storage.AS_LOADED
     bits: int = 8
+    kv_cache_dtype: str = "auto"
 
     @property
     def is_quantised(self) -> bool:
@@ -48,7 +49,7 @@ class WeightForm:
         return num_rows * width * self.dtype.itemsize
 
     def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
+        name, kv = str(self.dtype).removeprefix("torch."), "" if self.kv_cache_dtype == "auto" else ", int8 KV"
         if self.storage is Storage.NESTED:
-            return f"{name}, {self.storage} read at {self.bits} bits"
-        return name if self.storage is Storage.AS_LOADED else f"{name}, {self.storage} weights"
+            return f"{name}, {self.storage} read at {self.bits} bits{kv}"
+        return f"{name}{kv}" if self.storage is Storage.AS_LOADED else f"{name}, {self.storage} weights{kv}"

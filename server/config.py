@@ -167,6 +167,13 @@ class Settings:
     kv_cache_memory: int | None = option(
         None, "bytes of KV cache [a share of what is free, capped]", kind="bytes", group="engine", minimum=1
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "keys and values; auto: in --dtype; int8: in 8 bits with scales per token and head, about half the memory "
+        "(not on cuda)",
+        group="engine",
+        choices=("auto", "int8"),
+    )
     size_change_memory: int | None = option(
         None, "bytes of hidden states that make a change of size cheaper; 0: none [a sixteenth of the KV cache]",
         kind="bytes", group="engine", minimum=0,

@@ -79,9 +79,11 @@ def weight_form(settings: Settings, pair: Pair) -> WeightForm:
         if bits is not None:
             if settings.low_rank == "on":
                 raise ValueError(f"--low-rank on does not go with --quantization {settings.quantization}")
-            return WeightForm(pick_dtype(settings), storage=Storage.NESTED, bits=bits)
+            return WeightForm(
+                pick_dtype(settings), storage=Storage.NESTED, bits=bits, kv_cache_dtype=settings.kv_cache_dtype
+            )
         storage = Storage.AS_LOADED if settings.quantization == "none" else Storage(settings.quantization)
-    form = WeightForm(pick_dtype(settings), storage=storage)
+    form = WeightForm(pick_dtype(settings), storage=storage, kv_cache_dtype=settings.kv_cache_dtype)
     if not pair.is_low_rank:
         if settings.low_rank == "on":
             raise ValueError("--low-rank on: this student is not kept as a low-rank difference, or there is none")
@@ -140,7 +142,9 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
     if max_model_len > pair.spec.max_context:
         raise ValueError(f"--max-model-len {max_model_len} is above the {pair.spec.max_context} that the model can do")
     max_num_seqs = settings.max_num_seqs or (256 if is_cuda else 64)
-    token_bytes = pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(dtype.itemsize)
+    token_bytes = pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(
+        dtype.itemsize, settings.kv_cache_dtype
+    )
     most = max_num_seqs * max_model_len * token_bytes
     max_num_batched_tokens = settings.max_num_batched_tokens or (8192 if is_cuda else 1024)
     free = _free_bytes(settings, device)
@@ -189,6 +193,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         max_num_batched_tokens=max_num_batched_tokens,
         page_size=settings.page_size,
         kv_cache_bytes=kv_bytes,
+        kv_cache_dtype=settings.kv_cache_dtype,
         state_bytes=state_bytes,
         compress_weights=settings.weight_compression == "auto",
         enable_prefix_caching=settings.enable_prefix_caching,
@@ -271,7 +276,8 @@ def load_model(
         vocab_size=pair.spec.vocab_size,
         store=settings.store,
     )
-    infos = size_infos(pair.size_table(runner.executor.weight_form, runner.executor.matrix_bytes))
+    lies = dataclasses.replace(runner.executor.weight_form, kv_cache_dtype=form.kv_cache_dtype)
+    infos = size_infos(pair.size_table(lies, runner.executor.matrix_bytes))
     folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
     defaults = read_sampling_defaults(folders, settings.override_generation_config)
     if settings.default_max_tokens is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from model_store.weight_form import WeightForm
 from server.commands.sizes import speed_file
 from server.config import Settings
 from server.core.request import Request, SamplingParams
@@ -57,7 +58,7 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
         engine_config(settings, pair, form.dtype, device),
         max_num_seqs=max(batches),
         max_model_len=length,
-        kv_cache_bytes=int(1.1 * (length + settings.page_size) * max(batches) * _token_bytes(pair, form.dtype)),
+        kv_cache_bytes=int(1.1 * (length + settings.page_size) * max(batches) * _token_bytes(pair, form)),
     )
     engine = Engine(loaded, config)
     sizes = _sizes(arguments.sizes, engine, pair)
@@ -127,5 +128,5 @@ def _sizes(text: str | None, engine: Engine, pair: Any) -> list[tuple[int, int]]
     return sorted(points)
 
 
-def _token_bytes(pair: Any, dtype: Any) -> int:
-    return pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(dtype.itemsize)
+def _token_bytes(pair: Any, form: WeightForm) -> int:
+    return pair.elasticity.sizes[-1] * pair.spec.kv_bytes_per_token_layer(form.dtype.itemsize, form.kv_cache_dtype)

@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--max-num-batched-tokens", type=int, help="[8192; 1024 with --calibration]")
     machine.add_argument("--max-model-len", type=int, default=8192)
     machine.add_argument("--kv-cache-memory", type=parse_bytes, help="[what the device has left]")
+    machine.add_argument(
+        "--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="with --device: KV in 8 bits"
+    )
     machine.add_argument("--seed", type=int, default=0)
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="write summary and samples (- for standard output)")
@@ -112,7 +115,7 @@ def build_machine(args: argparse.Namespace) -> tuple[CostModel, EngineConfig, in
         kv_bytes = args.kv_cache_memory or _DEFAULT_KV
     else:
         shape, device = PAIRS[args.pair], DEVICES[args.device]
-        machine = roofline_cost_model(shape.profile(), device)
+        machine = roofline_cost_model(shape.profile(args.kv_cache_dtype), device)
         kv_bytes = args.kv_cache_memory or int(0.9 * device.memory) - shape.weight_bytes
         if kv_bytes <= 0:
             raise ValueError(f"{args.pair} ({shape.weight_bytes / 1e9:.1f} GB) does not fit on one {args.device}")

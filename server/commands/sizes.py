@@ -26,6 +26,7 @@ def speed_file(store: str | None, pair: Pair, form: WeightForm) -> Path:
     machine = "".join(c if c.isalnum() else "-" for c in processor_name())
     kind = "" if form.storage == "as loaded" else f"-{form.storage}"
     kind += "-difference" if form.low_rank else ""
+    kind += "-int8-kv" if form.kv_cache_dtype == "int8" else ""
     return store_root(store) / "speed" / f"{pair.name}{kind}-{machine}.json"
 
 

@@ -14,6 +14,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024  # of one step, all requests together (chunked prefill)
     page_size: int = 32  # tokens of one layer in one page
     kv_cache_bytes: int = 1 << 30  # both K and V, all layers
+    kv_cache_dtype: str = "auto"  # auto: K and V in the pair's dtype | int8: 8 bits, with scales per token and head
     state_bytes: int = 0  # of hidden states kept for changes of size; 0: none are kept
     enable_prefix_caching: bool = True
     executor: str = "auto"  # auto | cuda | native | torch: see server.model.executor

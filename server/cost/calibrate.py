@@ -40,9 +40,11 @@ Group = tuple[int, int, int, str]
 
 
 def profile_of(
-    pair: LoadedPair, shared_stations: frozenset[int] = frozenset(), bytes_per_weight: float | None = None
-) -> CostProfile:
-    """Bytes and shapes of a loaded pair; `shared_stations` and `bytes_per_weight` as the executor has them."""
+    pair: LoadedPair, shared_stations: frozenset[int] = frozenset(), bytes_per_weight: float | None = None,
+    kv_bytes: int | None = None,
+) -> CostProfile:  # fmt: skip
+    """Bytes and shapes of a loaded pair; `shared_stations`, `bytes_per_weight` and `kv_bytes` (K and V of one token of
+    one layer) as the executor has them."""
     spec, elasticity = pair.spec, pair.elasticity
     num_layers = elasticity.num_teacher_layers
     item = pair.ends["teacher"].final_norm_weight.dtype.itemsize  # of K and V; weights may be quantized
@@ -57,7 +59,7 @@ def profile_of(
         elasticity=elasticity,
         layer_bytes=tuple(layer_bytes),
         head_bytes=pair.ends["teacher"].head.nbytes,
-        kv_bytes=2 * spec.num_kv_heads * spec.head_dim * item,
+        kv_bytes=kv_bytes or spec.kv_bytes_per_token_layer(item),
         attention_flops=4 * spec.num_heads * spec.head_dim,
         weight_bytes_per_parameter=bytes_per_weight or float(pair.ends["teacher"].head.dtype.itemsize),
         shared_head=pair.ends["teacher"].head is pair.ends["student"].head,
@@ -271,7 +273,8 @@ def cost_model_for(runner: StepRunner, pair: LoadedPair, folder: Path | None, *,
     `folder` is where calibrations are kept (None: nowhere).
     """
     executor = runner.executor
-    profile = profile_of(pair, executor.shared_stations, executor.bytes_per_weight)
+    kv_bytes = executor.page_bytes() // runner.config.page_size
+    profile = profile_of(pair, executor.shared_stations, executor.bytes_per_weight, kv_bytes)
     path = None if folder is None else folder / f"{calibration_key(runner, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_store.assembly import Elasticity
+from model_store.spec import int8_kv_bytes
 from server.cost.features import AT, HEAD_KNOTS, KNOTS, NUM_FEATURES
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
@@ -57,12 +58,14 @@ class PairShape:
         build = Elasticity.first_to_last if self.order == "first_to_last" else Elasticity.last_to_first
         return build(self.num_layers, list(self.kept))
 
-    def profile(self) -> CostProfile:
+    def profile(self, kv_cache_dtype: str = "auto") -> CostProfile:
+        """`kv_cache_dtype`: auto (16 bits) or int8."""
+        heads, dim = self.num_kv_heads, self.head_dim
         return CostProfile(
             elasticity=self.elasticity(),
             layer_bytes=(2 * self.layer_parameters,) * (self.num_layers + len(self.kept)),
             head_bytes=2 * self.vocab_parameters,
-            kv_bytes=2 * 2 * self.num_kv_heads * self.head_dim,
+            kv_bytes=int8_kv_bytes(heads, dim) if kv_cache_dtype == "int8" else 2 * 2 * heads * dim,
             attention_flops=4 * self.num_heads * self.head_dim,
         )
 

@@ -62,6 +62,8 @@ class TorchAttention:
     """Writes this step's K and V, gathers the pages of one layer and calls scaled_dot_product_attention: decode rows
     padded together, chunks one by one."""
 
+    kind = ""  # of pages, for the start-up log
+
     def __init__(self, *, page_size: int, scale: float, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         self.page_size = page_size
         self.scale = scale
@@ -70,10 +72,18 @@ class TorchAttention:
         self.head_dim = head_dim
         self.k_pages = self.v_pages = torch.empty(0)  # [pages, K, P, D] once allocated
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What holds KV, the page being the first dimension."""
+        return self.k_pages, self.v_pages
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Of K and V of one token of one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+
     def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
         # Zeroed, because padded positions are read (and masked): NaN would survive a mask.
-        self.k_pages, self.v_pages = (_zeros(shape, dtype, device) for _ in "kv")
+        self.k_pages, self.v_pages = (zeros(shape, dtype, device) for _ in "kv")
 
     def prepare(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
         """Everything about requests [start, stop) that does not depend on the layer."""
@@ -158,7 +168,7 @@ class TorchAttention:
         return keys, values
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(zero_bytes(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)

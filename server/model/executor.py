@@ -54,7 +54,7 @@ def _native(pair: LoadedPair, config: EngineConfig) -> Executor | str:
 def _torch(pair: LoadedPair, config: EngineConfig) -> Executor | str:
     from server.model.torch_executor import TorchExecutor
 
-    return TorchExecutor(pair, page_size=config.page_size)
+    return TorchExecutor(pair, page_size=config.page_size, kv_cache_dtype=config.kv_cache_dtype)
 
 
 CANDIDATES: list[Candidate] = [("cuda", _cuda), ("native", _native), ("torch", _torch)]

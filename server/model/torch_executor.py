@@ -19,6 +19,7 @@ from server.core.batch import ForwardBatch, Segment
 from server.core.executor import Executor
 from server.model.attention import Lane, TorchAttention
 from server.model.decoder_layer import Rows, decoder_layer, norm
+from server.model.int8_attention import Int8Attention
 from server.model.linear import embed, linear
 
 
@@ -27,7 +28,7 @@ class TorchExecutor(Executor):
 
     name = "torch"
 
-    def __init__(self, pair: LoadedPair, *, page_size: int) -> None:
+    def __init__(self, pair: LoadedPair, *, page_size: int, kv_cache_dtype: str = "auto") -> None:
         self.spec = pair.spec
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
@@ -38,7 +39,7 @@ class TorchExecutor(Executor):
         self.dtype = self.ends["teacher"].final_norm_weight.dtype
         self.device = self.ends["teacher"].final_norm_weight.device
         self.page_size = page_size
-        self.attention = TorchAttention(
+        self.attention = (Int8Attention if kv_cache_dtype == "int8" else TorchAttention)(
             page_size=page_size,
             scale=self.spec.attention_scale,
             num_heads=self.spec.num_heads,
@@ -53,10 +54,11 @@ class TorchExecutor(Executor):
 
     def describe(self) -> str:
         kinds = f" ({self._kinds})" if self.weight_form.storage is Storage.CODES else ""
-        return f"torch on {self.device}, {self.weight_form}{kinds}, pages of {self.page_size} tokens"
+        pages = f"pages of {self.page_size} tokens{self.attention.kind}"
+        return f"torch on {self.device}, {self.weight_form}{kinds}, {pages}"
 
     def page_bytes(self) -> int:
-        return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
+        return self.page_size * self.attention.token_bytes(self.dtype)
 
     def allocate_kv(self, num_pages: int) -> None:
         self.attention.allocate(num_pages, self.dtype, self.device)
@@ -71,7 +73,7 @@ class TorchExecutor(Executor):
         self.states = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.attention.k_pages, self.attention.v_pages
+        return self.attention.tensors()
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -70,7 +70,8 @@ class EngineCollector:
         )
         # A client multiplies the two to get tokens; pages are of one layer, so count blocks of the largest size.
         blocks = stats.num_pages // max(self.engine.sizes[-1], 1)
-        values_of_info = (config.page_size, blocks, config.enable_prefix_caching, "auto", self.memory_share, "None", 0)
+        pages = (config.page_size, blocks, config.enable_prefix_caching, config.kv_cache_dtype)
+        values_of_info = (*pages, self.memory_share, "None", 0)
         info.add_metric(["0", *map(str, values_of_info)], 1.0)
         yield info
         counters = [

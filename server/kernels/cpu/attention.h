@@ -5,18 +5,23 @@
 #pragma once
 #include "block.h"
 #include "buffer.h"
+#include "codes_block.h"
 
 namespace boomerang {
 
 constexpr int kPagesInBlock = kMostTerms;  // between two updates of the running softmax: 256 positions of pages of 32
 constexpr int kQueryRows = 96;     // rows of one work item, about
 
+struct PageSizes {
+    int page_size, padded_size, head_dim, padded_dim, num_kv_heads;
+    PageSizes(int page_size, int head_dim, int num_kv_heads)
+        : page_size(page_size), padded_size(round_up(page_size, 32)), head_dim(head_dim), padded_dim(round_up(head_dim, 32)), num_kv_heads(num_kv_heads) {}
+};
+
 // T: type of K and V. Products with them take activations of Act<T>.
 template <class T>
-struct PageShape {
-    int page_size, padded_size, head_dim, padded_dim, num_kv_heads;
-    PageShape(int page_size, int head_dim, int num_kv_heads)
-        : page_size(page_size), padded_size(round_up(page_size, 32)), head_dim(head_dim), padded_dim(round_up(head_dim, 32)), num_kv_heads(num_kv_heads) {}
+struct PageShape : PageSizes {
+    using PageSizes::PageSizes;
     long head_elements() const { return long(padded_size) * padded_dim; }
     long page_elements() const { return head_elements() * num_kv_heads; }
     int k_units() const { return padded_dim / kPerUnit<T>; }   // of a panel of 32 tokens
@@ -114,6 +119,11 @@ template <class T>
 struct AttentionScratch {
     Buffer<float> scores, sums, stats;
     Buffer<Act<T>> weights;
+    // Of pages in eight bits (attention_int8.h).
+    Buffer<int8_t> query_codes, weight_codes;
+    Buffer<BlockOfRow> query_blocks, weight_blocks;
+    Buffer<const uint8_t*> records;
+    Buffer<const char*> ahead;
 };
 
 // The largest of the first `seen` scores of a row.
@@ -183,35 +193,23 @@ void weigh_values(const AttentionItem<T>& item, const PageShape<T>& shape, int p
     }
 }
 
-template <class T>
-void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionScratch<T>& scratch) {
+// The online softmax. scores_of(page, pages, scores, columns) writes products of queries and keys, [rows, columns], padded_size
+// of them for each of the `pages` from `page` on. weigh(page, pages, scores, columns, acc) adds to acc [rows, padded_dim] what the
+// values there are worth, by weights of type X, which have taken the place of the scores; the item's first pages begin it.
+template <class X, class T, class Scores, class Weigh>
+void attend_over(const AttentionItem<T>& item, const PageSizes& shape, AttentionScratch<T>& scratch, Scores&& scores_of, Weigh&& weigh) {
     const int G = item.group, rows = item.num_tokens * G, Dp = shape.padded_dim, Pp = shape.padded_size, P = shape.page_size;
-    const int columns = kPagesInBlock * Pp + 16, head_dim = shape.head_dim;  // an odd number of lines
-    const int weights_ld = columns * int(sizeof(float) / sizeof(Act<T>)), padded_rows = round_up(rows, 16);
-    const long page_stride = shape.page_elements(), head_offset = item.head * shape.head_elements();
+    const int columns = kPagesInBlock * Pp + 16, head_dim = shape.head_dim, padded_rows = round_up(rows, 16);  // an odd number of lines
     float *scores = scratch.scores.at_least(size_t(rows) * columns), *acc = scratch.sums.at_least(size_t(rows) * Dp);
     float* stats = scratch.stats.at_least(size_t(padded_rows) * 5);
     float *maximum = stats, *total = maximum + padded_rows, *factor = total + padded_rows, *top = factor + padded_rows, *sum = top + padded_rows;
-    const Act<T>* weights = reinterpret_cast<const Act<T>*>(scores);
     std::fill(maximum, maximum + padded_rows, -INFINITY);
     std::fill(total, total + padded_rows, 0.0f);
     const F16 scale = set16(item.scale), in_powers = set16(kLog2E);
-    TileState tiles;
 
     for (int page = item.first_page; page < item.end_page; page += kPagesInBlock) {
         const int pages = std::min(kPagesInBlock, item.end_page - page);
-        for (int i = 0; i < pages; i++) {
-            const T* k = item.k_pages + item.table[page + i] * page_stride + head_offset;
-            const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
-            for (int n = 0; n < Pp; n += kPanel)
-                for (int r = 0, size; r < rows; r += size) {
-                    size = block_size<T>(rows - r);
-                    // V of these tokens is wanted soon; with many queries other items have fetched it.
-                    const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 && item.num_tokens == 1 ? kUnitStep * kLine<T> : 0};
-                    const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units(), ahead};
-                    block<false>(&term, 1, size, scores + long(r) * columns + i * Pp + n, columns, tiles);
-                }
-        }
+        scores_of(page, pages, scores, columns);
         // Columns that row r sees of this block: positions first to first_position + r / G.
         const int first = page * P;
         auto seen_columns = [&](int r) {
@@ -231,12 +229,12 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
             store16(maximum + r, peak);
         }
         for (int r = 0; r < rows; r++)
-            sum[r] = weights_of_row<Act<T>>(scores + long(r) * columns, seen_columns(r), pages * Pp, item.scale * kLog2E, -maximum[r] * kLog2E);
+            sum[r] = weights_of_row<X>(scores + long(r) * columns, seen_columns(r), pages * Pp, item.scale * kLog2E, -maximum[r] * kLog2E);
         for (int r = 0; r < rows; r += 16) store16(total + r, fma16(load16(total + r), load16(factor + r), load16(sum + r)));
         if (page != item.first_page)
             for (int r = 0; r < rows; r++)
                 for (int d = 0; d < Dp; d += 16) store16(acc + long(r) * Dp + d, load16(acc + long(r) * Dp + d) * set16(factor[r]));
-        weigh_values(item, shape, page, pages, weights, weights_ld, acc, tiles);
+        weigh(page, pages, scores, columns, acc);
     }
     for (int r = 0; r < rows; r++) {
         const float* from = acc + long(r) * Dp;
@@ -251,6 +249,31 @@ void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionSc
         Act<T>* to = item.out + (r / G) * item.out_stride + long(r % G) * head_dim;
         for (int d = 0; d < head_dim; d += 16) store16(to + d, load16(from + d, tail16(head_dim - d)) * share, tail16(head_dim - d));
     }
+}
+
+template <class T>
+void attend(const AttentionItem<T>& item, const PageShape<T>& shape, AttentionScratch<T>& scratch) {
+    const int rows = item.num_tokens * item.group, Dp = shape.padded_dim, Pp = shape.padded_size;
+    const long page_stride = shape.page_elements(), head_offset = item.head * shape.head_elements();
+    TileState tiles;
+    auto scores_of = [&](int page, int pages, float* scores, int columns) {
+        for (int i = 0; i < pages; i++) {
+            const T* k = item.k_pages + item.table[page + i] * page_stride + head_offset;
+            const T* v = item.v_pages + item.table[page + i] * page_stride + head_offset;
+            for (int n = 0; n < Pp; n += kPanel)
+                for (int r = 0, size; r < rows; r += size) {
+                    size = block_size<T>(rows - r);
+                    // V of these tokens is wanted soon; with many queries other items have fetched it.
+                    const Ahead ahead = {reinterpret_cast<const char*>(v + long(n) * Dp), r == 0 && item.num_tokens == 1 ? kUnitStep * kLine<T> : 0};
+                    const Term<T> term = {item.q + long(r) * Dp, Dp, reinterpret_cast<const char*>(k + panel_offset<T>(n, 0, shape.k_units())), shape.k_units(), ahead};
+                    block<false>(&term, 1, size, scores + long(r) * columns + i * Pp + n, columns, tiles);
+                }
+        }
+    };
+    auto weigh = [&](int page, int pages, const float* scores, int columns, float* acc) {
+        weigh_values(item, shape, page, pages, reinterpret_cast<const Act<T>*>(scores), columns * int(sizeof(float) / sizeof(Act<T>)), acc, tiles);
+    };
+    attend_over<Act<T>>(item, shape, scratch, scores_of, weigh);
 }
 
 // Joins the parts [num_parts, rows, head_dim + 2] of one token's row into out [head_dim].

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <vector>
 
+#include "attention_int8.h"
 #include "attention_many.h"
 #include "buffer.h"
 #include "pack.h"
@@ -21,7 +22,7 @@ template <class T, class W>
 class Engine {
   public:
     Engine(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
-        : s_(spec), layers_(layers, layers + num_layers), differences_(differences, differences + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
+        : s_(spec), layers_(layers, layers + num_layers), differences_(differences, differences + num_layers), ends_{ends[0], ends[1]}, pages_(spec.page_size, spec.head_dim, spec.num_kv_heads), int8_pages_(spec.page_size, spec.head_dim, spec.num_kv_heads),
           pool_(num_threads), attention_(num_threads), row_scratch_(num_threads) {
         // Where tiles are int8 counts among them.
         auto is_plain = [](const BsWeights& w) { return w.data && (w.type == BS_FLOAT || w.type == BS_BF16 || w.type == BS_BF12 || (kHasTiles<bf16> && w.type == BS_INT8)); };
@@ -127,6 +128,7 @@ class Engine {
         int token, head, part, num_parts;
     };
 
+    bool has_int8_kv() const { return s_.kv_type == BS_INT8; }
     int q_width() const { return s_.num_heads * s_.head_dim; }
     int kv_width() const { return s_.num_kv_heads * s_.head_dim; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
@@ -478,6 +480,7 @@ class Engine {
     std::vector<BsDifference> differences_;
     BsEnd ends_[2];
     PageShape<T> pages_;
+    Int8Pages int8_pages_;  // instead, where KV is of eight bits
     Pool pool_;
     std::vector<AttentionScratch<T>> attention_;
     std::vector<RowScratch> row_scratch_;

@@ -52,7 +52,7 @@ void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int f
     for (int t = from, tokens; t < to; t += tokens) {
         const int position = step_->positions[t], slot = position % P, request = tokens_[t - first], last = t + kTokensAtOnce - 1;
         // Tokens that fill lines of a page together.
-        const bool whole = kTokensAtOnce > 1 && slot % kTokensAtOnce == 0 && P % kTokensAtOnce == 0 && last < to && tokens_[last - first] == request &&
+        const bool whole = kTokensAtOnce > 1 && !has_int8_kv() && slot % kTokensAtOnce == 0 && P % kTokensAtOnce == 0 && last < to && tokens_[last - first] == request &&
                            step_->positions[last] == position + kTokensAtOnce - 1;
         tokens = whole ? kTokensAtOnce : 1;
         const int32_t* table = step_->block_tables + id * step_->layer_stride + step_->slots[request] * step_->slot_stride;
@@ -63,6 +63,16 @@ void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int f
         const long next_page = more ? table[next / P] * pages_.page_elements() : 0;
         for (int h = h0; h < h1; h++) {
             float* row = rows + (t - from) * ld + (h - h0) * D;
+            if (h >= H && has_int8_kv()) {
+                const long number = long(table[position / P]) * KV;
+                if (h < H + KV) {
+                    turn(row, row, w.k_norm_w, position);
+                    write_keys(int8_pages_, static_cast<uint8_t*>(step_->k_pages) + (number + h - H) * int8_pages_.key_bytes(), slot, row);
+                } else {
+                    write_values(int8_pages_, static_cast<uint8_t*>(step_->v_pages) + (number + h - H - KV) * int8_pages_.value_bytes(), slot, row);
+                }
+                continue;
+            }
             const long at = page + (h < H + KV ? h - H : h - H - KV) * pages_.head_elements();
             if constexpr (kTokensAtOnce > 1)
                 if (more) {
@@ -145,6 +155,7 @@ void Engine<T, W>::attention(int id, int r0, int r1) {
             item.num_next = next.end_page - next.first_page;
             item.next_head = next.head;
         }
+        if (has_int8_kv()) return attend_int8<T>(item, int8_pages_, attention_[thread]);
         if constexpr (kHasTiles<T>)
             if (item.num_tokens >= kManyTokens && attend_many<T>(item, pages_, attention_[thread])) return;
         attend<T>(item, pages_, attention_[thread]);

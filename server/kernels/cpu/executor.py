@@ -88,6 +88,7 @@ class NativeExecutor(Executor):
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
             type=_TYPES[self.dtype], weight_type=self._weights.type,
             factor_type=_TYPES[self._differences.dtype], exact_activations=config.exact_activations,
+            kv_type=library.INT8 if config.kv_cache_dtype == "int8" else _TYPES[self.dtype],
             eps=spec.norm_eps, scale=spec.attention_scale,
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
@@ -96,6 +97,7 @@ class NativeExecutor(Executor):
             ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
             self._differences.table(num_layers), num_layers, end_table(pair, self._weights), self.num_threads,
         )  # fmt: skip
+        self._has_int8_kv = config.kv_cache_dtype == "int8"
         self.k_pages = self.v_pages = np.zeros((0, 0), np.uint8)  # [pages, bytes of K or V of one]
         self.states = np.zeros((0, spec.hidden_size), np.float32)  # [state pages * page_size, E]
         self._layout = 0  # of the batch that `_step` describes
@@ -112,7 +114,7 @@ class NativeExecutor(Executor):
         if self.weight_form.storage in (Storage.CODES, Storage.NESTED):
             kind = f"{str(self.dtype).removeprefix('torch.')}, weights in codes ({self._kinds})"
         text = f"native C++ ({self.variant}) on cpu, {kind}, {self.num_threads} threads, "
-        return f"{text}pages of {self.page_size} tokens"
+        return f"{text}pages of {self.page_size} tokens{' in int8' if self._has_int8_kv else ''}"
 
     def matrix_bytes(self, num_rows: int, width: int) -> int:
         if self._weights.is_compressed:
@@ -124,11 +126,16 @@ class NativeExecutor(Executor):
         return self._passed_over
 
     def page_bytes(self) -> int:
-        return 2 * self._lib.bs_page_bytes(ctypes.byref(self._description))
+        return sum(self._bytes_of_k_and_v())
+
+    def _bytes_of_k_and_v(self) -> tuple[int, int]:
+        k, v = (self._lib.bs_page_bytes(ctypes.byref(self._description), of_values) for of_values in (0, 1))
+        return k, v
 
     def allocate_kv(self, num_pages: int) -> None:
-        shape = num_pages, self.page_bytes() // 2
-        self.k_pages, self.v_pages = (zero_bytes(shape[0] * shape[1]).reshape(shape) for _ in "kv")
+        k, v = self._bytes_of_k_and_v()
+        self.k_pages = zero_bytes(num_pages * k).reshape(num_pages, k)
+        self.v_pages = zero_bytes(num_pages * v).reshape(num_pages, v)
 
     def state_page_bytes(self) -> int:
         """Bytes of the hidden states of one page of tokens."""

@@ -61,7 +61,7 @@ class Spec(ctypes.Structure):
         *((name, c_int32) for name in (
             "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "layer_norm", "activation",
             "gated", "parallel_residual", "rotary_dim", "page_size", "type", "weight_type",
-            "factor_type", "exact_activations",
+            "factor_type", "exact_activations", "kv_type",
         )),
         ("eps", c_float), ("scale", c_float), ("cos", c_void_p), ("sin", c_void_p),
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def load(variant: str) -> ctypes.CDLL:
     library.bs_measure.argtypes = [POINTER(Pack), c_int32, c_int32]
     library.bs_pack.argtypes = [POINTER(Pack), c_int32, c_int32]
     library.bs_page_bytes.restype = c_int64
-    library.bs_page_bytes.argtypes = [POINTER(Spec)]
+    library.bs_page_bytes.argtypes = [POINTER(Spec), c_int32]
     library.bs_create.restype = c_void_p
     library.bs_create.argtypes = [POINTER(Spec), POINTER(Layer), POINTER(Difference), c_int32, POINTER(End), c_int32]
     library.bs_destroy.argtypes = [c_void_p]

@@ -73,7 +73,9 @@ void bs_measure(const BsPack* matrices, int32_t count, int32_t num_threads) { me
 
 void bs_pack(const BsPack* matrices, int32_t count, int32_t num_threads) { pack_all(matrices, count, num_threads); }
 
-int64_t bs_page_bytes(const BsSpec* s) {
+int64_t bs_page_bytes(const BsSpec* s, int32_t of_values) {
+    const Int8Pages int8(s->page_size, s->head_dim, s->num_kv_heads);
+    if (s->kv_type == BS_INT8) return s->num_kv_heads * (of_values ? int8.value_bytes() : int8.key_bytes());
     if (s->type == BS_FLOAT) return PageShape<float>(s->page_size, s->head_dim, s->num_kv_heads).page_elements() * 4;
     return PageShape<bf16>(s->page_size, s->head_dim, s->num_kv_heads).page_elements() * 2;
 }

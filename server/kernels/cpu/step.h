@@ -69,7 +69,7 @@ struct BsEnd {
 
 struct BsSpec {
     int32_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations;  // the last: codes times floats, slowly, to compare with
+    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations, kv_type;  // exact_activations: codes times floats, slowly, to compare with; kv_type: BS_INT8 (attention_int8.h), else `type`
     float eps, scale;
     const float *cos, *sin;  // [positions, rotary_dim / 2]
 };
@@ -125,8 +125,8 @@ int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type);
 int64_t bs_packed_channels(int32_t N, int32_t gated);
 void bs_measure(const struct BsPack* matrices, int32_t count, int32_t num_threads);
 void bs_pack(const struct BsPack* matrices, int32_t count, int32_t num_threads);
-// Bytes of K (or V) of one page.
-int64_t bs_page_bytes(const struct BsSpec* spec);
+// Bytes of K of one page, or of V.
+int64_t bs_page_bytes(const struct BsSpec* spec, int32_t of_values);
 
 // `layers` and `differences` by global id.
 void* bs_create(const struct BsSpec* spec, const struct BsLayer* layers, const struct BsDifference* differences, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);

@@ -53,6 +53,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
             return f"needs compute capability 8.0, the device has {major}.{minor}"
         if missing := _missing_for_triton():
             return f"Triton needs {missing} at run time"
+    if config.kv_cache_dtype == "int8":
+        return "takes no --kv-cache-dtype int8"
     if pair.form.storage in (Storage.CODES, Storage.NESTED):
         return f"takes no {pair.form.storage}"
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
