@@ -41,11 +41,13 @@ def test_rows_without_numbers_fail_alone(tmp_path, num_poisoned):
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("executor", ["torch", "native"])
-def test_pages_that_may_hold_no_numbers_are_wiped_whole(tmp_path, executor):
+def test_pages_that_may_hold_no_numbers_are_wiped_whole(tmp_path, executor, kv_cache_dtype):
     if executor == "native" and isinstance(reasons := library.choose(), list):
         pytest.skip("; ".join(reasons))
-    engine = make_engine(open_pair(*make_pair(tmp_path), patch_order="last_to_first"), executor)
+    pair = open_pair(*make_pair(tmp_path), patch_order="last_to_first")
+    engine = make_engine(pair, executor, kv_cache_dtype=kv_cache_dtype)
     tensors = engine.executor.kv_tensors()
     assert sum(tensor.nbytes for tensor in tensors) == engine.kv_cache.num_pages * engine.executor.page_bytes()
     for tensor in tensors:
