@@ -35,8 +35,8 @@ def engine_of(pair: Pair, quantization: str | None, kind: str, length: int) -> E
     settings = Settings(executor="native", quantization=quantization, kv_cache_dtype=kind, max_model_len=length)
     form, device = weight_form(settings, pair), torch.device("cpu")
     config = engine_config(settings, pair, form.dtype, device)
-    changes = {"max_num_seqs": 1, "kv_cache_bytes": 512 << 20, "enable_prefix_caching": False}
-    return Engine(load_weights(settings, pair, form, device), dataclasses.replace(config, **changes))
+    config = dataclasses.replace(config, max_num_seqs=1, kv_cache_bytes=512 << 20, enable_prefix_caching=False)
+    return Engine(load_weights(settings, pair, form, device), config)
 
 
 def decode_milliseconds(engine: Engine, prompt: list[int]) -> list[float]:
@@ -69,7 +69,8 @@ def main() -> None:
     engines = {(n, k): engine_of(pair, quantization, k, length) for n, quantization in names.items() for k in KINDS}
     if windows:
         quality(pair, engines, windows, [int(size) for size in arguments.sizes.split(",")])
-    rng, measured = random.Random(0), {(c, key): [] for c in contexts for key in engines}
+    rng = random.Random(0)
+    measured: dict[tuple[int, tuple[str, str]], list[float]] = {(c, key): [] for c in contexts for key in engines}
     for _ in range(arguments.repeats):
         for context in contexts:
             prompt = rng.choices(range(100, 40000), k=context)
