@@ -327,10 +327,10 @@ def make_policy(
     from model_store.store import store_root
     from server.cost.calibrate import cost_model_for, keep
     from server.sizing.policy import BudgetPolicy
-    from server.sizing.quality import quality_by_size
+    from server.sizing.quality import quality_table
 
     cost = cost_model_for(runner, loaded, store_root(settings.store) / "calibration")
-    quality = quality_by_size(pair.quality, pair.elasticity.sizes)
+    quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, runner.executor.widths)
     return BudgetPolicy(cost, tenants=tenants, quality=quality, keep=keep)
 
 

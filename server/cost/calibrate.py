@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,18 @@ import numpy as np
 from server.core.batch import ForwardBatch
 from server.core.request import LiveRequest, Request, SamplingParams
 from server.core.step_times import KINDS, StepShape
+from server.core.width import EXACT
 from server.cost.best import BestEver
-from server.cost.features import AT, HEAD_KNOTS, KNOTS, NUM_FEATURES, weight_features
+from server.cost.features import (
+    AT,
+    HEAD_KNOTS,
+    KNOTS,
+    NARROW_HEAD_KNOTS,
+    NARROW_KNOTS,
+    Union,
+    layout,
+    weight_features,
+)
 from server.cost.model import CostModel, fit
 from server.cost.profile import CostProfile
 
@@ -33,18 +43,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 
-# (requests, tokens each, context before, side) of one group; a step is a list of groups. Sides: t teacher, s student.
+# (requests, tokens each, context before, side) of one group. Sides: t teacher, s student.
 Group = tuple[int, int, int, str]
+Step = tuple[int, list[Group]]  # width of all rows, and their groups
 
 
 def profile_of(
-    pair: LoadedPair, shared_stations: frozenset[int] = frozenset(), bytes_per_weight: float | None = None,
+    pair: LoadedPair,
+    shared_stations: frozenset[int] = frozenset(),
+    bytes_at: Mapping[int, float | None] | None = None,
     kv_bytes: int | None = None,
-) -> CostProfile:  # fmt: skip
-    """Bytes and shapes of a loaded pair; `shared_stations`, `bytes_per_weight` and `kv_bytes` (K and V of one token of
-    one layer) as the executor has them."""
+) -> CostProfile:
+    """Bytes and shapes of a loaded pair; `shared_stations`, bytes of a weight by width (None: as it was loaded), and
+    `kv_bytes` (K and V of one token of one layer) as the executor has them."""
+    read = {EXACT: None} if bytes_at is None else bytes_at
+    widths = tuple(sorted(read))
+    widest = read[widths[-1]] or float(pair.ends["teacher"].head.dtype.itemsize)
     spec, elasticity = pair.spec, pair.elasticity
     num_layers = elasticity.num_teacher_layers
     item = pair.ends["teacher"].final_norm_weight.dtype.itemsize  # of K and V; weights may be quantized
@@ -61,9 +77,11 @@ def profile_of(
         head_bytes=pair.ends["teacher"].head.nbytes,
         kv_bytes=kv_bytes or spec.kv_bytes_per_token_layer(item),
         attention_flops=4 * spec.num_heads * spec.head_dim,
-        weight_bytes_per_parameter=bytes_per_weight or float(pair.ends["teacher"].head.dtype.itemsize),
+        weight_bytes_per_parameter=widest,
         shared_head=pair.ends["teacher"].head is pair.ends["student"].head,
         shared_stations=shared_stations,
+        widths=widths,
+        width_bytes=tuple((read[width] or widest) / widest for width in widths),
     )
 
 
@@ -101,13 +119,27 @@ def steps_to_time(max_num_seqs: int, max_tokens: int, max_len: int) -> list[list
     return [[group for group in step if group[0] > 0 and group[1] > 0] for step in steps]
 
 
-def batches(runner: StepRunner, steps: list[list[Group]]) -> Iterator[ForwardBatch]:
+def narrow_steps(widths: tuple[int, ...], max_num_seqs: int, max_tokens: int, max_len: int) -> list[Step]:
+    """Steps to time at each narrower width, the most telling first: what differs is weights alone."""
+    chunk = min(256, max_tokens, max_len - 1)
+    groups: list[Group] = [
+        (1, 1, 32, "t"),
+        (1, min(64, chunk), 0, "t"),
+        (min(16, max_num_seqs), 1, 64, "t"),
+        (min(4, max_num_seqs), 1, 64, "t"),
+        (1, chunk, 0, "t"),
+        (min(64, max_num_seqs), 1, 64, "t"),
+    ]
+    return [(width, [group]) for group in groups for width in reversed(widths[:-1])]
+
+
+def batches(runner: StepRunner, steps: Iterable[Step]) -> Iterator[ForwardBatch]:
     """The steps as batches, with pages from the pool while each one is out."""
     kv_cache, elasticity = runner.kv_cache, runner.elasticity
     sides = {"t": runner.sizes[-1], "s": runner.sizes[0]}
     rng = np.random.default_rng(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=4)
-    for step in steps:
+    for width, step in steps:
         scheduled: list[tuple[LiveRequest, int]] = []
         try:
             for count, tokens, context, side in step:
@@ -116,6 +148,7 @@ def batches(runner: StepRunner, steps: list[list[Group]]) -> Iterator[ForwardBat
                     name = f"calibration-{len(scheduled)}"
                     request = LiveRequest(Request(name, prompt, sampling, sizes=(sides[side],), arrival_time=0.0))
                     request.path, request.slot = elasticity.path(sides[side]), len(scheduled)
+                    request.width = width
                     if not kv_cache.allocate(request, context + tokens):
                         break
                     request.num_computed_tokens = context
@@ -131,32 +164,38 @@ def calibrate(
     runner: StepRunner, profile: CostProfile, *, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter
 ) -> CostModel:
     """Time steps on an idle runner for about `seconds`, beside what compiling takes, and fit. Overwrites the pool."""
-    config = runner.config
-    steps = steps_to_time(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
-    features, times = [], []
-    blank = CostModel(profile, np.zeros(NUM_FEATURES))
-    deadline = clock() + seconds
-    for index, batch in enumerate(batches(runner, steps)):
-        took: list[float] = []
-        for _ in range(3):
-            started = clock()
-            runner.run(batch)
-            took.append(clock() - started)
-            if len(took) > 1 and (clock() > deadline or took[-1] > 0.25):
+    config, widths = runner.config, profile.widths
+    limits = config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len
+    plans = [(seconds, 5, [(widths[-1], groups) for groups in steps_to_time(*limits)])]
+    plans.append((0.3 * seconds * (len(widths) - 1), 3 * (len(widths) - 1), narrow_steps(widths, *limits)))
+    features: list[np.ndarray] = []
+    times: list[float] = []
+    blank = CostModel(profile, np.zeros(layout(widths).size))
+    begun, beside = clock(), 0.0
+    for budget, least, steps in plans:
+        deadline = clock() + budget
+        for index, batch in enumerate(batches(runner, steps), 1):
+            took: list[float] = []
+            for _ in range(3):
+                started = clock()
+                runner.run(batch)
+                took.append(clock() - started)
+                if len(took) > 1 and (clock() > deadline or took[-1] > 0.25):
+                    break
+            # The first run of a shape pays for page faults and, on some executors, for compilation.
+            best = min(took[1:])
+            deadline += max(took[0] - best, 0.0)
+            beside += max(took[0] - best, 0.0)
+            features.append(blank.shape(batch).features)
+            times.append(best)
+            if clock() > deadline and index >= least:
                 break
-        # The first run of a shape pays for page faults and, on some executors, for compilation.
-        best = min(took[1:])
-        deadline += max(took[0] - best, 0.0)
-        features.append(blank.shape(batch).features)
-        times.append(best)
-        if clock() > deadline and index >= 4:
-            break
     x, t = np.stack(features), np.asarray(times)
     model = CostModel(profile, fit(x, t, prior_from(profile, x, t), ridge=0.01, sweeps=400))
     error = np.abs(x @ model.coefficients / t - 1.0)
     logger.info(
         "cost model: fitted to %d steps in %.1f s, median error %.0f %%, worst %.0f %%",
-        len(t), seconds - (deadline - clock()), 100 * np.median(error), 100 * error.max(),
+        len(t), clock() - begun - beside, 100 * np.median(error), 100 * error.max(),
     )  # fmt: skip
     return model
 
@@ -175,13 +214,17 @@ def prior_from(profile: CostProfile, features: np.ndarray, seconds: np.ndarray) 
     tokens = 1.0 + float(features[1, AT.layers][1:] @ spans) / weights
     product = max(seconds[1] - seconds[0], 0.2 * seconds[1]) / (weights * max(tokens, 2.0))  # of one layer and token
     parameters = profile.reference_bytes / profile.weight_bytes_per_parameter
-    prior = np.zeros(NUM_FEATURES)
+    at = layout(profile.widths)
+    prior = np.zeros(at.size)
     prior[AT.fixed] = 0.1 * seconds[0]
     prior[AT.layers] = [read, *(product * spans)]
     prior[AT.head] = [read * head, *(product * head * np.diff(HEAD_KNOTS))]
     prior[AT.decode_context] = read * profile.kv_bytes / profile.reference_bytes
     prior[AT.prefill_context] = product * profile.attention_flops / (2.0 * parameters)
     prior[AT.request_layers] = 0.02 * read
+    for share, (layers, own_head) in zip(profile.width_bytes, at.narrow.values(), strict=False):
+        prior[layers] = [share * read, *(product * np.diff(NARROW_KNOTS))]
+        prior[own_head] = [share * read * head, *(product * head * np.diff(NARROW_HEAD_KNOTS))]
     return prior
 
 
@@ -193,7 +236,7 @@ def calibration_key(runner: StepRunner, profile: CostProfile) -> str:
     config = runner.config
     facts = [
         FORMAT, repr(runner.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
-        sorted(profile.shared_stations),
+        sorted(profile.shared_stations), profile.widths, profile.width_bytes,
         profile.kv_bytes, runner.executor.describe(), config.page_size,
         processor_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
@@ -237,16 +280,15 @@ def from_json(content: Mapping[str, Any], profile: CostProfile | None = None) ->
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, not {FORMAT}")
+        profile = profile or CostProfile.from_json(content["profile"])
         coefficients, prior = np.asarray(content["coefficients"]), np.asarray(content["prior"])
-        if coefficients.shape != (NUM_FEATURES,) or prior.shape != (NUM_FEATURES,):
-            raise ValueError("a wrong number of coefficients")
-        best = BestEver.from_json(content["best"])
-        if best.coefficients.shape != (NUM_FEATURES,):
+        best, shape = BestEver.from_json(content["best"]), (layout(profile.widths).size,)
+        if any(values.shape != shape for values in (coefficients, prior, best.coefficients)):
             raise ValueError("a wrong number of coefficients")
         for values in (coefficients, best.coefficients):
             if not (np.isfinite(values).all() and (values >= 0).all()):
                 raise ValueError("coefficients that are not finite or below 0")
-        model = CostModel(profile or CostProfile.from_json(content["profile"]), coefficients)
+        model = CostModel(profile, coefficients)
         model.prior, model.best = prior, best
         model.correction.update({kind: float(content.get("correction", {}).get(kind, 1.0)) for kind in KINDS})
         model.overhead = float(content["overhead"])
@@ -273,8 +315,9 @@ def cost_model_for(runner: StepRunner, pair: LoadedPair, folder: Path | None, *,
     `folder` is where calibrations are kept (None: nowhere).
     """
     executor = runner.executor
+    read = {width: executor.bytes_per_weight_at(width) for width in executor.widths}
     kv_bytes = executor.page_bytes() // runner.config.page_size
-    profile = profile_of(pair, executor.shared_stations, executor.bytes_per_weight, kv_bytes)
+    profile = profile_of(pair, executor.shared_stations, read, kv_bytes)
     path = None if folder is None else folder / f"{calibration_key(runner, profile)}.json"
     model = load(profile, path) if path is not None else None
     if model is not None:
@@ -286,7 +329,9 @@ def cost_model_for(runner: StepRunner, pair: LoadedPair, folder: Path | None, *,
     fresh = calibrate(runner, profile, seconds=seconds)
     if model is not None:
         top = profile.elasticity.sizes[-1]
-        one_row = StepShape(weight_features({1: profile.path_weights()[top]}, [1]), "decode")
+        widths = profile.widths
+        run = Union(widths[-1], 1, 0)
+        one_row = StepShape(weight_features({run: profile.path_weights()[top]}, [run], widths), "decode")
         if model.best.seconds(one_row) < fresh.best.seconds(one_row):
             fresh.best = model.best  # the machine has been faster than it is now
     model = fresh
@@ -301,7 +346,7 @@ def _check(runner: StepRunner, model: CostModel) -> float:
     That one step reads all weights, so it tells another machine from this one; finer differences are left to the
     correction that goes on while serving.
     """
-    for batch in batches(runner, [[(1, 1, 32, "t")]]):
+    for batch in batches(runner, [(runner.executor.widths[-1], [(1, 1, 32, "t")])]):
         took = []
         for _ in range(4):
             started = time.perf_counter()

@@ -12,7 +12,7 @@ import numpy as np
 
 from model_store.assembly import Elasticity
 from model_store.spec import int8_kv_bytes
-from server.cost.features import AT, HEAD_KNOTS, KNOTS, NUM_FEATURES
+from server.cost.features import AT, HEAD_KNOTS, KNOTS, NARROW_HEAD_KNOTS, NARROW_KNOTS, layout
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
 
@@ -94,12 +94,17 @@ def roofline_cost_model(profile: CostProfile, device: Device) -> CostModel:
     bandwidth = device.bandwidth * device.bandwidth_efficiency
     flops = device.flops * device.flops_efficiency
 
-    def increments(num_bytes: float, knots: np.ndarray, launch: float) -> np.ndarray:
+    def increments(num_bytes: float, knots: np.ndarray, launch: float, share: float = 1.0) -> np.ndarray:
+        """`share` of the bytes are read; what is multiplied is the same."""
         parameters = num_bytes / profile.weight_bytes_per_parameter
-        values = np.maximum(num_bytes / bandwidth, 2.0 * parameters * knots / flops) + launch
+        values = np.maximum(share * num_bytes / bandwidth, 2.0 * parameters * knots / flops) + launch
         return np.diff(values, prepend=0.0)
 
-    coefficients = np.zeros(NUM_FEATURES)
+    at = layout(profile.widths)
+    coefficients = np.zeros(at.size)
+    for share, (layers, head) in zip(profile.width_bytes, at.narrow.values(), strict=False):
+        coefficients[layers] = increments(profile.reference_bytes, NARROW_KNOTS, device.launch, share)
+        coefficients[head] = increments(profile.head_bytes, NARROW_HEAD_KNOTS, device.launch, share)
     coefficients[AT.fixed] = device.fixed
     coefficients[AT.layers] = increments(profile.reference_bytes, KNOTS, device.launch)
     coefficients[AT.head] = increments(profile.head_bytes, HEAD_KNOTS, device.launch)

@@ -1,7 +1,7 @@
 """Sizes on two dials, depth and width: what each point costs and is worth, and which ones are ever worth choosing.
 
-Nothing serves widths yet; this is the arithmetic that a choice between them rests on. Quality is the KL divergence of
-next-token distributions from the teacher's at full width, in nats per token, by kind of text: lower is better.
+Quality is the KL divergence of next-token distributions from the teacher's as loaded, in nats per token, by kind of
+text: lower is better.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ class QualityTable:
             return max(self.kl(point, each) for each in self.by_depth)
         cell = self.measured.get(kind, {}).get(point)
         return self.by_depth[kind][point.depth] + self.by_width[kind][point.width] if cell is None else cell
+
+    def mean_kl(self, depth: int, tokens: Mapping[int, int], kind: str | None = None) -> float:
+        """Of an answer at one depth, by how many of its tokens were made at each width; as loaded if it has none."""
+        total = sum(tokens.values())
+        if not total:
+            return self.kl(Point(depth, max(next(iter(self.by_width.values())))), kind)
+        return sum(count * self.kl(Point(depth, width), kind) for width, count in tokens.items()) / total
 
     def additive_error(self, kind: str) -> float:
         """How far, at most and in nats, measured cells are from the sum: whether the sum may stand in for others."""

@@ -19,7 +19,18 @@ import numpy as np
 from server.core.step_times import KINDS, ErrorStats, StepShape
 from server.cost.best import BestEver
 from server.cost.curve import Curve
-from server.cost.features import AT, HEAD_KNOTS, KNOTS, NUM_FEATURES, step_shape, weight_features
+from server.cost.features import (
+    AT,
+    HEAD_KNOTS,
+    KNOTS,
+    NARROW_HEAD_KNOTS,
+    NARROW_KNOTS,
+    Union,
+    layout,
+    step_shape,
+    union,
+    weight_features,
+)
 from server.cost.profile import CostProfile
 
 if TYPE_CHECKING:
@@ -35,8 +46,8 @@ class CostModel:
     """Coefficients in seconds, and their correction from measured steps."""
 
     def __init__(self, profile: CostProfile, coefficients: np.ndarray) -> None:
-        assert coefficients.shape == (NUM_FEATURES,) and (coefficients >= 0).all()
-        self.profile = profile
+        self.profile, self.at = profile, layout(profile.widths)
+        assert coefficients.shape == (self.at.size,) and (coefficients >= 0).all()
         self.prior = coefficients.copy()  # what fits are drawn to where no step tells
         self.correction = dict.fromkeys(KINDS, 1.0)  # follows drift between fits
         self.spread: dict[str, list[float]] = {}  # by kind, `ErrorStats.spread` of the run that saved this model
@@ -51,7 +62,8 @@ class CostModel:
         self._refit_every = _REFIT_EVERY
         self._weights = profile.layer_weights
         self._weight_features: dict[tuple[object, ...], np.ndarray] = {}  # of recent batches, by what they come from
-        self._layout, self._layout_features = 0, np.zeros(NUM_FEATURES)  # of the last batch that had a layout
+        self._layout: tuple[int, bytes] = (0, b"")  # of the last batch that had one, and its widths
+        self._layout_features = np.zeros(self.at.size)
         self.set_coefficients(coefficients)
 
     def fresh(self) -> CostModel:
@@ -72,7 +84,11 @@ class CostModel:
         self.coefficients = coefficients
         self.layer = Curve(KNOTS, coefficients[AT.layers])  # of one layer of weight 1, by tokens
         self.head = Curve(HEAD_KNOTS, coefficients[AT.head])  # by rows
-        self.head_on_layer_knots = self.head.at(KNOTS)
+        widest = self.profile.widths[-1]
+        self.layers, self.heads = {widest: self.layer}, {widest: self.head.at(KNOTS)}  # by width, on the same knots
+        for width, (layers, head) in self.at.narrow.items():
+            self.layers[width] = Curve(NARROW_KNOTS, coefficients[layers]).at(KNOTS)
+            self.heads[width] = Curve(NARROW_HEAD_KNOTS, coefficients[head]).at(KNOTS)
         self.fixed = float(coefficients[AT.fixed])
         self.decode_context = float(coefficients[AT.decode_context])  # s per layer and context token of a decode row
         # Seconds per layer, chunk token and context token of a prompt chunk
@@ -87,14 +103,15 @@ class CostModel:
 
     def shape(self, batch: ForwardBatch) -> StepShape:
         """Features of a batch that is about to run or has run."""
-        if batch.layout and batch.layout == self._layout:
+        widths = b"" if batch.widths is None or len(self.profile.widths) == 1 else batch.widths.tobytes()
+        if batch.layout and (batch.layout, widths) == self._layout:
             # Everybody decodes, as in the step before: contexts are all that has changed.
             features = self._layout_features.copy()
             features[AT.decode_context] = batch.sizes @ batch.context_lens.astype(np.float64)
             return StepShape(features, "decode")
         # Segments and head are often those of a step not long ago.
         num_logits = len(batch.logits_rows)
-        key = (batch.program, batch.query_start.tobytes(), int(batch.logits_start[batch.head_cut]), num_logits)
+        key = (batch.program, batch.query_start.tobytes(), int(batch.logits_start[batch.head_cut]), num_logits, widths)
         of_weights = self._weight_features.get(key)
         if of_weights is None:
             if len(self._weight_features) >= 256:
@@ -103,23 +120,34 @@ class CostModel:
         depths = batch.sizes if batch.depths is None else batch.depths
         shape = step_shape(of_weights, np.diff(batch.query_start), batch.context_lens, depths)
         if batch.layout:
-            self._layout, self._layout_features = batch.layout, shape.features
+            self._layout, self._layout_features = (batch.layout, widths), shape.features
         return shape
 
     def _features_of_weights(self, batch: ForwardBatch) -> np.ndarray:
-        starts = batch.query_start.tolist()
-        segments: dict[int, float] = {}
+        tokens, rows = self._by_width(batch, batch.query_start), self._by_width(batch, batch.logits_start)
+        segments: dict[Union, float] = {}
+
+        def add(start: int, stop: int, weight: float) -> None:
+            for run in union({width: sums[stop] - sums[start] for width, sums in tokens.items()}):
+                segments[run] = segments.get(run, 0.0) + weight
+
         num_teacher = self.profile.elasticity.num_teacher_layers
         for layer, start, stop, station, split in batch.program:
-            tokens = starts[stop] - starts[start]
-            segments[tokens] = segments.get(tokens, 0.0) + self._weights[layer]
+            add(start, stop, self._weights[layer])
             if split is not None:
-                tokens = starts[stop] - starts[split]
-                segments[tokens] = segments.get(tokens, 0.0) + self._weights[num_teacher + station]
-        head_rows = int(batch.logits_start[batch.head_cut])
-        if self.profile.shared_head:
-            head_rows = len(batch.logits_rows)
-        return weight_features(segments, [n for n in (head_rows, len(batch.logits_rows) - head_rows) if n])
+                add(split, stop, self._weights[num_teacher + station])
+        cut, end = batch.head_cut, len(batch.requests)
+        parts = [(0, end)] if self.profile.shared_head else [(0, cut), (cut, end)]
+        heads = [union({width: sums[b] - sums[a] for width, sums in rows.items()}) for a, b in parts]
+        return weight_features(segments, [run for runs in heads for run in runs], self.profile.widths)
+
+    def _by_width(self, batch: ForwardBatch, starts: np.ndarray) -> dict[int, list[int]]:
+        """Width -> how many tokens (or whatever `starts` counts) of that width the first n rows have: [R + 1]."""
+        widths = self.profile.widths
+        if batch.widths is None or len(widths) == 1 or not len(batch.widths):
+            return {widths[-1]: starts.tolist()}
+        own, counts = np.minimum(batch.widths, widths[-1]), np.diff(starts)
+        return {width: [0, *np.cumsum(np.where(own == width, counts, 0)).tolist()] for width in set(own.tolist())}
 
     def seconds(self, shape: StepShape) -> float:
         """Predicted seconds of one step in the model (without what is between steps)."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from model_store.assembly import Elasticity
+from server.core.width import EXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class CostProfile:
     # Stations where student rows go through the products of the teacher's first layer: `layer_bytes` of such a
     # student layer is what it adds (low-rank factors, or nothing).
     shared_stations: frozenset[int] = frozenset()
+    widths: tuple[int, ...] = (EXACT,)  # that rows may read, ascending; bytes and coefficients above are the widest's
+    width_bytes: tuple[float, ...] = (1.0,)  # what a step reads at each of them, as a share of the widest
 
     @property
     def reference_bytes(self) -> int:
@@ -60,7 +63,8 @@ class CostProfile:
         thresholds = {name: getattr(pair, name) for name in _THRESHOLDS}
         shape = {"num_teacher_layers": pair.num_teacher_layers, "kept": list(pair.kept), **thresholds}
         fields = {name: getattr(self, name) for name in ("layer_bytes", *_PROFILE_FIELDS)}
-        return {"pair": shape, **fields, "shared_stations": sorted(self.shared_stations)}
+        dial = {"widths": list(self.widths), "width_bytes": list(self.width_bytes)}
+        return {"pair": shape, **fields, "shared_stations": sorted(self.shared_stations), **dial}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CostProfile:
@@ -70,6 +74,8 @@ class CostProfile:
             elasticity=Elasticity(**content["pair"]),
             layer_bytes=tuple(content["layer_bytes"]),
             shared_stations=frozenset(content["shared_stations"]),
+            widths=tuple(content["widths"]),
+            width_bytes=tuple(content["width_bytes"]),
             **fields,
         )
 

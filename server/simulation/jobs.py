@@ -18,9 +18,9 @@ class Job:
     tenant: str = ""
     priority: int = 0
     sizes: tuple[int, ...] | None = None  # None: all
+    budget: Budget = field(default_factory=Budget)
     min_width: int = 0
     max_width: int = EXACT
-    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from server.core.config import EngineConfig
 from server.core.request import LiveRequest, SampledToken
 from server.core.size_policy import SizePolicy
 from server.core.step_times import StepShape
-from server.cost.features import step_shape, weight_features
+from server.cost.features import step_shape, union, weight_features
 from server.cost.model import CostModel
 from server.cost.price import StepPrice
 from server.engine.kv_cache import KVCacheManager
@@ -55,11 +55,13 @@ class Replica:
             max_num_seqs=spec.config.max_num_seqs,
             max_model_len=spec.config.max_model_len,
             enable_prefix_caching=False,  # traces tell lengths, not texts
+            widest=spec.machine.profile.widths[-1],
         )
         self.policy = spec.make_policy()
         self.scheduler = Scheduler(
-            spec.config, elasticity, self.kv_cache, self.policy, spec.make_queue(), clock=lambda: self.now
-        )
+            spec.config, elasticity, self.kv_cache, self.policy, spec.make_queue(), clock=lambda: self.now,
+            widths=spec.machine.profile.widths,
+        )  # fmt: skip
         self.elasticity = elasticity
         self.inbox: list[LiveRequest] = []
         self.num_steps = 0
@@ -129,13 +131,13 @@ class Replica:
         counts = np.fromiter((count for _, count in scheduled), np.int64, n)
         sizes = np.fromiter((request.path.size for request, _ in scheduled), np.int64, n)
         context = np.fromiter((request.num_computed_tokens for request, _ in scheduled), np.int64, n) + counts
-        tokens, logits = [0] * (self.price.top + 1), [0] * (self.price.top + 1)
+        widths, sums = self.spec.machine.profile.widths, [0] * (self.price.top + 1)
+        used = {min(request.width, widths[-1]) for request, _ in scheduled}
+        tokens, logits = {w: list(sums) for w in used}, {w: list(sums) for w in used}
         for request, count in scheduled:
-            tokens[request.path.size] += count
-            logits[request.path.size] += request.num_computed_tokens + count == request.num_tokens
-        segments: dict[int, float] = {}
-        for segment, weight in self.price.segments(tokens):
-            if segment:
-                segments[int(segment)] = segments.get(int(segment), 0.0) + weight
-        features = weight_features(segments, [int(rows) for rows in self.price.heads(logits) if rows])
-        return step_shape(features, counts, context, sizes)
+            width = min(request.width, widths[-1])
+            tokens[width][request.path.size] += count
+            logits[width][request.path.size] += request.num_computed_tokens + count == request.num_tokens
+        heads = zip(*(self.price.heads(rows) for rows in logits.values()), strict=True)
+        rows = [run for part in heads for run in union(dict(zip(logits, part, strict=True)))]
+        return step_shape(weight_features(self.price.runs(tokens), rows, widths), counts, context, sizes)

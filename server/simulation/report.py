@@ -9,13 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from server.core.width import EXACT
+from server.cost.frontier import QualityTable
 from server.simulation.jobs import Record
 
 
 def summarise(
-    records: Sequence[Record], top: int, quality: Callable[[int], float] | None = None, seconds: float | None = None
+    records: Sequence[Record],
+    top: int,
+    quality: Callable[[int], float] | None = None,
+    seconds: float | None = None,
+    kl: QualityTable | None = None,
 ) -> dict[str, Any]:
     """`top`: the largest size; `quality` of a size in [0, 1] (left out: share of its layers); over `seconds`.
+
+    `kl`: what points are worth, for the mean KL of what was served.
 
     Attainment is the share of all requests that met every limit they came with; goodput is those per second;
     quality-weighted goodput counts each with the quality of its size.
@@ -45,13 +53,28 @@ def summarise(
         "goodput": round(len(met) / seconds, 4),
         "quality_goodput": round(sum(quality(record.size) for record in met) / seconds, 4),
         "mean_size": round(float(np.mean([r.size for r in answered])), 3) if answered else None,
+        "mean_kl": round(mean_kl(answered, kl), 5) if answered and kl else None,
         "full_size": _share(sum(record.size == top for record in answered), len(records)),
         "ttft": quantiles([record.ttft for record in answered]),
         "tpot": quantiles([record.tpot for record in answered]),
         "sizes": sizes(answered),
+        "precisions": _precisions(answered),
         "reasons": dict(Counter(record.reason for record in records).most_common()),
         "preemptions": sum(record.preemptions for record in answered),
     }
+
+
+def mean_kl(records: Sequence[Record], table: QualityTable) -> float:
+    """Nats per token over all answers, each counted once."""
+    return float(np.mean([table.mean_kl(record.size, record.tokens_at) for record in records]))
+
+
+def _precisions(records: Sequence[Record]) -> dict[str, int]:
+    """Tokens of answers by width."""
+    total: Counter[int] = Counter()
+    for record in records:
+        total.update(record.tokens_at)
+    return {"exact" if width == EXACT else f"q{width}": total[width] for width in sorted(total, reverse=True)}
 
 
 def _share(count: int, total: int) -> float:

@@ -184,6 +184,8 @@ class Simulator:
             budget=job.budget,
             priority=job.priority,
             tenant=job.tenant,
+            min_width=job.min_width,
+            max_width=job.max_width,
             arrival_time=now,
         )
         request = LiveRequest(asked)
@@ -221,7 +223,12 @@ class Simulator:
         self._tick["decided"] += 1
         self._tick["below"] += size < request.sizes[-1]
         self._tick_sizes += size
-        self.records.append(Record(job, size, request.decision.reason, ttft, tpot, e2e, request.num_preemptions, index))
+        starts = [after for _, after in request.widths]
+        tokens_at: dict[int, int] = {}
+        for (width, start), end in zip(request.widths, [*starts[1:], count], strict=True):
+            tokens_at[width] = tokens_at.get(width, 0) + end - start
+        reason, preemptions = request.decision.reason, request.num_preemptions
+        self.records.append(Record(job, size, reason, ttft, tpot, e2e, preemptions, index, tokens_at=tokens_at))
 
     def _sample(self, now: float) -> None:
         active = self.replicas + self.leaving

@@ -61,8 +61,10 @@ def shape_trace(
     budget: Budget | None = None,
     rate: float | None = None,
     sizes: tuple[int, ...] | None = None,
+    width: int | None = None,
 ) -> list[Job]:
-    """Copies with lengths clipped, one budget for all, and time scaled so that the mean rate is `rate` per second."""
+    """Copies with lengths clipped, one budget for all, and time scaled so that the mean rate is `rate` per second;
+    all at `width`, if one is given."""
     jobs = list(jobs)
     span = jobs[-1].arrival - jobs[0].arrival
     scale = 1.0 if rate is None or span <= 0 else (len(jobs) - 1) / span / rate
@@ -75,6 +77,8 @@ def shape_trace(
             job.priority,
             sizes or job.sizes,
             budget or job.budget,
+            job.min_width if width is None else width,
+            job.max_width if width is None else width,
         )
         for job in jobs
     ]

@@ -50,18 +50,19 @@ class Forecaster:
         self.tenants = tenants
         self.sigmas = sigmas
         self._full_weight = price.path_weights[price.top]
-        self._cache: dict[str, Forecast] = {}
+        self._cache: dict[tuple[str, int], Forecast] = {}
 
-    def forecast(self, tenant: str, view: LoadView, now: float) -> Forecast:
-        found = self._cache.get(tenant)
+    def forecast(self, tenant: str, view: LoadView, now: float, width: int) -> Forecast:
+        """If all rows read `width`."""
+        found = self._cache.get((tenant, width))
         if found is not None and 0.0 <= now - found.time < _REFRESH:
             return found
         if len(self._cache) > 1024:
             self._cache.clear()
-        found = self._cache[tenant] = self._compute(tenant, view, now)
+        found = self._cache[tenant, width] = self._compute(tenant, view, now, width)
         return found
 
-    def _compute(self, tenant: str, view: LoadView, now: float) -> Forecast:
+    def _compute(self, tenant: str, view: LoadView, now: float, width: int) -> Forecast:
         limit = view.load.tightest_tpot()
         rate, prompt = self._rate(tenant, view, limit, now)
         return self.settle(
@@ -73,6 +74,7 @@ class Forecaster:
             max_tokens=view.config.max_num_batched_tokens,
             tokens_of_kv=view.kv_cache.num_pages * view.kv_cache.page_size,
             now=now,
+            width=width,
         )
 
     def settle(
@@ -86,6 +88,7 @@ class Forecaster:
         max_tokens: int,
         tokens_of_kv: int,
         now: float = 0.0,
+        width: int | None = None,
     ) -> Forecast:
         """`rate` requests/s of `prompt` and `output` tokens; `limit`: TPOT that chunks of prompt respect.
 
@@ -93,17 +96,18 @@ class Forecaster:
         """
         cost = self.cost
         scale, prompt_scale = cost.correction["decode"], cost.prompt_scale(1)
-        layer, head = cost.layer, cost.head_on_layer_knots
+        width = width or self.price.widest
+        layer, head = cost.layers[width], cost.heads[width]
         knots, g, g_slopes, h, h_slopes = layer.knots, layer.values, layer.slopes, head.values, head.slopes
         fixed, overhead, overhead_per_request = cost.fixed, cost.overhead, cost.overhead_per_request
         row_layer = cost.decode_context * (prompt + 0.5 * output) + cost.request_layers
-        attention, first_head = cost.prefill_context * 0.5 * prompt**2, cost.head(1)
+        attention, first_head = cost.prefill_context * 0.5 * prompt**2, head(1)
         piece, answers = min(prompt, max_tokens), rate * output
         cap = 4.0 * max_num_seqs
         # By size: its path's weight; seconds of a step's row beside weights, of a prompt's tokens, and beside tokens.
         columns = [
             (weight, row_layer * size, prompt * weight / piece, attention * size + first_head)
-            for size, _, weight, _ in self.table.all.columns
+            for size, weight in self.price.path_weights.items()
         ]
         rows = [1.0] * len(columns)
         for _ in range(_ROUNDS):

@@ -10,6 +10,7 @@ given out need more room still (hysteresis). Given the same state and the same c
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +20,20 @@ import numpy as np
 
 from server.core.request import LiveRequest, SizeDecision
 from server.core.size_policy import MAX_RETRY_AFTER, PrefillBudget, Refusal, SizePolicy
+from server.core.width import offered_width
+from server.cost.frontier import QualityTable
 from server.cost.model import CostModel
 from server.cost.price import StepPrice
-from server.sizing.candidates import Candidates, CandidateTable
+from server.sizing.candidates import Candidate, Candidates, CandidateTable
 from server.sizing.demand import Demand
 from server.sizing.forecast import Forecaster
-from server.sizing.outlook import Outlook, Predictions
+from server.sizing.look import Look
+from server.sizing.outlook import Outlook
 from server.sizing.tenants import Tenants
+from server.sizing.valve import Valve
 
 if TYPE_CHECKING:
-    from server.core.batch import ForwardBatch
+    from server.core.batch import ForwardBatch, Scheduled
     from server.core.load import LoadView
 
 
@@ -49,6 +54,7 @@ class PolicyConfig:
 
 # What binds, in the order in which ties are reported.
 REASONS = ("slo_ttft", "slo_tpot", "slo_e2e", "kv_pressure", "load")
+_TRIED_IN_TURN = 16  # candidates that are tried from the best down; of more, those around the last choice
 
 
 class BudgetPolicy(SizePolicy):
@@ -61,11 +67,11 @@ class BudgetPolicy(SizePolicy):
         cost: CostModel,
         *,
         tenants: Tenants | None = None,
-        quality: dict[int, float] | None = None,
+        quality: QualityTable | None = None,
         config: PolicyConfig | None = None,
         keep: Callable[[CostModel], None] | None = None,
     ) -> None:
-        """`quality`: a figure per size, higher is better, that replaces layers as the thing to maximise.
+        """`quality`: the KL that is to be least, by size and width. Left out: a guess that grows with what is missing.
 
         `keep` is given the cost model when the engine stops, to save what it learned.
         """
@@ -79,7 +85,9 @@ class BudgetPolicy(SizePolicy):
         self.forecaster = Forecaster(cost, self.price, self.table, self.demand, self.tenants, self.config.sigmas)
         self.outlook = Outlook(cost, self.price, self.demand, self.tenants, self.config.min_chunk)
         self.num_decisions = 0
-        self._levels: OrderedDict[tuple, tuple[int, float]] = OrderedDict()  # (tenant, limits) -> (size, last shrink)
+        # (tenant, limits, workload) -> (KL of the last point given out, when that last rose)
+        self._levels: OrderedDict[tuple, tuple[float, float]] = OrderedDict()
+        self.valve = Valve(self)
         self._last_end: float | None = None
         self._unlearned: list[tuple[ForwardBatch, float]] = []  # steps and what they took
         self._unlearned_seconds = 0.0
@@ -106,8 +114,13 @@ class BudgetPolicy(SizePolicy):
         num_output = sampling.max_tokens if sampling.ignore_eos else max(sampling.min_tokens, 1)
         best = StepPrice(self.cost.at_best())
         figures: dict[int, dict[str, float]] = {}
-        for size in self.table.candidates(request.sizes).sizes:
-            alone = [price.alone(size, request.num_prompt_tokens, max_tokens) for price in (best, self.price)]
+        widths = [offered_width(width, self.table.widths) for width in (request.min_width, request.max_width)]
+        for size in {point.size for point in self.table.candidates(request.sizes, tuple(widths[1:]), "", 1)}:
+            alone = [
+                price.alone(size, request.num_prompt_tokens, max_tokens, width)
+                for price in (best, self.price)
+                for width in set(widths)
+            ]
             ttft, tpot = map(min, zip(*alone, strict=True))
             figures[size] = {"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * max(num_output - 1, 0)}
         excess = {size: max(figure[name] / limit for name, limit in limits.items()) for size, figure in figures.items()}
@@ -140,108 +153,101 @@ class BudgetPolicy(SizePolicy):
     def choose(self, request: LiveRequest, view: LoadView, now: float) -> SizeDecision | Refusal | None:
         """The size for a request about to run, None to keep it waiting, or a refusal (strict only)."""
         self.num_decisions += 1
-        candidates = self.table.candidates(request.sizes)
-        predicted = self.outlook.predict(candidates, request, view, now)
-        ratios = self._ratios(predicted, candidates, request, view, now)
-        pressure = [max(ratio) for ratio in ratios]
-        index, key, level = self._pick(candidates, pressure, request, now)
-        is_floor = pressure[index] > self.config.margin
-        must_wait = self._must_wait(predicted, index, request, view)
+        look = Look(self, request, view, now)
+        allowed = look.widths()
+        candidates = self.table.candidates(request.sizes, allowed, request.asked.workload, view.load.num_rows)
+        index, level = self._pick(candidates, look)
+        candidate = candidates[index]
+        is_floor = not look.holds(candidate)
+        if not is_floor:
+            candidate = self._widen(candidate, allowed, look)
+        must_wait = self._must_wait(look, candidate)
         if is_floor or must_wait:
             self._pressed[request.tenant] = now
         if must_wait:
             limit = request.budget.ttft
             is_late = limit is not None and now - request.arrival_time > limit * self.config.margin
             return self.refuse(view, now) if request.budget.strict and is_late else None
-        if is_floor and request.budget.strict and self._own_limits_break(predicted, index, request):
+        if is_floor and request.budget.strict and self._own_limits_break(look, candidate):
             return self.refuse(view, now)
-        size = candidates.sizes[index]
-        self._remember(key, level, size, now)
-        return SizeDecision(size, self._reason(candidates, index, ratios, is_floor, request))
+        if len(candidates) > 1:
+            self._remember(look.key, level, candidate.kl, now)
+            self.valve.decided(look, candidate)
+        better = None if index == len(candidates) - 1 else candidates[index + 1]
+        return SizeDecision(candidate.size, self._reason(candidate, better, look, is_floor, len(candidates)))
 
-    def _ratios(
-        self, predicted: Predictions, candidates: Candidates, request: LiveRequest, view: LoadView, now: float
-    ) -> list[tuple[float, ...]]:
-        """Predicted over allowed, by candidate and by REASONS."""
-        budget = request.budget
-        forecast = self.forecaster.forecast(request.tenant, view, now)
-        ttft_limit, tpot_limit, e2e_limit = budget.ttft, budget.tpot, budget.e2e
-        # load: those behind and around this request, now and at the balance of arrivals and departures
-        soft = self.config.queue_delay if ttft_limit is None else ttft_limit
-        around = later = predicted.tpot_limit
-        if tpot_limit is not None:
-            later = tpot_limit if around is None else min(tpot_limit, around)
-        columns = zip(
-            candidates.positions, predicted.ttft, predicted.tpot, predicted.queue_ttft, predicted.kv, strict=True
-        )
-        ratios: list[tuple[float, ...]] = []
-        for k, ttft, tpot, queue_ttft, kv in columns:
-            tpot_later, ttft_later, load = forecast.tpot[k], forecast.ttft[k], forecast.occupancy[k]
-            e2e = 0.0
-            if e2e_limit is not None:
-                e2e = (ttft + max(tpot, tpot_later) * (predicted.num_output - 1.0)) / e2e_limit
-            own_ttft = 0.0 if ttft_limit is None else ttft / ttft_limit
-            own_tpot = 0.0 if tpot_limit is None else tpot / tpot_limit
-            first = (ttft_later if ttft_later > queue_ttft else queue_ttft) / soft
-            load = first if first > load else load
-            if around is not None and tpot / around > load:
-                load = tpot / around
-            if later is not None and tpot_later / later > load:
-                load = tpot_later / later
-            ratios.append((own_ttft, own_tpot, e2e, kv, load))
-        return ratios
+    def _pick(self, candidates: Candidates, look: Look) -> tuple[int, tuple[float, float]]:
+        """The best candidate that holds, by index, and the level that this kind of request was at.
 
-    def _pick(
-        self, candidates: Candidates, pressure: list[float], request: LiveRequest, now: float
-    ) -> tuple[int, tuple, tuple[int, float]]:
-        budget = request.budget
-        key = (request.tenant, budget.ttft, budget.tpot, budget.e2e)
-        level = self._levels.get(key) or (self.table.sizes[-1], -math.inf)
-        margin = self.config.margin
-        feasible = [i for i, value in enumerate(pressure) if value <= margin]
-        if not feasible:
-            # Nothing holds: the size that breaks limits least. Mostly the floor, but beside large requests a distant
+        Candidates above that level need more room. Few are tried from the best down. Of many the best, then those
+        around the level: what is better than one that does not hold rarely does.
+        """
+        level = self._levels.get(look.key) or (-math.inf, -math.inf)
+        roomy = self.config.margin * self.config.regrow if look.now - level[1] >= self.config.hold else -math.inf
+
+        def holds(index: int) -> bool:
+            is_growth = candidates[index].kl < level[0]
+            return look.pressure(candidates[index]) <= (roomy if is_growth else self.config.margin)
+
+        top = len(candidates) - 1
+        if holds(top):
+            return top, level
+        index = top - 1
+        if len(candidates) > _TRIED_IN_TURN:
+            index = min(bisect_left(candidates, -level[0], key=lambda candidate: -candidate.kl), index)
+            while index < top - 1 and holds(index) and holds(index + 1):
+                index += 1
+        while index >= 0 and not holds(index):
+            index -= 1
+        if index < 0:
+            # Nothing holds: the one that breaks limits least. Mostly the floor, but beside large requests a distant
             # floor reads weights of its own and can be the worse choice.
-            return pressure.index(min(pressure)), key, level
-        index = feasible[-1]
-        if candidates.sizes[index] > level[0]:
-            roomy = margin * self.config.regrow if now - level[1] >= self.config.hold else -math.inf
-            for i in reversed(feasible):
-                if candidates.sizes[i] <= level[0] or pressure[i] <= roomy:
-                    index = i
-                    break
-        return index, key, level
+            feasible = [i for i in range(top + 1) if look.is_known(candidates[i]) and look.holds(candidates[i])]
+            narrowest = candidates[0].width
+            tried = [i for i in range(top + 1) if candidates[i].width == narrowest] or [0]
+            index = feasible[-1] if feasible else min(tried, key=lambda i: look.pressure(candidates[i]))
+        return index, level
 
-    def _remember(self, key: tuple, level: tuple[int, float], size: int, now: float) -> None:
-        if size != level[0] or key not in self._levels:
-            self._levels[key] = (size, now if size < level[0] else level[1])
+    def _widen(self, candidate: Candidate, allowed: tuple[int, ...], look: Look) -> Candidate:
+        """The same layers with more bits, as long as those hold too: where prompts or pages bind, bits are free."""
+        for width in allowed[allowed.index(candidate.width) + 1 :]:
+            wider = self.table.candidate(candidate.size, width, look.request.asked.workload)
+            if look.pressure(wider) > self.config.margin * self.config.regrow:
+                break
+            candidate = wider
+        return candidate
+
+    def _remember(self, key: tuple, level: tuple[float, float], kl: float, now: float) -> None:
+        if kl != level[0] or key not in self._levels:
+            self._levels[key] = (kl, now if kl > level[0] else level[1])
             if len(self._levels) > 512:
                 self._levels.popitem(last=False)
         self._levels.move_to_end(key)
 
-    def _must_wait(self, predicted: Predictions, index: int, request: LiveRequest, view: LoadView) -> bool:
+    def _must_wait(self, look: Look, candidate: Candidate) -> bool:
         """Whether admitting now would break the TPOT of running requests that are within their share."""
-        if not view.running or predicted.tpot_limit is None:
+        visible = look.moment.visible
+        if not look.view.running or visible.tpot_limit is None:
             return False
-        return predicted.step[index] > predicted.tpot_limit * predicted.tpot_limit_share
+        return look.prediction(candidate).step > visible.tpot_limit * visible.tpot_limit_share
 
-    def _own_limits_break(self, predicted: Predictions, index: int, request: LiveRequest) -> bool:
-        budget = request.budget
-        e2e = predicted.ttft[index] + predicted.step[index] * (predicted.num_output - 1.0)
+    def _own_limits_break(self, look: Look, candidate: Candidate) -> bool:
+        budget, predicted = look.request.budget, look.prediction(candidate)
+        e2e = predicted.ttft + predicted.step * (look.moment.num_output - 1.0)
         return (
-            (budget.ttft is not None and predicted.ttft[index] > budget.ttft)
-            or (budget.tpot is not None and predicted.step[index] > budget.tpot)
+            (budget.ttft is not None and predicted.ttft > budget.ttft)
+            or (budget.tpot is not None and predicted.step > budget.tpot)
             or (budget.e2e is not None and e2e > budget.e2e)
         )
 
     def _reason(
-        self, candidates: Candidates, index: int, ratios: list[tuple[float, ...]], is_floor: bool, request: LiveRequest
+        self, candidate: Candidate, better: Candidate | None, look: Look, is_floor: bool, num_candidates: int
     ) -> str:
-        if is_floor and (len(candidates.sizes) > 1 or self._misses_own_limit(ratios[index], request)):
+        if is_floor and (num_candidates > 1 or self._misses_own_limit(look.ratios(candidate), look.request)):
             return "floor"
-        if index == len(candidates.sizes) - 1:
-            return request.size_reason
-        binding = ratios[index + 1]
+        if better is None:
+            return look.request.size_reason
+        binding = look.ratios(better)
         return REASONS[binding.index(max(binding))]
 
     def _misses_own_limit(self, ratios: tuple[float, ...], request: LiveRequest) -> bool:
@@ -279,7 +285,8 @@ class BudgetPolicy(SizePolicy):
             bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens > 1
             for request in view.running
         )
-        if under_way >= 2 or not is_decoding or not self.outlook.pays_to_shrink(is_decoding, view):
+        width = self.valve.read(view)
+        if under_way >= 2 or not is_decoding or not self.outlook.pays_to_shrink(is_decoding, view, width):
             return []
         is_decoding.sort(key=lambda r: (len(r.output_token_ids) - r.sampling.max_tokens) / r.num_tokens)
         return [(request, SizeDecision(request.sizes[0], "load")) for request in is_decoding[: 2 - under_way]]
@@ -287,13 +294,22 @@ class BudgetPolicy(SizePolicy):
     # --- beside the decision
 
     def estimated_wait(self, view: LoadView, now: float) -> float:
-        return min(max(1.0, self.outlook.drain_seconds(view)), MAX_RETRY_AFTER)
+        return min(max(1.0, self.outlook.drain_seconds(view, self.valve.read(view))), MAX_RETRY_AFTER)
 
     def prefill_budget(self, view: LoadView, now: float) -> PrefillBudget | None:
-        return self.outlook.prefill_budget(view, now, self.config.step_margin)
+        return self.outlook.prefill_budget(view, now, self.config.step_margin, self.valve.read(view))
+
+    def width(self, view: LoadView, now: float) -> int:
+        return self.valve.width(view, now)
+
+    def raises_rows(self, scheduled: Scheduled, width: int) -> bool:
+        tokens: dict[int, int] = {}
+        for request, count in scheduled:
+            tokens[request.width] = tokens.get(request.width, 0) + count
+        return not self.price.is_cheaper_mixed(tokens, width)
 
     def decode_seconds(self, rows: np.ndarray) -> float:
-        return self.price.decode_seconds(rows.astype(int).tolist())
+        return self.price.decode_seconds(rows.astype(int).tolist(), width=self.valve.last)
 
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """Learn from a step of `seconds` in the model that ended at `end` on the scheduler's clock.
@@ -321,6 +337,7 @@ class BudgetPolicy(SizePolicy):
     def on_idle(self) -> None:
         self._learn()
         self._last_end = None
+        self.valve.open()
 
     def on_stop(self) -> None:
         self._learn()

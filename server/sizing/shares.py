@@ -22,6 +22,7 @@ class VisibleLoad:
     fraction: float  # of all rows
     tpot_limit: float | None  # that admission must keep
     tpot_limit_share: float  # and how much of it may be used
+    over: frozenset[str] = frozenset()  # tenants that hold more than their share
 
 
 class Shares:
@@ -59,8 +60,8 @@ class Shares:
         num_rows = sum(rows)
         fraction = num_rows / max(load.num_rows, 1)
         if tenant in over:
-            return VisibleLoad(rows, num_rows, fraction, tightest, _ROOM_FOR_OTHERS)
-        return VisibleLoad(rows, num_rows, fraction, load.tightest_tpot(skip=over), 1.0)
+            return VisibleLoad(rows, num_rows, fraction, tightest, _ROOM_FOR_OTHERS, frozenset(over))
+        return VisibleLoad(rows, num_rows, fraction, load.tightest_tpot(skip=over), 1.0, frozenset(over))
 
     def slots_before(self, request: LiveRequest, view: LoadView, own_waiting: int, free_slots: int) -> float:
         """Slots that must fall free before the last of those who wait gets one, as `request`'s tenant may see it.

@@ -7,7 +7,9 @@ import itertools
 from model_store.assembly import Elasticity
 from server.core.config import EngineConfig
 from server.core.request import Budget, LiveRequest, Request, SamplingParams
+from server.core.width import EXACT
 from server.cost.devices import Device, roofline_cost_model
+from server.cost.frontier import QualityTable
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
 from server.engine.queue import WaitingQueue
@@ -27,7 +29,8 @@ CONFIG = EngineConfig(max_model_len=2048, max_num_seqs=32, max_num_batched_token
 _ids = itertools.count()
 
 
-def profile() -> CostProfile:
+def profile(widths: tuple[int, ...] = (EXACT,)) -> CostProfile:
+    """With widths, a step reads their share of 16 bits."""
     return CostProfile(
         elasticity=ELASTICITY,
         layer_bytes=(10_000_000,) * 18,
@@ -35,23 +38,27 @@ def profile() -> CostProfile:
         kv_bytes=1024,
         attention_flops=4096,
         shared_head=True,
+        widths=widths,
+        width_bytes=tuple(width / widths[-1] for width in widths),
     )
 
 
-def machine() -> CostModel:
-    return roofline_cost_model(profile(), DEVICE)
+def machine(widths: tuple[int, ...] = (EXACT,)) -> CostModel:
+    return roofline_cost_model(profile(widths), DEVICE)
 
 
-def make_policy(tenants: Tenants | None = None, quality: dict[int, float] | None = None, **config) -> BudgetPolicy:
-    return BudgetPolicy(machine(), tenants=tenants, quality=quality, config=PolicyConfig(**config))
+def make_policy(
+    tenants: Tenants | None = None, quality: QualityTable | None = None, widths: tuple[int, ...] = (EXACT,), **config
+) -> BudgetPolicy:
+    return BudgetPolicy(machine(widths), tenants=tenants, quality=quality, config=PolicyConfig(**config))
 
 
-def make_spec(tenants: Tenants | None = None, make=None, **changes) -> ReplicaSpec:
+def make_spec(tenants: Tenants | None = None, make=None, widths: tuple[int, ...] = (EXACT,), **changes) -> ReplicaSpec:
     tenants = tenants or Tenants()
-    make = make or (lambda: make_policy(tenants))
+    make = make or (lambda: make_policy(tenants, widths=widths))
     values = {"num_pages": 20_000, "make_queue": lambda: WaitingQueue(tenants.weight, tenants.rank)} | changes
     config = values.pop("config", CONFIG)
-    return ReplicaSpec(config, machine(), values.pop("num_pages"), make, **values)
+    return ReplicaSpec(config, machine(widths), values.pop("num_pages"), make, **values)
 
 
 def make_replica(tenants: Tenants | None = None, **changes) -> Replica:

@@ -8,6 +8,8 @@ import pytest
 
 from server.core.request import LiveRequest
 from server.core.size_policy import MAX_RETRY_AFTER, LargestSize
+from server.core.width import EXACT
+from server.cost.frontier import QualityTable
 from server.simulation.report import summarise
 from server.sizing.tenants import Tenant, Tenants
 from tests.sizing.machines import CONFIG, make_policy, make_replica, make_request, make_spec, play, steady
@@ -93,8 +95,8 @@ def test_a_wait_that_nobody_can_foresee_is_told_as_one_that_can():
 
 def test_quality_not_depth_is_maximised():
     """A larger size that was measured to be worse is not chosen freely, but served to who asks for it."""
-    quality = {6: 0.0, 7: 0.3, 8: 0.2, 9: 0.5, 10: 0.6, 11: 0.9, 12: 0.8}
-    replica = make_replica(make=lambda: make_policy(quality=quality))
+    kl = {6: 1.0, 7: 0.7, 8: 0.8, 9: 0.5, 10: 0.4, 11: 0.1, 12: 0.2}
+    replica = make_replica(make=lambda: make_policy(quality=QualityTable({"text": kl}, {"text": {EXACT: 0.0}})))
     free, pinned = make_request(), make_request(sizes=(8,))
     for request in (free, pinned):
         replica.scheduler.add(request)
@@ -225,12 +227,13 @@ def test_prompts_are_predicted_with_the_correction_of_steps_that_have_some():
         policy, scheduler = replica.policy, replica.scheduler
         policy.cost.correction.update(dict.fromkeys(policy.cost.correction, 1.0) | {"mixed": correction})
         request = make_request(512, budget={"ttft": 1.0, "tpot": 0.05}, arrival_time=now)
-        view = policy.outlook.predict(policy.table.all, request, scheduler, now)
+        top = policy.table.candidate(12, EXACT)
+        view = policy.outlook.moment(request, scheduler, now).predict(top, EXACT)
         steps = {"limit": 0.05, "max_num_seqs": 64, "max_tokens": 256, "tokens_of_kv": 10**6}
         forecast = policy.forecaster.settle(1.0, 512.0, 8.0, **steps)
         prefill = policy.prefill_budget(scheduler, now)
         scheduler.waiting.push(request)
-        return view.ttft[-1], forecast.ttft[-1], prefill.layer_tokens, policy.outlook.drain_seconds(scheduler)
+        return view.ttft, forecast.ttft[-1], prefill.layer_tokens, policy.outlook.drain_seconds(scheduler, EXACT)
 
     ttft, forecast, tokens, drain = predict(1.0)
     slow_ttft, slow_forecast, slow_tokens, slow_drain = predict(1.5)

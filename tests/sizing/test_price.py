@@ -13,7 +13,8 @@ from model_store.assembly import Elasticity
 from server.core.batch import build_batch
 from server.core.config import EngineConfig
 from server.core.size_policy import LargestSize
-from server.cost.features import NUM_FEATURES
+from server.core.width import EXACT
+from server.cost.features import NUM_FEATURES, layout
 from server.cost.model import CostModel
 from server.cost.price import HEADROOM, Step, StepPrice
 from server.cost.profile import CostProfile
@@ -23,7 +24,8 @@ from server.sizing.policy import BudgetPolicy
 from server.sizing.tenants import Tenant, Tenants
 from tests.sizing.machines import make_request
 
-EXACT = {"rel": 1e-9, "abs": 1e-15}
+CLOSE = {"rel": 1e-9, "abs": 1e-15}
+WIDTHS = [(EXACT,), (4, 6, 8, EXACT), (4, 8)]
 positive = st.floats(1e-6, 1e-2, allow_subnormal=False)
 
 
@@ -44,8 +46,11 @@ def cost_models(draw) -> CostModel:
         attention_flops=4096,
         shared_head=draw(st.booleans()),
         shared_stations=frozenset(draw(st.sets(st.sampled_from(range(len(kept)))))),
+        widths=(widths := draw(st.sampled_from(WIDTHS))),
+        width_bytes=(1.0,) * len(widths),
     )
-    cost = CostModel(profile, np.array(draw(st.lists(positive, min_size=NUM_FEATURES, max_size=NUM_FEATURES))))
+    size = layout(widths).size
+    cost = CostModel(profile, np.array(draw(st.lists(positive, min_size=size, max_size=size))))
     cost.correction.update({kind: draw(st.floats(0.25, 4.0)) for kind in cost.correction})
     cost.overhead, cost.overhead_per_request = draw(positive), draw(positive)
     return cost
@@ -60,18 +65,24 @@ def replicas(draw, policy=BudgetPolicy, tenants: int = 1) -> Replica:
     make = (lambda: BudgetPolicy(cost, tenants=weights)) if policy is BudgetPolicy else policy
     replica = Replica(0, ReplicaSpec(config, cost, 20_000, make))
     sizes = cost.profile.elasticity.sizes
-    for prompt, size, limit, tenant in draw(
+    widths = cost.profile.widths
+    for prompt, size, limit, tenant, width in draw(
         st.lists(
             st.tuples(
                 st.integers(1, 400),
                 st.sampled_from(sizes),
                 st.none() | st.floats(0.01, 1.0),
                 st.integers(0, tenants - 1),
+                st.sampled_from([(0, EXACT), *((width, width) for width in widths)]),
             ),
             max_size=20,
         )
     ):
-        request = make_request(prompt, 1000, sizes=(size,), budget={"tpot": limit}, tenant=f"t{tenant}")
+        low, high = width
+        request = make_request(
+            prompt, 1000, sizes=(size,), budget={"tpot": limit}, tenant=f"t{tenant}", min_width=low, max_width=high
+        )
+        replica.scheduler.prepare(request)
         replica.scheduler.add(request)
     now = 0.0
     corrections = dict(cost.correction)
@@ -82,9 +93,11 @@ def replicas(draw, policy=BudgetPolicy, tenants: int = 1) -> Replica:
 
 
 @settings(max_examples=60, deadline=None)
-@given(replica=replicas(policy=LargestSize))
-def test_a_price_is_what_the_cost_model_says_of_the_batch(replica):
+@given(replica=replicas(policy=LargestSize), raises=st.booleans())
+def test_a_price_is_what_the_cost_model_says_of_the_batch(replica, raises):
     """`StepPrice` from sums by size, and the simulator's features, against the features of the batch that would run."""
+    replica.policy.width = lambda view, now: view.widths[0]
+    replica.policy.raises_rows = lambda scheduled, width: raises
     cost, elasticity = replica.spec.machine, replica.scheduler.elasticity
     planned = replica.scheduler.schedule().scheduled
     if not planned:
@@ -94,7 +107,8 @@ def test_a_price_is_what_the_cost_model_says_of_the_batch(replica):
     shape, simulated = cost.shape(batch), replica._shape(planned)
     assert simulated.kind == shape.kind and simulated.features == pytest.approx(shape.features, rel=1e-9)
     tokens, heads = [0] * (elasticity.sizes[-1] + 1), [0] * (elasticity.sizes[-1] + 1)
-    step = Step(tokens=tokens, head_rows=heads, num_requests=len(planned))
+    widths = {request.width for request, _ in planned}
+    step = Step(tokens=tokens, head_rows=heads, num_requests=len(planned), width=min(widths))
     for request, count in planned:
         size, after = request.path.size, request.num_computed_tokens + count
         tokens[size] += count
@@ -104,15 +118,23 @@ def test_a_price_is_what_the_cost_model_says_of_the_batch(replica):
             step.decode_context += size * after
         else:
             step.prefill_context += size * count * (after - count / 2)
+    if len(widths) > 1:
+        return
     price = StepPrice(cost)
-    assert price.model_seconds(step) * cost.correction[shape.kind] == pytest.approx(cost.seconds(shape), **EXACT)
+    assert price.model_seconds(step) * cost.correction[shape.kind] == pytest.approx(cost.seconds(shape), **CLOSE)
     between = cost.overhead + cost.overhead_per_request * len(planned)
-    assert price.seconds(step, shape.kind) == pytest.approx(cost.seconds(shape) + between, **EXACT)
+    assert price.seconds(step, shape.kind) == pytest.approx(cost.seconds(shape) + between, **CLOSE)
 
 
 @settings(max_examples=60, deadline=None)
-@given(replica=replicas(tenants=3), prompt=st.integers(1, 500), waiting=st.integers(0, 4), now=st.floats(0.0, 2.0))
-def test_what_a_decision_predicts_is_the_price_of_the_steps(replica, prompt, waiting, now):
+@given(
+    replica=replicas(tenants=3),
+    prompt=st.integers(1, 500),
+    waiting=st.integers(0, 4),
+    now=st.floats(0.0, 2.0),
+    data=st.data(),
+)
+def test_what_a_decision_predicts_is_the_price_of_the_steps(replica, prompt, waiting, now, data):
     policy, view = replica.policy, replica.scheduler
     for _ in range(waiting):
         view.waiting.push(make_request(50, 100, tenant="t0"))
@@ -120,7 +142,8 @@ def test_what_a_decision_predicts_is_the_price_of_the_steps(replica, prompt, wai
     view.waiting.push(request)
     policy.demand.arrived("t0", prompt, replica.now)
     now += replica.now
-    predicted = policy.outlook.predict(policy.table.all, request, view, now)
+    width = data.draw(st.sampled_from(view.widths))
+    moment = policy.outlook.moment(request, view, now)
 
     price, cost, load = policy.price, policy.cost, view.load
     guard = load.tightest_tpot()
@@ -133,31 +156,32 @@ def test_what_a_decision_predicts_is_the_price_of_the_steps(replica, prompt, wai
     backlog = load.layer_pending - load.layer_rows
     full = price.path_weights[price.top]
     budget = view.config.max_num_batched_tokens
-    rate = price.token_rate(sum(rows), min(max(prompt_rows + backlog / full, 1.0), budget))
+    rate = price.token_rate(sum(rows), min(max(prompt_rows + backlog / full, 1.0), budget), width)
     scale = cost.prompt_scale(sum(rows))
     arrivals, mean_prompt = policy.demand.rate("t0", now)
     joining = max(view.waiting.waiting_of("t0")[0] - 1, 0)
     joining = min(joining, max(view.config.max_num_seqs - load.num_rows - 1, 0))
-    for i, size in enumerate(policy.table.sizes):
+    for size in policy.table.sizes:
+        predicted = moment.predict(policy.table.candidate(size, width), width)
 
         def joined(more: int, size: int = size) -> Step:
-            step = price.decode_step([n + more * (s == size) for s, n in enumerate(rows)])
+            step = price.decode_step([n + more * (s == size) for s, n in enumerate(rows)], width=width)
             step.decode_context = load.layer_context * visible.fraction
-            step.decode_context += more * size * (prompt + 0.5 * predicted.num_output)
+            step.decode_context += more * size * (prompt + 0.5 * moment.num_output)
             step.request_layers = load.layer_rows * visible.fraction + more * size
             return step
 
         with_it = joined(1)
-        assert predicted.step[i] == pytest.approx(price.seconds(with_it, "decode"), **EXACT)
+        assert predicted.step == pytest.approx(price.seconds(with_it, "decode"), **CLOSE)
         weight = price.path_weights[size]
         busy = min(arrivals * mean_prompt * rate * weight, MOST_BUSY)
         everybody = price.seconds(joined(1 + joining), "decode")
-        assert predicted.tpot[i] == pytest.approx(everybody / (1 - busy), **EXACT)
+        assert predicted.tpot == pytest.approx(everybody / (1 - busy), **CLOSE)
         if sum(rows):
             beside = price.seconds(with_it, "mixed")
         else:
             nobody = [0] * (price.top + 1)
-            alone = Step(tokens=nobody, head_rows=nobody, request_layers=size, num_requests=1)
+            alone = Step(tokens=nobody, head_rows=nobody, request_layers=size, num_requests=1, width=width)
             beside = price.seconds(alone, "prefill")
         per_step = budget * full
         if guard is not None and sum(rows):
@@ -165,8 +189,8 @@ def test_what_a_decision_predicts_is_the_price_of_the_steps(replica, prompt, wai
             per_step = min(max(left, policy.config.min_chunk * size), per_step)
         work = prompt_rows * weight + backlog
         attention = cost.prefill_context * size * prompt_rows**2 / 2 * scale
-        seconds = work * rate + attention + math.ceil(work / per_step) * beside + cost.head(1) * scale
-        assert predicted.ttft[i] == pytest.approx(now - replica.now + seconds, **EXACT)
+        seconds = work * rate + attention + math.ceil(work / per_step) * beside + cost.heads[width](1) * scale
+        assert predicted.ttft == pytest.approx(now - replica.now + seconds, **CLOSE)
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,22 +201,25 @@ def test_what_a_decision_predicts_is_the_price_of_the_steps(replica, prompt, wai
     output=st.floats(1.0, 500.0),
     limit=st.none() | st.floats(0.01, 1.0),
     budget=st.integers(16, 8192),
+    data=st.data(),
 )
-def test_where_a_forecast_settles_is_the_price_of_steps(cost, rate, prompt, output, limit, budget):
+def test_where_a_forecast_settles_is_the_price_of_steps(cost, rate, prompt, output, limit, budget, data):
     policy = BudgetPolicy(cost)
+    width = data.draw(st.sampled_from(cost.profile.widths))
+    layer = cost.layers[width]
     price, sizes = policy.price, policy.table.sizes
     fixed = {"limit": limit, "max_num_seqs": 32, "max_tokens": budget, "tokens_of_kv": 10**6}
-    forecast = policy.forecaster.settle(rate, prompt, output, **fixed)
+    forecast = policy.forecaster.settle(rate, prompt, output, **fixed, width=width)
     rows = [1.0] * len(sizes)
     piece = min(prompt, budget)
     for _ in range(16):
         new = []
         for n, size in zip(rows, sizes, strict=True):
             mix = [n * (s == size) for s in range(price.top + 1)]
-            step = price.decode_step(mix, n * size * (prompt + 0.5 * output))
+            step = price.decode_step(mix, n * size * (prompt + 0.5 * output), width)
             seconds = price.seconds(step, "decode")
-            prefill = prompt * price.path_weights[size] * (cost.layer(n + piece) - cost.layer(n)) / piece
-            prefill += cost.prefill_context * size * prompt**2 / 2 + cost.head(1)
+            prefill = prompt * price.path_weights[size] * (layer(n + piece) - layer(n)) / piece
+            prefill += cost.prefill_context * size * prompt**2 / 2 + cost.heads[width](1)
             prefill *= cost.correction["mixed"]
             tpot = seconds / (1 - min(rate * prefill, MOST_BUSY))
             new.append((min(max(rate * output * tpot, 1.0), 128.0), tpot, seconds, step, prefill))
@@ -201,7 +228,7 @@ def test_where_a_forecast_settles_is_the_price_of_steps(cost, rate, prompt, outp
         if moved < 0.05:
             break
     for i, (_, tpot, seconds, step, prefill) in enumerate(new):
-        assert forecast.tpot[i] == pytest.approx(tpot, **EXACT)
+        assert forecast.tpot[i] == pytest.approx(tpot, **CLOSE)
         beside, per_step = price.seconds(step, "mixed"), budget
         if limit is not None:
             per_step = min(per_step, max(HEADROOM * limit - beside, 0.1 * beside) * prompt / prefill)
