@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class Pair:
     elasticity: Elasticity
     patch_order: str  # "last_to_first", "first_to_last", or "thresholds" for a measured one
     quality: dict[int, dict[str, Any]] = field(default_factory=dict)  # size -> what was measured in this patch order
+    # Kind of text -> what was measured on it: `sizes` (layers), `widths` (bits, at full depth), `points` (24L-q6)
+    kinds: dict[str, dict[str, dict[str, dict[str, Any]]]] = field(default_factory=dict)
     student_spec: ModelSpec | None = None  # None: a low-rank student, whose ends are the teacher's, or no student
     store: Path | str | None = None
 
@@ -323,6 +326,7 @@ def open_pair(
         elasticity=elasticity,
         patch_order=order,
         quality=_quality(notes / "quality.json") if is_recorded else {},
+        kinds=_kinds(notes / "quality.json") if is_recorded else {},
         student_spec=student_spec,
         store=store,
     )
@@ -345,6 +349,7 @@ def _alone(teacher: Path | str, name: str | None, store: Path | str | None) -> P
         elasticity=Elasticity.of_teacher(spec.num_layers),
         patch_order="none",
         quality=_quality(notes / "quality.json"),
+        kinds=_kinds(notes / "quality.json"),
         store=store,
     )
 
@@ -368,6 +373,25 @@ def _quality(file: Path) -> dict[int, dict[str, Any]]:
     ):
         return {int(size): row for size, row in sizes.items()}
     raise PairError(f"{file}: sizes does not give figures for each size: run boomerang evaluate, or delete the file")
+
+
+def _kinds(file: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """What `evaluate` wrote of each kind of text; PairError for what it did not."""
+    kinds = read_json_if_there(file).get("kinds", {})
+    names = {"sizes": r"\d+", "widths": r"\d+", "points": r"\d+L(-q\d)?"}
+
+    def is_table(value: Any, pattern: str) -> bool:
+        return isinstance(value, dict) and all(
+            re.fullmatch(pattern, name) and isinstance(row, dict) and isinstance(row.get("kl"), int | float)
+            for name, row in value.items()
+        )
+
+    if isinstance(kinds, dict) and all(
+        isinstance(kind, dict) and all(is_table(kind.get(name, {}), pattern) for name, pattern in names.items())
+        for kind in kinds.values()
+    ):
+        return {name: {table: kind.get(table, {}) for table in names} for name, kind in kinds.items()}
+    raise PairError(f"{file}: kinds does not give figures by kind of text: run boomerang evaluate, or delete the file")
 
 
 def _known_pair(teacher: Path | str | None, student: Path | str | None) -> PublishedPair | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.api.generate.catalog import Catalog, size_infos
+from server.api.generate.catalog import Catalog, PointInfo, size_infos
 from server.api.generate.sampling_defaults import read_sampling_defaults
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.auth import KeyRing
@@ -301,6 +301,7 @@ def load_model(
     tenants = KeyRing.from_settings(settings).sizing(resolve)
     clock.mark("tokenizer and tables")
     policy = make_policy(runner, loaded, pair, settings, tenants)
+    catalog = dataclasses.replace(catalog, points=point_infos(pair, runner, policy))
     queue = WaitingQueue(tenants.weight, tenants.rank)
     engine = Engine(loaded, config, policy=policy, queue=queue, runner=runner, metrics=metrics)
     clock.mark("cost model")
@@ -332,6 +333,21 @@ def make_policy(
     cost = cost_model_for(runner, loaded, store_root(settings.store) / "calibration")
     quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, runner.executor.widths)
     return BudgetPolicy(cost, tenants=tenants, quality=quality, keep=keep)
+
+
+def point_infos(pair: Pair, runner: StepRunner, policy: SizePolicy | None) -> tuple[PointInfo, ...]:
+    """What is known of every point that is served."""
+    from server.sizing.policy import BudgetPolicy
+    from server.sizing.quality import points_of, quality_table
+
+    widths, best = runner.executor.widths, {}
+    quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, widths)
+    if isinstance(policy, BudgetPolicy):
+        best = policy.table.best_in(runner.sizes)
+    return tuple(
+        PointInfo(point.depth, point.width, kl, best.get(point, ()), is_measured)
+        for point, kl, is_measured in points_of(quality, runner.sizes, widths)
+    )
 
 
 def read_template(value: str | None) -> str | None:

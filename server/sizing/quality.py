@@ -11,6 +11,7 @@ from server.sizing.spec import SizeSpec
 
 # Of pairs that nobody has measured, in nats per token, so that their points have an order. A share of layers that a
 # student replaces costs KL in proportion, and widths by these figures: those of the default pair (docs/quality.md).
+GUESS = "guess"  # in the place of a kind of text
 _KL_PER_SHARE = 2.2
 _KL_BY_WIDTH = {EXACT: 0.0, 8: 0.0034, 7: 0.006, 6: 0.0115, 5: 0.044, 4: 0.06}
 
@@ -40,9 +41,21 @@ def quality_table(
             cells[name] = {Point(int(spec.value), spec.width or EXACT): kl for spec, kl in points.items()}
     if not by_depth:
         top = sizes[-1]
-        by_depth["guess"] = {size: _KL_PER_SHARE * (top - size) / top for size in sizes}
-        by_width["guess"] = {width: _KL_BY_WIDTH.get(width, 2.0) for width in widths}
+        by_depth[GUESS] = {size: _KL_PER_SHARE * (top - size) / top for size in sizes}
+        by_width[GUESS] = {width: _KL_BY_WIDTH.get(width, 2.0) for width in widths}
     return QualityTable(by_depth, by_width, cells)
+
+
+def points_of(
+    table: QualityTable, sizes: Sequence[int], widths: Sequence[int]
+) -> list[tuple[Point, dict[str, float], bool]]:
+    """(point, KL by kind of text, whether all of it was measured there) of every point."""
+    found = []
+    for point in (Point(size, width) for size in sizes for width in widths):
+        kl = {kind: table.kl(point, kind) for kind in table.by_depth}
+        alone = point.width == EXACT and GUESS not in kl
+        found.append((point, kl, all(alone or point in table.measured.get(kind, {}) for kind in kl)))
+    return found
 
 
 def _kls(rows: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:

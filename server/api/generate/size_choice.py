@@ -11,6 +11,7 @@ from server.api.http.errors import APIError, invalid
 from server.config import MiB, Settings
 from server.core.request import Budget
 from server.core.width import EXACT
+from server.sizing.quality import GUESS
 from server.sizing.spec import (
     AUTO,
     SizeError,
@@ -195,7 +196,7 @@ class SizeChooser:
 
     def _workload(self, kind: str | None) -> str:
         """A kind of text that this pair was measured on; "" for none and for `worst`. APIError for others."""
-        known = sorted({name for point in self.catalog.points for name in point.kl})
+        known = sorted({name for point in self.catalog.points for name in point.kl} - {GUESS})
         if kind is None or kind == "worst":
             return ""
         if kind not in known:
