@@ -74,11 +74,17 @@ class Load:
                     self._tightest[request.tenant] = min(limits)
 
     def advance(self, request: LiveRequest, count: int) -> None:
-        self._count(request.path.size, count, -count)
+        size = request.path.size
+        self.context[size] += count
+        self.pending[size] -= count
+        self.layer_context += size * count
+        self.layer_pending -= size * count
 
     def append(self, request: LiveRequest) -> None:
         """It got a token, which is now to be computed."""
-        self._count(request.path.size, 0, 1)
+        size = request.path.size
+        self.pending[size] += 1
+        self.layer_pending += size
 
     def _count(self, size: int, context: int, pending: int, rows: int = 0) -> None:
         self.context[size] += context

@@ -233,7 +233,8 @@ class Scheduler:
     def _book(self, request: LiveRequest, count: int) -> None:
         """`count` more tokens of the request hold KV."""
         is_decode = count == 1 and bool(request.output_token_ids)
-        request.kv_width = min(request.kv_width, request.width)
+        if request.width < request.kv_width:
+            request.kv_width = request.width
         request.num_computed_tokens += count
         self.load.advance(request, count)
         self.kv_cache.cache_full_blocks(request)

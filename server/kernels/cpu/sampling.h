@@ -55,37 +55,61 @@ struct Race {
         if (time < best || (time == best && id < winner)) best = time, winner = id;
     }
 
-    // All entries of a row. A token arrives no earlier than its hash says, so most are passed over without a logarithm;
-    // the first loop has no branch and is one that compilers turn into vector instructions.
-    void enter_all(const float* weights, int n) {
-        enter(winner, weights[winner]);
-        constexpr int kBlock = 256;
-        for (int begin = 0; begin < n; begin += kBlock) {
-            const int end = std::min(n, begin + kBlock);
-            const float bound = float(best) * 1.0001f;
-            int hits = 0;
-            for (int i = begin; i < end; i++) {
-                const float at_least = float(int32_t(race_hash(uint32_t(i), low, high) >> 8)) * 0x1p-24f;
-                hits |= at_least < bound * weights[i];
-            }
-            if (!hits) continue;
-            for (int i = begin; i < end; i++) {
-                const float at_least = float(int32_t(race_hash(uint32_t(i), low, high) >> 8)) * 0x1p-24f;
-                if (at_least < float(best) * 1.0001f * weights[i]) enter(i, weights[i]);
-            }
-        }
+    // log(weight) below which nobody can arrive before `best`: a token arrives no earlier than its hash says, and hashes
+    // begin at half of 2^-32.
+    float hopeless() const { return -22.9f - std::log(float(best)); }
+};
+
+// Weight of entries [i, i + 16) of a row relative to the likeliest; nothing past the end, nor below `floor`.
+struct Weigh {
+    const float* row;
+    int n;
+    F16 peak, inverse, floor;
+
+    F16 log(int i) const {
+        const Mask mask = tail16(n - i);
+        return (choose16(mask, load16(row + i, mask), set16(-INFINITY)) - peak) * inverse;
+    }
+    F16 weight(F16 log) const {
+        const F16 w = keep16(greater16(log, set16(-80.0f)), exp16(log));
+        return choose16(greater16(floor, w), zero16(), w);
     }
 };
+
+// All entries of a row. Of most blocks of a sharp distribution nobody can win, and a race that is on passes over most of the
+// rest without a logarithm; the first loop over hashes has no branch and is one that compilers turn into vector instructions.
+inline int race_of_all(const Weigh& of, int peak_at, double number) {
+    constexpr int kBlock = 64;
+    alignas(64) float weights[kBlock];
+    Race race(number, peak_at);
+    race.enter(peak_at, 1.0);
+    float hopeless = race.hopeless();
+    for (int begin = 0; begin < of.n; begin += kBlock) {
+        F16 logs[kBlock / 16], top = set16(-INFINITY);
+        for (int j = 0; j < kBlock / 16; j++) logs[j] = of.log(begin + 16 * j), top = max16(logs[j], top);  // in this order a NaN counts for nothing
+        if (first16(greater16(top, set16(hopeless))) < 0) continue;
+        for (int j = 0; j < kBlock / 16; j++) store16(weights + 16 * j, of.weight(logs[j]));
+        auto at_least = [&](int i) { return float(int32_t(race_hash(uint32_t(begin + i), race.low, race.high) >> 8)) * 0x1p-24f; };
+        const float bound = float(race.best) * 1.0001f;
+        int hits = 0;
+        for (int i = 0; i < kBlock; i++) hits |= at_least(i) < bound * weights[i];
+        if (!hits) continue;
+        for (int i = 0; i < kBlock; i++)
+            if (at_least(i) < float(race.best) * 1.0001f * weights[i]) race.enter(begin + i, weights[i]);
+        hopeless = race.hopeless();
+    }
+    return race.winner;
+}
 
 inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch& scratch) {
     const int peak_at = argmax(row, n);
     if (d.temperature < 1e-5f || !std::isfinite(row[peak_at])) return peak_at;
+    const Weigh of = {row, n, set16(row[peak_at]), set16(1.0f / d.temperature), set16(d.min_p)};
+    if (d.top_p >= 1.0f && (d.top_k <= 0 || d.top_k >= n)) return race_of_all(of, peak_at, d.uniform);
+
+    // Weights summed per run of 1024 entries: runs without any are passed over.
     scratch.weights.resize(size_t(n) + 16);
     float* weights = scratch.weights.data();
-    const F16 peak = set16(row[peak_at]), inverse = set16(1.0f / d.temperature);
-    const F16 floor = set16(d.min_p), dead = set16(-80.0f);
-
-    // Weights relative to the likeliest, summed per run of 1024 entries: runs without any are passed over.
     constexpr int kRun = 1024;
     const int runs = (n + kRun - 1) / kRun;
     static thread_local std::vector<double> run_mass;
@@ -94,21 +118,12 @@ inline int draw_token(const float* row, int n, const BsDraw& d, SamplingScratch&
     for (int r = 0; r < runs; r++) {
         F16 sum = zero16();
         for (int i = r * kRun; i < std::min(n, (r + 1) * kRun); i += 16) {
-            const Mask mask = tail16(n - i);
-            const F16 x = (choose16(mask, load16(row + i, mask), set16(-INFINITY)) - peak) * inverse;
-            F16 w = keep16(greater16(x, dead), exp16(x));
-            w = choose16(greater16(floor, w), zero16(), w);
+            const F16 w = of.weight(of.log(i));
             store16(weights + i, w);
             sum = sum + w;
         }
         run_mass[r] = sum16(sum);
         total += run_mass[r];
-    }
-
-    if (d.top_p >= 1.0f && (d.top_k <= 0 || d.top_k >= n)) {
-        Race race(d.uniform, peak_at);
-        race.enter_all(weights, n);
-        return race.winner;
     }
 
     // Histogram of weights by binary exponent and two bits of mantissa: bucket 0 holds the largest.
