@@ -148,11 +148,16 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
 }
 
 #ifdef __AVX512F__
-constexpr int kCodeRows = 12, kWholePanelRows = 12, kPackedRows = 8, kMostPackedRows = 24;
+constexpr int kCodeRows = 6, kWholePanelRows = 6, kPackedRows = 6;  // sums and totals of more do not fit into 32 registers
+// So many rows read codes as they lie, in blocks of up to kPackedRows, each of which unpacks them again; with more a panel is
+// widened once for all of them. Measured, by the number of planes that a code is put together from.
+template <class F>
+constexpr int kMostPackedRows = F::bits == 8 && F::scales != kNested ? 1 << 30 : F::bits == 4 ? 48 : F::bits == 5 ? 32 : 8;
 #else
-constexpr int kCodeRows = 4, kWholePanelRows = 1, kPackedRows = 2, kMostPackedRows = 2;  // sixteen registers
+constexpr int kCodeRows = 4, kWholePanelRows = 1, kPackedRows = 2;  // sixteen registers
+template <class F>
+constexpr int kMostPackedRows = kPackedRows;
 #endif
-// Up to kMostPackedRows rows read codes as they lie, in blocks of up to kPackedRows; measured.
 
 template <class Source, int R>
 void code_block(const char* panel, int groups, const RoundedRows& x, int row, float* sums, long ahead) {
@@ -175,7 +180,8 @@ struct CodeKernels {
     long wide_record;  // bytes of a group of a widened panel
     void (*widen)(const char* panel, int groups, uint8_t* to);
     void (*to_floats)(const uint8_t* widened, int groups, float* to);
-    CodeBlock packed[kPackedRows], widened[kCodeRows];  // by rows - 1; null where smaller blocks do as well
+    int most_packed;
+    CodeBlock packed[kPackedRows], widened[kCodeRows];  // by rows - 1
 };
 
 // Channels of a widened panel as floats, one line of 32 per input (what a panel of floats is).
@@ -196,12 +202,12 @@ void widened_to_floats(const uint8_t* lines, int groups, float* to) {
 template <class F>
 constexpr CodeKernels code_kernels() {
     using W = WideForm<F>;
-    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, {}, {}};
+    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}};
     each_line<0, kPackedRows>([&](auto i) {
-        if constexpr (i < 4 || i % 2) all.packed[i] = code_block<Packed<F>, i + 1>;
+        all.packed[i] = code_block<Packed<F>, i + 1>;
     });
     each_line<0, kCodeRows>([&](auto i) {
-        if constexpr (i < 8 || i % 2) all.widened[i] = code_block<Widened<W>, i + 1>;
+        all.widened[i] = code_block<Widened<W>, i + 1>;
     });
     return all;
 }
@@ -222,30 +228,26 @@ inline const CodeKernels* code_kernels_of(int type) {
 // sink(row, rows, panel, sums [rows, 32]) for rows [row0, row1) by panels [panel0, panel1) of [.., K] from `data` on.
 template <class Sink>
 void multiply_codes(const CodeKernels& kernels, const RoundedRows& x, const char* data, int K, int row0, int row1, int panel0, int panel1, Sink&& sink) {
-    const int groups = groups_of(K);
+    const int groups = groups_of(K), all = row1 - row0;
     const long panel_bytes = kernels.panel_bytes(groups);
+    const bool is_widened = all > kernels.most_packed;
+    const int most = is_widened ? kCodeRows : kPackedRows;
+    const CodeBlock* blocks = is_widened ? kernels.widened : kernels.packed;
     alignas(64) float sums[kCodeRows * kPanel];
     static thread_local Buffer<uint8_t> wide;
     for (int p = panel0; p < panel1; p++) {
-        const char* panel = data + p * panel_bytes;
-        if (row1 - row0 <= kMostPackedRows) {
-            for (int m = row0, rows; m < row1; m += rows) {
-                rows = chunks_for(row1 - m, chunks_for(row1 - m, kPackedRows));
-                while (!kernels.packed[rows - 1]) rows--;
-                kernels.packed[rows - 1](panel, groups, x, m, sums, m == row0 ? kAhead : 0);
-                sink(m, rows, p, sums);
-            }
-            continue;
+        const char *packed = data + p * panel_bytes, *panel = packed;
+        if (is_widened) {
+            uint8_t* lines = wide.at_least(groups * kernels.wide_record);
+            kernels.widen(packed, groups, lines);
+            panel = reinterpret_cast<const char*>(lines);
         }
-        uint8_t* lines = wide.at_least(groups * kernels.wide_record);
-        kernels.widen(panel, groups, lines);
         long fetched = 0;
         for (int m = row0, rows; m < row1; m += rows) {
-            rows = chunks_for(row1 - m, chunks_for(row1 - m, kCodeRows));
-            while (!kernels.widened[rows - 1]) rows--;
-            // Of the next panel each block fetches its share.
-            for (const long until = panel_bytes * (m + rows - row0) / (row1 - row0); fetched < until; fetched += 64) _mm_prefetch(panel + panel_bytes + fetched, _MM_HINT_T1);
-            kernels.widened[rows - 1](reinterpret_cast<const char*>(lines), groups, x, m, sums, 0);
+            rows = chunks_for(row1 - m, chunks_for(row1 - m, most));
+            if (is_widened || all > most)  // of the next panel each block fetches its share
+                for (const long until = panel_bytes * (m + rows - row0) / all; fetched < until; fetched += 64) _mm_prefetch(packed + panel_bytes + fetched, _MM_HINT_T1);
+            blocks[rows - 1](panel, groups, x, m, sums, all > most ? 0 : kAhead);
             sink(m, rows, p, sums);
         }
     }
