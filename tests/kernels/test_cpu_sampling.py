@@ -22,8 +22,8 @@ class Drawer:
     def __init__(self, vocab: int) -> None:
         _, self._lib, _ = library.choose()
         spec = library.Spec(hidden=16, intermediate=16, num_heads=1, num_kv_heads=1, head_dim=16, vocab=vocab)
-        self._engine = self._lib.bs_create(
-            ctypes.byref(spec), (library.Layer * 1)(), (library.Difference * 1)(), 1, (library.End * 2)(), 2
+        self._engine = library.create_engine(
+            self._lib, ctypes.byref(spec), (library.Layer * 1)(), (library.Difference * 1)(), 1, (library.End * 2)(), 2
         )
 
     draw = NativeExecutor.draw

@@ -4,24 +4,31 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 namespace boomerang {
 
-// Grows, never shrinks. New memory is zero: the padding at the end of rows is written once, here.
+// Grows, never shrinks. New memory is zero: the padding at the end of rows is written once, here. What cannot be had is a
+// std::bad_alloc; the buffer is empty then.
 template <class T>
 class Buffer {
   public:
     T* at_least(size_t n) {
         if (n > capacity_) {
-            capacity_ = std::max(n, capacity_ + capacity_ / 2);
-            const size_t page = capacity_ * sizeof(T) < kHuge ? 64 : kHuge, bytes = (capacity_ * sizeof(T) + page - 1) / page * page;
+            const size_t capacity = std::max(n, capacity_ + capacity_ / 2);
+            if (capacity > (PTRDIFF_MAX - kHuge) / sizeof(T)) throw std::bad_alloc();
+            const size_t page = capacity * sizeof(T) < kHuge ? 64 : kHuge, bytes = (capacity * sizeof(T) + page - 1) / page * page;
+            capacity_ = 0;
             data_.reset();
             data_.reset(static_cast<T*>(std::aligned_alloc(page, bytes)));
+            if (!data_) throw std::bad_alloc();
             if (page == kHuge) madvise(data_.get(), bytes, MADV_HUGEPAGE);
             std::memset(static_cast<void*>(data_.get()), 0, bytes);
+            capacity_ = capacity;
         }
         return data_.get();
     }

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w"]  # -w: gcc 12 warns about its own intrinsics
+FLAGS += os.environ.get("BOOMERANG_CPU_FLAGS", "").split()  # of sanitizers, for one
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 _BF16 = ["-mavx512bf16", "-mavx512vnni"]  # no processor has the former without the latter
 

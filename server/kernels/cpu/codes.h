@@ -153,8 +153,14 @@ struct Widened {
 
     template <int i, int v>
     Bytes code() const { return load_bytes(record + (2 * i + v * kLanes / 16) * 64 + v * kLanes % 16 * 4); }
-    Floats scale(int part, int v) const { return load_floats(reinterpret_cast<const float*>(record + 1024) + part * kPanel + v * kLanes); }
-    Floats minimum(int part, int v) const { return load_floats(reinterpret_cast<const float*>(record + 1024) + (F::parts + part) * kPanel + v * kLanes); }
+    Floats scale(int part, int v) const {
+        if constexpr (F::scales == kChannel) return every_float(1.0f);
+        return load_floats(reinterpret_cast<const float*>(record + 1024) + part * kPanel + v * kLanes);
+    }
+    Floats minimum(int part, int v) const {
+        if constexpr (!F::has_minimum) return no_floats();
+        return load_floats(reinterpret_cast<const float*>(record + 1024) + (F::parts + part) * kPanel + v * kLanes);
+    }
 };
 
 template <class F>

@@ -93,8 +93,8 @@ class NativeExecutor(Executor):
             cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
         )  # fmt: skip
         num_layers = pair.elasticity.num_global_layers
-        self._engine = lib.bs_create(
-            ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
+        self._engine = library.create_engine(
+            lib, ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
             self._differences.table(num_layers), num_layers, end_table(pair, self._weights), self.num_threads,
         )  # fmt: skip
         self._has_int8_kv = config.kv_cache_dtype == "int8"

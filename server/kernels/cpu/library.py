@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
 
@@ -15,6 +15,7 @@ VARIANT_VARIABLE = "BOOMERANG_CPU_VARIANT"
 FLOAT, BF16, INT8, BF12, WIDE, CODES = 0, 1, 2, 3, 12, 13  # BsType
 BLOCK_TYPES = {"Q4_0": 4, "Q4_1": 5, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 9, "Q5_K": 10, "Q6_K": 11}
 NESTED = {4: 14, 5: 15, 6: 16, 8: 17}  # by the bits that are read
+_NO_MEMORY = 1  # BsStatus
 
 
 class Weights(ctypes.Structure):
@@ -128,23 +129,47 @@ def choose() -> tuple[str, ctypes.CDLL, list[str]] | list[str]:
 
 
 def load(variant: str) -> ctypes.CDLL:
-    """The library: installed beside its sources, else in the cache, else built there. Raises build.BuildError."""
+    """The library: installed beside its sources, else in the cache, else built there. Raises build.BuildError.
+
+    Of its functions those that can fail raise MemoryError, or RuntimeError with the words of an exception of C++.
+    """
     installed = build.SOURCES / build.library_name(variant)
     library = ctypes.CDLL(str(installed if installed.is_file() else build.build(variant)))
+    library.bs_error.restype = c_char_p
     library.bs_packed_bytes.restype = c_int64
     library.bs_packed_bytes.argtypes = [c_int32] * 4
     library.bs_packed_channels.restype = c_int64
     library.bs_packed_channels.argtypes = [c_int32] * 2
-    library.bs_measure.argtypes = [POINTER(Pack), c_int32, c_int32]
-    library.bs_pack.argtypes = [POINTER(Pack), c_int32, c_int32]
     library.bs_page_bytes.restype = c_int64
     library.bs_page_bytes.argtypes = [POINTER(Spec), c_int32]
-    library.bs_create.restype = c_void_p
-    library.bs_create.argtypes = [POINTER(Spec), POINTER(Layer), POINTER(Difference), c_int32, POINTER(End), c_int32]
     library.bs_destroy.argtypes = [c_void_p]
-    library.bs_step.argtypes = [c_void_p, POINTER(Step)]
-    library.bs_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]
-    library.bs_greedy.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p]
-    library.bs_draw.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
+    library.bs_destroy.restype = None
     library.bs_times.argtypes = [c_void_p, POINTER(c_double)]
+    library.bs_times.restype = None
+
+    def check(status: int, function: object, arguments: tuple) -> None:
+        if status:
+            raise (MemoryError if status == _NO_MEMORY else RuntimeError)(f"kernels: {library.bs_error().decode()}")
+
+    for name, arguments in {
+        "bs_measure": (POINTER(Pack), c_int32, c_int32),
+        "bs_pack": (POINTER(Pack), c_int32, c_int32),
+        "bs_create": (
+            POINTER(c_void_p), POINTER(Spec), POINTER(Layer), POINTER(Difference), c_int32, POINTER(End), c_int32,
+        ),
+        "bs_step": (c_void_p, POINTER(Step)),
+        "bs_head": (c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+        "bs_greedy": (c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+        "bs_draw": (c_void_p, c_void_p, c_int32, c_void_p, c_void_p),
+    }.items():  # fmt: skip
+        function = getattr(library, name)
+        function.argtypes, function.restype, function.errcheck = arguments, c_int32, check
     return library
+
+
+def create_engine(library: ctypes.CDLL, *arguments: object) -> int:
+    """The address of a new engine (`bs_create`). Raises MemoryError, RuntimeError."""
+    engine = c_void_p()
+    library.bs_create(ctypes.byref(engine), *arguments)
+    assert engine.value is not None
+    return engine.value

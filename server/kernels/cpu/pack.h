@@ -1,13 +1,12 @@
 // From a checkpoint's matrices to panels, once at load; and single rows back, for embeddings tied to the head.
 #pragma once
-#include <atomic>
-#include <thread>
 #include <vector>
 
 #include "buffer.h"
 #include "codes_pack.h"
 #include "compressed.h"
 #include "panels.h"
+#include "pool.h"
 #include "step.h"
 
 namespace boomerang {
@@ -139,19 +138,15 @@ inline void for_panels(const BsPack* matrices, int count, int num_threads, Each&
     std::vector<std::pair<int, int>> work;  // (matrix, first panel)
     for (int i = 0; i < count; i++)
         for (int p = 0; p < num_panels(matrices[i].N, matrices[i].gated); p += kPanelsAtOnce) work.emplace_back(i, p);
-    std::atomic<size_t> next{0};
-    auto run = [&] {
-        for (size_t i; (i = next.fetch_add(1)) < work.size();) {
-            const BsPack& m = matrices[work[i].first];
-            const int end = std::min(num_panels(m.N, m.gated), work[i].second + kPanelsAtOnce);
-            for (int p = work[i].second; p < end; p++) each(m, p);
-        }
+    Pool pool(num_threads);
+    pool.begin();
+    pool.run(int(work.size()), [&](int i, int) {
+        const BsPack& m = matrices[work[i].first];
+        const int end = std::min(num_panels(m.N, m.gated), work[i].second + kPanelsAtOnce);
+        for (int p = work[i].second; p < end; p++) each(m, p);
         _mm_sfence();
-    };
-    std::vector<std::thread> threads;
-    for (int i = 1; i < num_threads; i++) threads.emplace_back(run);
-    run();
-    for (auto& thread : threads) thread.join();
+    });
+    pool.end();
 }
 
 inline void pack_all(const BsPack* matrices, int count, int num_threads) { for_panels(matrices, count, num_threads, pack_one); }

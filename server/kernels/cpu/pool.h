@@ -12,8 +12,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace boomerang {
@@ -21,14 +23,15 @@ namespace boomerang {
 class Pool {
   public:
     explicit Pool(int num_threads) : num_threads_(num_threads), ranges_(new Range[num_threads]) {
-        for (int i = 1; i < num_threads; i++) workers_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < num_threads; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (...) {  // the system gives no more threads
+            stop();
+            throw;
+        }
     }
 
-    ~Pool() {
-        stopping_ = true;
-        wake();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Pool() { stop(); }
 
     int num_threads() const { return num_threads_; }
 
@@ -46,7 +49,8 @@ class Pool {
         ring();  // in case no worker came
     }
 
-    // body(chunk, thread) for every chunk in [0, num_chunks).
+    // body(chunk, thread) for every chunk in [0, num_chunks). If some throw, the others are run all the same, and the first
+    // exception goes on to the caller.
     template <class Body>
     void run(int num_chunks, Body&& body) {
         if (num_chunks <= 0) return;
@@ -64,6 +68,7 @@ class Pool {
             ranges_[i].ticket.store(uint64_t(sequence) << 32 | uint32_t(first(i, num_chunks)), std::memory_order_release);
         take_chunks(0);
         for (int spin = 0; done_.load(std::memory_order_acquire) != num_chunks; spin++) pause(spin);
+        if (has_failed_.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
   private:
@@ -118,7 +123,11 @@ class Pool {
                 continue;
             }
             if (!next.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-            job.call(job.context, chunk, thread);
+            try {
+                job.call(job.context, chunk, thread);
+            } catch (...) {
+                if (!has_failed_.exchange(true)) failure_ = std::current_exception();
+            }
             done_.fetch_add(1, std::memory_order_acq_rel);
             any = true;
             ticket = next.load(std::memory_order_acquire);
@@ -148,6 +157,12 @@ class Pool {
         }
     }
 
+    void stop() {
+        stopping_ = true;
+        wake();
+        for (auto& worker : workers_) worker.join();
+    }
+
     void wake() {
         futex_.fetch_add(1, std::memory_order_release);
         syscall(SYS_futex, reinterpret_cast<uint32_t*>(&futex_), FUTEX_WAKE_PRIVATE, 1 << 20, nullptr, nullptr, 0);
@@ -163,7 +178,8 @@ class Pool {
     std::atomic<int> num_asleep_{0};
     std::atomic<int> doorbell_{-1};
     std::atomic<uint32_t> futex_{0};
-    std::atomic<bool> stopping_{false};
+    std::atomic<bool> stopping_{false}, has_failed_{false};
+    std::exception_ptr failure_;
 };
 
 }  // namespace boomerang

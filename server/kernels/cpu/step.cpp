@@ -1,7 +1,11 @@
 // The C interface (step.h) over the engine for each pair of types.
 #include "step.h"
 
+#include <cstdio>
+#include <exception>
 #include <memory>
+#include <new>
+#include <stdexcept>
 
 #include "engine.h"
 #include "sampling.h"
@@ -17,6 +21,7 @@ namespace boomerang {
 
 struct Handle {
     virtual ~Handle() = default;
+    virtual void stop() = 0;  // after an exception: the team rests
     virtual void step(const BsStep& step) = 0;
     virtual void head(const float* rows, int M, int end, float* logits) = 0;
     virtual void greedy(const float* rows, int M, int end, int32_t* tokens) = 0;
@@ -31,6 +36,7 @@ struct TypedHandle final : Handle {
 
     TypedHandle(const BsSpec& spec, const BsLayer* layers, const BsDifference* differences, int num_layers, const BsEnd* ends, int num_threads)
         : engine(spec, layers, differences, num_layers, ends, num_threads), sampling(num_threads) {}
+    void stop() override { engine.pool().end(); }
     void step(const BsStep& step) override { engine.step(step); }
     void head(const float* rows, int M, int end, float* logits) override { engine.head(rows, M, end, logits); }
     void greedy(const float* rows, int M, int end, int32_t* tokens) override { engine.greedy(rows, M, end, tokens); }
@@ -44,6 +50,30 @@ struct TypedHandle final : Handle {
 };
 
 inline Handle* handle(void* engine) { return static_cast<Handle*>(engine); }
+
+thread_local char last_error[256] = "";
+
+template <class Call>
+BsStatus guarded(Handle* handle, Call&& call) noexcept {
+    BsStatus status = BS_OK;
+    try {
+        call();
+    } catch (const std::bad_alloc&) {
+        std::snprintf(last_error, sizeof last_error, "the system gives no more memory");
+        status = BS_NO_MEMORY;
+    } catch (const std::length_error&) {  // of a vector that would be longer than memory
+        std::snprintf(last_error, sizeof last_error, "more memory is asked for than there can be");
+        status = BS_NO_MEMORY;
+    } catch (const std::exception& error) {
+        std::snprintf(last_error, sizeof last_error, "%s", error.what());
+        status = BS_FAILED;
+    } catch (...) {
+        std::snprintf(last_error, sizeof last_error, "unknown exception");
+        status = BS_FAILED;
+    }
+    if (status != BS_OK && handle) handle->stop();
+    return status;
+}
 
 }  // namespace boomerang
 
@@ -69,9 +99,15 @@ int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type) {
 
 int64_t bs_packed_channels(int32_t N, int32_t gated) { return int64_t(num_panels(N, gated)) * kPanel; }
 
-void bs_measure(const BsPack* matrices, int32_t count, int32_t num_threads) { measure_all(matrices, count, num_threads); }
+const char* bs_error() { return last_error; }
 
-void bs_pack(const BsPack* matrices, int32_t count, int32_t num_threads) { pack_all(matrices, count, num_threads); }
+BsStatus bs_measure(const BsPack* matrices, int32_t count, int32_t num_threads) {
+    return guarded(nullptr, [&] { measure_all(matrices, count, num_threads); });
+}
+
+BsStatus bs_pack(const BsPack* matrices, int32_t count, int32_t num_threads) {
+    return guarded(nullptr, [&] { pack_all(matrices, count, num_threads); });
+}
 
 int64_t bs_page_bytes(const BsSpec* s, int32_t of_values) {
     const Int8Pages int8(s->page_size, s->head_dim, s->num_kv_heads);
@@ -80,20 +116,32 @@ int64_t bs_page_bytes(const BsSpec* s, int32_t of_values) {
     return PageShape<bf16>(s->page_size, s->head_dim, s->num_kv_heads).page_elements() * 2;
 }
 
-void* bs_create(const BsSpec* spec, const BsLayer* layers, const BsDifference* differences, int32_t num_layers, const BsEnd* ends, int32_t num_threads) {
-    auto make = [&](auto* none) -> Handle* { return new std::remove_pointer_t<decltype(none)>(*spec, layers, differences, num_layers, ends, num_threads); };
-    if (spec->type != BS_BF16) {
-        if (spec->weight_type == BS_CODES) return make(static_cast<TypedHandle<float, Codes>*>(nullptr));
-        return make(static_cast<TypedHandle<float, float>*>(nullptr));
-    }
-    if (spec->weight_type == BS_BF16) return make(static_cast<TypedHandle<bf16, bf16>*>(nullptr));
-    if (spec->weight_type == BS_BF12) return make(static_cast<TypedHandle<bf16, bf12>*>(nullptr));
-    return make(static_cast<TypedHandle<bf16, Codes>*>(nullptr));
+BsStatus bs_create(void** engine, const BsSpec* spec, const BsLayer* layers, const BsDifference* differences, int32_t num_layers, const BsEnd* ends, int32_t num_threads) {
+    return guarded(nullptr, [&] {
+        auto make = [&](auto* none) {
+            *engine = static_cast<Handle*>(new std::remove_pointer_t<decltype(none)>(*spec, layers, differences, num_layers, ends, num_threads));
+        };
+        if (spec->type != BS_BF16) {
+            if (spec->weight_type == BS_CODES) return make(static_cast<TypedHandle<float, Codes>*>(nullptr));
+            return make(static_cast<TypedHandle<float, float>*>(nullptr));
+        }
+        if (spec->weight_type == BS_BF16) return make(static_cast<TypedHandle<bf16, bf16>*>(nullptr));
+        if (spec->weight_type == BS_BF12) return make(static_cast<TypedHandle<bf16, bf12>*>(nullptr));
+        make(static_cast<TypedHandle<bf16, Codes>*>(nullptr));
+    });
 }
 
 void bs_destroy(void* engine) { delete handle(engine); }
-void bs_step(void* engine, const BsStep* step) { handle(engine)->step(*step); }
-void bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits) { handle(engine)->head(rows, M, end, logits); }
-void bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens) { handle(engine)->greedy(rows, M, end, tokens); }
-void bs_draw(void* engine, const float* logits, int32_t M, const BsDraw* draws, int32_t* tokens) { handle(engine)->draw(logits, M, draws, tokens); }
+BsStatus bs_step(void* engine, const BsStep* step) {
+    return guarded(handle(engine), [&] { handle(engine)->step(*step); });
+}
+BsStatus bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits) {
+    return guarded(handle(engine), [&] { handle(engine)->head(rows, M, end, logits); });
+}
+BsStatus bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens) {
+    return guarded(handle(engine), [&] { handle(engine)->greedy(rows, M, end, tokens); });
+}
+BsStatus bs_draw(void* engine, const float* logits, int32_t M, const BsDraw* draws, int32_t* tokens) {
+    return guarded(handle(engine), [&] { handle(engine)->draw(logits, M, draws, tokens); });
+}
 void bs_times(void* engine, double* seconds) { handle(engine)->times(seconds); }

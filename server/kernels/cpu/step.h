@@ -7,6 +7,10 @@
 
 extern "C" {
 
+// What the functions that do work return: an exception of C++ never leaves them. `bs_error` has the words of the last one
+// that this thread saw. An engine goes on working after a failed call; what the call was to write is not defined.
+enum BsStatus : int32_t { BS_OK = 0, BS_NO_MEMORY = 1, BS_FAILED = 2 };
+
 enum BsType : int32_t {
     BS_FLOAT = 0, BS_BF16 = 1, BS_INT8 = 2, BS_BF12 = 3,
     // As GGUF names them; BS_WIDE: codes of eight bits with float scale and minimum per 16 inputs, which hold them all.
@@ -120,24 +124,25 @@ struct BsDraw {
 
 // 0, or the errno with which the system refused the instructions that this build needs.
 int32_t bs_prepare();
+const char* bs_error();
 // Bytes of a packed matrix, and its number of scales (channels with padding).
 int64_t bs_packed_bytes(int32_t N, int32_t K, int32_t gated, int32_t type);
 int64_t bs_packed_channels(int32_t N, int32_t gated);
-void bs_measure(const struct BsPack* matrices, int32_t count, int32_t num_threads);
-void bs_pack(const struct BsPack* matrices, int32_t count, int32_t num_threads);
+BsStatus bs_measure(const struct BsPack* matrices, int32_t count, int32_t num_threads);
+BsStatus bs_pack(const struct BsPack* matrices, int32_t count, int32_t num_threads);
 // Bytes of K of one page, or of V.
 int64_t bs_page_bytes(const struct BsSpec* spec, int32_t of_values);
 
-// `layers` and `differences` by global id.
-void* bs_create(const struct BsSpec* spec, const struct BsLayer* layers, const struct BsDifference* differences, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);
+// An engine to `*engine`; `layers` and `differences` by global id.
+BsStatus bs_create(void** engine, const struct BsSpec* spec, const struct BsLayer* layers, const struct BsDifference* differences, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);
 void bs_destroy(void* engine);
-void bs_step(void* engine, const struct BsStep* step);
+BsStatus bs_step(void* engine, const struct BsStep* step);
 // logits [M, vocab] float = rows [M, hidden] float times the head of `end`.
-void bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits);
+BsStatus bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits);
 // The likeliest token of each row (the first of equals), without logits in memory; -1 if that logit is not finite.
-void bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens);
+BsStatus bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens);
 // tokens[m] drawn from logits [M, vocab].
-void bs_draw(void* engine, const float* logits, int32_t M, const struct BsDraw* draws, int32_t* tokens);
+BsStatus bs_draw(void* engine, const float* logits, int32_t M, const struct BsDraw* draws, int32_t* tokens);
 // Seconds since the last call: products, attention, placing of K and V, norms, head, embedding.
 void bs_times(void* engine, double* seconds);
 }
