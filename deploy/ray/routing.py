@@ -1,78 +1,20 @@
 """Which replica answers: one that has this prompt's beginning in its KV cache and runs this size, unless it is busy.
 
-Serve routes a request before anything has read its body. So a middleware in the proxy (`middlewares`, named by
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) reads it and puts what routing needs into the two headers that Serve makes
-part of a request's metadata: the session id (here: the prompt's beginning) and the multiplexed model id (here: the
-size). Clients may send a session id themselves; then the body is not looked at.
+What a request is about stands in headers, which a middleware of the proxy fills (deploy/ray/headers.py). Start the
+cluster with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.routing:middlewares.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import OrderedDict
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["PREFIX_HEADER", "SIZE_HEADER", "PrefixAndSizeRouter", "RoutingHeaders", "middlewares", "routing_keys"]
+from deploy.ray.headers import RoutingHeaders
 
-PREFIX_HEADER, SIZE_HEADER = b"x-session-id", b"serve_multiplexed_model_id"
-# Characters of a prompt that make a conversation or a document; long enough to tell system prompts apart.
-PREFIX_CHARACTERS = 1024
-MAX_BODY = 16 << 20
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
-
-
-def routing_keys(body: bytes) -> tuple[str, str]:
-    """(hash of the prompt's beginning, size or "") of a completion or chat request; empty strings where unreadable."""
-    try:
-        request = json.loads(body)
-        prompt = request.get("prompt")
-        if prompt is None:
-            # The first message (the system prompt) and the second: turns that follow keep this prefix.
-            prompt = [(m.get("role"), m.get("content")) for m in request["messages"][:2]]
-        start = json.dumps(prompt, ensure_ascii=False)[:PREFIX_CHARACTERS] if not isinstance(prompt, str) else prompt
-        model = str(request.get("model") or "")
-        size = request.get("size") or (model.rpartition(":")[2] if ":" in model else "")
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return "", ""  # not ours to complain about: the replica answers 400
-    key = hashlib.blake2b(start[:PREFIX_CHARACTERS].encode(errors="replace"), digest_size=8).hexdigest()
-    return key, "" if str(size) == "auto" else str(size)
-
-
-class RoutingHeaders:
-    """ASGI middleware of the proxy: buffers the body, adds the headers, hands the body on unchanged."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        names = {name for name, _ in scope.get("headers", ())}
-        is_ours = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(ENDPOINTS)
-        if not is_ours or PREFIX_HEADER in names:
-            await self.app(scope, receive, send)
-            return
-        messages: list[Message] = []
-        body = b""
-        while len(body) <= MAX_BODY:
-            message = await receive()
-            messages.append(message)
-            body += message.get("body", b"")
-            if message["type"] != "http.request" or not message.get("more_body"):
-                break
-        prefix, size = routing_keys(body)
-        found = [(PREFIX_HEADER, prefix.encode()), (SIZE_HEADER, size.encode("latin-1", "replace"))]
-        headers = [*scope["headers"], *found]
-        queue = iter(messages)
-
-        async def replay() -> Message:
-            message = next(queue, None)
-            return message if message is not None else await receive()
-
-        await self.app({**scope, "headers": headers}, replay, send)
+__all__ = ["PrefixAndSizeRouter", "middlewares"]
 
 
 def middlewares() -> list[Middleware]:

@@ -190,18 +190,3 @@ def test_the_router_prefers_the_prefix_then_the_size_unless_busy():
     router.loads["b"] = 9
     assert order(router, request("p", "16L")) == ["a", "c", "b"]  # but is too busy
     assert order(router, None) == ["c", "a", "b"]
-
-
-def test_routing_keys_tell_prompts_and_sizes_apart():
-    from deploy.ray.routing import routing_keys
-
-    def keys(**request) -> tuple[str, str]:
-        return routing_keys(json.dumps(request).encode())
-
-    system = {"role": "system", "content": "You are terse."}
-    first = keys(messages=[system, {"role": "user", "content": "a"}])
-    later = keys(messages=[system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    other = keys(messages=[system, {"role": "user", "content": "z"}])
-    assert first == later != other
-    assert keys(prompt="x", model="tiny:5L")[1] == "5L" and keys(prompt="x", size="auto")[1] == ""
-    assert routing_keys(b"{nonsense") == ("", "") and routing_keys(b'{"prompt": 5}') != ("", "")

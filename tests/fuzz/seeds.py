@@ -81,7 +81,7 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
     }),
     ("/v1/chat/completions", {
         "messages": _SAY, "max_tokens": 20, "response_format": {"type": "json_object", "schema": {
-            "type": "object", "properties": {"n": {"type": "integer", "minimum": -(2**63), "format": "int64"}},
+            "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "format": "int64"}},
             "$defs": {"a": {"$ref": "#/$defs/a"}},
         }},
     }),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from tokenizers.decoders import DecodeStream
@@ -38,6 +39,11 @@ class Detokenizer:
         self._marks = (marks or {}) if skip_special_tokens else {}
         self._stream: DecodeStream | None = None
         self._stop = tuple(stop)
+        self._sorted_stop = sorted(stop)  # those that begin with some text lie together, right of it
+        self._shortest_stop = min(map(len, stop), default=0)
+        # Where the first stop string begins that the text may be in the middle of. A place that begins none never will
+        # again, so this only moves on: all of the text costs one comparison per character, however many strings.
+        self._open = 0
         self.includes_stop = include_stop
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -82,9 +88,8 @@ class Detokenizer:
 
     def take(self, is_final: bool = False) -> str:
         """Text not returned before and safe to send."""
-        end = len(self.text)
-        if self._stop and not is_final and self.stop_string is None:
-            end -= self._held_back()
+        is_held = self._stop and not is_final and self.stop_string is None
+        end = self._open if is_held else len(self.text)
         if end <= self._sent:
             return ""
         piece = self.text[self._sent : end]
@@ -134,28 +139,26 @@ class Detokenizer:
     def _append(self, piece: str) -> bool:
         start = len(self.text)
         self.text += piece
-        if not self._stop or self._num_tokens < self._min_tokens:
+        if not self._stop:
             return False
         found: tuple[int, str] | None = None
-        for stop in self._stop:
-            at = self.text.find(stop, max(start - len(stop) + 1, 0))
-            if at >= 0 and (found is None or at < found[0]):
-                found = (at, stop)
+        if self._num_tokens >= self._min_tokens and len(self.text) - self._open >= self._shortest_stop:
+            for stop in self._stop:
+                at = self.text.find(stop, max(self._open, start - len(stop) + 1))
+                if at >= 0 and (found is None or at < found[0]):
+                    found = (at, stop)
         if found is None:
+            while self._open < len(self.text) and not self._begins_a_stop(self.text[self._open :]):
+                self._open += 1
             return False
         at, self.stop_string = found
         self.text = self.text[: at + len(self.stop_string) if self.includes_stop else at]
         return True
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self.text)), longest, -1):
-                if self.text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    def _begins_a_stop(self, text: str) -> bool:
+        """Whether some stop string begins with `text` and goes on."""
+        at = bisect_right(self._sorted_stop, text)
+        return at < len(self._sorted_stop) and self._sorted_stop[at].startswith(text)
 
 
 def _num_shared(one: str, other: str) -> int:
