@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[1]
 class LocalServer:
     """`python -m server serve` on 127.0.0.1 and a port of the system's choice. `url` is known once it is ready."""
 
-    def __init__(self, flags: list[str], cores: str | None = None) -> None:
-        """`cores`: a list for `taskset -c`; None leaves the process where its parent runs."""
+    def __init__(self, flags: list[str], cores: str | None = None, root: Path = ROOT) -> None:
+        """`cores`: a list for `taskset -c`; None leaves the process where its parent runs. `root`: of the code."""
         pin = ["taskset", "-c", cores] if cores else []
         self.process = subprocess.Popen(
             [*pin, sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0", *flags],
-            cwd=ROOT,
-            env={key: value for key, value in os.environ.items() if not key.startswith("BOOMERANG_")},
+            cwd=root,
+            env=self.environment(root),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -37,6 +37,12 @@ class LocalServer:
         self.errors: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    @staticmethod
+    def environment(root: Path) -> dict[str, str]:
+        """Of a process that imports the code in `root`."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith("BOOMERANG_")}
+        return own | {"PYTHONPATH": str(root)}
 
     def _read(self) -> None:
         for line in self.process.stderr:

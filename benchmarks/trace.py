@@ -83,7 +83,11 @@ def make_plan(args: argparse.Namespace) -> None:
         say("letting the cost model learn from 183 requests at up to 40 at a time")
         asyncio.run(keep_busy(server.url, args.max_prompt, args.max_output))
         models = httpx.get(server.url + "/v1/models").json()["data"]
-    sizes = {card["layers"]: (card["quality"] or {}) for card in models if "layers" in card}
+    sizes = {
+        card["layers"]: card["quality"] or {}
+        for card in models
+        if card.get("precision") in (None, "exact") and "layers" in card
+    }
     plan: dict[str, Any] = {
         "requests": args.requests,
         "max_prompt": args.max_prompt,
@@ -216,14 +220,17 @@ def as_row(record: Record) -> dict[str, Any]:
     job = record.job
     return {
         "arrival": round(job.arrival, 4), "prompt": job.prompt_tokens, "output": job.output_tokens,
-        "size": record.size, "reason": record.reason, "status": record.error_status, "met": record.met,
+        "size": record.size, "tokens_at": record.tokens_at, "reason": record.reason, "status": record.error_status,
+        "met": record.met,
         "ttft": record.ttft, "tpot": record.tpot, "e2e": record.e2e,
     }  # fmt: skip
 
 
 def record_of(row: dict[str, Any], plan: dict[str, Any]) -> Record:
     job = Job(row["arrival"], row["prompt"], row["output"], budget=Budget(ttft=plan["ttft"], tpot=plan["tpot"]))
-    return Record(job, row["size"], row["reason"], row["ttft"], row["tpot"], row["e2e"], 0, 0, row["status"])
+    tokens_at = {int(width): count for width, count in row.get("tokens_at", {}).items()}
+    times = row["ttft"], row["tpot"], row["e2e"]
+    return Record(job, row["size"], row["reason"], *times, 0, 0, row["status"], tokens_at)
 
 
 def machine_seconds() -> float:

@@ -13,7 +13,7 @@ from server.simulation.jobs import Job, Record
 from server.simulation.report import plot, summarise
 from server.simulation.simulator import ReplicaSpec, Simulator
 from server.sizing.policy import BudgetPolicy, PolicyConfig
-from server.sizing.quality import quality_by_size
+from server.sizing.quality import quality_by_size, quality_table
 
 KV_BYTES = 4 << 30
 DELIVERY = 0.002  # seconds from a step's end to the client, and from the client to the queue
@@ -42,7 +42,8 @@ def simulate(
     machine = from_json(calibration)
     sizes = machine.profile.elasticity.sizes
     config = EngineConfig(max_model_len=8192, max_num_seqs=64, max_num_batched_tokens=1024, page_size=32)
-    quality = qualities(plan)["kl"]
+    measured = {int(size): row for size, row in plan["quality"].items()}
+    quality = quality_table(measured, {}, sizes, machine.profile.widths)
 
     def make_policy() -> BudgetPolicy | LargestSize:
         if policy != "auto":

@@ -47,11 +47,11 @@ async def chunk_events(
     body: SamplingFields,
     settings: Settings,
 ) -> AsyncGenerator[bytes]:
-    """The stream. A change of size shows in the chunk where it happens and in all that follow."""
+    """The stream. A change of size or precision shows in the chunk where it happens and in all that follow."""
     options = body.stream_options
     with_usage = settings.enable_force_include_usage or bool(options and options.include_usage)
     every_usage = bool(options and options.continuous_usage_stats) and with_usage
-    num_changes = -1
+    written_for: tuple[int, int] | None = None  # changes of size, width
     envelope: dict[str, Any] = {}
     head = tail = b""
     has_begun: set[int] = set()
@@ -63,8 +63,8 @@ async def chunk_events(
         return event(envelope | {"choices": [choice]} | usage)
 
     async for piece in pieces:
-        if len(generation.changes) != num_changes:
-            num_changes = len(generation.changes)
+        if written_for != (now := (len(generation.changes), generation.width)):
+            written_for = now
             envelope = writer.envelope(generation)
             # Everything but the text is the same in every plain chunk: written once.
             head = b"data: " + dumps(envelope)[:-1] + b',"choices":[{"index":'
