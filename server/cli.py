@@ -17,8 +17,8 @@ _MODULES = {
     "export": ("write one size as an ordinary checkpoint", "model_store.export"),
     "simulate": ("replay a trace against a simulated cluster", "server.commands.simulate"),
 }
-# Commands of the model store that let our engine speak: which function of server.offline is their second argument.
-_GENERATORS = {"distill": "teacher_generator", "evaluate": "pair_generator"}
+# Commands of the model store that our engine speaks for: functions of server.offline that are their further arguments.
+_GENERATORS = {"distill": ("teacher_generator",), "evaluate": ("pair_generator", "nested_codes")}
 _MODEL_GROUPS = ("model", "engine")
 
 
@@ -127,7 +127,7 @@ def _with_engine(name: str, run: Callable[..., int]) -> Callable[[argparse.Names
     def run_with_engine(arguments: argparse.Namespace) -> int:
         from server import offline
 
-        return run(arguments, getattr(offline, _GENERATORS[name]))
+        return run(arguments, *(getattr(offline, function) for function in _GENERATORS[name]))
 
     return run_with_engine
 

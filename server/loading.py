@@ -94,6 +94,18 @@ def weight_form(settings: Settings, pair: Pair) -> WeightForm:
     return dataclasses.replace(form, low_rank=low_rank)
 
 
+def nested_codes(pair: Pair, store: Path | str | None) -> Path:
+    """The file of a pair's nested codes. They are made first if the store has none: a minute for 135M parameters."""
+    from model_store import nested_store
+    from model_store.store import store_root
+    from server.nesting import make_nested, nested_file
+
+    file = nested_file(pair, store_root(store))
+    if not nested_store.is_current(file):
+        make_nested(pair, file)
+    return file
+
+
 def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: torch.device) -> LoadedPair:
     """The pair's tensors in this form. Nested codes are made first if the store has none yet: a minute for 135M
     parameters. Raises PairError or WeightError."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from server.config import Settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from model_store.distill.job import DistillJob
     from model_store.evaluate.job import EvaluateJob
     from model_store.pair import Pair
@@ -74,6 +76,13 @@ def pair_generator(job: EvaluateJob, longest: int = 2048) -> Generate:
         return open_pair(job.teacher, job.student, patch_order=order, thresholds=job.thresholds, store=job.store)
 
     return _lazy(pair, Settings(dtype=job.dtype, device=job.device), longest)
+
+
+def nested_codes(pair: Pair) -> Path:
+    """The file of a pair's nested codes, which are made if the store has none."""
+    from server.loading import nested_codes
+
+    return nested_codes(pair, pair.store)
 
 
 def teacher_generator(job: DistillJob, longest: int = 2048) -> Generate:

@@ -29,8 +29,15 @@ QUALITY_FILE = "quality.json"
 Rows = dict[int, dict[str, Any]]
 
 
-def run(args: argparse.Namespace, generator: Callable[[EvaluateJob], Generate] | None = None) -> int:
-    """Measure, print, store. `generator` makes what answers the chat prompts (an engine); without it, transformers."""
+def run(
+    args: argparse.Namespace,
+    generator: Callable[[EvaluateJob], Generate] | None = None,
+    nested: Callable[[Pair], Path] | None = None,
+) -> int:
+    """Measure, print, store. `generator` makes what answers the chat prompts (an engine); without it, transformers.
+
+    `nested` makes the file of a pair's nested codes; ValueError for --precisions without it.
+    """
     import dataclasses
 
     import torch
@@ -45,17 +52,18 @@ def run(args: argparse.Namespace, generator: Callable[[EvaluateJob], Generate] |
     job = EvaluateJob.of(args)
     device = pick_device(job.device)
     pair, is_own = open_with_order(job)
-    if job.text and job.window_tokens > (longest := pair.spec.max_context):
+    if (job.text or job.kind) and job.window_tokens > (longest := pair.spec.max_context):
         raise ValueError(f"--window-tokens {job.window_tokens}: the pair is served up to {longest} tokens")
     held_out = list(read_texts(job.text, "--text")) if job.text else []
     prompts = chat_prompts(job.chat, job.chat_limit) if job.chat else []
-    provenance: dict[str, Any] = {"dtype": job.dtype} | _overlaps(pair, job, held_out, prompts)
+    texts = {name: list(read_texts(path, "--kind")) for name, path in job.kind}
+    provenance: dict[str, Any] = {"dtype": job.dtype} | _overlaps(pair, job, held_out, prompts, texts)
     model = load_elastic(pair, getattr(torch, job.dtype), device)
     if job.dtype == "bfloat16" and not has_bf16(device == "cpu"):
         # Such a processor takes ten times as long for products of bfloat16 matrices. The weights stay rounded.
         model.teacher.float()
         model.float()
-        provenance |= {"products": "float32"} if job.text or job.chat else {}
+        provenance |= {"products": "float32"} if job.text or job.chat or job.kind else {}
     tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer_path, local_files_only=True)
 
     found = search_order(model, tokenizer, job) if job.calibration else None
@@ -70,6 +78,7 @@ def run(args: argparse.Namespace, generator: Callable[[EvaluateJob], Generate] |
     if job.text:
         provenance["text"] = f"{job.text.name}, first {job.windows} windows of {job.window_tokens} tokens"
         _add(rows, measure_text(model, sizes, ids, job.window_tokens, job.windows))
+    kinds = _measure_kinds(model, pair, job, tokenizer, texts, sizes, nested, provenance)
     generate = generator(job) if generator else None
     if job.chat:
         provenance["chat"] = f"{job.chat.name}, {job.chat_limit} messages, greedy, at most {job.max_new_tokens}"
@@ -83,10 +92,33 @@ def run(args: argparse.Namespace, generator: Callable[[EvaluateJob], Generate] |
         _add(rows, {size: {"tokens_per_second": speed} for size, speed in speeds.items()})
     _add_costs(pair, rows, getattr(torch, job.dtype))
     orders = compare_orders(model, sizes, ids, job, found) if job.compare_orders and job.text else {}
-    _report(job, pair, rows, provenance, orders)
+    _report(job, pair, rows, provenance, orders, kinds)
     if not job.no_store:
-        _store(job, pair, is_own, rows, provenance, orders)
+        _store(job, pair, is_own, rows, provenance, orders, kinds)
     return 0
+
+
+def _measure_kinds(
+    model: Any, pair: Pair, job: EvaluateJob, tokenizer: Any, texts: Mapping[str, list[str]], sizes: Sequence[int],
+    nested: Callable[[Pair], Path] | None, provenance: dict[str, Any],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Figures and provenance by kind of text."""
+    from model_store.evaluate.kinds import KindsOfText
+
+    if not job.kind:
+        return {}
+    if job.precisions and nested is None:
+        raise ValueError("--precisions: nested codes are made by the server's packages, which are not here")
+    file = nested(pair) if job.precisions and nested is not None else None
+    measure, found = KindsOfText(model, pair, file, job.precisions), {}
+    for name, path in job.kind:
+        ids = tokenizer("\n\n".join(texts[name]), add_special_tokens=False).input_ids
+        figures: dict[str, Any] = measure.measure(name, ids, job.window_tokens, job.windows, sizes)
+        figures["text"] = f"{path.name}, first {job.windows} windows of {job.window_tokens} tokens"
+        if (overlap := provenance.pop(f"{name}_kind_overlap", None)) is not None:
+            figures["overlap"] = overlap
+        found[name] = figures
+    return found
 
 
 def _add(rows: Rows, more: Mapping[int, dict[str, Any]]) -> None:
@@ -94,16 +126,21 @@ def _add(rows: Rows, more: Mapping[int, dict[str, Any]]) -> None:
         rows[size].update(row)
 
 
-def _report(job: EvaluateJob, pair: Pair, rows: Rows, provenance: dict[str, Any], orders: dict[str, Rows]) -> None:
+def _report(
+    job: EvaluateJob, pair: Pair, rows: Rows, provenance: dict[str, Any], orders: dict[str, Rows],
+    kinds: dict[str, dict[str, Any]],
+) -> None:  # fmt: skip
     """Print the tables, and write --report."""
     from model_store.evaluate.measure import is_monotone
-    from model_store.evaluate.report import markdown, table, write_report
+    from model_store.evaluate.report import kinds_table, markdown, table, write_report
 
     print(markdown(table(rows)))
     if job.text:
         worse = is_monotone({size: row["kl"] for size, row in rows.items()})
         falls = "KL to the teacher falls at every added layer."
         print("\n" + (f"KL to the teacher does not fall at {', '.join(map(str, worse))} layers." if worse else falls))
+    if kinds:
+        print("\n" + markdown(kinds_table(kinds)))
     for name, other in orders.items():
         print(f"\n{name}\n\n{markdown(table(other))}")
     if job.report:
@@ -112,8 +149,9 @@ def _report(job: EvaluateJob, pair: Pair, rows: Rows, provenance: dict[str, Any]
 
 
 def _store(
-    job: EvaluateJob, pair: Pair, is_own: bool, rows: Rows, provenance: dict[str, Any], orders: dict[str, Rows]
-) -> None:
+    job: EvaluateJob, pair: Pair, is_own: bool, rows: Rows, provenance: dict[str, Any], orders: dict[str, Rows],
+    kinds: dict[str, dict[str, Any]],
+) -> None:  # fmt: skip
     from model_store.evaluate.orders import adopt
 
     name = job.patch_order or pair.patch_order
@@ -121,13 +159,15 @@ def _store(
         adopt(pair, name)
         is_own = True
     if is_own:
-        store_quality(pair, rows, provenance, orders)
+        store_quality(pair, rows, provenance, orders, kinds)
     else:  # `sizes` of quality.json are read as those of the pair's own order
         store_quality(pair, {}, {}, orders | {name: rows})
 
 
-def _overlaps(pair: Pair, job: EvaluateJob, held_out: list[str], prompts: list[str]) -> dict[str, Any]:
-    """Where --text and --chat were looked for and what share of them was found; OverlapError if it is too much.
+def _overlaps(
+    pair: Pair, job: EvaluateJob, held_out: list[str], prompts: list[str], kinds: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """Where --text, --chat and --kind were looked for and what share was found; OverlapError if it is too much.
 
     They are looked for in the text that an order is searched on, too.
     """
@@ -143,6 +183,9 @@ def _overlaps(pair: Pair, job: EvaluateJob, held_out: list[str], prompts: list[s
     for name, texts in (("text", held_out), ("chat", prompts)):
         if texts and (overlap := check_overlap(f"--{name}", texts, training, known, job.allow_overlap)):
             found[f"{name}_overlap"] = overlap
+    for name, texts in kinds.items():
+        if overlap := check_overlap(f"--kind {name}", texts, training, known, job.allow_overlap):
+            found[f"{name}_kind_overlap"] = overlap
     return found
 
 
@@ -238,7 +281,7 @@ def measure_speed(
 
 def store_quality(
     pair: Pair, rows: dict[int, dict[str, Any]], provenance: dict[str, Any],
-    orders: dict[str, dict[int, dict[str, Any]]] | None = None,
+    orders: dict[str, dict[int, dict[str, Any]]] | None = None, kinds: dict[str, dict[str, Any]] | None = None,
 ) -> Path:  # fmt: skip
     """Write quality.json beside the student: what `open_pair` reads back as `Pair.quality`.
 
@@ -256,6 +299,8 @@ def store_quality(
     content = {"measured": measured | provenance, "sizes": _merged(known.get("sizes", {}), rows)}
     if other := known.get("orders", {}) | {name: _merged({}, found) for name, found in (orders or {}).items()}:
         content["orders"] = other
+    if every_kind := known.get("kinds", {}) | (kinds or {}):
+        content["kinds"] = every_kind
     file.write_text(json.dumps(content, indent=1) + "\n")
     return file
 

@@ -24,6 +24,8 @@ class EvaluateJob:
     search_places: int | None
     adopt_order: bool
     text: Path | None
+    kind: tuple[tuple[str, Path], ...]
+    precisions: tuple[int, ...]
     windows: int
     window_tokens: int
     chat: Path | None
@@ -52,8 +54,12 @@ class EvaluateJob:
 
     def check(self) -> None:
         """ValueError names the option."""
-        if self.text is None and self.chat is None and not self.speed:
-            raise ValueError("nothing to measure: give --text, --chat, --speed or several of them")
+        if self.text is None and self.chat is None and not self.speed and not self.kind:
+            raise ValueError("nothing to measure: give --text, --kind, --chat, --speed or several of them")
+        if len({name for name, _ in self.kind}) < len(self.kind):
+            raise ValueError("--kind: two texts have the same name")
+        if self.precisions and not self.kind:
+            raise ValueError("--precisions: widths are measured by kind of text: name some with --kind")
         for name in ("windows", "calibration_windows", "chat_limit", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
@@ -87,6 +93,22 @@ class EvaluateJob:
         return sizes
 
 
+def _kind(text: str) -> tuple[str, Path]:
+    name, separator, file = text.partition("=")
+    if not separator or not name.replace("-", "_").isidentifier() or name == "worst":
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE (a name is a word, other than worst)")
+    return name, Path(file)
+
+
+def _width(text: str) -> int:
+    from model_store.nested import WIDTHS
+
+    bits = text.strip().lower().removeprefix("q")
+    if not bits.isdecimal() or int(bits) not in WIDTHS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'q{width}' for width in WIDTHS)}")
+    return int(bits)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
@@ -106,6 +128,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "last N); the others stay in the pair's own order")  # fmt: skip
     add("--adopt-order", action="store_true", help="make the order of --patch-order the pair's own (in its pair.json)")
     add("--text", type=Path, help="held-out text file; figures are taken on its first windows")
+    add("--kind", type=_kind, nargs="+", default=[], metavar="NAME=FILE", help="held-out texts of several kinds, as "
+        "code=source.txt: the pair keeps figures for each, and the kind on which a size is worst counts")  # fmt: skip
+    add("--precisions", type=_width, nargs="*", default=[], metavar="q6", help="of these, read from nested codes, "
+        "measure what they cost on each kind of text, too")  # fmt: skip
     add("--windows", type=int, default=16, help="windows of the text to use (default %(default)s)")
     add("--window-tokens", type=int, default=512, help="tokens of a window (default %(default)s)")
     add("--chat", type=Path, help="file of held-out user messages, one per line: adds chat figures")

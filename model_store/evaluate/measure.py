@@ -40,10 +40,12 @@ def score(
     sizes: Sequence[int],
     sequences: Sequence[torch.Tensor],
     starts: Sequence[int] | None = None,
+    reference: ElasticModel | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, Scores]:
     """Score every size on every sequence of token ids, each predicted from its own beginning.
 
+    They are compared with the teacher, or with that of `reference`, of which `model` is then a reduced form.
     `starts[i]` is the first token of sequence i whose prediction counts (1 if not given: all that have a context).
     """
     scores = {size: Scores() for size in sizes}
@@ -53,8 +55,9 @@ def score(
         batch, target = ids[None], ids[start:]
         states = model.teacher_states(batch)
         rope = model.rope(states[0])
-        reference = F.log_softmax(model.logits(states[-1][0, start - 1 : -1]).float(), -1)
-        best, probabilities = reference.argmax(-1), reference.exp()
+        teacher, last = (model, states[-1]) if reference is None else (reference, reference.teacher_states(batch)[-1])
+        wanted = F.log_softmax(teacher.logits(last[0, start - 1 : -1]).float(), -1)
+        best, probabilities = wanted.argmax(-1), wanted.exp()
         for size in sizes:
             path = paths[size]
             sides = path.teacher_stations
@@ -68,7 +71,7 @@ def score(
             ours = F.log_softmax(model.logits(hidden[0, start - 1 : -1], *ends).float(), -1)
             row = scores[size]
             row.nll.append(-float(ours.gather(-1, target[:, None]).sum()))
-            row.kl.append(float((probabilities * (reference - ours)).sum()))
+            row.kl.append(float((probabilities * (wanted - ours)).sum()))
             row.agree.append(float((ours.argmax(-1) == best).sum()))
             row.tokens.append(len(target))
         progress(number + 1)

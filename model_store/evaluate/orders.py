@@ -88,5 +88,5 @@ def adopt(pair: Pair, name: str) -> None:
     manifest |= {"patch_order": name, "thresholds": list(pair.elasticity.thresholds)}
     manifest_file.write_text(json.dumps(manifest, indent=1) + "\n")
     if quality_file.is_file():
-        quality = read_json(quality_file) | {"measured": {}, "sizes": {}}
+        quality = read_json(quality_file) | {"measured": {}, "sizes": {}, "kinds": {}}
         quality_file.write_text(json.dumps(quality, indent=1) + "\n")

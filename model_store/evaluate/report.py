@@ -29,6 +29,21 @@ def table(sizes: dict[int, dict[str, Any]], columns: Sequence[str] | None = None
     return rows
 
 
+def kinds_table(kinds: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Header and one row per point that was measured: KL and multiple of the teacher's perplexity on each kind."""
+    rows = [["point", *(f"{kind}: KL (x perplexity)" for kind in kinds)]]
+    points: dict[str, dict[str, dict[str, float]]] = {}
+    for kind, figures in kinds.items():
+        for size, row in figures["sizes"].items():
+            points.setdefault(f"{size}L", {})[kind] = row
+        for name, row in figures["points"].items():
+            points.setdefault(name, {})[kind] = row
+    for name, found in points.items():
+        cells = (found.get(kind) for kind in kinds)
+        rows.append([name, *(f"{c['kl']:.4f} ({c['perplexity_ratio']:.2f})" if c else "-" for c in cells)])
+    return rows
+
+
 def _cell(row: dict[str, Any], key: str, form: str) -> str:
     value, half_width = row.get(key), row.get(f"{key}_ci")
     if value is None:
