@@ -44,6 +44,7 @@ test-ray: install
 test-clients: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,clients]'
 	BOOMERANG_TEST_NPM=1 $(BIN)/python -m pytest tests/api/test_clients.py tests/api/test_tool_loops.py $(ARGS)
+	$(BIN)/python -m tests.clients --write docs/clients.md
 
 # The compose file on a real Docker engine: images built, replicas scaled, updated, killed. ENGINE is put in front of every
 # command, for an engine whose network is not this shell's; by default the machine's own Docker. Not part of CI.

@@ -7,7 +7,8 @@ import subprocess
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, ROOT, RunningServer, make_pair
+from tests.clients.__main__ import scripts
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -127,3 +128,11 @@ def test_ollamas_javascript_client(server, tmp_path):
     assert got["whole"] == got["streamed"] and got["counted"] == 6 and got["text"]
     assert isinstance(got["formed"]["on"], bool)
     assert got["error"][0] == 404 and "not found" in got["error"][1]
+
+
+def test_the_page_has_every_client_and_all_of_them_work():
+    rows = [
+        line.split("|")[1:-1] for line in (ROOT / "docs" / "clients.md").read_text().splitlines() if " yes " in line
+    ]
+    assert [row[0].strip() for row in rows] == list(scripts())
+    assert all(cell.strip() in ("yes", "") for row in rows for cell in row[2:])

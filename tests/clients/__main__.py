@@ -1,0 +1,88 @@
+"""Every client stack of this folder in its newest version against a server: `python -m tests.clients`.
+
+Python's run with `uv run`, which makes each an environment from the head of its script; JavaScript's with npm.
+Prints a table and exits 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.api import templates
+from tests.api.tiny import RunningServer, make_pair
+
+FOLDER = Path(__file__).parent
+CHECKS = ("text", "stream", "structured", "tools", "embeddings")
+PAGE = """# Clients
+
+Each client in its newest version, unmodified, asked a server with a tiny random model. `make test-clients` runs them
+and writes this page. An empty cell is what a client does not offer, or what its script does not try.
+
+| client | version | text | stream | structured output | tool loop | embeddings |
+|---|---|---|---|---|---|---|
+"""
+
+
+def scripts() -> dict[str, Path]:
+    found = [*FOLDER.glob("[a-z]*_.py"), *FOLDER.glob("*.mjs")]
+    return {path.stem.rstrip("_").replace("_", "-"): path for path in sorted(found)}
+
+
+def run_python(path: Path, url: str, folder: Path) -> tuple[str, str]:
+    """The script's last line, and the version of its first dependency."""
+    uv = [sys.executable, "-m", "uv"]
+    done = subprocess.run([*uv, "run", "--quiet", str(path), url], cwd=folder, capture_output=True, text=True)
+    sys.stderr.write(done.stderr[-6000:])
+    package = re.search(r'dependencies = \["([\w-]+)', path.read_text())[1]
+    tree = subprocess.run([*uv, "export", "--quiet", "--script", str(path)], cwd=folder, capture_output=True, text=True)
+    version = re.search(rf"^{package}(?:\[.*\])?==(\S+)", tree.stdout, re.MULTILINE)
+    return done.stdout.strip().split("\n")[-1], version[1] if version else "?"
+
+
+def run_javascript(path: Path, url: str, folder: Path) -> tuple[str, str]:
+    packages = re.search(r"packages: (.+)", path.read_text())[1].split()
+    (folder / "package.json").write_text('{"type": "module"}')
+    (folder / path.name).write_text(path.read_text())
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=folder, check=True)
+    done = subprocess.run(["node", path.name, url], cwd=folder, capture_output=True, text=True)
+    sys.stderr.write(done.stderr[-6000:])
+    name = packages[0].split("@")[0]
+    version = json.loads((folder / "node_modules" / name / "package.json").read_text())["version"]
+    return done.stdout.strip().split("\n")[-1], version
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="some of them; default: all")
+    parser.add_argument("--write", type=Path, help="write the table to this page")
+    arguments = parser.parse_args()
+    rows, num_failed = [], 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "template").write_text(templates.LLAMA3)
+        with RunningServer(make_pair(folder, max_len=4096), "--chat-template", str(folder / "template")) as server:
+            for name, path in scripts().items():
+                if arguments.names and name not in arguments.names:
+                    continue
+                own = folder / name
+                own.mkdir()
+                run = run_python if path.suffix == ".py" else run_javascript
+                line, version = run(path, server.url, own)
+                results = json.loads(line or "{}")
+                cells = [results.get(check, "" if results else "did not start") for check in CHECKS]
+                num_failed += any(cell not in ("yes", "") for cell in cells)
+                rows.append("| " + " | ".join([name, version, *cells]) + " |")
+                print(rows[-1], flush=True)
+    if arguments.write:
+        arguments.write.write_text(PAGE + "\n".join(rows) + "\n")
+    return int(num_failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
