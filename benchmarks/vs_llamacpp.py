@@ -1,7 +1,9 @@
 """Against llama.cpp's server on one GGUF file, over HTTP, in one run, interleaved; another version of ours beside it.
 
     python -m benchmarks.vs_llamacpp --gguf FILE [--repeats 5] [--baseline-path FOLDER] [--variant avx2]
+    python -m benchmarks.vs_llamacpp --gguf FILE --context 4096 [--repeats 3]
 
+The second form measures what a long context costs one request that decodes, with KV in 16 and in 8 bits on both sides.
 Peer: `xllamacpp`, a wheel that holds llama.cpp and its server (installed into an environment of its own on first use).
 Every engine is stopped while another is measured. Prompts are random tokens, answers greedy and without end.
 No prompt is seen twice.
@@ -53,7 +55,7 @@ class Engine:
 
     def _address(self) -> str:
         for _ in range(30000):
-            if match := re.search(r"listening on (http\S+)", self.log.read_text(errors="replace")):
+            if match := re.search(r"listening on (http\S+)$", self.log.read_text(errors="replace"), re.MULTILINE):
                 return match[1]
             if self.process.poll() is not None:
                 break
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--baseline-path", type=Path, help="folder of another version of this project")
     parser.add_argument("--variant", help="of the native kernels of both versions")
     parser.add_argument("--options", default="", help="further flags of this version's server")
+    parser.add_argument("--context", type=int, help="tokens before the decode steps; one request only")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
@@ -135,11 +138,16 @@ def main() -> None:
         str(SLOTS),
     ]
     env = {"BOOMERANG_CPU_VARIANT": arguments.variant} if arguments.variant else {}
-    peer = [python_of("xllamacpp"), str(HERE / "server_llamacpp.py"), str(arguments.gguf), str(SLOTS), str(CONTEXT)]
+    count, length = (1, arguments.context + 256) if arguments.context else (SLOTS, CONTEXT)
+    peer = [python_of("xllamacpp"), str(HERE / "server_llamacpp.py"), str(arguments.gguf), str(count), str(length)]
+    peer, ours = [*peer, str(threads)], [*serve, *arguments.options.split()]
+    env_of_ours = env | {"PYTHONPATH": str(ROOT)}
     commands: dict[str, tuple[list[str], Path, dict[str, str]]] = {
-        "llama.cpp": ([*peer, str(threads)], ROOT, {}),
-        "boomerang": ([*serve, *arguments.options.split()], ROOT, env | {"PYTHONPATH": str(ROOT)}),
-    }
+        "llama.cpp": (peer, ROOT, {}), "boomerang": (ours, ROOT, env_of_ours)
+    }  # fmt: skip
+    if arguments.context:
+        commands["llama.cpp, q8_0 KV"] = ([*peer, "q8_0"], ROOT, {})
+        commands["boomerang, int8 KV"] = ([*ours, "--kv-cache-dtype", "int8"], ROOT, env_of_ours)
     if arguments.baseline_path:
         folder = arguments.baseline_path
         commands["baseline"] = (serve, folder, env | {"PYTHONPATH": str(folder)})
@@ -154,6 +162,12 @@ def main() -> None:
         "64 requests, tokens/s": lambda e: e.many(prompts(64, 20), NUM_NEW),
         "first token of 512, ms": lambda e: 1e3 * e.one(prompts(1, 512)[0], 1)[0],
     }
+    if arguments.context:
+        long = arguments.context
+        jobs = {
+            "decode after 20 tokens, ms": lambda e: 1e3 / e.one(prompts(1, 20)[0], NUM_NEW)[1],
+            f"decode after {long:,} tokens, ms": lambda e: 1e3 / e.one(prompts(1, long)[0], NUM_NEW)[1],
+        }
     figures: dict[str, dict[str, list[float]]] = {job: {name: [] for name in commands} for job in jobs}
     ready: dict[str, list[float]] = {name: [] for name in commands}
     engines: dict[str, Engine] = {}
@@ -179,8 +193,11 @@ def main() -> None:
             engine.close()
     rows = figures | {"resident memory, MB": memory, "ready, warm, s": {name: r[1:] for name, r in ready.items()}}
     medians = {what: {name: statistics.median(values) for name, values in row.items()} for what, row in rows.items()}
+    if arguments.context:
+        near, far = (medians[job] for job in jobs)
+        medians["added by the context, ms"] = {name: far[name] - near[name] for name in commands}
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    print(f"{versions('xllamacpp')}; {model.partition(': ')[2] or platform.processor()}, {threads} threads")
+    print(f"{versions('xllamacpp')}; {model.partition(': ')[2] or platform.processor()}, {threads} threads\n")
     print(f"| | {' | '.join(commands)} |\n|---|{'---|' * len(commands)}")
     for what, row in medians.items():
         print(f"| {what} | {' | '.join(f'{value:.4g}' for value in row.values())} |")

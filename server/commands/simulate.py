@@ -109,6 +109,8 @@ def build_machine(args: argparse.Namespace) -> tuple[CostModel, EngineConfig, in
         page_size=32,
     )
     if is_measured:
+        if args.kv_cache_dtype != "auto":
+            raise ValueError("--kv-cache-dtype: --calibration says itself in what KV was measured")
         machine = load(None, Path(args.calibration))
         if machine is None:
             raise ValueError(f"--calibration: {args.calibration} is no calibration that this version wrote")

@@ -5,9 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.kernels.cpu import build, library
-from tests.kernels import test_compressed_weights, test_cpu_executor
+from tests.kernels import test_compressed_weights, test_cpu_executor, test_int8_kv
 from tests.kernels.steps import FAMILIES, PAGE
 from tests.model import test_low_rank_lanes
 from tests.model_store.test_lowrank import write_student
@@ -55,6 +56,10 @@ def test_scores_that_grow_along_a_row(variant, page_size):
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch):
     test_cpu_executor.test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch)
+
+
+def test_int8_kv_is_near_wide_kv(variant, monkeypatch):
+    test_int8_kv.test_near_wide_kv(64, torch.bfloat16, monkeypatch)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 33, 70, 210])

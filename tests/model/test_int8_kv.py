@@ -1,5 +1,6 @@
 """KV in 8 bits through the engine: near the oracle whatever else happens, counted in bytes, served with the flag."""
 
+import argparse
 import random
 
 import httpx
@@ -8,6 +9,7 @@ import torch
 
 from model_store.pair import open_pair
 from model_store.weight_form import WeightForm
+from server.commands import simulate
 from server.commands.sizes import speed_file
 from server.config import Settings
 from server.cost.calibrate import profile_of
@@ -66,6 +68,18 @@ def test_everything_that_counts_bytes_counts_it(tmp_path):
     assert profile_of(loaded, kv_bytes=engine.executor.page_bytes() // 8).kv_bytes == token
     shape = PAIRS["qwen3-4b"]
     assert shape.profile("int8").kv_bytes == 8 * (2 * 128 + 2 * 5) and shape.profile().kv_bytes == 2 * 2 * 8 * 128
+
+
+def test_the_simulator_has_more_pages():
+    parser = argparse.ArgumentParser()
+    simulate.add_arguments(parser)
+    pages = [
+        simulate.build_machine(parser.parse_args(["--trace", "none", "--kv-cache-dtype", kind]))[2]
+        for kind in ("auto", "int8")
+    ]
+    assert pages[1] == pytest.approx(pages[0] * 512 / (256 + 10), rel=1e-3)  # heads of 128 channels
+    with pytest.raises(ValueError, match="--kv-cache-dtype"):
+        simulate.build_machine(parser.parse_args(["--trace", "none", "--calibration", "x", "--kv-cache-dtype", "int8"]))
 
 
 def test_a_server_with_the_flag(tmp_path):
