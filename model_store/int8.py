@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model_store.dual import DualMatrix, exact_of
 from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix
 
@@ -47,7 +48,7 @@ class Int8Matrix:
 
 
 Factor = torch.Tensor | Int8Matrix  # of a low-rank term
-Matrix = Factor | CodedMatrix | NestedMatrix
+Matrix = Factor | CodedMatrix | NestedMatrix | DualMatrix
 
 
 def quantise(matrix: torch.Tensor) -> Int8Matrix:
@@ -65,6 +66,7 @@ def quantise(matrix: torch.Tensor) -> Int8Matrix:
 
 
 def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+    matrix = exact_of(matrix)
     return matrix.to(dtype) if isinstance(matrix, torch.Tensor) else matrix.dense(dtype)
 
 
@@ -72,7 +74,7 @@ def tensors_of(value: Matrix | None) -> Iterator[torch.Tensor]:
     """What a field of weights holds in memory."""
     if isinstance(value, Int8Matrix):
         yield from (value.values, value.scale)
-    elif isinstance(value, CodedMatrix | NestedMatrix):
+    elif isinstance(value, CodedMatrix | NestedMatrix | DualMatrix):
         yield from value.tensors()
     elif value is not None:
         yield value

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from model_store.assembly import Elasticity
+from model_store.dual import DualMatrix, exact_of
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.lowrank import LowRankDelta
 from model_store.nested import NestedMatrix
@@ -18,6 +19,7 @@ from model_store.quantized import CodedMatrix
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import MATRICES, EndWeights, LayerWeights
+from model_store.width import EXACT
 
 
 @dataclass(slots=True, eq=False)
@@ -33,18 +35,20 @@ class LoadedPair:
     missing_sizes: dict[int, str] = field(default_factory=dict)  # size -> why it cannot be served
     # Global id -> factors of a student layer. Those not in `layers` run as a difference to their teacher layer.
     low_rank: dict[int, LowRankDelta] = field(default_factory=dict)
+    widths: tuple[int, ...] = (EXACT,)  # at which rows can read the matrices, ascending
 
     @property
     def form(self) -> WeightForm:
         """In what form the tensors are, before an executor packs them."""
         end = self.ends["teacher"]
         storage = Storage.INT8 if isinstance(end.head, Int8Matrix) else Storage.AS_LOADED
-        if any(isinstance(value, CodedMatrix) for _, value in self._matrices()):
+        if any(isinstance(exact_of(value), CodedMatrix) for _, value in self._matrices()):
             storage = Storage.CODES
         nested = [value.width for _, value in self._matrices() if isinstance(value, NestedMatrix)]
         if nested:
-            return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), Storage.NESTED, min(nested))
-        return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage)
+            bits = min(nested)
+            return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), Storage.NESTED, bits, widths=self.widths)
+        return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage, widths=self.widths)
 
     def _matrices(self) -> Iterator[tuple[str, Matrix]]:
         for layer in self.layers.values():
@@ -57,7 +61,7 @@ class LoadedPair:
         kinds: dict[str, dict[str, None]] = {}
         for name, matrix in self._matrices():
             kind = str(matrix.dtype).removeprefix("torch.")
-            if isinstance(matrix, CodedMatrix | NestedMatrix):
+            if isinstance(matrix, CodedMatrix | NestedMatrix | DualMatrix):
                 kind = matrix.kind
             kinds.setdefault(name, {})[kind] = None
         names: dict[str, list[str]] = {}

@@ -15,8 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model_store.dual import DualMatrix
 from model_store.loaded import LoadedPair
 from model_store.nested import HEAD_BITS, NestedMatrix, can_nest_width, nest
+from model_store.quantized import CodedMatrix
+from model_store.weight_form import Storage, WeightForm
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 
 VERSION = 1  # of the codes and of the text that scales are fitted on: files of other versions are made again
@@ -26,7 +29,7 @@ Grams = dict[int, torch.Tensor]  # address of a matrix -> X^T X of the inputs th
 
 
 def places(pair: LoadedPair) -> Iterator[tuple[str, LayerWeights | EndWeights, str]]:
-    """(name, owner, field) of every plain matrix of layers and heads that can be nested, in the order of a step."""
+    """(name, owner, field) of every matrix of layers and heads that can be nested, in the order of a step."""
     owners: list[tuple[str, LayerWeights | EndWeights, tuple[str, ...]]] = [
         (f"layers.{index}", layer, MATRICES) for index, layer in sorted(pair.layers.items())
     ]
@@ -34,7 +37,7 @@ def places(pair: LoadedPair) -> Iterator[tuple[str, LayerWeights | EndWeights, s
     for prefix, owner, fields in owners:
         for field in fields:
             matrix = getattr(owner, field)
-            if isinstance(matrix, torch.Tensor) and can_nest_width(matrix.shape[1]):
+            if isinstance(matrix, torch.Tensor | CodedMatrix) and can_nest_width(matrix.shape[1]):
                 yield f"{prefix}.{field}", owner, field
 
 
@@ -75,19 +78,24 @@ def _about(handle: safe_open) -> dict:
     return json.loads((handle.metadata() or {}).get("boomerang", "{}"))
 
 
-def put(pair: LoadedPair, file: Path, bits: int) -> None:
-    """Replace the pair's plain matrices by those of the file, layers read at `bits`, heads at `HEAD_BITS`.
+def put(pair: LoadedPair, file: Path, form: WeightForm) -> None:
+    """Give the pair's matrices the nested codes of the file: in their place, layers read at `form.bits` and heads at
+    `HEAD_BITS`, or beside them. Rows may then choose from `form.widths`.
 
     What is shared stays shared. A tied embedding is read as its head is.
     """
+    pair.widths = form.widths
+    read: dict[str, NestedMatrix | DualMatrix] = {}
     with safe_open(file, "pt") as handle:
-        shared, read = _about(handle)["shared"], {}
+        shared = _about(handle)["shared"]
         for name, owner, field in list(places(pair)):
             first = shared.get(name, name)
             if first not in read:
-                width = HEAD_BITS[bits] if field == "head" else bits
+                width = HEAD_BITS[form.bits] if field == "head" else form.bits
                 codes, zero, scales = (handle.get_tensor(f"{first}.{part}") for part in _PARTS)
-                read[first] = NestedMatrix(codes, zero, scales, width)
+                nested = read[first] = NestedMatrix(codes, zero, scales, width)
+                if form.storage is not Storage.NESTED:
+                    read[first] = DualMatrix(getattr(owner, field), nested)
             if isinstance(owner, EndWeights) and owner.embed is owner.head:
                 owner.embed = read[first]
             setattr(owner, field, read[first])

@@ -9,6 +9,7 @@ import torch
 
 from model_store.int8 import int8_bytes
 from model_store.nested import can_nest_width, nested_bytes
+from model_store.width import EXACT
 
 
 class Storage(enum.StrEnum):
@@ -24,13 +25,15 @@ class Storage(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class WeightForm:
     """`dtype` is that of the products; `low_rank`: a low-rank student's layers stay differences to the teacher's;
-    `bits`: those at which nested codes are read; `kv_cache_dtype`: auto (keys and values in `dtype`) or int8."""
+    `bits`: those at which nested codes are read; `widths`: those that rows can choose from, for which nested codes lie
+    beside whatever the storage is; `kv_cache_dtype`: auto (keys and values in `dtype`) or int8."""
 
     dtype: torch.dtype = torch.bfloat16
     low_rank: bool = False
     storage: Storage = Storage.AS_LOADED
     bits: int = 8
     kv_cache_dtype: str = "auto"
+    widths: tuple[int, ...] = (EXACT,)
 
     @property
     def is_quantised(self) -> bool:
@@ -46,10 +49,18 @@ class WeightForm:
             return int8_bytes(num_rows, width)
         if self.storage is Storage.NESTED and can_nest_width(width):
             return nested_bytes(num_rows, width)
-        return num_rows * width * self.dtype.itemsize
+        return num_rows * width * self.dtype.itemsize + self.bytes_beside(num_rows, width)
+
+    def bytes_beside(self, num_rows: int, width: int) -> int:
+        """Of those, bytes of nested codes beside the matrix as it was loaded."""
+        is_dual = len(self.widths) > 1 and self.storage is not Storage.NESTED
+        return nested_bytes(num_rows, width) if is_dual and can_nest_width(width) else 0
 
     def __str__(self) -> str:
         name, kv = str(self.dtype).removeprefix("torch."), "" if self.kv_cache_dtype == "auto" else ", int8 KV"
+        if len(self.widths) > 1:
+            widths = ", ".join(str(width) for width in self.widths if width != EXACT)
+            return f"{name}, read at {widths} bits{' or as loaded' if EXACT in self.widths else ''}{kv}"
         if self.storage is Storage.NESTED:
             return f"{name}, {self.storage} read at {self.bits} bits{kv}"
         return f"{name}{kv}" if self.storage is Storage.AS_LOADED else f"{name}, {self.storage} weights{kv}"

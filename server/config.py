@@ -110,6 +110,20 @@ class Settings:
         group="model",
         choices=("none", "int8", "q8", "q6", "q5", "q4"),
     )
+    precision_dial: str = option(
+        "auto",
+        "whether requests choose how many bits of the weights they read, from one copy (CPU). on: nested codes, made "
+        "once and kept in the store; auto: where the store has them and a file's own codes are not used; off: never",
+        group="model",
+        choices=("auto", "on", "off"),
+    )
+    exact: str = option(
+        "auto",
+        "whether the weights as loaded lie beside the codes of --precision-dial. off: 8 bits are the most that can be "
+        "read, in less memory; auto: on if memory allows",
+        group="model",
+        choices=("auto", "on", "off"),
+    )
     weight_compression: str = option(
         "auto",
         "auto: the native executor keeps bfloat16 weights in twelve bits, without loss; off: it keeps sixteen bits, "

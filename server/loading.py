@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 _KV_SHARE, _KV_CAP_CPU = 0.4, 4 * GiB  # of what is free; a server is seldom alone on a CPU machine
 _DEFAULT_CONTEXT = 8192
 _NESTED_BITS = {"q8": 8, "q6": 6, "q5": 5, "q4": 4}  # --quantization
+_LOAD_SHARE = 0.8  # of free memory, that two forms of the weights may take while they are loaded
 
 
 def pick_device(settings: Settings) -> torch.device:
@@ -64,7 +66,51 @@ def open_settings_pair(settings: Settings) -> Pair:
 
 
 def weight_form(settings: Settings, pair: Pair) -> WeightForm:
-    """In what form the pair is loaded. ValueError if low-rank differences were asked of an ordinary student.
+    """In what form the pair is loaded. ValueError for settings that do not go together or with this pair."""
+    form = _base_form(settings, pair)
+    return _with_widths(settings, pair, form) if settings.precision_dial != "off" else form
+
+
+def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm:
+    """The form with nested codes beside it or in its place; as it is where the dial is neither possible nor asked for.
+
+    What a request gets that asks for no precision is never changed unasked: `auto` adds codes to the exact form, if
+    the store has them and both fit.
+    """
+    from model_store.nested import WIDTHS
+    from model_store.store import store_root
+    from model_store.weight_form import Storage
+    from model_store.width import EXACT
+    from server.nesting import has_nested
+
+    is_asked = settings.precision_dial == "on" or settings.exact == "off"
+    refusal = None
+    if settings.executor == "cuda" or pick_device(settings).type != "cpu":
+        refusal = "the dial needs a CPU"
+    elif form.storage in (Storage.INT8, Storage.NESTED):
+        refusal = f"it does not go with --quantization {settings.quantization}"
+    if refusal and is_asked:
+        raise ValueError(f"--precision-dial {settings.precision_dial}: {refusal}")
+    if refusal:
+        return form
+    if not is_asked and form.storage is Storage.CODES:  # as small as what the dial would read
+        return form
+    if not is_asked and not has_nested(pair, store_root(settings.store)):
+        return form
+    widths = tuple(sorted(WIDTHS))
+    both = dataclasses.replace(form, widths=(*widths, EXACT))
+    most = min(settings.memory_budget or math.inf, _LOAD_SHARE * _available_ram())
+    if settings.exact == "on" or (settings.exact == "auto" and pair.union_bytes(pair.elasticity.sizes, both) <= most):
+        return both
+    if not is_asked:
+        return form
+    if settings.exact == "auto":
+        logger.warning("no memory for the weights as loaded beside their codes: 8 bits are the most that can be read")
+    return dataclasses.replace(form, storage=Storage.NESTED, low_rank=False, widths=widths)
+
+
+def _base_form(settings: Settings, pair: Pair) -> WeightForm:
+    """The form without a dial. ValueError if low-rank differences were asked of an ordinary student.
 
     `--low-rank auto` keeps differences to a teacher in codes (nearer to the exact student than expanded ones at every
     size: benchmarks.codes_quality), else if the pair would not fit --memory-budget otherwise.
@@ -111,7 +157,7 @@ def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: torch
     parameters. Raises PairError or WeightError."""
     from model_store.weight_form import Storage
 
-    if form.storage is not Storage.NESTED:
+    if form.storage is not Storage.NESTED and len(form.widths) == 1:
         return pair.load(form, device, settings.memory_budget)
     from model_store import nested_store
     from model_store.store import store_root
@@ -121,7 +167,7 @@ def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: torch
     if not nested_store.is_current(file):
         make_nested(pair, file)
     loaded = pair.load(form, device, settings.memory_budget)
-    nested_store.put(loaded, file, form.bits)
+    nested_store.put(loaded, file, form)
     return loaded
 
 

@@ -37,6 +37,12 @@ def nested_file(pair: Pair, store: Path) -> Path:
     return store / "nested" / f"{pair.name.replace('/', '--')}-{pair.digest[:16]}.safetensors"
 
 
+def has_nested(pair: Pair, store: Path) -> bool:
+    """Whether the store keeps current codes of the pair. Its files are hashed only if some lie there under its name."""
+    folder, name = store / "nested", pair.name.replace("/", "--")
+    return any(folder.glob(f"{name}-*.safetensors")) and nested_store.is_current(nested_file(pair, store))
+
+
 def make_nested(pair: Pair, file: Path) -> None:
     """Write the pair's nested codes, scales fitted where the pair is small enough; a minute for 135M parameters."""
     loaded = pair.load(WeightForm(torch.float32))

@@ -9,7 +9,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-EXACT = 16
+from model_store.width import EXACT
+
+__all__ = ["EXACT", "bits_read", "offered_width"]
 
 
 def offered_width(width: int, offered: Sequence[int]) -> int:

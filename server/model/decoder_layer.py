@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -47,6 +48,7 @@ class Rows:
     attn_norm_weight: torch.Tensor
     mlp_norm_weight: torch.Tensor
     terms: dict[str, list[LowRankTerm]] | None = None
+    widths: np.ndarray | None = None  # uint8 [stop - start], bits that each row reads; None: all at the widest
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.start : self.stop]
@@ -54,7 +56,8 @@ class Rows:
 
 def project(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, name: str, rows: list[Rows]) -> torch.Tensor:
     """x W^T + b for all rows in one product, plus `b (a x)` where rows have such terms."""
-    out = linear(x, weight, bias)
+    widths = [part.widths for part in rows if part.widths is not None]
+    out = linear(x, weight, bias, np.concatenate(widths) if widths else None)
     for part in rows:
         for term in part.terms[name] if part.terms else ():
             part.of(out)[:, term.start : term.stop] += linear(linear(part.of(x), term.a), term.b)

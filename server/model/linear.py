@@ -5,9 +5,11 @@ T = rows, N = outputs, K = inputs.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.dual import DualMatrix, at_width, exact_of, nested_of
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix, round_activations
@@ -17,12 +19,25 @@ from model_store.quantized import CodedMatrix, round_activations
 _FEW_ROWS, _VECTOR = 8, 32
 
 
-def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K] -> x W^T + b [T, N].
+def linear(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, widths: np.ndarray | None = None
+) -> torch.Tensor:
+    """x [T, K] -> x W^T + b [T, N]. `widths` uint8 [T]: bits that each row reads; None: all at the widest.
 
     Of int8 weights a plain copy lives while it is multiplied with, at most: their values are exact in every type, and
     the sums are scaled in float32. With codes activations are rounded to 8 bits by blocks, as the integer kernels do.
     """
+    if widths is not None and len(widths) and nested_of(weight) is not None:
+        runs = np.unique(widths).tolist()
+        if len(runs) > 1:
+            out = x.new_empty(len(x), weight.shape[0])
+            for width in runs:
+                rows = torch.from_numpy(widths == width)
+                out[rows] = linear(x[rows], at_width(weight, width), bias)
+            return out
+        weight = at_width(weight, runs[0])
+    elif isinstance(weight, DualMatrix):
+        weight = weight.exact
     if isinstance(weight, CodedMatrix | NestedMatrix):
         out = F.linear(round_activations(x), weight.dense(torch.float32))
         return (out if bias is None else out + bias).to(x.dtype)
@@ -39,7 +54,8 @@ def linear(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) ->
 
 
 def embed(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `ids` of [V, E] -> [T, E]."""
+    """Rows `ids` of [V, E] -> [T, E], at the widest: one row of a matrix costs nothing."""
+    weight = exact_of(weight)
     if isinstance(weight, CodedMatrix | NestedMatrix):
         return weight.rows(ids).to(dtype)
     if not isinstance(weight, Int8Matrix):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.dual import head_width
 from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
 from model_store.weight_form import Storage
@@ -32,7 +33,7 @@ class TorchExecutor(Executor):
         self.spec = pair.spec
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
-        self.weight_form, self._kinds = pair.form, pair.kinds()
+        self.weight_form, self._kinds, self.widths = pair.form, pair.kinds(), pair.widths
         self.elasticity = pair.elasticity
         self.shared_stations = pair.shared_stations
         self.ends: dict[str, EndWeights] = pair.ends
@@ -96,10 +97,12 @@ class TorchExecutor(Executor):
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
-        def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
-            return linear(rows, end.head, end.head_bias)
+        read = None if widths is None else np.array([head_width(int(width)) for width in widths], np.uint8)
 
-        return self._by_side(hidden, num_teacher, head).float()
+        def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
+            return linear(hidden[rows], end.head, end.head_bias, None if read is None else read[rows.numpy()])
+
+        return self._by_side(torch.arange(len(hidden)), num_teacher, head).float()
 
     # --- parts
 
@@ -129,6 +132,8 @@ class TorchExecutor(Executor):
             norms, terms = (self.layers[layer], None) if delta is None else (delta, delta.terms)
             last = first + lane.tokens.stop - lane.tokens.start
             rows.append(Rows(first, last, layer, lane, norms.attn_norm_weight, norms.mlp_norm_weight, terms))
+            if len(self.widths) > 1 and batch.widths is not None:
+                rows[-1].widths = batch.widths_of(batch.query_start)[lane.tokens]
         return rows
 
     def _lane(self, batch: ForwardBatch, start: int, stop: int) -> Lane:

@@ -91,7 +91,7 @@ def test_a_pair_is_read_at_every_width_from_one_file(pair, tmp_path):
     for bits in WIDTHS:
         form = WeightForm(storage=Storage.NESTED, bits=bits)
         loaded = pair.load(form)
-        nested_store.put(loaded, file, bits)
+        nested_store.put(loaded, file, form)
         assert loaded.form == form
         assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, form)
         ends = loaded.ends["teacher"]

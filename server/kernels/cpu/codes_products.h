@@ -67,7 +67,7 @@ inline void multiply_in_tiles(const Rows<Codes>& x, const char* data, int K, con
 #endif
 
 // `w` and the parts below it, whose panels are counted through.
-inline void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink sink) {
+inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySink sink) {
     for (int before = 0;;) {
         const int here = w.more ? panels_of(w.rows) : part.panel1, last = std::min(part.panel1, here);
         auto shifted = [&](int m, int rows, int panel, float* sums) { sink(m, rows, panel + before, sums); };
@@ -96,6 +96,20 @@ inline void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink s
         const BsWeights& next = *w.more;
         w = {static_cast<const char*>(next.data), w.N, w.K, next.scale, next.exponents, next.rest_start, next.rest, next.type, next.rows, next.more};
     }
+}
+
+// Each run of rows reads the form of its width. With several runs they go panel by panel, so that what two widths have in
+// common comes from memory once.
+inline void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink sink) {
+    if (!w.nested || !x.widths) return multiply_one_form(x, w, part, sink);
+    auto run_end = [&](int m) { return int(std::find_if(x.widths + m, x.widths + part.row1, [&](uint8_t width) { return width != x.widths[m]; }) - x.widths); };
+    const int panels = run_end(part.row0) == part.row1 ? part.panel1 - part.panel0 : 1;
+    for (int p = part.panel0; p < part.panel1; p += panels)
+        for (int m = part.row0, end; m < part.row1; m = end) {
+            end = run_end(m);
+            const Weights nested = {w.nested, w.N, w.K, nullptr, nullptr, nullptr, nullptr, x.widths[m] == 8 ? BS_NESTED_8 : BS_NESTED_4 + x.widths[m] - 4};
+            multiply_one_form(x, x.widths[m] == BS_EXACT ? w : nested, {m, end, p, p + panels}, sink);
+        }
 }
 
 }  // namespace boomerang

@@ -57,19 +57,19 @@ class Engine {
         pool_.end();
     }
 
-    void head(const float* rows, int M, int end, float* logits) {
+    void head(const float* rows, const uint8_t* widths, int M, int end, float* logits) {
         const float* b = widen(ends_[end].head_b, s_.vocab, false);
-        head_product(rows, M, end, [&](int m, int count, int panel, const float* sums) {
+        head_product(rows, widths, M, end, [&](int m, int count, int panel, const float* sums) {
             const int n = panel * kPanel;
             put_block<false>(logits + long(m) * s_.vocab + n, s_.vocab, sums, count, s_.vocab - n, scale_of(ends_[end].head, n), b ? b + n : nullptr);
         });
     }
 
-    void greedy(const float* rows, int M, int end, int32_t* tokens) {
+    void greedy(const float* rows, const uint8_t* widths, int M, int end, int32_t* tokens) {
         const float* b = widen(ends_[end].head_b, s_.vocab, false);
         const int panels = panels_of(s_.vocab), chunk = head_chunk(panels);
         best_.assign(size_t(chunks_for(panels, chunk)) * M, {-INFINITY, 0});
-        head_product(rows, M, end, [&](int m, int count, int panel, float* sums) {
+        head_product(rows, widths, M, end, [&](int m, int count, int panel, float* sums) {
             const int n = panel * kPanel;
             put_block<false>(sums, kPanel, sums, count, std::min(kPanel, s_.vocab - n), scale_of(ends_[end].head, n), b ? b + n : nullptr);
             Best* best = best_.data() + size_t(panel / chunk) * M + m;
@@ -147,13 +147,14 @@ class Engine {
         mark_ = now;
     }
 
-    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale, w.exponents, w.rest_start, w.rest, w.type, w.rows, w.more}; }
+    static Weights weights(const BsWeights& w, int N, int K) { return {static_cast<const char*>(w.data), N, K, w.scale, w.exponents, w.rest_start, w.rest, w.type, w.rows, w.more, static_cast<const char*>(w.nested)}; }
     static BsWeights from_panel(BsWeights w, int panel, int K) {
         if constexpr (kCoded) {
+            const char* nested = w.nested ? static_cast<const char*>(w.nested) + panel * coded_panel_bytes(BS_NESTED_8, K) : nullptr;
             for (; w.more && panel >= panels_of(w.rows); w = *w.more) panel -= panels_of(w.rows);
             const long bytes = w.type == BS_FLOAT ? units_of<float>(K) * kLine<float> : w.type == BS_BF16 ? units_of<bf16>(K) * kLine<bf16> : w.type == BS_BF12 ? units_of<bf12>(K) * kLine<bf12> : coded_panel_bytes(w.type, K);
             return {static_cast<const char*>(w.data) + panel * bytes, w.scale ? w.scale + panel * kPanel : nullptr, w.exponents ? w.exponents + panel * kLineWeights : nullptr,
-                    w.rest_start ? w.rest_start + panel : nullptr, w.rest, w.type, w.rows - panel * kPanel, w.more};
+                    w.rest_start ? w.rest_start + panel : nullptr, w.rest, w.type, w.rows - panel * kPanel, w.more, nested};
         }
         return {static_cast<const char*>(w.data) + long(panel) * units_of<W>(K) * kLine<W>, w.scale ? w.scale + panel * kPanel : nullptr,
                 w.exponents ? w.exponents + panel * kLineWeights : nullptr, w.rest_start ? w.rest_start + panel : nullptr, w.rest};
@@ -172,14 +173,18 @@ class Engine {
         return to;
     }
 
-    // Rows x [M, K] as products with W take them; `alone`: by this thread.
+    // Rows x [M, K] as products with W take them, of these widths; `alone`: by this thread.
     template <class In>
-    Rows<W> prepared(const In* x, long ldx, int M, int K, Rounded& to, bool alone = false) {
-        if constexpr (kCoded)
-            return rounded(x, ldx, M, K, to, alone);
-        else
+    Rows<W> prepared(const In* x, long ldx, int M, int K, Rounded& to, const uint8_t* widths, bool alone = false) {
+        if constexpr (kCoded) {
+            Rows<W> rows = rounded(x, ldx, M, K, to, alone);
+            rows.widths = widths;
+            return rows;
+        } else {
             return {x, ldx, M};
+        }
     }
+    const uint8_t* widths_from(int token) const { return step_->widths ? step_->widths + token : nullptr; }
 
     template <class In>
     Rows<Codes> rounded(const In* x, long ldx, int M, int K, Rounded& to, bool alone = false) {
@@ -334,6 +339,7 @@ class Engine {
             norm_tokens(t0, ts, weight, bias);
             norm_tokens(ts, t1, own ? own : weight, bias);
         };
+        const uint8_t* widths = widths_from(t0);
         const size_t tokens = step_->num_tokens;
         normed_.at_least(tokens * hidden_ld());
         qkv_.at_least(tokens * qkv_ld());
@@ -342,23 +348,23 @@ class Engine {
         const X* normed = normed_.data() + long(t0) * hidden_ld();
         X* act = act_.data() + long(t0) * act_ld();
         norms(w.attn_norm_w, w.attn_norm_b, d.attn_norm_w);
-        Rows<W> x = prepared(normed, hidden_ld(), M, E, rounded_);
+        Rows<W> x = prepared(normed, hidden_ld(), M, E, rounded_, widths);
         product_to<false>(x, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld());
         product_of_factors<true>(from_row(x, first), d.qkv, E, qkv_.data() + long(ts) * qkv_ld(), qkv_ld());
         if (first) place(id, w, r0, split), attention(id, r0, split);
         if (others) place(student, w, split, r1), attention(student, split, r1);
         if (s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
-        x = prepared(attended_.data() + long(t0) * attended_ld(), attended_ld(), M, q_width(), rounded_);
+        x = prepared(attended_.data() + long(t0) * attended_ld(), attended_ld(), M, q_width(), rounded_, widths);
         product_to<true>(x, w.o, E, q_width(), w.o_b, hidden, stream_ld());
         product_of_factors<true>(from_row(x, first), d.o, q_width(), hidden + long(first) * stream_ld(), stream_ld());
         if (!s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         // What the difference adds to gate and up has to be there before the activation.
         const int N = up_width();
         float* extra = d.up.num_terms && others ? extra_.at_least(size_t(others) * N) : nullptr;
-        x = prepared(normed, hidden_ld(), M, E, rounded_);
+        x = prepared(normed, hidden_ld(), M, E, rounded_, widths);
         product_of_factors<false>(from_row(x, first), d.up, E, extra, N);
         mlp_up(w, x, act, extra, first);
-        x = prepared(act, act_ld(), M, s_.intermediate, rounded_);
+        x = prepared(act, act_ld(), M, s_.intermediate, rounded_, widths);
         product_to<true>(x, w.down, E, s_.intermediate, w.down_b, hidden, stream_ld());
         product_of_factors<true>(from_row(x, first), d.down, s_.intermediate, hidden + long(first) * stream_ld(), stream_ld());
     }
@@ -456,13 +462,13 @@ class Engine {
     static int head_chunk(int panels) { return std::max(1, std::min(8, panels / 16)); }
 
     template <class Sink>
-    void head_product(const float* rows, int M, int end, Sink&& sink) {
+    void head_product(const float* rows, const uint8_t* widths, int M, int end, Sink&& sink) {
         mark_ = Clock::now();
         normed_.at_least(size_t(M) * hidden_ld());
         for (int m = 0; m < M; m++) convert_row(rows + long(m) * s_.hidden, normed_.data() + long(m) * hidden_ld(), s_.hidden);
         const int panels = panels_of(s_.vocab), chunk = head_chunk(panels);
         pool_.begin();
-        const Rows<W> x = prepared(normed_.data(), hidden_ld(), M, s_.hidden, rounded_);
+        const Rows<W> x = prepared(normed_.data(), hidden_ld(), M, s_.hidden, rounded_, widths);
         pool_.run(chunks_for(panels, chunk), [&](int c, int) {
             multiply<W>(x, weights(ends_[end].head, s_.vocab, s_.hidden), {0, M, c * chunk, std::min(panels, (c + 1) * chunk)}, sink);
         });

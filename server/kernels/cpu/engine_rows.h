@@ -35,7 +35,7 @@ void Engine<T, W>::run_program() {
             const BsLayer& w = layers_[of.layer];
             X* normed = scratch.normed.at_least(size_t(to - from) * hidden_ld());
             for (int t = from; t < to; t++) norm(hidden_.data() + long(t) * stream_ld(), normed + long(t - from) * hidden_ld(), w.attn_norm_w, w.attn_norm_b, E);
-            const Rows<W> x = prepared(normed, hidden_ld(), to - from, E, scratch.rounded, true);
+            const Rows<W> x = prepared(normed, hidden_ld(), to - from, E, scratch.rounded, widths_from(from), true);
             lap(kNorm);
             // Head by head, or as few as fill panels, so that what is placed is still in a cache.
             for (int h = 0, heads; h < all_heads(); h += heads) {
@@ -60,14 +60,14 @@ void Engine<T, W>::run_program() {
                 lap(kNorm);
             };
             if (s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
-            product_part<true>(prepared(attended_.data() + long(from) * attended_ld(), attended_ld(), M, q_width(), scratch.rounded, true), w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+            product_part<true>(prepared(attended_.data() + long(from) * attended_ld(), attended_ld(), M, q_width(), scratch.rounded, widths_from(from), true), w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
             lap(kProduct);
             if (!s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
-            const Rows<W> x = prepared(normed, hidden_ld(), M, E, scratch.rounded, true);
+            const Rows<W> x = prepared(normed, hidden_ld(), M, E, scratch.rounded, widths_from(from), true);
             if constexpr (kCoded) {
                 X* act = scratch.act.at_least(size_t(M) * act_ld());
                 mlp_up_part(w, x, biases[2], act, act_ld(), nullptr, 0, {0, M, 0, num_panels(up_width(), s_.gated)});
-                product_part<true>(prepared(act, act_ld(), M, F, scratch.rounded_act, true), w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+                product_part<true>(prepared(act, act_ld(), M, F, scratch.rounded_act, widths_from(from), true), w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E)});
                 lap(kProduct);
                 return;
             }

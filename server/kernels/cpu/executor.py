@@ -16,11 +16,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from model_store.dual import head_width
 from model_store.loaded import LoadedPair
 from model_store.weight_form import Storage
 from server.core.batch import ForwardBatch, Segment
 from server.core.config import EngineConfig
 from server.core.executor import Draw, Executor
+from server.core.width import EXACT
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
 from server.kernels.cpu.packing import PackedWeights, end_table, layer_table, twelve_bit_bytes
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+_HEAD_WIDTHS = np.array([head_width(width) for width in range(EXACT + 1)], np.uint8)
 _MAX_HEAD_DIM = 1024  # kMostHeadDim of attention.h
 _NO_SAVES, _NO_RESTORES = np.zeros((0, 3), np.int32), np.zeros((0, 2), np.int32)
 
@@ -74,6 +77,9 @@ class NativeExecutor(Executor):
         self.bytes_per_weight = self._weights.bytes_per_weight
         if self._weights.is_compressed:
             self.weight_form = pair.form.stored_as(Storage.TWELVE_BITS)
+        self.widths, weight_type = pair.widths, self._weights.type
+        if len(self.widths) > 1:
+            self._nested, weight_type = self._weights.attach_nested(pair), library.CODES
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers
@@ -86,7 +92,7 @@ class NativeExecutor(Executor):
             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, vocab=spec.vocab_size,
             layer_norm=spec.norm == "layer", activation=_ACTIVATIONS[spec.activation], gated=spec.gated_mlp,
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
-            type=_TYPES[self.dtype], weight_type=self._weights.type,
+            type=_TYPES[self.dtype], weight_type=weight_type,
             factor_type=_TYPES[self._differences.dtype], exact_activations=config.exact_activations,
             kv_type=library.INT8 if config.kv_cache_dtype == "int8" else _TYPES[self.dtype],
             eps=spec.norm_eps, scale=spec.attention_scale,
@@ -118,8 +124,11 @@ class NativeExecutor(Executor):
 
     def matrix_bytes(self, num_rows: int, width: int) -> int:
         if self._weights.is_compressed:
-            return twelve_bit_bytes(num_rows, width)
+            return twelve_bit_bytes(num_rows, width) + self.weight_form.bytes_beside(num_rows, width)
         return self.weight_form.matrix_bytes(num_rows, width)
+
+    def bytes_per_weight_at(self, width: int) -> float:
+        return self._weights.bytes_per_weight_at(width)
 
     def passed_over(self) -> list[str]:
         """Better variants of the kernels, and why they do not run here."""
@@ -156,6 +165,8 @@ class NativeExecutor(Executor):
         out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
         step.input_ids, step.positions = batch.input_ids.ctypes.data, batch.positions.ctypes.data
         step.out = out.data_ptr()
+        widths = batch.widths_of(batch.query_start) if len(self.widths) > 1 else None
+        step.widths = None if widths is None else widths.ctypes.data
         step.doorbell, self.doorbell = self.doorbell, -1
         self._lib.bs_step(self._engine, self._step_pointer)
         return out
@@ -185,23 +196,29 @@ class NativeExecutor(Executor):
     def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
         num_rows, width, vocab = hidden.shape[0], self.spec.hidden_size, self.spec.vocab_size
         out = torch.empty(num_rows, vocab, dtype=torch.float32)
-        hidden = hidden.contiguous()
+        hidden, read = hidden.contiguous(), self._head_widths(widths)
         rows, target = hidden.data_ptr(), out.data_ptr()
         for end, start, stop in self._sides(num_rows, num_teacher):
-            self._lib.bs_head(self._engine, rows + 4 * width * start, stop - start, end, target + 4 * vocab * start)
+            at = None if read is None else read.ctypes.data + start
+            self._lib.bs_head(self._engine, rows + 4 * width * start, at, stop - start, end, target + 4 * vocab * start)
         return out
 
+    def _head_widths(self, widths: np.ndarray | None) -> np.ndarray | None:
+        """Bits that each row reads of a head; None if all are read as they were loaded."""
+        return None if widths is None or len(self.widths) == 1 else _HEAD_WIDTHS[widths]
+
     def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
-        """The likeliest token per row of `logits(hidden, num_teacher)`, which are never written to memory.
+        """The likeliest token per row of `logits(hidden, num_teacher, widths)`, which are never written to memory.
 
         -1 for a row whose largest logit is not finite.
         """
         num_rows, width = hidden.shape[0], self.spec.hidden_size
         tokens = np.empty(num_rows, np.int32)
-        hidden = hidden.contiguous()
+        hidden, read = hidden.contiguous(), self._head_widths(widths)
         rows, target = hidden.data_ptr(), tokens.ctypes.data
         for end, start, stop in self._sides(num_rows, num_teacher):
-            self._lib.bs_greedy(self._engine, rows + 4 * width * start, stop - start, end, target + 4 * start)
+            at = None if read is None else read.ctypes.data + start
+            self._lib.bs_greedy(self._engine, rows + 4 * width * start, at, stop - start, end, target + 4 * start)
         return tokens.tolist()
 
     def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:

@@ -21,7 +21,7 @@ _NO_MEMORY = 1  # BsStatus
 class Weights(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("data", "scale", "exponents", "rest_start", "rest")),
-        ("type", c_int32), ("rows", c_int32), ("more", c_void_p),
+        ("type", c_int32), ("rows", c_int32), ("more", c_void_p), ("nested", c_void_p),
     ]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ class Step(ctypes.Structure):
             "num_tokens", "num_requests", "num_segments", "num_rows", "embed_cut", "norm_cut", "doorbell", "reserved",
         )),
         *((name, c_void_p) for name in (
-            "program", "input_ids", "positions", "query_start", "slots", "block_tables",
+            "program", "input_ids", "widths", "positions", "query_start", "slots", "block_tables",
         )),
         ("layer_stride", c_int64), ("slot_stride", c_int64), ("num_saves", c_int32), ("num_restores", c_int32),
         *((name, c_void_p) for name in ("saves", "restores", "states")),
@@ -158,8 +158,8 @@ def load(variant: str) -> ctypes.CDLL:
             POINTER(c_void_p), POINTER(Spec), POINTER(Layer), POINTER(Difference), c_int32, POINTER(End), c_int32,
         ),
         "bs_step": (c_void_p, POINTER(Step)),
-        "bs_head": (c_void_p, c_void_p, c_int32, c_int32, c_void_p),
-        "bs_greedy": (c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+        "bs_head": (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+        "bs_greedy": (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
         "bs_draw": (c_void_p, c_void_p, c_int32, c_void_p, c_void_p),
     }.items():  # fmt: skip
         function = getattr(library, name)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 
+from model_store.dual import DualMatrix, exact_of, head_width, nested_of
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.loaded import LoadedPair
-from model_store.nested import NestedMatrix, bytes_in_memory, bytes_read
+from model_store.nested import WIDTHS, NestedMatrix, bytes_in_memory, bytes_read
 from model_store.quantized import CodedMatrix
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.kernels.cpu import library
@@ -53,23 +55,29 @@ class _Source:
 
 
 class PackedWeights:
-    """Packs all matrices of a pair: layers, heads, and embeddings that are also heads."""
+    """Packs all matrices of a pair in one of their forms: layers, heads, and embeddings that are also heads."""
 
-    def __init__(self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int, compress: bool = False) -> None:
-        """`compress` keeps bfloat16 matrices in twelve bits; others are packed as they are."""
+    def __init__(
+        self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int, compress: bool = False,
+        form: Callable[[Matrix], Matrix | None] = exact_of,
+    ) -> None:  # fmt: skip
+        """`compress` keeps bfloat16 matrices in twelve bits; others are packed as they are. `form`: of a matrix, what
+        is packed here; matrices without it are left out."""
         self._lib, self._num_threads, self._compress = lib, num_threads, compress
         self._keep_alive: list[list[library.Weights]] = []  # `of` hands out copies whose `more` point here
         self._beside: list[torch.Tensor] = []  # what lies outside the arena: exponents and rest of compressed matrices
         self._where: dict[int, library.Weights] = {}  # by address of the tensor's (packed) storage
-        groups = [[getattr(layer, name) for name in MATRICES] for _, layer in sorted(pair.layers.items())]
+        self._num_weights: dict[int, int] = {}  # likewise
+        layers = [layer for _, layer in sorted(pair.layers.items())]
+        groups = [[form(getattr(layer, name)) for name in MATRICES] for layer in layers]
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
-        groups.append([pair.ends["teacher"].head, pair.ends["student"].head])
+        groups.append([form(pair.ends[side].head) for side in ("teacher", "student")])
         # Embeddings in codes, of a head that no size needs or of none.
-        groups.append([end.embed for end in pair.ends.values() if not isinstance(end.embed, torch.Tensor)])
+        groups.append([form(end.embed) for end in pair.ends.values() if not isinstance(end.embed, torch.Tensor)])
         seen: set[int] = set()
         matrices: list[list[tuple[Matrix, list[_Source]]]] = []
         for group in groups:
-            distinct = [m for m in group if not (_start(m) in seen or seen.add(_start(m)))]
+            distinct = [m for m in group if m is not None and not (_start(m) in seen or seen.add(_start(m)))]
             matrices.append([(matrix, self._sources(matrix, id(matrix) in gated)) for matrix in distinct])
         sources = [source for group in matrices for _, parts in group for source in parts]
         types = {source.type for source in sources}
@@ -77,6 +85,7 @@ class PackedWeights:
         self.is_compressed = self.type == library.BF12
         num_weights = sum(source.shape.numel() for source in sources)
         self.bytes_per_weight = sum(source.num_read for source in sources) / num_weights
+        self._num_nested = dict.fromkeys((False, True), 0)  # weights that have nested codes: of layers, of heads
         everyone = list(pair.tensors())
         self._arena = huge_pages(sum(source.num_bytes for source in sources))
         self._scales = torch.zeros(sum(s.num_channels for s in sources if s.type == library.INT8))
@@ -87,6 +96,31 @@ class PackedWeights:
     def of(self, matrix: Matrix) -> library.Weights | None:
         """The packed form of a matrix, None if it was not packed."""
         return self._where.get(_start(matrix))
+
+    def attach_nested(self, pair: LoadedPair) -> PackedWeights:
+        """Have every matrix with nested codes point to them, packed into an arena of their own if they lie beside it.
+
+        Returns what holds them.
+        """
+        matrices = [(getattr(layer, name), False) for layer in pair.layers.values() for name in MATRICES]
+        matrices += [(end.head, True) for end in pair.ends.values()]
+        is_dual = any(isinstance(matrix, DualMatrix) for matrix, _ in matrices)
+        nested = PackedWeights(pair, self._lib, self._num_threads, form=nested_of) if is_dual else self
+        for matrix, is_head in matrices:
+            codes, own = nested_of(matrix), self.of(matrix)
+            if codes is not None and own is not None and not own.nested:
+                own.nested = nested._where[_start(codes)].data
+                self._num_nested[is_head] += nested._num_weights[_start(codes)]
+        return nested
+
+    def bytes_per_weight_at(self, width: int) -> float:
+        """Bytes of one weight that products of rows of this width read."""
+        if width not in WIDTHS:
+            return self.bytes_per_weight
+        layers, heads = self._num_nested[False], self._num_nested[True]
+        read = layers * bytes_read(width) + heads * bytes_read(head_width(width))
+        num_weights = sum(self._num_weights.values())
+        return (read + (num_weights - layers - heads) * self.bytes_per_weight) / num_weights
 
     def num_bytes(self) -> int:
         return self._arena.nbytes + self._scales.nbytes + sum(tensor.nbytes for tensor in self._beside)
@@ -175,6 +209,7 @@ class PackedWeights:
             if isinstance(matrix, NestedMatrix):  # they lie with the codes now
                 matrix.zero.data, matrix.scales.data = target[:0], target[:0]
             self._where[_start(matrix)] = weights[0]
+            self._num_weights[_start(matrix)] = sum(source.shape.numel() for _, source, _ in here[: len(weights)])
 
     def _measure_exponents(self, items: list[library.Pack]) -> None:
         """Find the exponents that the codes of these matrices stand for, and make room for the weights without one."""
@@ -207,6 +242,7 @@ def fill(item: library.Pack, source: _Source, target: torch.Tensor, scale: torch
 
 def source_of(matrix: Matrix) -> torch.Tensor:
     """The tensor that says which matrix it is: shared matrices share it."""
+    matrix = exact_of(matrix)
     if isinstance(matrix, CodedMatrix):
         return matrix.parts[0].blocks
     if isinstance(matrix, NestedMatrix):

@@ -64,6 +64,7 @@ struct Weights {
     const BsRest* rest = nullptr;
     int type = 0, rows = 0;  // for Codes: the type, and rows of this part
     const BsWeights* more = nullptr;
+    const char* nested = nullptr;
 };
 
 // Row of the checkpoint's matrix that is channel n of the panels, -1 for padding. In a gated MLP a panel holds 16 of

@@ -34,6 +34,7 @@ struct Rows<Codes> {
     const Act<bf16>* plain;
     long ld_plain;
     bool exact;
+    const uint8_t* widths = nullptr;  // [M], or null: all BS_EXACT
 };
 
 // Rows from row `m` on, and the same rows from input `k` on, a multiple of 32.
@@ -43,6 +44,7 @@ inline Rows<W> from_row(Rows<W> x, int m) {
     if constexpr (std::is_same<W, Codes>::value) {
         x.rounded.codes += m * x.rounded.ldc, x.rounded.blocks += m * x.rounded.ldb;
         if (x.plain) x.plain += m * x.ld_plain;
+        if (x.widths) x.widths += m;
     }
     return x;
 }

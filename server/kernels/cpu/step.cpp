@@ -23,8 +23,8 @@ struct Handle {
     virtual ~Handle() = default;
     virtual void stop() = 0;  // after an exception: the team rests
     virtual void step(const BsStep& step) = 0;
-    virtual void head(const float* rows, int M, int end, float* logits) = 0;
-    virtual void greedy(const float* rows, int M, int end, int32_t* tokens) = 0;
+    virtual void head(const float* rows, const uint8_t* widths, int M, int end, float* logits) = 0;
+    virtual void greedy(const float* rows, const uint8_t* widths, int M, int end, int32_t* tokens) = 0;
     virtual void draw(const float* logits, int M, const BsDraw* draws, int32_t* tokens) = 0;
     virtual void times(double* seconds) = 0;
 };
@@ -38,8 +38,8 @@ struct TypedHandle final : Handle {
         : engine(spec, layers, differences, num_layers, ends, num_threads), sampling(num_threads) {}
     void stop() override { engine.pool().end(); }
     void step(const BsStep& step) override { engine.step(step); }
-    void head(const float* rows, int M, int end, float* logits) override { engine.head(rows, M, end, logits); }
-    void greedy(const float* rows, int M, int end, int32_t* tokens) override { engine.greedy(rows, M, end, tokens); }
+    void head(const float* rows, const uint8_t* widths, int M, int end, float* logits) override { engine.head(rows, widths, M, end, logits); }
+    void greedy(const float* rows, const uint8_t* widths, int M, int end, int32_t* tokens) override { engine.greedy(rows, widths, M, end, tokens); }
     void times(double* seconds) override { engine.times(seconds); }
     void draw(const float* logits, int M, const BsDraw* draws, int32_t* tokens) override {
         const int vocab = engine.spec().vocab;
@@ -135,11 +135,11 @@ void bs_destroy(void* engine) { delete handle(engine); }
 BsStatus bs_step(void* engine, const BsStep* step) {
     return guarded(handle(engine), [&] { handle(engine)->step(*step); });
 }
-BsStatus bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits) {
-    return guarded(handle(engine), [&] { handle(engine)->head(rows, M, end, logits); });
+BsStatus bs_head(void* engine, const float* rows, const uint8_t* widths, int32_t M, int32_t end, float* logits) {
+    return guarded(handle(engine), [&] { handle(engine)->head(rows, widths, M, end, logits); });
 }
-BsStatus bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens) {
-    return guarded(handle(engine), [&] { handle(engine)->greedy(rows, M, end, tokens); });
+BsStatus bs_greedy(void* engine, const float* rows, const uint8_t* widths, int32_t M, int32_t end, int32_t* tokens) {
+    return guarded(handle(engine), [&] { handle(engine)->greedy(rows, widths, M, end, tokens); });
 }
 BsStatus bs_draw(void* engine, const float* logits, int32_t M, const BsDraw* draws, int32_t* tokens) {
     return guarded(handle(engine), [&] { handle(engine)->draw(logits, M, draws, tokens); });

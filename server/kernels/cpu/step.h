@@ -38,7 +38,10 @@ struct BsWeights {
     int32_t type;
     int32_t rows;           // of this part, where `more` follows: the rows below, of another type
     const BsWeights* more;
+    const void* nested;     // the whole matrix in nested codes, for rows that have a width of 4, 5, 6 or 8; or null
 };
+
+constexpr int32_t BS_EXACT = 16;  // the width of rows that read a matrix as it was loaded
 
 // Null where a family has none. Everything but the BsWeights is T.
 struct BsLayer {
@@ -86,6 +89,7 @@ struct BsStep {
     int32_t doorbell, reserved;   // an eventfd to ring as soon as the step computes, or -1
     const int32_t* program;       // [num_segments, 5]
     const int32_t* input_ids;     // [T]
+    const uint8_t* widths;        // [T], bits that each token's products read of matrices that have nested codes; null: BS_EXACT
     const int32_t* positions;     // [T]
     const int32_t* query_start;   // [R + 1]
     const int32_t* slots;         // [R]
@@ -137,10 +141,10 @@ int64_t bs_page_bytes(const struct BsSpec* spec, int32_t of_values);
 BsStatus bs_create(void** engine, const struct BsSpec* spec, const struct BsLayer* layers, const struct BsDifference* differences, int32_t num_layers, const struct BsEnd* ends, int32_t num_threads);
 void bs_destroy(void* engine);
 BsStatus bs_step(void* engine, const struct BsStep* step);
-// logits [M, vocab] float = rows [M, hidden] float times the head of `end`.
-BsStatus bs_head(void* engine, const float* rows, int32_t M, int32_t end, float* logits);
+// logits [M, vocab] float = rows [M, hidden] float times the head of `end`, read at `widths` [M] or null.
+BsStatus bs_head(void* engine, const float* rows, const uint8_t* widths, int32_t M, int32_t end, float* logits);
 // The likeliest token of each row (the first of equals), without logits in memory; -1 if that logit is not finite.
-BsStatus bs_greedy(void* engine, const float* rows, int32_t M, int32_t end, int32_t* tokens);
+BsStatus bs_greedy(void* engine, const float* rows, const uint8_t* widths, int32_t M, int32_t end, int32_t* tokens);
 // tokens[m] drawn from logits [M, vocab].
 BsStatus bs_draw(void* engine, const float* logits, int32_t M, const struct BsDraw* draws, int32_t* tokens);
 // Seconds since the last call: products, attention, placing of K and V, norms, head, embedding.

@@ -57,6 +57,8 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
         return "takes no --kv-cache-dtype int8"
     if pair.form.storage in (Storage.CODES, Storage.NESTED):
         return f"takes no {pair.form.storage}"
+    if len(pair.widths) > 1:
+        return "reads weights at one precision only"
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
         return "runs students kept as differences only where all of their layers are"
     return CudaExecutor(pair, config)
