@@ -132,8 +132,8 @@ class TorchExecutor(Executor):
             norms, terms = (self.layers[layer], None) if delta is None else (delta, delta.terms)
             last = first + lane.tokens.stop - lane.tokens.start
             rows.append(Rows(first, last, layer, lane, norms.attn_norm_weight, norms.mlp_norm_weight, terms))
-            if len(self.widths) > 1 and batch.widths is not None:
-                rows[-1].widths = batch.widths_of(batch.query_start)[lane.tokens]
+            widths = batch.widths_of(batch.query_start) if len(self.widths) > 1 else None
+            rows[-1].widths = None if widths is None else widths[lane.tokens]
         return rows
 
     def _lane(self, batch: ForwardBatch, start: int, stop: int) -> Lane:

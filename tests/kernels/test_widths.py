@@ -116,7 +116,11 @@ def test_products_of_a_row_do_not_depend_on_the_widths_beside_it(variant, monkey
     for num_rows in (2, 5, 12, 60):
         widths = np.array([ALL[row % 7 % len(ALL)] for row in range(num_rows)], np.uint8)
         mixed = native.logits(x[:num_rows], num_rows, widths)
-        assert all(torch.equal(mixed[row], alone[width][row]) for row, width in enumerate(widths.tolist()))
+        for row, width in enumerate(widths.tolist()):
+            if width == EXACT:  # floats, whose order of summation depends on the number of rows
+                torch.testing.assert_close(mixed[row], alone[width][row], rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(mixed[row], alone[width][row])
     assert torch.equal(native.logits(x, 60), alone[EXACT])
 
 

@@ -90,8 +90,8 @@ class PackedWeights:
         self._arena = huge_pages(sum(source.num_bytes for source in sources))
         self._scales = torch.zeros(sum(s.num_channels for s in sources if s.type == library.INT8))
         self._offset = self._channel = 0
-        for group in matrices:  # originals of one layer are freed before the next is packed
-            self._pack(group, everyone)
+        for sources_of_layer in matrices:  # originals of one layer are freed before the next is packed
+            self._pack(sources_of_layer, everyone)
 
     def of(self, matrix: Matrix) -> library.Weights | None:
         """The packed form of a matrix, None if it was not packed."""
@@ -141,6 +141,7 @@ class PackedWeights:
             return [self._source(matrix.codes, matrix.shape, kind, is_gated, **parts)]
         if isinstance(matrix, Int8Matrix):
             return [self._source(matrix.values, matrix.shape, library.INT8, is_gated, scale=matrix.scale)]
+        assert isinstance(matrix, torch.Tensor), "one form is packed at a time"
         is_compressed = self._compress and matrix.dtype == torch.bfloat16
         return [self._source(matrix, matrix.shape, library.BF12 if is_compressed else TYPES[matrix.dtype], is_gated)]
 
@@ -247,7 +248,10 @@ def source_of(matrix: Matrix) -> torch.Tensor:
         return matrix.parts[0].blocks
     if isinstance(matrix, NestedMatrix):
         return matrix.codes
-    return matrix.values if isinstance(matrix, Int8Matrix) else matrix
+    if isinstance(matrix, Int8Matrix):
+        return matrix.values
+    assert isinstance(matrix, torch.Tensor), "`exact_of` leaves nothing else"
+    return matrix
 
 
 def _start(matrix: Matrix) -> int:
