@@ -44,11 +44,9 @@ class LoadedPair:
         storage = Storage.INT8 if isinstance(end.head, Int8Matrix) else Storage.AS_LOADED
         if any(isinstance(exact_of(value), CodedMatrix) for _, value in self._matrices()):
             storage = Storage.CODES
+        form = WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage, widths=self.widths)
         nested = [value.width for _, value in self._matrices() if isinstance(value, NestedMatrix)]
-        if nested:
-            bits = min(nested)
-            return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), Storage.NESTED, bits, widths=self.widths)
-        return WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage, widths=self.widths)
+        return dataclasses.replace(form, storage=Storage.NESTED, bits=min(nested)) if nested else form
 
     def _matrices(self) -> Iterator[tuple[str, Matrix]]:
         for layer in self.layers.values():
