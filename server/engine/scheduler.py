@@ -222,10 +222,14 @@ class Scheduler:
         """What each row of the step reads: the policy's width within the request's limits, or more where it is paid."""
         if len(self.widths) == 1:
             return
-        widest = 0
-        for request, _ in output.scheduled:
-            request.width = self._width_of(request)
-            widest = max(widest, request.width)
+        now = widest = self._width
+        for request, _ in output.scheduled:  # at every step, for up to hundreds of rows: without calls
+            if request.min_width <= now <= request.max_width:
+                request.width = now
+                continue
+            request.width = request.min_width if now < request.min_width else request.max_width
+            if request.width > widest:
+                widest = request.width
         if widest > self._width and self.policy.raises_rows(output.scheduled, widest):
             for request, _ in output.scheduled:
                 request.width = max(request.width, min(widest, request.max_width))

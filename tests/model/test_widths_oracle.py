@@ -95,7 +95,6 @@ def test_every_depth_and_width_mixed_and_in_chunks(executor):
     for (size, width), prompt, request in zip(points, prompts, requests, strict=True):
         assert request.output_token_ids == alone(tuple(prompt), size, (width,), 6), request
         assert request.widths == [(width, 0)]
-    assert len({tuple(request.output_token_ids) for request in requests}) > len(SIZES)
 
 
 def test_scores_are_those_of_the_width():
@@ -129,7 +128,7 @@ def test_prefix_hits_preemption_and_guesses_change_nothing(speculative_size):
     requests = []
     for turn in "ab":
         wave = [
-            request_of(f"{turn}{i}", prompt, *point, sampling={"max_tokens": 20})
+            request_of(f"{turn}{i}", prompt, *point, sampling={"max_tokens": 30})
             for i, (prompt, point) in enumerate(zip(prompts, points, strict=True))
         ]
         run(engine, wave)
@@ -138,7 +137,7 @@ def test_prefix_hits_preemption_and_guesses_change_nothing(speculative_size):
     if speculative_size:
         assert engine.speculator.stats.drafts
     for request, prompt, (size, width) in zip(requests, 2 * prompts, 2 * points, strict=True):
-        assert request.output_token_ids == alone(tuple(prompt), size, (width,), 20), request
+        assert request.output_token_ids == alone(tuple(prompt), size, (width,), 30), request
 
 
 TURNS = (EXACT, EXACT, 4, 4, 4, 8, 6, 5, EXACT, 4)  # width by token
