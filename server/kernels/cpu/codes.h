@@ -96,6 +96,7 @@ struct Packed {
     int groups, group = 0;
     Packed(const char* panel, int groups) : start(reinterpret_cast<const uint8_t*>(panel)), record(start + F::head(groups)), groups(groups) {}
     void next() { record += F::record, group++; }
+    static long reach(int groups) { return F::panel_bytes(groups); }  // bytes of a panel, from its start, that are read
     void fetch(long ahead) const {
         for (int i = 0; i < F::record; i += 64) _mm_prefetch(reinterpret_cast<const char*>(record + ahead + i), _MM_HINT_NTA);
     }

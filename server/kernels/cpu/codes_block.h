@@ -177,6 +177,7 @@ using CodeBlock = void (*)(const char* panel, int groups, const RoundedRows& x, 
 // What is done with codes of one type.
 struct CodeKernels {
     long (*panel_bytes)(int groups);
+    long (*reach)(int groups);  // of those, how far from the start a product reads
     long wide_record;  // bytes of a group of a widened panel
     void (*widen)(const char* panel, int groups, uint8_t* to);
     void (*to_floats)(const uint8_t* widened, int groups, float* to);
@@ -202,7 +203,7 @@ void widened_to_floats(const uint8_t* lines, int groups, float* to) {
 template <class F>
 constexpr CodeKernels code_kernels() {
     using W = WideForm<F>;
-    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}};
+    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Packed<F>::reach, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}};
     each_line<0, kPackedRows>([&](auto i) {
         all.packed[i] = code_block<Packed<F>, i + 1>;
     });
@@ -229,7 +230,7 @@ inline const CodeKernels* code_kernels_of(int type) {
 template <class Sink>
 void multiply_codes(const CodeKernels& kernels, const RoundedRows& x, const char* data, int K, int row0, int row1, int panel0, int panel1, Sink&& sink) {
     const int groups = groups_of(K), all = row1 - row0;
-    const long panel_bytes = kernels.panel_bytes(groups);
+    const long panel_bytes = kernels.panel_bytes(groups), reach = kernels.reach(groups);
     const bool is_widened = all > kernels.most_packed;
     const int most = is_widened ? kCodeRows : kPackedRows;
     const CodeBlock* blocks = is_widened ? kernels.widened : kernels.packed;
@@ -246,7 +247,7 @@ void multiply_codes(const CodeKernels& kernels, const RoundedRows& x, const char
         for (int m = row0, rows; m < row1; m += rows) {
             rows = chunks_for(row1 - m, chunks_for(row1 - m, most));
             if (is_widened || all > most)  // of the next panel each block fetches its share
-                for (const long until = panel_bytes * (m + rows - row0) / all; fetched < until; fetched += 64) _mm_prefetch(packed + panel_bytes + fetched, _MM_HINT_T1);
+                for (const long until = reach * (m + rows - row0) / all; fetched < until; fetched += 64) _mm_prefetch(packed + panel_bytes + fetched, _MM_HINT_T1);
             blocks[rows - 1](panel, groups, x, m, sums, all > most ? 0 : kAhead);
             sink(m, rows, p, sums);
         }

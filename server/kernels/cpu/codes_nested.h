@@ -27,6 +27,7 @@ struct Packed<Form<bits, kNested, centre>> {
     int groups, group = 0;
     Packed(const char* panel, int groups) : panel(reinterpret_cast<const uint8_t*>(panel)), groups(groups) {}
     void next() { group++; }
+    static long reach(int groups) { return long(scale_at(bits) + kScalePiece) * groups; }
     const uint8_t* piece(int at, int size) const { return panel + long(at) * groups + long(size) * group; }
     const uint8_t* zero() const { return piece(0, kZeroPiece); }
     const uint8_t* nibbles() const { return piece(kNibblesAt, kNibbleBytes); }
