@@ -290,7 +290,7 @@ class RequestOutput:
 
     request_id: str
     new_token_ids: list[int] = field(default_factory=list)
-    width: int = EXACT  # that `new_token_ids` were made at
+    width: int = EXACT  # that `new_token_ids` were made at; of several steps the narrowest
     decision: SizeDecision | None = None
     earlier_decisions: tuple[SizeDecision, ...] = ()  # changes before `decision` that nobody has heard of yet
     new_logprobs: list[TokenLogprobs] | None = None

@@ -73,6 +73,8 @@ def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
         then.decision, then.earlier_decisions = first.decision, first.earlier_decisions
     elif first.decision is not None:
         then.earlier_decisions = (*first.earlier_decisions, first.decision, *then.earlier_decisions)
+    if first.new_token_ids:
+        then.width = min(first.width, then.width) if then.new_token_ids else first.width
     then.new_token_ids = first.new_token_ids + then.new_token_ids
     if first.new_logprobs is not None or then.new_logprobs is not None:
         then.new_logprobs = (first.new_logprobs or []) + (then.new_logprobs or [])

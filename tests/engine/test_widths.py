@@ -2,8 +2,10 @@
 
 import pytest
 
+from server.core.request import RequestOutput
 from server.core.size_policy import LargestSize
 from server.core.width import EXACT, offered_width
+from server.engine.async_engine import merge
 from server.engine.scheduler import Scheduler
 from tests.engine.harness import make_request, make_scheduler, run_step, run_until_idle
 
@@ -154,3 +156,9 @@ def test_preempted_requests_come_back_at_the_width_of_the_moment():
         scheduler.policy.now = 4 if step % 3 else 8
         run_step(scheduler)
     assert scheduler.num_preemptions and all(len(request.output_token_ids) == 20 for request in requests)
+
+
+def test_outputs_that_are_merged_say_the_narrowest_width():
+    exact, narrow, last = RequestOutput("r", [1]), RequestOutput("r", [2], width=4), RequestOutput("r", [3], width=8)
+    assert merge(merge(merge(RequestOutput("r"), exact), narrow), last).width == 4
+    assert merge(RequestOutput("r", [2], width=5), RequestOutput("r", finish_reason="stop")).width == 5
