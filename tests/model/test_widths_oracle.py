@@ -131,7 +131,7 @@ def test_prefix_hits_preemption_and_guesses_change_nothing(speculative_size):
             request_of(f"{turn}{i}", prompt, *point, sampling={"max_tokens": 30})
             for i, (prompt, point) in enumerate(zip(prompts, points, strict=True))
         ]
-        run(engine, wave)
+        run(engine, wave if turn == "a" else wave[::-1])  # the last ones' prefixes are still there
         requests += wave
     assert engine.scheduler.num_preemptions > 0 and engine.kv_cache.prefix_hits > 0
     if speculative_size:
