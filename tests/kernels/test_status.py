@@ -35,7 +35,7 @@ def test_memory_that_cannot_be_had_is_a_memory_error(lib, engine):
         with pytest.raises(MemoryError, match="no more memory"):
             lib.bs_step(engine, ctypes.byref(library.Step(num_tokens=HUGE, doorbell=-1)))
         with pytest.raises(MemoryError, match="no more memory"):
-            lib.bs_head(engine, None, HUGE, 0, None)
+            lib.bs_head(engine, None, None, HUGE, 0, None)
         # And what fits is computed.
         lib.bs_step(engine, ctypes.byref(library.Step(doorbell=-1)))
         logits, tokens = np.zeros((2, 16), np.float32), np.full(2, -1, np.int32)
