@@ -1,4 +1,8 @@
-"""Texts to vectors: the mean of the final hidden states of one size over the prompt, of length 1."""
+"""Texts to vectors: the mean of the final hidden states of one size over the prompt, of length 1.
+
+The mean, not the last token's state: of a model that was not trained to embed, that one says how a text ends, with a
+full stop or without.
+"""
 
 from __future__ import annotations
 
