@@ -9,7 +9,8 @@ import torch
 from model_store.pair import open_pair
 from model_store.weight_form import WeightForm
 from server.cost.calibrate import profile_of
-from server.cost.model import NUM_FEATURES, CostModel
+from server.cost.features import NUM_FEATURES
+from server.cost.model import CostModel
 from server.kernels.cpu import library
 from tests.model.test_oracle import make_engine, make_request, run
 from tests.model_store.test_lowrank import write_student
