@@ -24,6 +24,8 @@ POLICY_HELP = {
     "max_replicas": "never more than this",
     "degraded_high": "share of requests served below their ceiling that asks for more replicas",
     "degraded_low": "share at or below which replicas may go",
+    "kl_high": "expected KL lost to load, nats per token, that asks for more replicas",
+    "kl_low": "expected KL lost at or below which replicas may go",
     "slo_target": "share of requests that must meet all their limits",
     "queue_high": "waiting requests per ready replica that ask for more",
     "headroom": "fill of the learned capacity per replica that scaling down may lead to",

@@ -25,6 +25,8 @@ class ScalingPolicy:
     max_replicas: int = 4
     degraded_high: float = 0.05  # share of requests below their ceiling that asks for more replicas
     degraded_low: float = 0.01  # at or below this share (and the rest calm) replicas may go
+    kl_high: float = 0.05  # the same in nats per token lost to load, where the server knows what sizes cost
+    kl_low: float = 0.01
     slo_target: float = 0.99  # share of requests meeting all their limits
     queue_high: float = 2.0  # waiting requests per ready replica
     headroom: float = 0.75  # fill of the learned capacity per replica that scaling down may lead to
@@ -39,6 +41,8 @@ class ScalingPolicy:
             raise ValueError(f"1 <= min_replicas <= max_replicas, not {self.min_replicas} and {self.max_replicas}")
         if not 0 <= self.degraded_low <= self.degraded_high <= 1:
             raise ValueError("0 <= degraded_low <= degraded_high <= 1")
+        if not 0 <= self.kl_low <= self.kl_high:
+            raise ValueError("0 <= kl_low <= kl_high")
         if not 0 < self.headroom <= 1 or not 0 < self.slo_target <= 1:
             raise ValueError("headroom and slo_target lie in (0, 1]")
         if self.up_factor <= 1 or not 0 < self.down_fraction <= 1 or self.capacity_doubling <= 0:
@@ -51,7 +55,8 @@ class Signal:
 
     request_rate: float = 0.0  # finished requests per second
     degraded_share: float | None = None  # served below the size they could have had on an idle server
-    size_fraction: float | None = None  # layers served / layers of that ceiling, over all requests
+    kl_loss: float | None = None  # expected KL of what runs beyond that of what it allows, nats per token, in the mean
+    size_fraction: float | None = None  # layers x bits served over those of that ceiling, over all requests
     slo_attainment: float | None = None
     running: float = 0.0
     waiting: float = 0.0
@@ -141,12 +146,18 @@ def _trim(history: tuple[tuple[float, int], ...], start: float) -> tuple[tuple[f
 
 
 def _is_degraded(policy: ScalingPolicy, signal: Signal) -> bool:
+    """By what is lost, where that is known: bits that cost next to nothing are no reason for replicas."""
+    if signal.kl_loss is not None:
+        return signal.kl_loss > policy.kl_high
     return signal.degraded_share is not None and signal.degraded_share > policy.degraded_high
 
 
 def _is_calm(policy: ScalingPolicy, signal: Signal, ready: int) -> bool:
+    is_whole = (signal.degraded_share or 0.0) <= policy.degraded_low
+    if signal.kl_loss is not None:
+        is_whole = signal.kl_loss <= policy.kl_low
     return (
-        (signal.degraded_share or 0.0) <= policy.degraded_low
+        is_whole
         and (signal.slo_attainment is None or signal.slo_attainment >= policy.slo_target)
         and signal.waiting <= 0.1 * policy.queue_high * ready
         and signal.rejected_rate == 0
@@ -177,7 +188,7 @@ def _wanted(
     """Replicas this signal alone asks for, the reason, and the figures behind it."""
     factors: dict[str, float] = {}
     if _is_degraded(policy, signal):
-        fraction = signal.size_fraction if signal.size_fraction is not None else 1 - signal.degraded_share
+        fraction = 1 - (signal.degraded_share or 0.0) if signal.size_fraction is None else signal.size_fraction
         factors["degraded"] = 1 / max(fraction, 0.1)
     if signal.rejected_rate > 0:
         factors["rejecting"] = 1 + signal.rejected_rate / max(signal.request_rate, signal.rejected_rate, 1e-9)

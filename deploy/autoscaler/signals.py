@@ -32,7 +32,10 @@ def queries(window: str, selector: str = 'job="boomerang"') -> dict[str, str]:
         "request_rate": rate("boomerang:requests_total"),
         # Of those running, not of those finished: long answers must not delay the news that they were shrunk.
         "degraded_share": f"{mean('boomerang:requests_running_degraded')} / {mean('vllm:num_requests_running')}",
-        "size_fraction": f"{mean('boomerang:running_layers')} / {mean('boomerang:running_ceiling_layers')}",
+        "size_fraction": f"{mean('boomerang:running_layer_bits')} / {mean('boomerang:running_ceiling_layer_bits')}",
+        # Of a server that knows no figures, and of earlier ones, nothing: then the share of requests decides.
+        "kl_loss": f"({mean('boomerang:running_expected_kl')} - {mean('boomerang:running_ceiling_expected_kl')})"
+        f" / ({mean('vllm:num_requests_running')} > 0)",
         "slo_attainment": f"sum({met}) / sum({all_})",
         "running": mean("vllm:num_requests_running"),
         "waiting": mean("vllm:num_requests_waiting"),
@@ -66,6 +69,7 @@ class PrometheusSource:
             request_rate=values["request_rate"] or 0.0,
             degraded_share=_share(values["degraded_share"]),
             size_fraction=_share(values["size_fraction"]),
+            kl_loss=None if values["kl_loss"] is None else max(values["kl_loss"], 0.0),
             slo_attainment=_share(values["slo_attainment"]),
             running=values["running"] or 0.0,
             waiting=values["waiting"] or 0.0,

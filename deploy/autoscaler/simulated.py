@@ -50,6 +50,7 @@ class SimulatedAutoscaler:
         return Signal(
             request_rate=decided / seconds,
             degraded_share=sum(tick.num_below_ceiling for tick in ticks) / decided if decided else None,
+            kl_loss=sum(tick.kl_loss * tick.num_decided for tick in ticks) / decided if decided else None,
             size_fraction=min(1.0, layers / (decided * self.ceiling)) if decided else None,
             running=sum(tick.num_running for tick in ticks) / len(ticks),
             waiting=sum(tick.num_waiting for tick in ticks) / len(ticks),

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["STATS", "DegradationPolicy", "signal_of"]
 
 # What `record_autoscaling_stats` of a replica returns; sums over replicas make the signal.
-STATS = ("running", "waiting", "degraded", "served_layers", "ceiling_layers", "slo_met", "slo_missed", "rejected")
+STATS = (
+    *("running", "waiting", "degraded", "served_layers", "ceiling_layers", "served_bits", "ceiling_bits"),
+    *("kl", "ceiling_kl", "slo_met", "slo_missed", "rejected"),
+)
 
 
 def signal_of(metrics: dict[str, dict[Any, float]] | None) -> Signal | None:
@@ -25,7 +28,8 @@ def signal_of(metrics: dict[str, dict[Any, float]] | None) -> Signal | None:
     return Signal(
         request_rate=judged,
         degraded_share=total["degraded"] / total["running"] if total["running"] else None,
-        size_fraction=total["served_layers"] / total["ceiling_layers"] if total["ceiling_layers"] else None,
+        kl_loss=(total["kl"] - total["ceiling_kl"]) / total["running"] if total["running"] and total["kl"] else None,
+        size_fraction=total["served_bits"] / total["ceiling_bits"] if total["ceiling_bits"] else None,
         slo_attainment=total["slo_met"] / judged if judged else None,
         running=total["running"],
         waiting=total["waiting"],

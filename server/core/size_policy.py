@@ -105,6 +105,11 @@ class SizePolicy:
         """Predicted seconds of a decode step of rows[size] requests; None if this policy predicts nothing."""
         return None
 
+    def expected_kl(self, request: LiveRequest) -> tuple[float, float]:
+        """What a request's answer is expected to lose now, and what it would at the best it allows: nats per token
+        from the teacher as loaded. Zeros where nothing is known. Any thread."""
+        return 0.0, 0.0
+
     def on_idle(self) -> None:
         """Nothing is left to do: the time to the next step is nobody's."""
 

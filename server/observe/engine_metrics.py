@@ -7,20 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from server.core.width import EXACT, bits_read
+
 if TYPE_CHECKING:
     from server.engine.engine import Engine
     from server.engine.extras.speculation import Speculator
 
 
-def size_load(engine: Engine) -> dict[str, int]:
-    """What load costs in size right now: running requests, those below their ceiling, and both sums of layers."""
-    sizes = [(r.path.size, max(r.sizes)) for r in tuple(engine.scheduler.running)]
+_NOTICED = 0.02  # nats per token below which bits that are missing do not make a request degraded
+
+
+def size_load(engine: Engine) -> dict[str, float]:
+    """What load costs in quality right now: running requests, those well below their ceiling, and sums over all of
+    layers, of layers times the bits that a weight is read with, and of expected KL (nats per token), each as it is and
+    as it would be at the ceiling."""
+    running, kl_of = tuple(engine.scheduler.running), engine.scheduler.policy.expected_kl
+    sizes = [(r.path.size, max(r.sizes), bits_read(r.width), bits_read(r.max_width), *kl_of(r)) for r in running]
     return {
         "running": len(sizes),
-        "degraded": sum(size < ceiling for size, ceiling in sizes),
-        "served_layers": sum(size for size, _ in sizes),
-        "ceiling_layers": sum(ceiling for _, ceiling in sizes),
+        "degraded": sum(size < top or kl - best > _NOTICED for size, top, _, _, kl, best in sizes),
+        "served_layers": sum(row[0] for row in sizes),
+        "ceiling_layers": sum(row[1] for row in sizes),
+        "served_bits": sum(row[0] * row[2] for row in sizes),
+        "ceiling_bits": sum(row[1] * row[3] for row in sizes),
+        "kl": sum(row[4] for row in sizes),
+        "ceiling_kl": sum(row[5] for row in sizes),
     }
+
+
+def precision_label(width: int) -> str:
+    return "exact" if width == EXACT else f"q{width}"
 
 
 # Labels of vllm:cache_config_info that dashboards and gateways read.
@@ -152,11 +168,22 @@ class EngineCollector:
         for size in self.engine.sizes:
             running.add_metric([name, str(size)], stats.running_by_size.get(size, 0))
         yield running
+        precision = GaugeMetricFamily(
+            "boomerang:requests_running_at", "Requests in the batch by precision", labels=["model_name", "precision"]
+        )
+        widths = [request.width for request in tuple(self.engine.scheduler.running)]
+        for width in self.engine.executor.widths:
+            precision.add_metric([name, precision_label(width)], widths.count(width))
+        yield precision
         load = size_load(self.engine)
         for suffix, text, value in (
-            ("requests_running_degraded", "Running requests below the largest size they allow", load["degraded"]),
+            ("requests_running_degraded", "Running requests well below the best they allow", load["degraded"]),
             ("running_layers", "Sizes of the running requests, summed", load["served_layers"]),
             ("running_ceiling_layers", "Largest sizes the running requests allow, summed", load["ceiling_layers"]),
+            ("running_layer_bits", "Sizes times bits of a weight read, summed", load["served_bits"]),
+            ("running_ceiling_layer_bits", "The same at the most that they allow", load["ceiling_bits"]),
+            ("running_expected_kl", "Expected KL of the running requests, nats per token, summed", load["kl"]),
+            ("running_ceiling_expected_kl", "The same at the best that they allow", load["ceiling_kl"]),
             ("kv_pages", "KV pages in the pool", stats.num_pages),
             ("kv_pages_free", "KV pages that an allocation can have", stats.num_free_pages),
             ("queued_tokens", "Tokens of waiting requests", stats.num_waiting_tokens),

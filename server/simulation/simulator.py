@@ -37,6 +37,7 @@ class ClusterState:
     num_decided: int
     num_below_ceiling: int  # given less than the largest size they allowed
     mean_size: float
+    kl_loss: float  # expected KL beyond that of the best they allowed, in the mean, nats per token
     num_refused: int
 
 
@@ -104,6 +105,7 @@ class Simulator:
         self.spec = spec
         self.seed = seed
         self._indices = itertools.count()
+        self._by_index: dict[int, Replica] = {}
         self.replicas = [self._new_replica() for _ in range(num_replicas)]
         self.leaving: list[Replica] = []
         self.num_starting = 0
@@ -120,7 +122,7 @@ class Simulator:
         self._jobs: dict[str, tuple[Job, LiveRequest, int]] = {}
         self._awake: set[int] = set()  # replicas with a step event pending
         self._tick = dict.fromkeys(("arrived", "decided", "below", "refused"), 0)
-        self._tick_sizes = 0.0
+        self._tick_sizes = self._tick_kl = 0.0
 
     def run(self, jobs: Iterable[Job], total: int = 0) -> Result:
         """Play the whole trace until the last answer."""
@@ -223,6 +225,8 @@ class Simulator:
         self._tick["decided"] += 1
         self._tick["below"] += size < request.sizes[-1]
         self._tick_sizes += size
+        kl, best = self._by_index[index].policy.expected_kl(request)
+        self._tick_kl += kl - best
         starts = [after for _, after in request.widths]
         tokens_at: dict[int, int] = {}
         for (width, start), end in zip(request.widths, [*starts[1:], count], strict=True):
@@ -253,10 +257,11 @@ class Simulator:
             num_decided=tick["decided"],
             num_below_ceiling=tick["below"],
             mean_size=self._tick_sizes / tick["decided"] if tick["decided"] else float("nan"),
+            kl_loss=self._tick_kl / tick["decided"] if tick["decided"] else 0.0,
             num_refused=tick["refused"],
         )
         self._tick = dict.fromkeys(tick, 0)
-        self._tick_sizes = 0.0
+        self._tick_sizes = self._tick_kl = 0.0
         wanted = max(self.autoscaler(state), 1)
         for _ in range(wanted - len(active) - self.num_starting):
             self.num_starting += 1
@@ -266,7 +271,9 @@ class Simulator:
             active.remove(self.leaving[-1])  # gets no more requests, finishes those it has
 
     def _new_replica(self) -> Replica:
-        return Replica(next(self._indices), self.spec, self.seed)
+        replica = Replica(next(self._indices), self.spec, self.seed)
+        self._by_index[replica.index] = replica
+        return replica
 
     def _errors(self) -> dict[str, dict[str, float]]:
         """Predicted against simulated step time, all replicas together."""

@@ -308,6 +308,14 @@ class BudgetPolicy(SizePolicy):
             tokens[request.width] = tokens.get(request.width, 0) + count
         return not self.price.is_cheaper_mixed(tokens, width)
 
+    def expected_kl(self, request: LiveRequest) -> tuple[float, float]:
+        if request.decision is None:
+            return 0.0, 0.0
+        points = (request.decision.size, request.width), (request.sizes[-1], request.max_width)
+        kind, widths = request.asked.workload, self.table.widths
+        now, best = (self.table.candidate(size, offered_width(width, widths), kind).kl for size, width in points)
+        return now, min(now, best)
+
     def decode_seconds(self, rows: np.ndarray) -> float:
         return self.price.decode_seconds(rows.astype(int).tolist(), width=self.valve.last)
 
