@@ -12,8 +12,9 @@ from typing import Any
 from server.core.config import EngineConfig
 from server.core.request import Budget
 from server.core.size_policy import LargestSize, SizePolicy
+from server.core.width import EXACT
 from server.cost.calibrate import load
-from server.cost.devices import DEVICES, PAIRS, roofline_cost_model
+from server.cost.devices import DEVICES, NESTED_BYTES, PAIRS, roofline_cost_model
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
 from server.engine.queue import WaitingQueue
@@ -22,7 +23,8 @@ from server.simulation.report import plot, summarise
 from server.simulation.simulator import Job, ReplicaSpec, Result, Simulator
 from server.simulation.traces import read_trace, shape_trace
 from server.sizing.policy import BudgetPolicy
-from server.sizing.spec import SizeSpec
+from server.sizing.quality import quality_table
+from server.sizing.spec import SizeError, SizeSpec, describe_widths, parse_precision
 
 _DEFAULT_KV = 4 << 30  # with --calibration, as the server's own cap on a CPU
 
@@ -44,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--replicas", type=int, default=1)
     machine.add_argument("--autoscale", type=int, metavar="MAX", help="scale between --replicas and MAX by degradation")
     machine.add_argument("--startup", type=float, default=60.0, help="seconds until a new replica serves")
-    machine.add_argument("--size", default="auto", help="auto, or every request at this size")
+    machine.add_argument("--size", default="auto", help="auto, or every request at this size (24L, 24L-q6)")
+    machine.add_argument("--precisions", nargs="*", default=[], metavar="q6",
+                         help="that may be served beside exact, from nested codes; with --calibration the file's")  # fmt: skip
     machine.add_argument("--noise", type=float, default=0.05, help="spread of a step's time (log standard deviation)")
     machine.add_argument("--delivery-ms", type=float, default=1.0, help="from a step's end to the client, one way")
     machine.add_argument("--max-num-seqs", type=int, help="[256; 64 with --calibration]")
@@ -68,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
         config, machine, num_pages, policy_factory(args.size, machine),
         make_queue=WaitingQueue, noise=args.noise, delivery=args.delivery_ms / 1000,
     )  # fmt: skip
-    jobs = read_jobs(args, config.max_model_len, pinned_sizes(args.size, profile))
+    jobs = read_jobs(args, config.max_model_len, pinned_sizes(args.size, profile), pinned_width(args.size, profile))
     begun = time.monotonic()
     result = simulate(spec, jobs, args)
     top = profile.elasticity.sizes[-1]
-    summary = summarise(result.records, top) | {
+    kl = quality_table({}, {}, profile.elasticity.sizes, profile.widths)  # a trace names no pair: a guess
+    summary = summarise(result.records, top, kl=kl) | {
         "replicas": args.replicas,
         "mean_replicas": round(sum(s.replicas for s in result.samples) / len(result.samples), 2),
         "steps": result.num_steps,
@@ -117,10 +122,15 @@ def build_machine(args: argparse.Namespace) -> tuple[CostModel, EngineConfig, in
         kv_bytes = args.kv_cache_memory or _DEFAULT_KV
     else:
         shape, device = PAIRS[args.pair], DEVICES[args.device]
-        machine = roofline_cost_model(shape.profile(args.kv_cache_dtype), device)
-        kv_bytes = args.kv_cache_memory or int(0.9 * device.memory) - shape.weight_bytes
+        named = {width for width in map(parse_precision, args.precisions) if width is not None}
+        widths = (*sorted(named - {EXACT}), EXACT)
+        machine = roofline_cost_model(shape.profile(args.kv_cache_dtype, widths), device)
+        weight_bytes = shape.weight_bytes
+        if len(widths) > 1:
+            weight_bytes += int(weight_bytes * NESTED_BYTES / 2)
+        kv_bytes = args.kv_cache_memory or int(0.9 * device.memory) - weight_bytes
         if kv_bytes <= 0:
-            raise ValueError(f"{args.pair} ({shape.weight_bytes / 1e9:.1f} GB) does not fit on one {args.device}")
+            raise ValueError(f"{args.pair} ({weight_bytes / 1e9:.1f} GB) does not fit on one {args.device}")
     num_pages = kv_bytes // (machine.profile.kv_bytes * config.page_size)
     return machine, config, num_pages
 
@@ -146,7 +156,17 @@ def pinned_sizes(size: str, profile: CostProfile) -> tuple[int, ...] | None:
     return (spec.resolve(profile.elasticity.sizes, share),)
 
 
-def read_jobs(args: argparse.Namespace, max_model_len: int, sizes: tuple[int, ...] | None) -> list[Job]:
+def pinned_width(size: str, profile: CostProfile) -> int | None:
+    """What every request reads: the precision that is named, as loaded with a size that names none, None for `auto`."""
+    spec, widths = SizeSpec.parse(size), profile.widths
+    if spec.width not in (None, *widths):
+        raise SizeError(f"--size {size}: this cluster serves {describe_widths(widths)} (--precisions)")
+    return spec.width if spec.is_auto or spec.width is not None else widths[-1]
+
+
+def read_jobs(
+    args: argparse.Namespace, max_model_len: int, sizes: tuple[int, ...] | None, width: int | None = None
+) -> list[Job]:
     seconds = [None if ms is None else ms / 1000 for ms in (args.ttft_ms, args.tpot_ms, args.e2e_ms)]
     max_output = min(args.max_output, max_model_len // 2)
     return shape_trace(
@@ -156,6 +176,7 @@ def read_jobs(args: argparse.Namespace, max_model_len: int, sizes: tuple[int, ..
         budget=Budget(ttft=seconds[0], tpot=seconds[1], e2e=seconds[2]),
         rate=None if args.rate is None else args.rate * args.replicas,
         sizes=sizes,
+        width=width,
     )
 
 

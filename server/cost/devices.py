@@ -12,9 +12,15 @@ import numpy as np
 
 from model_store.assembly import Elasticity
 from model_store.spec import int8_kv_bytes
+from server.core.width import EXACT
 from server.cost.features import AT, HEAD_KNOTS, KNOTS, NARROW_HEAD_KNOTS, NARROW_KNOTS, layout
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
+
+# Of a weight in nested codes (`model_store.nested`, which needs torch): a place of zero and a float16 scale for each
+# of four widths per group of 32; a product reads one of the scales.
+_GROUP_BYTES_READ = 3 / 32
+NESTED_BYTES = 1 + 9 / 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,8 @@ class PairShape:
         build = Elasticity.first_to_last if self.order == "first_to_last" else Elasticity.last_to_first
         return build(self.num_layers, list(self.kept))
 
-    def profile(self, kv_cache_dtype: str = "auto") -> CostProfile:
-        """`kv_cache_dtype`: auto (16 bits) or int8."""
+    def profile(self, kv_cache_dtype: str = "auto", widths: tuple[int, ...] = (EXACT,)) -> CostProfile:
+        """`kv_cache_dtype`: auto (16 bits) or int8. `widths`: that rows may read, beside EXACT from nested codes."""
         heads, dim = self.num_kv_heads, self.head_dim
         return CostProfile(
             elasticity=self.elasticity(),
@@ -67,6 +73,8 @@ class PairShape:
             head_bytes=2 * self.vocab_parameters,
             kv_bytes=int8_kv_bytes(heads, dim) if kv_cache_dtype == "int8" else 2 * 2 * heads * dim,
             attention_flops=4 * self.num_heads * self.head_dim,
+            widths=widths,
+            width_bytes=tuple(1.0 if width == EXACT else (width / 8 + _GROUP_BYTES_READ) / 2 for width in widths),
         )
 
     @property
