@@ -1,4 +1,4 @@
-"""`boomerang export --size 24L`: one size as an ordinary checkpoint folder, and as GGUF.
+"""`boomerang export --size 24L` (or `24L-q6`): one size as an ordinary checkpoint folder, and as GGUF.
 
 Offers `add_arguments(parser)` and `run(args)` to the command line; torch is imported when it runs.
 """
@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from model_store.files import read_json, read_json_if_there
 if TYPE_CHECKING:
     import torch
 
+    from model_store.export_point import PointCodes
     from model_store.pair import Pair
 
 _TOKENIZER_FILES = (
@@ -39,35 +40,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", help="folder, GGUF file or hub id (default: the default pair's)")
     add("--student", help="folder or hub id of the student")
     add("--patch-order", choices=("last_to_first", "first_to_last"), help="use this order, not the pair's own")
-    add("--size", required=True, help="layers, as 24L or 24")
+    add("--size", required=True, help="layers, as 24L or 24; 24L-q6: with weights rounded to what 6 bits read")
     add("--out", type=Path, required=True, help="folder to write; it must not exist or be empty")
     add("--gguf", type=Path, help="also write this GGUF file (llama, qwen2, qwen3)")
     add("--gguf-pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
-        help="of the tensors written, in the GGUF file too [bfloat16]")  # fmt: skip
+        help="of the tensors; in GGUF too unless a precision is named (Q8_0, Q5_1, Q4_1) [bfloat16]")  # fmt: skip
     add("--no-verify", action="store_true", help="skip loading the result and comparing its logits")
     add("--store", help="folder of the local model store")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write, compare, report."""
+def run(args: argparse.Namespace, nested: Callable[[Pair], Path] | None = None) -> int:
+    """Write, compare, report. `nested` makes the file of a pair's nested codes; a precision cannot do without."""
     from model_store.pair import open_pair
 
     pair = open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)
-    size = parse_size(args.size, pair)
+    size, width = parse_point(args.size, pair)
+    codes = None
+    if width is not None:
+        if nested is None:
+            raise ExportError("--size: nested codes are made by the server's packages, which are not here")
+        from model_store.export_point import PointCodes
+
+        codes = PointCodes(nested(pair), width)
     if args.out.exists() and any(args.out.iterdir()):
         raise ExportError(f"--out: {args.out} exists and is not empty")
-    export_size(pair, size, args.out, args.dtype)
+    export_size(pair, size, args.out, args.dtype, codes)
     print(f"wrote {args.out}: {size} layers, {pair.parameters(size):,} parameters")
     if not args.no_verify:
-        difference = verify(pair, size, args.out, dtype=args.dtype)
+        difference = verify(pair, size, args.out, dtype=args.dtype, codes=codes)
         print(f"logits equal the pair's at {size} layers (largest difference {difference:.2e})")
     if args.gguf:
         from model_store.export_gguf import verify_gguf, write_gguf
 
-        write_gguf(args.out, args.gguf, args.gguf_pre)
-        verify_gguf(args.out, args.gguf)
-        print(f"wrote {args.gguf} ({args.gguf.stat().st_size / 1e6:.0f} MB), read back equal")
+        write_gguf(args.out, args.gguf, args.gguf_pre, None if codes is None else point_grids(pair, size, codes))
+        verify_gguf(args.out, args.gguf, rounded=codes is not None)
+        how = "equal" if codes is None else "within rounding"
+        print(f"wrote {args.gguf} ({args.gguf.stat().st_size / 1e6:.0f} MB), read back {how}")
     return 0
 
 
@@ -80,8 +89,24 @@ def parse_size(text: str, pair: Pair) -> int:
     return int(match[1])
 
 
-def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") -> None:
-    """Write config, safetensors, tokenizer files and model card of one size into `folder` (atomically).
+def parse_point(text: str, pair: Pair) -> tuple[int, int | None]:
+    """Layers, and bits if a precision is named, of "24L", "24" or "24L-q6". ExportError names what there is."""
+    from model_store.nested import WIDTHS
+
+    depth, separator, precision = text.strip().rpartition("-")
+    if not separator or precision.lower() == "exact":
+        return parse_size(depth if separator else text, pair), None
+    bits = precision.lower().removeprefix("q")
+    if precision[:1].lower() != "q" or not bits.isdecimal() or int(bits) not in WIDTHS:
+        raise ExportError(
+            f"--size: {precision!r} is no precision (there are exact, {', '.join(f'q{w}' for w in WIDTHS)})"
+        )
+    return parse_size(depth, pair), int(bits)
+
+
+def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16", codes: PointCodes | None = None) -> None:
+    """Write config, safetensors, tokenizer files and model card of one size into `folder` (atomically), its matrices
+    as they were loaded or as `codes` read.
 
     ExportError for a weight that float16 cannot hold.
     """
@@ -96,7 +121,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
         names: list[str] = []
 
         def noted() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in _tensors(pair, size, dtype):
+            for name, tensor in _tensors(pair, size, dtype, codes):
                 if dtype == "float16" and not tensor.isfinite().all():
                     raise ExportError(f"--dtype float16: {name} has values beyond its range: take bfloat16 or float32")
                 names.append(name)
@@ -111,7 +136,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16") ->
                 shutil.copyfile(pair.tokenizer_path / name, target / name)
         if (pair.tokenizer_path / TEMPLATE_DIR).is_dir():
             shutil.copytree(pair.tokenizer_path / TEMPLATE_DIR, target / TEMPLATE_DIR)
-        (target / "README.md").write_text(model_card(pair, size))
+        (target / "README.md").write_text(model_card(pair, size, None if codes is None else codes.width))
         if folder.exists():
             folder.rmdir()
         target.rename(folder)
@@ -178,7 +203,9 @@ def _windows(pair: Pair, size: int) -> dict[str, Any]:
     return found
 
 
-def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    pair: Pair, size: int, dtype_name: str, codes: PointCodes | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of everything the size runs, in its family's own names and layouts."""
     import torch
 
@@ -188,7 +215,10 @@ def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torc
 
     form, path, family = WeightForm(getattr(torch, dtype_name)), pair.elasticity.path(size), pair.spec.family
     for position, layer in enumerate(path.layers):
-        for name, tensor in split_layer(pair.read_layer(layer, form), pair.spec):
+        weights = pair.read_layer(layer, form)
+        if codes is not None:
+            weights = codes.layer(layer, weights, form.dtype)
+        for name, tensor in split_layer(weights, pair.spec):
             yield full_name(f"{layer_prefix(family)}{position}.{name}", family), tensor.clone()
     teacher = Checkpoint(pair.teacher_path, pair.store)
     sources = {"teacher": teacher, "student": teacher}
@@ -198,11 +228,30 @@ def _tensors(pair: Pair, size: int, dtype_name: str) -> Iterator[tuple[str, torc
     is_tied = sources[path.head_from].spec.tie_word_embeddings and sources[path.head_from] is sources[path.embed_from]
     for field, (part, name, _) in end_tensors(pair.spec).items():
         value = sources[sides[part]].end_tensors(form, parts=[part])[field]
+        # A tied embedding is read as its head is.
+        if codes is not None and (part == "head" or sources[sides[part]].spec.tie_word_embeddings):
+            read = codes.head(sides[part], form.dtype) if part in ("head", "embed") else None
+            value = value if read is None else read
         if isinstance(value, torch.Tensor) and not (part == "head" and is_tied):
             yield full_name(name, family), value
 
 
-def model_card(pair: Pair, size: int) -> str:
+def point_grids(pair: Pair, size: int, codes: PointCodes) -> dict[str, Any]:
+    """Grids of the matrices of a size, by name in the exported folder."""
+    import torch
+
+    from model_store.layout import full_name, layer_prefix
+    from model_store.weight_form import WeightForm
+
+    found: dict[str, Any] = {}
+    for position, layer in enumerate(pair.elasticity.path(size).layers):
+        weights = pair.read_layer(layer, WeightForm(torch.float32))
+        for name, grid in codes.grids(layer, weights, pair.spec).items():
+            found[full_name(f"{layer_prefix(pair.spec.family)}{position}.{name}", pair.spec.family)] = grid
+    return {"width": codes.width, "grids": found}
+
+
+def model_card(pair: Pair, size: int, width: int | None = None) -> str:
     """README.md of an export: what it is made of, its licence, and what it was measured to be worth."""
     manifest_file = pair.notes_path / "pair.json"
     manifest = read_json_if_there(manifest_file)
@@ -210,9 +259,10 @@ def model_card(pair: Pair, size: int) -> str:
     origin = [str(i) if i < num_teacher else f"S{i - num_teacher}" for i in path.layers]
     licence = manifest.get("licence", "that of the teacher")
     teacher = manifest.get("teacher", pair.teacher_path.name)
+    point = "" if width is None else f", {width} bits"
     lines = [
         "---", f"license: {str(licence).lower()}", f"base_model: {teacher}", "---", "",
-        f"# {pair.name}, {size} layers", "",
+        f"# {pair.name}, {size} layers{point}", "",
         f"One size of an elastic pair: {size} of the {num_teacher} layers of `{teacher}`, some of them replaced by "
         "distilled student layers that stand for several (Boomerang distillation, arXiv 2510.05064). "
         "Written by `boomerang export`; any size of the same pair can be served from one copy of the tensors."
@@ -222,11 +272,44 @@ def model_card(pair: Pair, size: int) -> str:
     ]  # fmt: skip
     if quality := pair.quality.get(size):
         rows = [f"| {name} | {value} |" for name, value in quality.items() if not name.endswith("_ci")]
-        lines += ["Measured against the teacher by `boomerang evaluate`:", "", "| figure | value |", "|---|---|", *rows]
+        of = "" if width is None else " These are of the weights as they were loaded."
+        lines += [
+            f"Measured against the teacher by `boomerang evaluate`:{of}",
+            "",
+            "| figure | value |",
+            "|---|---|",
+            *rows,
+        ]
+    if kinds := _kinds_of(pair, size, width):
+        lines += [
+            "",
+            "KL to the teacher, nats per token, by kind of text:",
+            "",
+            "| kind | KL | how |",
+            "|---|---|---|",
+            *kinds,
+        ]
     return "\n".join(lines) + "\n"
 
 
-def verify(pair: Pair, size: int, folder: Path, tolerance: float = 1e-3, dtype: str = "bfloat16") -> float:
+def _kinds_of(pair: Pair, size: int, width: int | None) -> list[str]:
+    """Rows of a card: what was measured of this point, or what depth and width cost alone, added up."""
+    rows = []
+    for kind, found in pair.kinds.items():
+        alone, cost = found["sizes"].get(str(size)), found["widths"].get(str(width))
+        if width is None and alone:
+            rows.append(f"| {kind} | {alone['kl']:.4f} | measured |")
+        elif width is not None and (row := found["points"].get(f"{size}L-q{width}")):
+            rows.append(f"| {kind} | {row['kl']:.4f} | measured |")
+        elif width is not None and alone and cost:
+            rows.append(f"| {kind} | {alone['kl'] + cost['kl']:.4f} | sum of what layers and bits cost alone |")
+    return rows
+
+
+def verify(
+    pair: Pair, size: int, folder: Path, tolerance: float = 1e-3, dtype: str = "bfloat16",
+    codes: PointCodes | None = None,
+) -> float:  # fmt: skip
     """Largest difference of float32 logits between the exported model and the pair. ExportError above `tolerance`.
 
     Both start from the same tensors of `dtype`; what is compared is the assembly, not rounding. The pair's side is
@@ -245,7 +328,14 @@ def verify(pair: Pair, size: int, folder: Path, tolerance: float = 1e-3, dtype: 
         exported = model(ids, use_cache=False).logits
         ours = load_elastic(pair, getattr(torch, dtype))
         ours.teacher.float()
-        expected = ours.float().size_logits(ids, size)
+        ours = ours.float()
+        if codes is not None:
+            from model_store.evaluate.kinds import read_at
+
+            read_at(ours, pair, codes.file, codes.width)
+            for parameter in (*ours.parameters(), *ours.teacher.parameters()):
+                parameter.copy_(parameter.to(getattr(torch, dtype)).float())
+        expected = ours.size_logits(ids, size)
     difference = float((exported - expected).abs().max())
     if not difference <= tolerance:
         raise ExportError(f"{folder} does not compute what the pair computes: logits differ by up to {difference:.3g}")

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from model_store.export import ExportError
+from model_store.export_point import AFFINE, affine_blocks, can_hold
 from model_store.gguf_file import read_gguf
 from model_store.gguf_import import import_gguf
 from model_store.gguf_pretokenizers import BY_NAME
@@ -28,11 +29,18 @@ _TYPES = {
     "float16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
+_FILE_TYPES = {
+    8: gguf.LlamaFileType.MOSTLY_Q8_0, 6: gguf.LlamaFileType.MOSTLY_Q8_0, 5: gguf.LlamaFileType.MOSTLY_Q5_1,
+    4: gguf.LlamaFileType.MOSTLY_Q4_1,
+}  # fmt: skip
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 
-def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
+def write_gguf(folder: Path, file: Path, pre: str | None = None, point: dict[str, Any] | None = None) -> None:
     """Write the checkpoint in `folder` as `file`, matrices in the dtype that its config names, vectors in float32.
+
+    `point`: the width of a reduced size and the grids of its matrices (`export.point_grids`): they are written in the
+    nearest type of so many bits.
 
     ExportError for a family, a dtype or a tokenizer that this writer does not know.
     """
@@ -52,7 +60,7 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
     architecture = _ARCHITECTURES[family]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(f"{folder.name}")
-    writer.add_file_type(_TYPES[dtype][1])
+    writer.add_file_type(_TYPES[dtype][1] if point is None else _FILE_TYPES[point["width"]])
     writer.add_vocab_size(spec.vocab_size)
     writer.add_block_count(spec.num_layers)
     writer.add_context_length(spec.max_position_embeddings)
@@ -74,7 +82,7 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
                 target = names.get_name(stem)
                 if target is None:
                     raise ExportError(f"--gguf: llama.cpp has no name for the tensor {name}")
-                _add_tensor(writer, f"{target}.{kind}", handle.get_tensor(name), dtype, stem, family, spec)
+                _add_tensor(writer, f"{target}.{kind}", handle.get_tensor(name), dtype, name, family, spec, point)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -82,12 +90,33 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None) -> None:
 
 
 def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, value: torch.Tensor, dtype: str, stem: str, family: str, spec: ModelSpec
-) -> None:
-    if family == "llama" and stem.endswith(("q_proj", "k_proj")):
+    writer: gguf.GGUFWriter, name: str, value: torch.Tensor, dtype: str, source: str, family: str, spec: ModelSpec,
+    point: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    stem = source.rpartition(".")[0]
+
+    def placed(rows: torch.Tensor) -> torch.Tensor:
+        if family != "llama" or not stem.endswith(("q_proj", "k_proj")):
+            return rows
         heads = spec.num_heads if stem.endswith("q_proj") else spec.num_kv_heads
         # llama.cpp rotates neighbouring channels where Hugging Face rotates the two halves.
-        value = value.view(heads, 2, spec.head_dim // 2, -1).transpose(1, 2).reshape(value.shape)
+        return rows.view(heads, 2, spec.head_dim // 2, -1).transpose(1, 2).reshape(rows.shape)
+
+    value = placed(value)
+    if (
+        point is not None
+        and can_hold(value)
+        and (source in point["grids"] or "embed" not in source or spec.tie_word_embeddings)
+    ):
+        width, grid = point["width"], point["grids"].get(source)
+        if grid is not None and width in AFFINE:
+            kind = gguf.GGMLQuantizationType[AFFINE[width]]
+            scale, minimum = map(placed, grid)
+            writer.add_tensor(name, affine_blocks(value, (scale, minimum), width), raw_dtype=kind)
+        else:
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), q8), raw_dtype=q8)
+        return
     if value.ndim == 1:  # llama.cpp wants vectors in float32
         writer.add_tensor(name, value.float().numpy())
         return
@@ -211,8 +240,11 @@ def _check_tokenizer(folder: Path, file: Path) -> None:
             raise ExportError(f"{file.name} makes other tokens of {text!r} than {folder}: another --gguf-pre may not")
 
 
-def verify_gguf(folder: Path, file: Path) -> None:
-    """Read the file back as a model is imported, and compare every tensor. ExportError names the first that differs."""
+def verify_gguf(folder: Path, file: Path, rounded: bool = False) -> None:
+    """Read the file back as a model is imported, and compare every tensor. ExportError names the first that differs.
+
+    `rounded`: matrices were written with fewer bits, and may differ by a hundredth of their rows' largest value.
+    """
     _check_tokenizer(folder, file)
     with tempfile.TemporaryDirectory() as scratch:
         back = Path(scratch)
@@ -221,7 +253,9 @@ def verify_gguf(folder: Path, file: Path) -> None:
         if ours.keys() != theirs.keys():
             raise ExportError(f"{file.name} lacks or adds tensors: {sorted(ours.keys() ^ theirs.keys())[:5]}")
         for name, value in ours.items():
-            if not np.array_equal(value.float().numpy(), theirs[name].float().numpy()):
+            mine, back_again = value.float().numpy(), theirs[name].float().numpy()
+            most = 0.01 * np.abs(mine).max(axis=-1, keepdims=True) if rounded and mine.ndim == 2 else 0.0
+            if mine.shape != back_again.shape or not (np.abs(mine - back_again) <= most).all():
                 raise ExportError(f"{file.name}: the tensor {name} is not what was written")
 
 

@@ -18,7 +18,11 @@ _MODULES = {
     "simulate": ("replay a trace against a simulated cluster", "server.commands.simulate"),
 }
 # Commands of the model store that our engine speaks for: functions of server.offline that are their further arguments.
-_GENERATORS = {"distill": ("teacher_generator",), "evaluate": ("pair_generator", "nested_codes")}
+_GENERATORS = {
+    "distill": ("teacher_generator",),
+    "evaluate": ("pair_generator", "nested_codes"),
+    "export": ("nested_codes",),
+}
 _MODEL_GROUPS = ("model", "engine")
 
 

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--startup", type=float, default=60.0, help="seconds until a new replica serves")
     machine.add_argument("--size", default="auto", help="auto, or every request at this size (24L, 24L-q6)")
     machine.add_argument("--precisions", nargs="*", default=[], metavar="q6",
-                         help="that may be served beside exact, from nested codes; with --calibration the file's")  # fmt: skip
+                         help="served beside exact, from nested codes; with --calibration the file's")  # fmt: skip
     machine.add_argument("--noise", type=float, default=0.05, help="spread of a step's time (log standard deviation)")
     machine.add_argument("--delivery-ms", type=float, default=1.0, help="from a step's end to the client, one way")
     machine.add_argument("--max-num-seqs", type=int, help="[256; 64 with --calibration]")
