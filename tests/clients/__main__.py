@@ -24,6 +24,9 @@ PAGE = """# Clients
 Each client in its newest version, unmodified, asked a server with a tiny random model. `make test-clients` runs them
 and writes this page. An empty cell is what a client does not offer, or what its script does not try.
 
+openai-agents 0.24.0 raises `ModelBehaviorError` where `/v1/responses` ends an answer at its limit of tokens
+(`findings/openai_agents_incomplete.sh`). Its `OpenAIChatCompletionsModel` gives the text so far.
+
 | client | version | text | stream | structured output | tool loop | embeddings |
 |---|---|---|---|---|---|---|
 """
