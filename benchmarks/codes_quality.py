@@ -34,7 +34,7 @@ def exact(pair: Pair) -> LoadedPair:
     loaded = pair.load(WeightForm(torch.float32, low_rank=True, storage=Storage.CODES))
     for part in [*loaded.layers.values(), *{id(end): end for end in loaded.ends.values()}.values()]:
         for field in dataclasses.fields(part):
-            if (value := getattr(part, field.name)) is not None:
+            if not isinstance(value := getattr(part, field.name), int | str | None):
                 setattr(part, field.name, dense(value, torch.float32))
     for end in loaded.ends.values():
         end.head = end.embed if pair.spec.tie_word_embeddings else end.head

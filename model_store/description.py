@@ -23,7 +23,7 @@ from model_store.spec import ModelSpec
 from model_store.store import sha256, store_root
 
 _MANY = 256
-_VERSION = 2  # of this file's form, of what ModelSpec means and of what is refused
+_VERSION = 3  # of this file's form, of what ModelSpec means and of what is refused
 
 
 def remembered_spec(

@@ -145,6 +145,7 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16", co
 # Spellings that what is written replaces, and notes of the tool that wrote the teacher.
 _STALE = (
     "num_hidden_layers", "n_layer", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window",
+    "no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern",
     "torch_dtype", "_name_or_path", "auto_map", "transformers_version", "quantization_config", "compression_config",
 )  # fmt: skip
 
@@ -156,47 +157,50 @@ def _config(pair: Pair, size: int, tied: bool, dtype: str) -> dict[str, Any]:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from model_store.families import FAMILIES
     from model_store.spec import resolved_config
 
     raw = read_json(pair.teacher_path / "config.json")
     config = {key: value for key, value in raw.items() if key not in _STALE}
     config |= {"tie_word_embeddings": tied, "dtype": dtype}
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pair.spec.family]]
-    config["n_layer" if pair.spec.family == "gpt2" else "num_hidden_layers"] = size
+    config[FAMILIES[pair.spec.family].num_layers_key] = size
     if raw.get("rope_scaling") and raw.get("rope_parameters"):  # one of them would be read, the other believed
         config = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
         config["rope_parameters"] = resolved_config(raw).rope_parameters
-    return config | _windows(pair, size)
+    return config | _by_layer(pair, size)
 
 
-def _windows(pair: Pair, size: int) -> dict[str, Any]:
-    """Sliding windows of a size's layers, for its config."""
+def _by_layer(pair: Pair, size: int) -> dict[str, Any]:
+    """What differs between a size's layers, for its config: sliding windows, and which of them know positions."""
+    from model_store.families import FAMILIES
     from model_store.weights import Checkpoint
 
     num_teacher, path = pair.elasticity.num_teacher_layers, pair.elasticity.path(size)
     teacher = Checkpoint(pair.teacher_path, pair.store).spec
     student = pair.student_spec or teacher
-    kinds = []  # (type, window) of each layer
+    kinds, rotates = [], []  # of each layer: its window, whether it knows positions
     for layer in path.layers:
         spec, index = (teacher, layer) if layer < num_teacher else (student, layer - num_teacher)
         if spec is teacher and index != layer:
             index = pair.elasticity.kept[index]  # a low-rank student's layer
-        slides = (
-            spec.sliding_window is not None
-            and (spec.layer_types or ["sliding_attention"])[index if spec.layer_types else 0] == "sliding_attention"
-        )
-        kinds.append(spec.sliding_window if slides else None)
+        kinds.append(spec.window(index))
+        rotates.append(spec.rope(index) != "none")
     windows = {window for window in kinds if window is not None}
-    if pair.spec.family == "mistral":
+    found: dict[str, Any] = {}
+    if not all(rotates) or teacher.unrotated_layers:
+        found["no_rope_layers"] = [int(rotated) for rotated in rotates]
+    which = FAMILIES[pair.spec.family].windows
+    if which == "all":
         if len({*kinds}) > 1 and min(windows) < pair.spec.max_position_embeddings:
-            raise ExportError(f"layers with windows of {sorted({*kinds}, key=str)}: no config of Mistral says that")
-        return {"sliding_window": kinds[0] if len({*kinds}) == 1 else None}
-    if not teacher.layer_types:
-        return {}
+            raise ExportError(f"layers with windows of {sorted({*kinds}, key=str)}: no config of this family says that")
+        return found | {"sliding_window": kinds[0] if len({*kinds}) == 1 else None}
+    if which == "none":
+        return found
     if len(windows) > 1:
         raise ExportError(f"layers with sliding windows of {sorted(windows)}: no config of this family says that")
     types = ["full_attention" if window is None else "sliding_attention" for window in kinds]
-    found = {"layer_types": types, "use_sliding_window": bool(windows), "sliding_window": min(windows, default=None)}
+    found |= {"layer_types": types, "use_sliding_window": bool(windows), "sliding_window": min(windows, default=None)}
     first = types.index("sliding_attention") if windows else size
     if "full_attention" not in types[first:]:
         found["max_window_layers"] = first  # as readers without layer_types have it
@@ -320,7 +324,8 @@ def verify(
 
     from model_store.distill.from_pair import load_elastic
 
-    beyond = (pair.spec.sliding_window or 0) + _CHECKED_TOKENS
+    sides = [pair.spec, *([pair.student_spec] if pair.student_spec else [])]
+    beyond = max(spec.sliding_window or 0 for spec in sides) + _CHECKED_TOKENS
     length = min(beyond, pair.spec.max_position_embeddings)
     ids = torch.randint(pair.spec.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from tokenizers import Tokenizer
 
 from model_store.export import ExportError
 from model_store.export_point import AFFINE, affine_blocks, can_hold
+from model_store.families import FAMILIES
 from model_store.gguf_file import read_gguf
-from model_store.gguf_import import import_gguf
+from model_store.gguf_import import import_gguf, tensor_names
 from model_store.gguf_pretokenizers import BY_NAME
 from model_store.gguf_tokenizer import cuts, read_tokenizer
+from model_store.layout import full_name, layer_prefix
 from model_store.spec import ModelSpec
 from model_store.tokenizer_files import TokenizerFiles, read_tokenizer_files, text_of
 from model_store.weights import weight_files
@@ -33,7 +37,7 @@ _FILE_TYPES = {
     8: gguf.LlamaFileType.MOSTLY_Q8_0, 6: gguf.LlamaFileType.MOSTLY_Q8_0, 5: gguf.LlamaFileType.MOSTLY_Q5_1,
     4: gguf.LlamaFileType.MOSTLY_Q4_1,
 }  # fmt: skip
-_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+_WRITTEN = ("llama", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "gemma3_text")
 
 
 def write_gguf(folder: Path, file: Path, pre: str | None = None, point: dict[str, Any] | None = None) -> None:
@@ -46,19 +50,16 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None, point: dict[str
     """
     config = json.loads((folder / "config.json").read_text())
     family = config.get("model_type")
-    if family not in _ARCHITECTURES:
-        raise ExportError(f"--gguf writes {', '.join(_ARCHITECTURES)}, not {family}")
+    if family not in _WRITTEN:
+        raise ExportError(f"--gguf writes {', '.join(_WRITTEN)}, not {family}")
     if (dtype := config.get("dtype")) not in _TYPES:
         raise ExportError(f"--gguf writes {', '.join(_TYPES)}, not {dtype}")
     spec = ModelSpec.from_hf_config(config)
     if spec.rope_scaling:
         raise ExportError("--gguf: scaled rotary positions are not written; convert the folder with llama.cpp's script")
-    if spec.sliding_window is not None:
-        raise ExportError("--gguf: llama.cpp reads no sliding window for this family: beyond it the file would differ")
-    if spec.activation != "silu":
-        raise ExportError(f"--gguf: llama.cpp computes this family with silu only, not with {spec.activation}")
-    architecture = _ARCHITECTURES[family]
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    _check_layers(spec)
+    architecture = FAMILIES[family].gguf
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(f"{folder.name}")
     writer.add_file_type(_TYPES[dtype][1] if point is None else _FILE_TYPES[point["width"]])
     writer.add_vocab_size(spec.vocab_size)
@@ -73,36 +74,73 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None, point: dict[str
     writer.add_rope_dimension_count(spec.rotary_dim)
     writer.add_rope_freq_base(spec.rope_theta)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
+    if family == "granite":
+        writer.add_attention_scale(spec.attention_scale)
+        writer.add_embedding_scale(spec.embedding_scale)
+        writer.add_residual_scale(spec.residual_scale)
+        writer.add_logit_scale(1 / spec.logit_scale)
+    if family == "gemma3_text" and spec.sliding_window:
+        writer.add_sliding_window(spec.sliding_window)
     _add_tokenizer(writer, folder, config, pre)
-    names = gguf.get_tensor_name_map(architecture, spec.num_layers)
+    ends, layer = ({theirs: ours for ours, theirs in names.items()} for names in tensor_names(family))
+    prefix = re.escape(full_name(layer_prefix(family), family))
     for source in weight_files(folder):
         with safe_open(source, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 stem, _, kind = name.rpartition(".")
-                target = names.get_name(stem)
+                match = re.fullmatch(rf"{prefix}(\d+)\.(.+)", stem)
+                target = layer.get(match[2]) if match else ends.get(stem)
                 if target is None:
                     raise ExportError(f"--gguf: llama.cpp has no name for the tensor {name}")
-                _add_tensor(writer, f"{target}.{kind}", handle.get_tensor(name), dtype, name, family, spec, point)
+                target = f"blk.{match[1]}.{target}" if match else target
+                _add_tensor(writer, f"{target}.{kind}", handle.get_tensor(name), dtype, name, spec, point)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def _check_layers(spec: ModelSpec) -> None:
+    """ExportError for what llama.cpp fixes for a family and this model has otherwise: its files cannot say it."""
+    family, layers = spec.family, range(spec.num_layers)
+    types, unrotated, activation, scale = (), (), "silu", spec.head_dim**-0.5
+    if family == "gemma3_text":
+        activation = "gelu_tanh"
+        types = tuple("full_attention" if i % 6 == 5 else "sliding_attention" for i in layers)
+        if spec.num_layers == 62:
+            scale = (spec.hidden_size // spec.num_heads) ** -0.5
+        if spec.local_inv_freq and not math.isclose(spec.local_inv_freq[1], 1e4 ** (-2 / spec.head_dim), rel_tol=1e-5):
+            raise ExportError("--gguf: llama.cpp takes the angles of layers with a window from 10000 only")
+    if family == "smollm3":
+        unrotated = tuple(i for i in layers if i % 4 == 3)
+    windows = tuple(spec.window(i) is not None for i in layers)
+    if windows != tuple(types[i] == "sliding_attention" if types else False for i in layers):
+        where = "every sixth layer without one" if types else "none"
+        raise ExportError(f"--gguf: sliding windows: llama.cpp has {where} in this family, this model has others")
+    if spec.unrotated_layers != unrotated:
+        raise ExportError("--gguf: llama.cpp leaves every fourth layer of this family unrotated, this model others")
+    if spec.activation != activation:
+        raise ExportError(f"--gguf: llama.cpp computes this family with {activation} only, not with {spec.activation}")
+    if family != "granite" and not math.isclose(spec.attention_scale, scale, rel_tol=1e-6):
+        raise ExportError(f"--gguf: llama.cpp scales scores of this family by {scale:g}, not by {spec.attention_scale}")
+
+
 def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, value: torch.Tensor, dtype: str, source: str, family: str, spec: ModelSpec,
+    writer: gguf.GGUFWriter, name: str, value: torch.Tensor, dtype: str, source: str, spec: ModelSpec,
     point: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    stem = source.rpartition(".")[0]
+    family, part = FAMILIES[spec.family], name.split(".")[-2]
 
     def placed(rows: torch.Tensor) -> torch.Tensor:
-        if family != "llama" or not stem.endswith(("q_proj", "k_proj")):
+        if not family.gguf_permutes or part not in ("attn_q", "attn_k"):
             return rows
-        heads = spec.num_heads if stem.endswith("q_proj") else spec.num_kv_heads
+        heads = spec.num_heads if part == "attn_q" else spec.num_kv_heads
         # llama.cpp rotates neighbouring channels where Hugging Face rotates the two halves.
         return rows.view(heads, 2, spec.head_dim // 2, -1).transpose(1, 2).reshape(rows.shape)
 
     value = placed(value)
+    if family.norm_offset and part.endswith("norm"):
+        value = value.float() + family.norm_offset
     if (
         point is not None
         and can_hold(value)

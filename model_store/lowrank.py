@@ -8,7 +8,6 @@ itself and shares its memory. Tensor names are those of a Llama checkpoint (`mod
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -24,10 +23,10 @@ from model_store.layout import layer_tensors
 from model_store.quantized import q8_0
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
-from model_store.weights import LayerWeights, WeightError, quantise_layer
+from model_store.weights import TENSOR_FIELDS, LayerWeights, WeightError, quantise_layer
 
 LOW_RANK_FILE = "student_lowrank.safetensors"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose linears have the names below
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite")  # whose linears and norms are those below
 # Rows of the merged tensors that each projection owns, in order.
 _PARTS = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
           "up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}  # fmt: skip
@@ -178,11 +177,11 @@ class LowRankStudent:
                 changed[norm] = self._tensor(prefix + name).to(device, dtype, copy=True)
         for name in _NORMS:
             changed[name] = getattr(delta, name).to(device, dtype)
-        for field in dataclasses.fields(LayerWeights):
-            value = getattr(teacher, field.name)
-            if field.name not in changed and value is not None:
-                changed[field.name] = value.to(device, dtype)
-        layer = LayerWeights(**changed)
+        for field in TENSOR_FIELDS:
+            value = getattr(teacher, field)
+            if field not in changed and value is not None:
+                changed[field] = value.to(device, dtype)
+        layer = LayerWeights(**changed, window=teacher.window, rope=teacher.rope)
         if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer

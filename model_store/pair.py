@@ -26,7 +26,7 @@ from model_store.layout import END_PARTS
 from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
-from model_store.spec import ModelSpec, SpecError
+from model_store.spec import ModelSpec, Rope, SpecError
 from model_store.store import folder_digest, store_root
 from model_store.vocabulary import other_tokens
 from model_store.weight_form import Storage, WeightForm
@@ -463,9 +463,7 @@ def _interlock(
         )
     # Both sides run on every text, so both must be exact up to the longest one.
     positions = min(teacher.max_position_embeddings, student.max_position_embeddings)
-    windows = [spec.sliding_window for spec in (teacher, student) if spec.sliding_window]
-    window = min(windows, default=None)
-    return dataclasses.replace(teacher, max_position_embeddings=positions, sliding_window=window), student, kept
+    return dataclasses.replace(teacher, max_position_embeddings=positions), student, kept
 
 
 def _spec_of(path: Path, store: Path | str | None) -> ModelSpec:
@@ -478,7 +476,10 @@ def _spec_of(path: Path, store: Path | str | None) -> ModelSpec:
 
 def _compare(teacher: ModelSpec, student: ModelSpec) -> None:
     """PairError if the two compute their layers differently. Angles are compared, however they were spelled."""
-    may_differ = {"num_layers", "tie_word_embeddings", "sliding_window", "layer_types", "inv_freq", "rope_factor"}
+    may_differ = {
+        "num_layers", "tie_word_embeddings", "sliding_window", "layer_types", "unrotated_layers", "inv_freq",
+        "local_inv_freq", "rope_factor",
+    }  # fmt: skip
     if not teacher.learned_positions:
         may_differ.add("max_position_embeddings")
     for spec_field in dataclasses.fields(ModelSpec):
@@ -490,8 +491,11 @@ def _compare(teacher: ModelSpec, student: ModelSpec) -> None:
             )
     if not teacher.rotary_dim:
         return
-    (ours, factor), (theirs, other) = teacher.rope_inv_freq(), student.rope_inv_freq()
-    if not (torch.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, other, rel_tol=1e-6)):
+    ropes: list[Rope] = ["global"] if teacher.local_inv_freq is None else ["global", "local"]
+    for rope in ropes:
+        (ours, factor), (theirs, other) = teacher.rope_inv_freq(rope), student.rope_inv_freq(rope)
+        if torch.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, other, rel_tol=1e-6):
+            continue
         said = [f"rope_theta {spec.rope_theta:g}, scaling {spec.rope_scaling}" for spec in (teacher, student)]
         raise PairError(
             f"teacher and student do not interlock: their rotary angles differ ({said[0]} in the teacher, {said[1]} in "

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 
 from model_store.errors import BoomerangError
+from model_store.families import FAMILIES, Family, why_not
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+Rope = Literal["none", "global", "local"]
 _ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -57,6 +58,13 @@ class ModelSpec:
     gated_mlp: bool
     parallel_residual: bool
     qk_norm: bool
+    qk_norm_of_all: bool = False  # over the channels of all heads together, not of each
+    norm_before: bool = True  # attention and the MLP take the normed hidden state
+    norm_after: bool = False  # what they give is normed before it is added
+    norm_offset: float = 0.0  # added to the weights of norms
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and the MLP add to the hidden state
+    logit_scale: float = 1.0
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -66,9 +74,11 @@ class ModelSpec:
     rope_factor: float = 1.0  # multiplies cos and sin
     rope_theta: float = field(default=10000.0, compare=False)  # how the frequencies were described, for files written
     rope_scaling: dict[str, Any] | None = field(default=None, compare=False)
+    local_inv_freq: tuple[float, ...] | None = None  # of layers with a sliding window, where they have their own
+    unrotated_layers: tuple[int, ...] = ()
     learned_positions: bool = False
-    max_position_embeddings: int
-    sliding_window: int | None = None  # contexts up to it are exact; the engine never goes beyond
+    max_position_embeddings: int  # for which this implementation is exact
+    sliding_window: int | None = None  # a token sees so many, itself among them, in layers that have a window
     layer_types: tuple[str, ...] = ()  # "full_attention" or "sliding_attention"; () where all layers are alike
     tie_word_embeddings: bool
     attention_scale: float
@@ -77,7 +87,30 @@ class ModelSpec:
     @property
     def max_context(self) -> int:
         """Positions for which this implementation is exact."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+        return self.max_position_embeddings
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token sees in this layer; None: all before it."""
+        if self.sliding_window is None or (self.layer_types and self.layer_types[layer] != "sliding_attention"):
+            return None
+        return self.sliding_window
+
+    def rope(self, layer: int) -> Rope:
+        """Which angles the layer's queries and keys are turned by."""
+        if not self.rotary_dim or layer in self.unrotated_layers:
+            return "none"
+        return "local" if self.local_inv_freq is not None and self.window(layer) is not None else "global"
+
+    @property
+    def input_scale(self) -> float:
+        """What the embedding is multiplied by, where `residual_scale` is taken out of the layers: the hidden state is
+        divided by it, which norms do not see but for their epsilon (`stream_eps`)."""
+        return self.embedding_scale / self.residual_scale
+
+    @property
+    def stream_eps(self) -> float:
+        """Epsilon of the norms of such a hidden state."""
+        return self.norm_eps / self.residual_scale**2
 
     @property
     def q_size(self) -> int:
@@ -103,17 +136,25 @@ class ModelSpec:
         """Parameters of one decoder layer, biases and norms included."""
         e, norm_width, shapes = self.hidden_size, 2 if self.norm == "layer" else 1, self.matrix_shapes
         qkv, up = shapes["qkv_weight"][0], shapes["up_weight"][0]
-        count = sum(outputs * inputs for outputs, inputs in shapes.values()) + 2 * norm_width * e
+        num_norms = 2 * self.norm_before + 2 * self.norm_after
+        count = sum(outputs * inputs for outputs, inputs in shapes.values()) + num_norms * norm_width * e
         count += qkv * self.qkv_bias + e * self.o_bias + (up + e) * self.mlp_bias
-        return count + (2 * self.head_dim if self.qk_norm else 0)
+        return count + (sum(self.qk_norm_widths) if self.qk_norm else 0)
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Channels of the norms of queries and of keys."""
+        return (self.q_size, self.kv_size) if self.qk_norm_of_all else (self.head_dim, self.head_dim)
 
     def kv_bytes_per_token_layer(self, bytes_per_value: int, kv_cache_dtype: str = "auto") -> int:
         if kv_cache_dtype == "int8":
             return int8_kv_bytes(self.num_kv_heads, self.head_dim)
         return 2 * self.kv_size * bytes_per_value
 
-    def rope_inv_freq(self) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies, float32 [rotary_dim / 2], and the factor that scales cos and sin."""
+    def rope_inv_freq(self, rope: Rope = "global") -> tuple[torch.Tensor, float]:
+        """Inverse frequencies, float32 [rotary_dim / 2], and the factor that scales cos and sin; not for "none"."""
+        if rope == "local":
+            return torch.tensor(self.local_inv_freq, dtype=torch.float32), 1.0
         if self.inv_freq is None:
             return _plain_frequencies(self.rope_theta, self.rotary_dim), self.rope_factor
         return torch.tensor(self.inv_freq, dtype=torch.float32), self.rope_factor
@@ -123,9 +164,10 @@ class ModelSpec:
         """From the contents of a `config.json`; imports transformers. SpecError for what cannot be run exactly."""
         config = resolved_config(raw)
         _check_counts(config)
-        family, heads, hidden = config.model_type, config.num_attention_heads, config.hidden_size
+        name, heads, hidden = config.model_type, config.num_attention_heads, config.hidden_size
+        family = FAMILIES[name]
         head_dim = hidden // heads
-        if family in ("gpt2", "gpt_neox"):
+        if name in ("gpt2", "gpt_neox"):
             if hidden % heads or (getattr(config, "head_dim", None) or head_dim) != head_dim:
                 raise SpecError(f"heads of hidden_size {hidden} / num_attention_heads {heads} channels are expected")
         else:
@@ -133,22 +175,44 @@ class ModelSpec:
             head_dim = head_dim if own is None else own
         if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 1 <= head_dim <= _MOST["head_dim"]:
             raise SpecError(f"head_dim is {head_dim!r}, not a count between 1 and {_MOST['head_dim']}")
-        if not getattr(config, "is_causal", True):
-            raise SpecError("is_causal is false: a model whose tokens see those after them generates no text")
-        windows = _windows(config)
-        common: dict[str, Any] = {
-            "family": family, "num_layers": config.num_hidden_layers, "hidden_size": hidden, "num_heads": heads,
-            "head_dim": head_dim, "vocab_size": config.vocab_size, "attention_scale": head_dim**-0.5,
-            "max_position_embeddings": config.max_position_embeddings, "layer_types": windows[1],
-            "tie_word_embeddings": bool(config.tie_word_embeddings), "sliding_window": windows[0],
-        }  # fmt: skip
-        if family == "gpt2":
-            spec = cls(**common | _gpt2(config))
-        else:
-            make = _gpt_neox if family == "gpt_neox" else _llama_like
-            spec = cls(**common | make(config) | _rope(config, head_dim))
+        _refuse(config)
+        window, types = _windows(config, family)
+        try:
+            values = {
+                "attention_scale": family.attention_scale(config) if family.attention_scale else head_dim**-0.5,
+                "embedding_scale": float(family.embedding_scale(config)),
+                "residual_scale": float(family.residual_scale(config)),
+                "logit_scale": float(family.logit_scale(config)),
+                "unrotated_layers": family.no_rotation(config),
+            }
+        except (TypeError, ZeroDivisionError) as error:
+            raise SpecError(f"a multiplier or list of layers of config.json is no such thing: {error}") from error
+        spec = cls(
+            family=name, num_layers=config.num_hidden_layers, hidden_size=hidden,
+            intermediate_size=family.intermediate_size(config), num_heads=heads,
+            num_kv_heads=family.num_kv_heads(config), head_dim=head_dim, vocab_size=config.vocab_size,
+            norm=family.norm, norm_eps=family.eps(config), activation=_activation(family.activation(config)),
+            gated_mlp=family.gated, parallel_residual=family.parallel_residual(config),
+            qk_norm=family.qk_norm != "none", qk_norm_of_all=family.qk_norm == "all",
+            norm_before=family.norms != "after", norm_after=family.norms != "before", norm_offset=family.norm_offset,
+            qkv_bias=family.qkv_bias(config), o_bias=family.o_bias(config), mlp_bias=family.mlp_bias(config),
+            learned_positions=family.positions == "learned", sliding_window=window, layer_types=types,
+            tie_word_embeddings=bool(config.tie_word_embeddings),
+            **values,
+            **({"max_position_embeddings": config.max_position_embeddings} | _positions(config, family, head_dim)),
+        )  # fmt: skip
         _check(spec)
         return spec
+
+
+def _refuse(config: Any) -> None:
+    """SpecError for options of a family that nobody computes here."""
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        raise SpecError("is_causal is false: a model whose tokens see those after them generates no text")
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
+        raise SpecError("attn_logit_softcapping or final_logit_softcapping: scores capped by a tanh are not supported")
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) or getattr(config, "add_cross_attention", False):
+        raise SpecError("GPT-2 with attention scaled by layer index or with cross attention is not supported")
 
 
 def resolved_config(raw: Mapping[str, Any]) -> Any:
@@ -160,8 +224,7 @@ def resolved_config(raw: Mapping[str, Any]) -> Any:
         raise SpecError(f"config.json is a JSON {type(raw).__name__}, not an object")
     family = raw.get("model_type")
     if family not in FAMILIES:
-        said = f"model family {family!r} is not supported" if family else "config.json names no model_type"
-        raise SpecError(f"{said} (supported: {', '.join(FAMILIES)})")
+        raise SpecError(why_not(raw))
     if refusal := quantised_as(raw):
         raise SpecError(refusal)
     for key, most in _MOST.items():
@@ -194,53 +257,18 @@ def quantised_as(raw: Mapping[str, Any]) -> str | None:
     )
 
 
-def _llama_like(config: Any) -> dict[str, Any]:
-    """Biases as the modelling code of each family has them, whatever the config says."""
-    family = config.model_type
-    bias = family in ("llama", "qwen3") and bool(config.attention_bias)
-    return {
-        "intermediate_size": config.intermediate_size, "num_kv_heads": config.num_key_value_heads, "norm": "rms",
-        "norm_eps": config.rms_norm_eps, "activation": _activation(config.hidden_act), "gated_mlp": True,
-        "parallel_residual": False, "qk_norm": family == "qwen3", "qkv_bias": family == "qwen2" or bias,
-        "o_bias": bias, "mlp_bias": family == "llama" and bool(config.mlp_bias),
-    }  # fmt: skip
-
-
-def _gpt_neox(config: Any) -> dict[str, Any]:
-    bias = bool(config.attention_bias)
-    return {
-        "intermediate_size": config.intermediate_size, "num_kv_heads": config.num_attention_heads, "norm": "layer",
-        "norm_eps": config.layer_norm_eps, "activation": _activation(config.hidden_act), "gated_mlp": False,
-        "parallel_residual": bool(config.use_parallel_residual), "qk_norm": False, "qkv_bias": bias, "o_bias": bias,
-        "mlp_bias": True,
-    }  # fmt: skip
-
-
-def _gpt2(config: Any) -> dict[str, Any]:
-    if config.scale_attn_by_inverse_layer_idx or config.add_cross_attention:
-        raise SpecError("GPT-2 with attention scaled by layer index or with cross attention is not supported")
-    changes = {} if config.scale_attn_weights else {"attention_scale": 1.0}
-    return changes | {
-        "intermediate_size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
-        "num_kv_heads": config.n_head, "norm": "layer", "norm_eps": config.layer_norm_epsilon,
-        "activation": _activation(config.activation_function), "gated_mlp": False, "parallel_residual": False,
-        "qk_norm": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "rotary_dim": 0,
-        "learned_positions": True,
-    }  # fmt: skip
-
-
 def _activation(name: Any) -> Literal["silu", "gelu", "gelu_tanh"]:
     if name not in _ACTIVATIONS:
         raise SpecError(f"activation {name!r} is not supported")
     return _ACTIVATIONS[name]
 
 
-def _windows(config: Any) -> tuple[int | None, tuple[str, ...]]:
-    """The narrowest window of any layer, and the layers' types where the family has types by layer."""
+def _windows(config: Any, family: Family) -> tuple[int | None, tuple[str, ...]]:
+    """The window of the layers that have one, and the layers' types where the family has types by layer."""
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "mistral":
+    if family.windows == "all":
         return window, ()
-    if config.model_type not in ("qwen2", "qwen3"):
+    if family.windows == "none":
         return None, ()
     types = tuple(config.layer_types)
     if len(types) != config.num_hidden_layers:
@@ -249,7 +277,7 @@ def _windows(config: Any) -> tuple[int | None, tuple[str, ...]]:
         raise SpecError(f"layer_types: {min(unknown)!r} is not supported")
     if "sliding_attention" not in types:
         return None, types
-    if window is None:
+    if window is None or not getattr(config, "use_sliding_window", True):
         raise SpecError("layer_types names sliding_attention, and no sliding_window is in use")
     return window, types
 
@@ -258,33 +286,52 @@ def _plain_frequencies(theta: float, dim: int) -> torch.Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
-def _rope(config: Any, head_dim: int) -> dict[str, Any]:
+def _positions(config: Any, family: Family, head_dim: int) -> dict[str, Any]:
+    """How positions come in."""
+    if family.positions == "learned":
+        return {"rotary_dim": 0}
+    if not family.local_rope:
+        return _rope(config, family, head_dim, config.rope_parameters)
+    everywhere, local = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    found = _rope(config, family, head_dim, local, layer_type="sliding_attention")
+    if found["rope_scaling"]:
+        raise SpecError(f"rope_parameters of sliding_attention: {local['rope_type']!r} is not supported there")
+    return _rope(config, family, head_dim, everywhere, layer_type="full_attention") | {
+        "local_inv_freq": found["inv_freq"]
+    }
+
+
+def _rope(config: Any, family: Family, head_dim: int, parameters: dict[str, Any], **layer_type: str) -> dict[str, Any]:
     """Frequencies by the functions of transformers, which know every key of every kind."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = config.rope_parameters
     kind = parameters.get("rope_type")
     if kind is None:
         raise SpecError("rope_parameters has no rope_type: frequencies by layer type are not supported")
     if kind not in _ROPE_TYPES:
         raise SpecError(f"rope type {kind!r} is not supported: its angles depend on the batch or on the context length")
+    more: dict[str, Any] = {}
     try:
         theta = float(parameters["rope_theta"])
         if kind == "default":
-            # As the modelling code has it: of these families only GPT-NeoX rotates a part of a head.
-            share = parameters.get("partial_rotary_factor", 1.0) if config.model_type == "gpt_neox" else 1.0
+            # As the modelling code has it: of these families only some rotate a part of a head.
+            share = parameters.get("partial_rotary_factor", 1.0) if family.rotates_a_part else 1.0
             inv_freq, factor = _plain_frequencies(theta, int(head_dim * share)), 1.0
         else:
-            inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+            inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, **layer_type)
+        if kind == "longrope":
+            # Beyond the original length all angles would be others, those of the text before included.
+            original = parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            more = {"max_position_embeddings": min(int(original), config.max_position_embeddings)}
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise SpecError(f"rope_parameters {parameters}: {type(error).__name__}: {error}") from error
     dim = 2 * len(inv_freq)
-    if dim > head_dim or (dim < head_dim and config.model_type != "gpt_neox"):
+    if dim > head_dim or (dim < head_dim and not family.rotates_a_part):
         raise SpecError(f"rope_parameters {parameters} rotate {dim} of {head_dim} channels, which the family does not")
     if not (bool(inv_freq.isfinite().all()) and math.isfinite(factor)):
         raise SpecError(f"rope_parameters {parameters} give angles that are no numbers")
     scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
-    return {
+    return more | {
         "rotary_dim": dim, "inv_freq": tuple(inv_freq.float().tolist()), "rope_factor": float(factor),
         "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling,
     }  # fmt: skip
@@ -311,3 +358,6 @@ def _check(spec: ModelSpec) -> None:
         raise SpecError(f"sliding_window is {spec.sliding_window}")
     if not (math.isfinite(spec.norm_eps) and spec.norm_eps >= 0):
         raise SpecError(f"the norms' epsilon is {spec.norm_eps}")
+    for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale"):
+        if not (math.isfinite(value := getattr(spec, name)) and value > 0):
+            raise SpecError(f"the model's {name} is {value}, not a number above 0")

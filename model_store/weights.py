@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 
 from model_store.description import remembered_spec
 from model_store.errors import BoomerangError
+from model_store.families import Order
 from model_store.files import read_json, refuse_pointer
 from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
-from model_store.layout import END_PARTS, HEAD_NAMES, FileTensor, Order, end_tensors, layer_prefix, layer_tensors
+from model_store.layout import END_PARTS, HEAD_NAMES, FileTensor, end_tensors, layer_prefix, layer_tensors
 from model_store.quantized import BLOCK_TYPES, CODES_FILE, CodedMatrix, CodedRows, stacked
-from model_store.spec import ModelSpec, SpecError, quantised_as
+from model_store.spec import ModelSpec, Rope, SpecError, quantised_as
 from model_store.weight_form import Storage, WeightForm
 
 # Buffers that old checkpoints carry; computed, not learned.
@@ -48,23 +49,30 @@ class LayerWeights:
     A Matrix is a tensor, int8 with scales, or the codes of a file.
     """
 
-    attn_norm_weight: torch.Tensor  # [E]
     qkv_weight: Matrix  # [(H + 2K) D, E]
     o_weight: Matrix  # [E, H D]
-    mlp_norm_weight: torch.Tensor  # [E]
     up_weight: Matrix  # [2I, E] gated, else [I, E]
     down_weight: Matrix  # [E, I]
+    attn_norm_weight: torch.Tensor | None = None  # [E]
+    mlp_norm_weight: torch.Tensor | None = None  # [E]
     attn_norm_bias: torch.Tensor | None = None
     qkv_bias: torch.Tensor | None = None
-    q_norm_weight: torch.Tensor | None = None  # [D]
-    k_norm_weight: torch.Tensor | None = None  # [D]
+    q_norm_weight: torch.Tensor | None = None  # [D], or [H D] over all heads
+    k_norm_weight: torch.Tensor | None = None  # [D], or [K D]
     o_bias: torch.Tensor | None = None
     mlp_norm_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    post_attn_norm_weight: torch.Tensor | None = None  # [E], of what attention gives
+    post_mlp_norm_weight: torch.Tensor | None = None  # [E]
+    window: int | None = None  # how many tokens a token sees; None: all before it
+    rope: Rope = "global"
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        return (tensor for f in fields(self) for tensor in tensors_of(getattr(self, f.name)))
+        return (tensor for name in TENSOR_FIELDS for tensor in tensors_of(getattr(self, name)))
+
+
+TENSOR_FIELDS = tuple(f.name for f in fields(LayerWeights) if f.name not in ("window", "rope"))
 
 
 @dataclass(slots=True, eq=False)
@@ -185,7 +193,7 @@ class Checkpoint:
             return place(parts[0]) if len(parts) == 1 else place(torch.cat(parts), is_fresh=True)
 
         values: dict[str, Any] = {name: field(tensors) for name, tensors in names.items()}
-        layer = LayerWeights(**values)
+        layer = LayerWeights(**values, window=self.spec.window(index), rope=self.spec.rope(index))
         if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer

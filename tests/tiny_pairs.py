@@ -10,18 +10,25 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from model_store.assembly import Elasticity
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "granite", "gemma3_text", "gpt_neox", "gpt2",
+)  # fmt: skip
 KEPT = (0, 2, 4, 5)
 NUM_TEACHER_LAYERS = 6
 VOCAB = 131
@@ -46,6 +53,24 @@ def _config(family: str, num_layers: int, tied: bool):
         return Qwen2Config(**grouped)
     if family == "qwen3":
         return Qwen3Config(**grouped, head_dim=24)
+    if family == "smollm3":  # every second layer knows no positions, and has a window
+        return SmolLM3Config(**grouped, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=20)
+    if family == "phi3":
+        part = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+        return Phi3Config(**grouped, rope_parameters=part, sliding_window=30)
+    if family == "olmo2":
+        return Olmo2Config(**grouped)
+    if family == "granite":
+        scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+        return GraniteConfig(**grouped, **scales, logits_scaling=0.8)
+    if family == "gemma3_text":
+        types = ["full_attention" if i % 3 == 1 else "sliding_attention" for i in range(num_layers)]
+        return Gemma3TextConfig(
+            **grouped, head_dim=24, query_pre_attn_scalar=20, sliding_window=12, layer_types=types, rope_parameters={
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        )  # fmt: skip
     if family == "gpt_neox":
         return GPTNeoXConfig(**common, rotary_pct=0.5)
     del common["intermediate_size"]
@@ -72,7 +97,7 @@ def make_model(family: str, num_layers: int, seed: int, tied: bool = False) -> P
 
 def make_pair(folder: Path, family: str = "llama", tied: bool | None = None) -> tuple[Path, Path]:
     """Write a random teacher and student; returns their folders. Tied where the family usually is."""
-    tied = family in ("llama", "gpt2") if tied is None else tied
+    tied = family in ("llama", "gpt2", "gemma3_text") if tied is None else tied
     teacher, student = folder / "teacher", folder / "student"
     make_model(family, NUM_TEACHER_LAYERS, seed=1, tied=tied).save_pretrained(teacher)
     make_model(family, len(KEPT), seed=2, tied=tied).save_pretrained(student)
@@ -142,7 +167,8 @@ class Oracle:
         model.set_output_embeddings(copy.deepcopy(sides[path.head_from].get_output_embeddings()))
         model.config.num_hidden_layers = len(layers)
         if hasattr(model.config, "layer_types") and model.config.layer_types:
-            model.config.layer_types = [layer.self_attn.layer_type for layer in layers]
+            windows = [layer.self_attn.sliding_window for layer in layers]
+            model.config.layer_types = ["full_attention" if w is None else "sliding_attention" for w in windows]
             base.has_sliding_layers = "sliding_attention" in model.config.layer_types
         return model
 

@@ -19,6 +19,10 @@ from transformers import PreTrainedModel
 
 from model_store.assembly import Elasticity
 from model_store.distill.head_loss import head_loss
+from model_store.families import FAMILIES
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+Rope = Angles | dict[str, Angles]  # of all layers, or by their type
 
 
 @dataclass(slots=True)
@@ -145,20 +149,31 @@ class ElasticModel(nn.Module):
     def embed(self, ids: torch.Tensor, on_teacher: bool = True) -> torch.Tensor:
         ends = self.side(on_teacher)
         hidden = ends.embed(ids)
+        if (scale := getattr(self.config, "embedding_multiplier", 1.0)) != 1.0:
+            hidden = hidden * scale
         return hidden if ends.positions is None else hidden + ends.positions.weight[: ids.shape[1]]
 
-    def rope(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rope(self, hidden: torch.Tensor) -> Rope | None:
         """Cosines and sines for positions 0..T-1, or None for a family without rotary positions."""
         if self.body.rotary is None:
             return None
-        return self.body.rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        if FAMILIES[self.config.model_type].local_rope:
+            return {kind: self.body.rotary(hidden, positions, kind) for kind in {*self.config.layer_types}}
+        return self.body.rotary(hidden, positions)
+
+    def normed(self, ends: Ends, hidden: torch.Tensor) -> torch.Tensor:
+        """What a head takes; the scale of logits is in it."""
+        normed = ends.norm(_as_taken_by(ends.norm, hidden))
+        scale = getattr(self.config, "logits_scaling", 1.0)
+        return normed if scale == 1.0 else normed / scale
 
     def compile_layers(self, on: bool = True) -> None:
         """Run decoder layers through torch.compile: one graph for all layers and batch sizes, norms and gates fused."""
         # The number of rows changes from station to station: without `dynamic` each would be a graph of its own.
         self._call_layer = torch.compile(_call_layer, dynamic=True) if on else _call_layer
 
-    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, rope: tuple | None) -> torch.Tensor:
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor, rope: Rope | None) -> torch.Tensor:
         # The student is kept in float32 beside a bfloat16 teacher. A layer of the student takes any hidden states, with
         # autocast, in training or not.
         hidden = _as_taken_by(layer, hidden)
@@ -166,7 +181,7 @@ class ElasticModel(nn.Module):
         with torch.autocast(hidden.device.type, torch.bfloat16) if differs else contextlib.nullcontext():
             return self._call_layer(layer, hidden, rope, _window_mask(layer, hidden))
 
-    def run_station(self, index: int, hidden: torch.Tensor, rope: tuple | None, on_teacher: bool) -> torch.Tensor:
+    def run_station(self, index: int, hidden: torch.Tensor, rope: Rope | None, on_teacher: bool) -> torch.Tensor:
         station = self.elasticity.stations[index]
         if not on_teacher and str(index) in self.student:
             return self.run_layer(self.student[str(index)], hidden, rope)
@@ -178,11 +193,8 @@ class ElasticModel(nn.Module):
         self, hidden: torch.Tensor, on_teacher: bool = True, head_on_teacher: bool | None = None
     ) -> torch.Tensor:
         """With the norm of one side and the head of the same, or of the side that `head_on_teacher` says."""
-        norm, head = (
-            self.side(on_teacher).norm,
-            self.side(on_teacher if head_on_teacher is None else head_on_teacher).head,
-        )
-        normed = norm(_as_taken_by(norm, hidden))
+        head = self.side(on_teacher if head_on_teacher is None else head_on_teacher).head
+        normed = self.normed(self.side(on_teacher), hidden)
         return head(normed.to(head.weight.dtype) if head.weight.dtype == torch.bfloat16 else normed)
 
     @torch.no_grad()
@@ -283,13 +295,13 @@ class ElasticModel(nn.Module):
         kl = ce = pure = against = loss.new_zeros(())
         if weights.kl or weights.ce or unlikely is not None:
             targets, teacher = input_ids[:rows, 1:][:, picked], self.side(on_teacher=True)
-            reference = teacher.norm(states[-1][:rows][:, picked])
+            reference = self.normed(teacher, states[-1][:rows][:, picked])
             per_token = []
             for part, on_teacher in ((slice(0, split), False), (slice(split, rows), True)):
                 if part.start == part.stop:
                     continue
                 ends = self.side(on_teacher)
-                own_rows = ends.norm(_as_taken_by(ends.norm, hidden[part][:, picked]))
+                own_rows = self.normed(ends, hidden[part][:, picked])
                 own, *parts = head_loss(
                     own_rows.flatten(0, 1), ends.head.weight, targets[part].flatten(),
                     reference[part].flatten(0, 1), teacher.head.weight, (counts[part] / total).flatten(),
@@ -312,8 +324,10 @@ class ElasticModel(nn.Module):
 
 
 def _call_layer(
-    layer: nn.Module, hidden: torch.Tensor, rope: tuple | None, mask: torch.Tensor | None = None
+    layer: nn.Module, hidden: torch.Tensor, rope: Rope | None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
+    if isinstance(rope, dict):  # of a family whose layers have angles by their type
+        rope = rope[layer.get_submodule("self_attn").layer_type]
     more: dict[str, Any] = {} if rope is None else {"position_embeddings": rope}
     out = layer(hidden, **more) if mask is None else layer(hidden, attention_mask=mask, **more)
     return out[0] if isinstance(out, tuple) else out
@@ -322,9 +336,9 @@ def _call_layer(
 def window_of(layer: nn.Module) -> int | None:
     """The sliding window of a layer, by its own config; None if it sees everything before it."""
     attention = getattr(layer, "self_attn", None)
-    if attention is None or attention.config.model_type == "llama":
+    if attention is None or FAMILIES[attention.config.model_type].windows == "none":
         return None
-    return getattr(attention, "sliding_window", attention.config.sliding_window)
+    return attention.sliding_window if hasattr(attention, "sliding_window") else attention.config.sliding_window
 
 
 def _window_mask(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:

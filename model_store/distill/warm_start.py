@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from model_store.distill.elastic import ElasticModel
+from model_store.families import FAMILIES
 
 _LAST_PROJECTIONS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj")
 
@@ -68,6 +69,9 @@ def _fit_layer(
     targets: list[torch.Tensor], ropes: list, ridge: float,
 ) -> float:  # fmt: skip
     projection = last_projection(layer)
+    if FAMILIES[model.config.model_type].norms != "before":
+        raise ValueError("--warm-start: this family norms what a layer gives: no last projection is fitted in one go")
+    scale_of_output = getattr(layer, "residual_multiplier", 1.0)
     seen: list[torch.Tensor] = []
     handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     normal = moment = None
@@ -80,7 +84,7 @@ def _fit_layer(
                 seen.clear()
                 dtype = next(layer.parameters()).dtype
                 output = model.run_layer(layer, hidden.to(dtype), rope)
-                features = seen[0].flatten(0, -2).float()
+                features = seen[0].flatten(0, -2).float() * scale_of_output
                 wanted = target.flatten(0, -2).float()
                 residual = wanted - output.flatten(0, -2).float()
                 scale = wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6).reciprocal() * share**0.5

@@ -40,6 +40,8 @@ def write_full(folder: Path, model: ElasticModel) -> None:
     config.num_hidden_layers = len(kept)
     if types := getattr(config, "layer_types", None):
         config.layer_types = [types[i] for i in kept]
+    if rotates := getattr(config, "no_rope_layers", None):
+        config.no_rope_layers = [rotates[i] for i in kept]
     with torch.device("meta"):
         student = type(teacher)(config)
     layers = [

@@ -6,12 +6,13 @@ T = tokens, R = requests, H = query heads, K = KV heads, G = H / K, D = head dim
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.spec import Rope
 from server.core.batch import ForwardBatch
 from server.kernels.memory import zero_bytes
 
@@ -23,7 +24,15 @@ class DecodeGroup:
     rows: torch.Tensor  # [R'] token rows, relative to the lane
     slots: np.ndarray  # [R']
     num_blocks: int  # of the longest context in the group
+    contexts: torch.Tensor  # [R', 1]
     mask: torch.Tensor  # bool [R', 1, 1, num_blocks * P]: positions that exist
+
+    def seen(self, window: int | None) -> torch.Tensor:
+        """The mask of a layer with this window."""
+        if window is None:
+            return self.mask
+        positions = torch.arange(self.mask.shape[-1], device=self.mask.device)
+        return self.mask & (positions >= self.contexts - window)[:, None, None]
 
 
 @dataclass(slots=True)
@@ -35,7 +44,16 @@ class Chunk:
     slot: int
     num_blocks: int
     context_len: int
+    device: torch.device
     mask: torch.Tensor | None  # bool [q, C]; None: the chunk is the whole context, plain causal
+
+    def seen(self, window: int | None) -> torch.Tensor | None:
+        """The mask of a layer with this window."""
+        if window is None or window >= self.context_len:
+            return self.mask
+        count, first = self.stop - self.start, self.context_len - (self.stop - self.start)
+        causal = torch.ones(count, self.context_len, dtype=torch.bool, device=self.device).tril_(first)
+        return causal & ~causal.tril(first - window)
 
 
 @dataclass(slots=True)
@@ -55,7 +73,8 @@ class Lane:
     write_offsets: torch.Tensor  # [T] position within the page
     decode: list[DecodeGroup]
     chunks: list[Chunk]
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos and sin [T, 1, rotary_dim]
+    # By the kind of angles: cos and sin [T, 1, rotary_dim].
+    rotary: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class TorchAttention:
@@ -102,6 +121,7 @@ class TorchAttention:
                     torch.from_numpy(offsets[group].astype(np.int64)).to(device),
                     slots[group],
                     num_blocks,
+                    torch.from_numpy(contexts[group].astype(np.int64))[:, None].to(device),
                     torch.from_numpy(exists)[:, None, None, :].to(device),
                 )
             )
@@ -112,7 +132,8 @@ class TorchAttention:
             if count != context:
                 # Query i sits at position context - count + i and sees positions up to its own.
                 mask = torch.ones(count, context, dtype=torch.bool, device=device).tril_(context - count)
-            chunks.append(Chunk(first, first + count, int(slots[row]), -(-context // self.page_size), context, mask))
+            num_blocks = -(-context // self.page_size)
+            chunks.append(Chunk(first, first + count, int(slots[row]), num_blocks, context, device, mask))
         return Lane(
             start=start,
             stop=stop,
@@ -125,8 +146,10 @@ class TorchAttention:
             chunks=chunks,
         )
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, lane: Lane) -> torch.Tensor:
-        """q [T, H, D], k and v [T, K, D], rotated -> [T, H, D]."""
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, lane: Lane, window: int | None = None
+    ) -> torch.Tensor:
+        """q [T, H, D], k and v [T, K, D], rotated -> [T, H, D]. A token sees `window` tokens up to itself, or all."""
         table = lane.block_tables[layer]  # [max_num_seqs, max_blocks]
         self._write(k, v, table[lane.write_slots, lane.write_blocks], lane.write_offsets)
         out = torch.empty_like(q)
@@ -135,7 +158,9 @@ class TorchAttention:
             keys, values = self._gather(table[group.slots, : group.num_blocks])
             # The G query heads of a KV head become G query positions, so K and V need no repetition.
             query = q[group.rows].view(-1, self.num_kv_heads, groups, self.head_dim)
-            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=group.mask, scale=self.scale)
+            attended = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=group.seen(window), scale=self.scale
+            )
             out[group.rows] = attended.reshape(-1, self.num_heads, self.head_dim)
         for chunk in lane.chunks:
             rows = slice(chunk.start, chunk.stop)
@@ -145,8 +170,9 @@ class TorchAttention:
             else:
                 keys, values = self._gather(table[chunk.slot : chunk.slot + 1, : chunk.num_blocks])
                 keys, values = keys[:, :, : chunk.context_len], values[:, :, : chunk.context_len]
+            mask = chunk.seen(window)
             attended = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=chunk.mask, is_causal=chunk.mask is None, scale=self.scale,
+                query, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale,
                 enable_gqa=groups > 1,
             )  # fmt: skip
             out[rows] = attended[0].transpose(0, 1)

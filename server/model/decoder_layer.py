@@ -19,13 +19,25 @@ from server.model.attention import Lane, TorchAttention
 from server.model.linear import linear
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spec: ModelSpec) -> torch.Tensor:
-    """RMSNorm or LayerNorm over the last dimension, in float32 inside."""
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spec: ModelSpec, eps: float | None = None
+) -> torch.Tensor:
+    """RMSNorm or LayerNorm over the last dimension, in float32 inside; `eps`: another one than the model's."""
+    eps = spec.norm_eps if eps is None else eps
     if spec.norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, spec.norm_eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.norm_eps)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if spec.norm_offset:
+        return (wide * (weight.float() + spec.norm_offset)).to(x.dtype)
     return wide.to(x.dtype) * weight
+
+
+def stream_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, spec: ModelSpec
+) -> torch.Tensor:
+    """Norm of the hidden state; as it is where a layer has none there."""
+    return x if weight is None else norm(x, weight, bias, spec, spec.stream_eps)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -45,8 +57,8 @@ class Rows:
     stop: int
     layer: int  # global id their KV lives under
     lane: Lane
-    attn_norm_weight: torch.Tensor
-    mlp_norm_weight: torch.Tensor
+    attn_norm_weight: torch.Tensor | None
+    mlp_norm_weight: torch.Tensor | None
     terms: dict[str, list[LowRankTerm]] | None = None
     widths: np.ndarray | None = None  # uint8 [stop - start], bits that each row reads; None: all at the widest
 
@@ -84,11 +96,14 @@ def attend(
     for part in rows:
         q, k, v = part.of(qkv).split((heads, kv_heads, kv_heads), dim=1)
         if weights.q_norm_weight is not None and weights.k_norm_weight is not None:
-            q = norm(q, weights.q_norm_weight, None, spec)
-            k = norm(k, weights.k_norm_weight, None, spec)
-        if part.lane.rotary is not None:
-            q, k = rotate(q, *part.lane.rotary), rotate(k, *part.lane.rotary)
-        attended.append(backend.forward(q, k, v, part.layer, part.lane).reshape(-1, heads * dim))
+            q, k = (
+                norm(x.reshape(len(x), -1, len(own)), own, None, spec).view(x.shape)  # each head, or all of them
+                for x, own in ((q, weights.q_norm_weight), (k, weights.k_norm_weight))
+            )
+        if weights.rope in part.lane.rotary:
+            turn = part.lane.rotary[weights.rope]
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        attended.append(backend.forward(q, k, v, part.layer, part.lane, weights.window).reshape(-1, heads * dim))
     return project(_joined(attended), weights.o_weight, weights.o_bias, "o", rows)
 
 
@@ -98,16 +113,19 @@ def decoder_layer(
     """One layer over the rows of a segment. x [T, E] -> [T, E]."""
 
     def attn_norm() -> torch.Tensor:
-        return _joined([norm(part.of(x), part.attn_norm_weight, weights.attn_norm_bias, spec) for part in rows])
+        return _joined([stream_norm(part.of(x), part.attn_norm_weight, weights.attn_norm_bias, spec) for part in rows])
 
     def mlp_norm(x: torch.Tensor) -> torch.Tensor:
-        return _joined([norm(part.of(x), part.mlp_norm_weight, weights.mlp_norm_bias, spec) for part in rows])
+        return _joined([stream_norm(part.of(x), part.mlp_norm_weight, weights.mlp_norm_bias, spec) for part in rows])
 
-    attended = attend(attn_norm(), weights, spec, backend, rows)
+    def after(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else norm(x, weight, None, spec)
+
+    attended = after(attend(attn_norm(), weights, spec, backend, rows), weights.post_attn_norm_weight)
     if spec.parallel_residual:
         return x + attended + mlp(mlp_norm(x), weights, spec, rows)
     x = x + attended
-    return x + mlp(mlp_norm(x), weights, spec, rows)
+    return x + after(mlp(mlp_norm(x), weights, spec, rows), weights.post_mlp_norm_weight)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

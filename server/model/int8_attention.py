@@ -37,16 +37,18 @@ class Int8Attention(TorchAttention):
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.k_pages, self.v_pages, self.k_scales, self.v_scales
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, lane: Lane) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, lane: Lane, window: int | None = None
+    ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D], rotated -> [T, H, D]."""
         table = lane.block_tables[layer]  # [max_num_seqs, max_blocks]
         self._write(k, v, table[lane.write_slots, lane.write_blocks], lane.write_offsets)
         out = torch.empty_like(q)
         for group in lane.decode:
             pages = table[group.slots, : group.num_blocks]
-            out[group.rows] = self._attend(q[group.rows][:, None], pages, group.mask)[:, 0].to(q.dtype)
+            out[group.rows] = self._attend(q[group.rows][:, None], pages, group.seen(window))[:, 0].to(q.dtype)
         for chunk in lane.chunks:
-            mask = chunk.mask
+            mask = chunk.seen(window)
             if mask is None:
                 mask = q.new_ones(chunk.context_len, chunk.context_len, dtype=torch.bool).tril_()
             mask = F.pad(mask, (0, chunk.num_blocks * self.page_size - chunk.context_len))

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from model_store.dual import head_width
 from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
+from model_store.spec import Rope
 from model_store.weight_form import Storage
 from model_store.weights import EndWeights
 from server.core.batch import ForwardBatch, Segment
 from server.core.executor import Executor
 from server.model.attention import Lane, TorchAttention
-from server.model.decoder_layer import Rows, decoder_layer, norm
+from server.model.decoder_layer import Rows, decoder_layer, stream_norm
 from server.model.int8_attention import Int8Attention
 from server.model.linear import embed, linear
 
@@ -48,10 +49,8 @@ class TorchExecutor(Executor):
             head_dim=self.spec.head_dim,
         )
         self.states = torch.empty(0)  # [state pages * page_size, E] once allocated
-        self._inv_freq: torch.Tensor | None = None
-        if self.spec.rotary_dim:
-            inv_freq, self._rope_factor = self.spec.rope_inv_freq()
-            self._inv_freq = inv_freq.to(self.device, torch.float32)
+        ropes: set[Rope] = {layer.rope for layer in pair.layers.values()} - {"none"} if self.spec.rotary_dim else set()
+        self._frequencies = {rope: self.spec.rope_inv_freq(rope) for rope in ropes}
 
     def describe(self) -> str:
         kinds = f" ({self._kinds})" if self.weight_form.storage is Storage.CODES else ""
@@ -102,7 +101,7 @@ class TorchExecutor(Executor):
         def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
             return linear(hidden[rows], end.head, end.head_bias, None if read is None else read[rows.numpy()])
 
-        return self._by_side(torch.arange(len(hidden)), num_teacher, head).float()
+        return self._by_side(torch.arange(len(hidden)), num_teacher, head).float() * self.spec.logit_scale
 
     # --- parts
 
@@ -113,6 +112,8 @@ class TorchExecutor(Executor):
         ids = self._index(batch.input_ids)
         split = int(batch.query_start[batch.embed_cut])
         hidden = self._by_side(ids, split, lambda rows, end: embed(rows, end.embed, self.dtype))
+        if self.spec.input_scale != 1.0:
+            hidden = hidden * self.spec.input_scale
         if self.spec.learned_positions:
             positions = self._index(batch.positions)
             hidden = hidden + self._by_side(positions, split, _positions)
@@ -138,16 +139,16 @@ class TorchExecutor(Executor):
 
     def _lane(self, batch: ForwardBatch, start: int, stop: int) -> Lane:
         lane = self.attention.prepare(batch, start, stop)
-        if self._inv_freq is not None:
-            positions = torch.from_numpy(batch.positions[lane.tokens]).to(self.device, torch.float32)
-            angles = torch.outer(positions, self._inv_freq)
+        positions = torch.from_numpy(batch.positions[lane.tokens]).to(self.device, torch.float32)
+        for rope, (inv_freq, factor) in self._frequencies.items():
+            angles = torch.outer(positions, inv_freq.to(self.device))
             angles = torch.cat((angles, angles), dim=-1)[:, None]  # halves convention
-            cos, sin = ((turn * self._rope_factor).to(self.dtype) for turn in (angles.cos(), angles.sin()))
-            lane.rotary = cos, sin
+            cos, sin = ((turn * factor).to(self.dtype) for turn in (angles.cos(), angles.sin()))
+            lane.rotary[rope] = cos, sin
         return lane
 
     def _final_norm(self, rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
-        return norm(rows, end.final_norm_weight, end.final_norm_bias, self.spec)
+        return stream_norm(rows, end.final_norm_weight, end.final_norm_bias, self.spec)
 
     def _by_side(
         self, rows: torch.Tensor, split: int, apply: Callable[[torch.Tensor, EndWeights], torch.Tensor]

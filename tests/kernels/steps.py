@@ -25,6 +25,16 @@ FAMILIES = {
     "gpt2": {"norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "num_kv_heads": 6, "qkv_bias": True,
              "o_bias": True, "mlp_bias": True, "rotary_dim": 0, "learned_positions": True},
 }  # fmt: skip
+# What the kernels for CUDA lack, or compute as they compute the others: windows, angles and norms of their own.
+_TYPES = ("sliding_attention", "sliding_attention", "full_attention")
+MORE_FAMILIES = {
+    "gemma3_text": {"activation": "gelu_tanh", "qk_norm": True, "norm_after": True, "norm_offset": 1.0, "head_dim": 24,
+                    "embedding_scale": 3.0, "sliding_window": 21, "layer_types": _TYPES * 3,
+                    "local_inv_freq": ()},
+    "olmo2": {"qk_norm": True, "qk_norm_of_all": True, "norm_before": False, "norm_after": True},
+    "smollm3": {"unrotated_layers": (1, 4), "sliding_window": 37, "embedding_scale": 3.0, "residual_scale": 0.4,
+                "logit_scale": 0.7},
+}  # fmt: skip
 
 
 def make_pair(family: str, dtype: torch.dtype, elasticity: Elasticity | None = None, **changes) -> LoadedPair:
@@ -36,41 +46,49 @@ def make_pair(family: str, dtype: torch.dtype, elasticity: Elasticity | None = N
         "activation": "silu", "gated_mlp": True, "parallel_residual": False, "qk_norm": False, "qkv_bias": False,
         "o_bias": False, "mlp_bias": False, "rope_theta": 1e4, "max_position_embeddings": 320,
         "tie_word_embeddings": True, "attention_scale": 0.2,
-    } | FAMILIES[family] | changes  # fmt: skip
+    } | (FAMILIES | MORE_FAMILIES)[family] | changes  # fmt: skip
     fields.setdefault("rotary_dim", fields["head_dim"])
+    if "local_inv_freq" in fields:
+        fields["local_inv_freq"] = tuple(0.4**i for i in range(fields["rotary_dim"] // 2))
     spec = ModelSpec(**fields)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, around: float = 0.0, scale: float = 0.1) -> torch.Tensor:
         return (around + scale * torch.randn(*shape, generator=generator)).to(dtype)
 
-    e, d, qkv = spec.hidden_size, spec.head_dim, spec.q_size + 2 * spec.kv_size
+    e, qkv = spec.hidden_size, spec.q_size + 2 * spec.kv_size
     up = spec.intermediate_size * (2 if spec.gated_mlp else 1)
     has_bias = spec.norm == "layer"
 
-    def layer() -> LayerWeights:
+    one, widths = 1.0 - spec.norm_offset, spec.qk_norm_widths
+    before, after = spec.norm_before, spec.norm_after
+
+    def layer(index: int) -> LayerWeights:
         return LayerWeights(
-            attn_norm_weight=draw(e, around=1.0), attn_norm_bias=draw(e) if has_bias else None,
+            attn_norm_weight=draw(e, around=one) if before else None, attn_norm_bias=draw(e) if has_bias else None,
             qkv_weight=draw(qkv, e), qkv_bias=draw(qkv) if spec.qkv_bias else None,
-            q_norm_weight=draw(d, around=1.0) if spec.qk_norm else None,
-            k_norm_weight=draw(d, around=1.0) if spec.qk_norm else None,
+            q_norm_weight=draw(widths[0], around=one) if spec.qk_norm else None,
+            k_norm_weight=draw(widths[1], around=one) if spec.qk_norm else None,
             o_weight=draw(e, spec.q_size), o_bias=draw(e) if spec.o_bias else None,
-            mlp_norm_weight=draw(e, around=1.0), mlp_norm_bias=draw(e) if has_bias else None,
+            mlp_norm_weight=draw(e, around=one) if before else None, mlp_norm_bias=draw(e) if has_bias else None,
             up_weight=draw(up, e), up_bias=draw(up) if spec.mlp_bias else None,
             down_weight=draw(e, spec.intermediate_size), down_bias=draw(e) if spec.mlp_bias else None,
+            post_attn_norm_weight=draw(e, around=one) if after else None,
+            post_mlp_norm_weight=draw(e, around=one) if after else None,
+            window=spec.window(index % spec.num_layers), rope=spec.rope(index % spec.num_layers),
         )  # fmt: skip
 
     def end() -> EndWeights:
         embed = draw(spec.vocab_size, e, scale=1.0)
         return EndWeights(
-            embed=embed, head=embed, final_norm_weight=draw(e, around=1.0),
+            embed=embed, head=embed, final_norm_weight=draw(e, around=one),
             final_norm_bias=draw(e) if has_bias else None,
             positions=draw(spec.max_position_embeddings, e) if spec.learned_positions else None,
         )  # fmt: skip
 
     return LoadedPair(
         name="tiny", spec=spec, elasticity=elasticity, sizes=elasticity.sizes,
-        layers={i: layer() for i in range(elasticity.num_global_layers)}, ends={"teacher": end(), "student": end()},
+        layers={i: layer(i) for i in range(elasticity.num_global_layers)}, ends={"teacher": end(), "student": end()},
     )  # fmt: skip
 
 

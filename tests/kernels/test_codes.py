@@ -70,7 +70,7 @@ def densified(pair: LoadedPair) -> LoadedPair:
     for part in (*pair.layers.values(), *{id(e): e for e in pair.ends.values()}.values()):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if value is not None:
+            if not isinstance(value, int | str | None):
                 setattr(part, field.name, dense(value, torch.float32))
     return pair
 

@@ -88,6 +88,20 @@ def check_steps(pair: LoadedPair, counts: list[list[int]], sizes: tuple[int, ...
     assert_same_logits(cuda, portable, steps, tolerance)
 
 
+@pytest.mark.parametrize(("family", "what"), [("gemma3_text", "norms of what attention"), ("olmo2", "norms of what"),
+                                              ("smollm3", "--max-model-len up to 37 is served")])  # fmt: skip
+def test_what_no_kernel_computes_is_refused(family, what):
+    assert what in create(make_pair(family, torch.float32), make_config())
+
+
+def test_scales_and_layers_without_angles():
+    pair = make_small("llama")
+    scales = {"embedding_scale": 3.0, "residual_scale": 0.4, "logit_scale": 0.7}
+    pair.spec = replace(pair.spec, **scales)
+    pair.layers[1].rope = pair.layers[4].rope = "none"
+    check_steps(pair, [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1], [0, 0, 1, 1]], sizes=(4, 3, 2, 2))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family):
     # Whole prompts beside a first token, a chunk and decode rows together, decode of mixed sizes, of one size.

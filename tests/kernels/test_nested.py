@@ -39,7 +39,7 @@ def test_products_at_every_width_and_number_of_rows(variant, width, monkeypatch)
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
 def test_steps_of_every_family(family, width, exact, monkeypatch):
     """Embedding, layers and head: rounded activations against rounded ones, floats against the dequantised model."""
     make = lambda: nested(make_pair(family, torch.float32, **SHAPE), width)  # noqa: E731

@@ -13,7 +13,10 @@ CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "Ġ Ġ", "Ġt he", "1 2"]
 TOKENS = CONTROL + list(bytes_to_unicode().values()) + [merge.replace(" ", "") for merge in MERGES]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
+ARCHITECTURES = {
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2", "smollm3": "smollm3", "phi3": "phi3",
+    "olmo2": "olmo2", "granite": "granite", "gemma3_text": "gemma3",
+}  # fmt: skip
 _PLAIN = gguf.GGMLQuantizationType.F32
 
 
@@ -34,11 +37,27 @@ def write_gguf(
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     else:
         writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        rope = config.rope_parameters
+        if family == "gemma3_text":
+            writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+            rope = rope["full_attention"]
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if rope.get("factor"):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
     if family != "gpt2":
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if family == "qwen3":
+    if family == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if family in ("gemma3_text", "phi3"):
+        writer.add_sliding_window(config.sliding_window)
+    if family == "phi3":
+        writer.add_rope_dimension_count(12)
+    if family in ("qwen3", "gemma3_text"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     writer.add_tokenizer_model("gpt2")
@@ -59,7 +78,10 @@ def write_gguf(
     for name, value in tensors.items():
         stem, _, kind = name.rpartition(".")
         value = _to_llama_cpp(value, stem, config)
-        _add(writer, f"{names.get_name(stem)}.{kind}", value, quantise)
+        target = names.get_name(stem)
+        if family == "gemma3_text" and stem.endswith("norm"):
+            value = value + 1
+        _add(writer, f"{target}.{kind}", value, quantise)
     for name, value in (extra or {}).items():
         _add(writer, name, value, None)
     writer.write_header_to_file()
@@ -79,7 +101,7 @@ def _add(writer: gguf.GGUFWriter, name: str, value: np.ndarray, quantise: str | 
 def _to_llama_cpp(value: np.ndarray, name: str, config) -> np.ndarray:
     """llama.cpp's convert_hf_to_gguf.py: neighbouring rotary channels, plain linears."""
     heads = config.num_attention_heads
-    if config.model_type == "llama" and name.endswith(("q_proj", "k_proj")):
+    if config.model_type in ("llama", "smollm3", "granite") and name.endswith(("q_proj", "k_proj")):
         heads = config.num_key_value_heads if name.endswith("k_proj") else heads
         return value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
     if config.model_type == "gpt2" and name.endswith(("c_attn", "c_proj", "c_fc")) and value.ndim == 2:

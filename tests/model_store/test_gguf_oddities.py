@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model_store.gguf_config import MetadataKeys, gguf_config
 from model_store.gguf_file import read_gguf
-from model_store.gguf_import import gguf_config
 from model_store.sources import resolve
 from model_store.store import StoreError
 from tests.model_store import llama_cpp
@@ -95,7 +95,7 @@ ROPES = {
 @pytest.mark.parametrize("name", ROPES)
 def test_rope(name, tmp_path):
     model, expected = ROPES[name]
-    config = gguf_config(read_gguf(write(tmp_path / "odd.gguf", model=model)), "float32")
+    config = gguf_config(MetadataKeys(read_gguf(write(tmp_path / "odd.gguf", model=model))), "float32")
     assert config["rope_parameters"] == expected
 
 

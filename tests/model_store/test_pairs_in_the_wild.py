@@ -104,7 +104,7 @@ def test_layer_types_move_with_their_layers(family, has_list, tmp_path):
             types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
             config(layer_types=types)(folder)
     pair, oracle = open_pair(teacher, student), Oracle(teacher, student)
-    assert pair.spec.max_context == 16
+    assert pair.spec.window(3) == 16 and pair.spec.window(0) is None
     for size in pair.elasticity.sizes:
         export_size(pair, size, tmp_path / f"{size}", "float32")
         assert verify(pair, size, tmp_path / f"{size}", dtype="float32") < 1e-3
@@ -273,7 +273,7 @@ def test_tokenizers_are_compared_by_meaning(tmp_path, caplog):
     [
         (
             config(use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None),
-            "no sliding window",
+            "sliding windows: llama.cpp has none",
         ),
         (config(hidden_act="gelu"), "with silu only, not with gelu"),
         (rope(**YARN), "scaled rotary positions are not written"),

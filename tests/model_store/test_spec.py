@@ -1,10 +1,13 @@
-"""Specs read from configs of both spellings; rotary frequencies against transformers."""
+"""Specs read from configs of both spellings; rotary frequencies against transformers; who is not served, and why."""
+
+import math
 
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from model_store.families import FAMILIES as SERVED
 from model_store.spec import ModelSpec, SpecError
 from tests.tiny_pairs import FAMILIES, make_model
 
@@ -60,17 +63,6 @@ def _layers(model):
     [
         ({"model_type": "mamba"}, "'mamba' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported.*depend"),
-        (
-            {
-                "rope_scaling": {
-                    "rope_type": "longrope",
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [1.0] * 8,
-                    "factor": 2.0,
-                }
-            },
-            "'longrope' is not supported",
-        ),
         ({"hidden_act": "relu"}, "activation 'relu'"),
     ],
 )
@@ -79,10 +71,61 @@ def test_what_cannot_be_run_exactly_is_refused(change, message):
         ModelSpec.from_hf_config(LLAMA | change)
 
 
-def test_a_sliding_window_limits_the_context():
+def windows(config):
+    spec = ModelSpec.from_hf_config(config)
+    assert spec.max_context == 4096
+    return [spec.window(layer) for layer in range(spec.num_layers)]
+
+
+def test_which_layers_have_a_window():
     mistral = LLAMA | {"model_type": "mistral", "sliding_window": 1000}
-    assert ModelSpec.from_hf_config(mistral).max_context == 1000
-    assert ModelSpec.from_hf_config(mistral | {"sliding_window": None}).max_context == 4096
+    assert windows(mistral) == [1000, 1000] and windows(mistral | {"sliding_window": None}) == [None, None]
     qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 1000}
-    assert ModelSpec.from_hf_config(qwen | {"use_sliding_window": False}).max_context == 4096
-    assert ModelSpec.from_hf_config(qwen | {"use_sliding_window": True, "max_window_layers": 1}).max_context == 1000
+    assert windows(qwen | {"use_sliding_window": False}) == [None, None]
+    assert windows(qwen | {"use_sliding_window": True, "max_window_layers": 1}) == [None, 1000]
+
+
+def test_longrope_is_exact_up_to_the_original_length():
+    phi = LLAMA | {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+                   "pad_token_id": 0, "partial_rotary_factor": 0.75}  # fmt: skip
+    factors = {"short_factor": [1.0 + i for i in range(6)], "long_factor": [2.0 + i for i in range(6)]}
+    spec = ModelSpec.from_hf_config(phi | {"rope_scaling": {"type": "longrope"} | factors})
+    assert (spec.max_context, spec.rotary_dim) == (4096, 12)
+    assert spec.rope_factor == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
+    expected = 1 / (torch.tensor(factors["short_factor"]) * 10000.0 ** (torch.arange(6) / 6))
+    torch.testing.assert_close(spec.rope_inv_freq()[0], expected)
+
+
+# What the reasons for models of others must say.
+REASONS = {
+    "mixture of experts": ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "dbrx", "granitemoe", "phimoe", "glm4_moe"],
+    "recurrence or a linear": ["mamba", "falcon_h1", "qwen3_next", "lfm2", "rwkv", "bamba", "recurrent_gemma"],
+    "multi-modal": ["gemma3", "llama4", "mllama", "phi4_multimodal"],
+    "soft-capping": ["gemma2"],
+    "latent attention": ["minicpm3"],
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_families_that_are_not_served_are_refused_with_the_reason(reason):
+    for family in REASONS[reason]:
+        with pytest.raises(SpecError, match=f"'{family}' is not supported: .*{reason}"):
+            ModelSpec.from_hf_config(default_config(family))
+
+
+def default_config(family):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[family]().to_dict()
+
+
+def test_no_family_of_transformers_is_taken_for_another():
+    """Every causal language model that the library knows, by its default config: served, or refused in a sentence."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if family in SERVED:
+            assert ModelSpec.from_hf_config(default_config(family)).family == family
+            continue
+        with pytest.raises(SpecError, match=f"model family '{family}' is not supported: [a-z ]+"):
+            ModelSpec.from_hf_config({"model_type": family})

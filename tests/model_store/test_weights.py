@@ -28,6 +28,9 @@ def project(layer, hidden: torch.Tensor, family: str) -> tuple[torch.Tensor, ...
         heads = hidden.shape[-1] // layer.attention.head_size
         fused = layer.attention.query_key_value(hidden).view(len(hidden), heads, 3 * layer.attention.head_size)
         return fused.chunk(3, dim=-1)
+    elif family == "phi3":
+        size = layer.self_attn.qkv_proj.out_features // 8  # four query and two KV heads
+        q, k, v = layer.self_attn.qkv_proj(hidden).split((4 * size, 2 * size, 2 * size), dim=-1)
     else:
         q, k, v = (getattr(layer.self_attn, f"{name}_proj")(hidden) for name in "qkv")
     return q, k, v

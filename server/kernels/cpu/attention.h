@@ -111,8 +111,11 @@ struct AttentionItem {
     int first_position;         // of the first query token; query i sees positions <= first_position + i
     int first_page, end_page;   // range of pages of this item
     float scale;
+    int window = 0;  // a query sees so many positions up to its own; 0: all
     const int32_t* next_table = nullptr;  // first pages and head of the item that follows
     int num_next = 0, next_head = 0;
+    // Whether some query does not see all positions before it.
+    bool hides() const { return window && first_position + num_tokens > window; }
 };
 
 template <class T>
@@ -212,19 +215,19 @@ void attend_over(const AttentionItem<T>& item, const PageSizes& shape, Attention
         scores_of(page, pages, scores, columns);
         // Columns that row r sees of this block: positions first to first_position + r / G.
         const int first = page * P;
-        auto seen_columns = [&](int r) {
-            const int seen = std::min(pages * P, item.first_position + r / G + 1 - first);
-            return seen <= 0 ? 0 : (seen - 1) / P * Pp + (seen - 1) % P + 1;
-        };
+        auto columns_of = [&](int positions) { return positions <= 0 ? 0 : (positions - 1) / P * Pp + (positions - 1) % P + 1; };
+        auto seen_columns = [&](int r) { return columns_of(std::min(pages * P, item.first_position + r / G + 1 - first)); };
         for (int r = 0; r < rows; r++) {
             float* row = scores + long(r) * columns;
             if (P < Pp)  // padding between the pages' tokens
                 for (int i = 0; i < pages; i++) std::fill(row + i * Pp + P, row + (i + 1) * Pp, -INFINITY);
+            if (item.hides()) std::fill(row, row + columns_of(std::min(pages * P, item.first_position + r / G + 1 - item.window - first)), -INFINITY);
             top[r] = top_of_row(row, seen_columns(r));
         }
         // Scores become powers of two: e^(scale x - peak) = 2^(slope x + shift).
         for (int r = 0; r < rows; r += 16) {
-            const F16 old = load16(maximum + r), peak = max16(old, load16(top + r) * scale);
+            // At least a number: a row may see nothing of its item's first pages.
+            const F16 old = load16(maximum + r), peak = max16(max16(old, load16(top + r) * scale), set16(-1e30f));
             store16(factor + r, power_of_two16<sizeof(T) == 2>(max16((old - peak) * in_powers, set16(-200.0f))));
             store16(maximum + r, peak);
         }

@@ -117,7 +117,7 @@ class Engine {
     // What a thread needs for a chunk of rows (engine_rows.h).
     struct RowScratch {
         Buffer<X> normed, act;
-        Buffer<float> qkv;
+        Buffer<float> qkv, post;
         Rounded rounded, rounded_act;
         double seconds[kPhases] = {};
     };
@@ -216,7 +216,19 @@ class Engine {
 
     template <class Out>
     void norm(const float* x, Out* y, const void* weight, const void* bias, int n) const {
-        norm_row(x, y, static_cast<const T*>(weight), static_cast<const T*>(bias), n, s_.eps, s_.layer_norm);
+        if (!weight) return convert_row(x, y, n);
+        norm_row(x, y, static_cast<const T*>(weight), static_cast<const T*>(bias), n, s_.stream_eps, s_.layer_norm, s_.norm_offset);
+    }
+
+    // Where a product goes that is normed by `weight` before it is added to the hidden state: zeros [M, stream_ld()] of `to`.
+    float* before_norm(const void* weight, float* hidden, int M, Buffer<float>& to) const {
+        if (!weight) return hidden;
+        float* rows = to.at_least(size_t(M) * stream_ld());
+        std::fill(rows, rows + size_t(M) * stream_ld(), 0.0f);
+        return rows;
+    }
+    void add_normed(const float* rows, float* hidden, const void* weight, int from, int to) const {
+        for (int m = from; weight && m < to; m++) norm_row<true>(rows + m * long(stream_ld()), hidden + m * long(stream_ld()), static_cast<const T*>(weight), static_cast<const T*>(nullptr), s_.hidden, s_.eps, s_.layer_norm, s_.norm_offset);
     }
 
     void norm_tokens(int first, int last, const void* weight, const void* bias) {
@@ -351,12 +363,18 @@ class Engine {
         Rows<W> x = prepared(normed, hidden_ld(), M, E, rounded_, widths);
         product_to<false>(x, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld());
         product_of_factors<true>(from_row(x, first), d.qkv, E, qkv_.data() + long(ts) * qkv_ld(), qkv_ld());
-        if (first) place(id, w, r0, split), attention(id, r0, split);
-        if (others) place(student, w, split, r1), attention(student, split, r1);
+        if (first) place(id, w, r0, split), attention(id, w, r0, split);
+        if (others) place(student, w, split, r1), attention(student, w, split, r1);
         if (s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
+        // A product that is added to the hidden state, what a difference adds to it included.
+        auto add_product = [&](const BsWeights& weights, const BsFactors& factors, int K, const void* bias, const void* norm_w) {
+            float* to = before_norm(norm_w, hidden, M, post_);
+            product_to<true>(x, weights, E, K, bias, to, stream_ld());
+            product_of_factors<true>(from_row(x, first), factors, K, to + long(first) * stream_ld(), stream_ld());
+            if (norm_w) pool_.run(chunks_for(M, 8), [&](int c, int) { add_normed(to, hidden, norm_w, 8 * c, std::min(M, 8 * c + 8)); }), count(kNorm);
+        };
         x = prepared(attended_.data() + long(t0) * attended_ld(), attended_ld(), M, q_width(), rounded_, widths);
-        product_to<true>(x, w.o, E, q_width(), w.o_b, hidden, stream_ld());
-        product_of_factors<true>(from_row(x, first), d.o, q_width(), hidden + long(first) * stream_ld(), stream_ld());
+        add_product(w.o, d.o, q_width(), w.o_b, w.post_attn_norm_w);
         if (!s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         // What the difference adds to gate and up has to be there before the activation.
         const int N = up_width();
@@ -365,8 +383,7 @@ class Engine {
         product_of_factors<false>(from_row(x, first), d.up, E, extra, N);
         mlp_up(w, x, act, extra, first);
         x = prepared(act, act_ld(), M, s_.intermediate, rounded_, widths);
-        product_to<true>(x, w.down, E, s_.intermediate, w.down_b, hidden, stream_ld());
-        product_of_factors<true>(from_row(x, first), d.down, s_.intermediate, hidden + long(first) * stream_ld(), stream_ld());
+        add_product(w.down, d.down, s_.intermediate, w.down_b, w.post_mlp_norm_w);
     }
 
     // `extra`: [rows from `first` on, up_width()] to add before the activation, or null.
@@ -430,6 +447,8 @@ class Engine {
                     convert_row(static_cast<const T*>(end.embed) + long(step_->input_ids[t]) * s_.hidden, to, s_.hidden);
                 else
                     unpack(end.packed_embed, step_->input_ids[t], to);
+                if (s_.input_scale != 1.0f)
+                    for (int i = 0; i < s_.hidden; i++) to[i] *= s_.input_scale;
                 if (!end.positions) continue;
                 const T* position = static_cast<const T*>(end.positions) + long(step_->positions[t]) * s_.hidden;
                 for (int i = 0; i < s_.hidden; i++) to[i] += to_float(position[i]);
@@ -453,7 +472,7 @@ class Engine {
     int page_start(int t, int first) const;
     void place(int id, const BsLayer& w, int r0, int r1);
     void place_heads(int id, const BsLayer& w, int from, int to, int first, int h0, int h1, float* rows, long ld);
-    void attention(int id, int r0, int r1);
+    void attention(int id, const BsLayer& w, int r0, int r1);
     int pages_in_part(int r0, int r1) const;
 
     // Queries of a KV head's group for token t: [kv head][token][group][padded_dim].
@@ -491,7 +510,7 @@ class Engine {
     std::vector<AttentionScratch<T>> attention_;
     std::vector<RowScratch> row_scratch_;
     const BsStep* step_ = nullptr;
-    Buffer<float> hidden_, qkv_, bias_[4], parts_, extra_;
+    Buffer<float> hidden_, qkv_, bias_[4], parts_, extra_, post_;
     Buffer<X> normed_, act_;
     Buffer<A> q_, attended_, low_;
     Buffer<float> wide_low_;

@@ -43,12 +43,18 @@ void Engine<T, W>::place(int id, const BsLayer& w, int r0, int r1) {
 // `first`: of tokens_.
 template <class T, class W>
 void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int first, int h0, int h1, float* rows, long ld) {
-    const int D = s_.head_dim, Dp = pages_.padded_dim, P = s_.page_size, half = s_.rotary_dim / 2, G = group(), H = s_.num_heads, KV = s_.num_kv_heads;
+    const int D = s_.head_dim, Dp = pages_.padded_dim, P = s_.page_size, half = w.cos ? s_.rotary_dim / 2 : 0, G = group(), H = s_.num_heads, KV = s_.num_kv_heads;
     alignas(64) T keys[kTokensAtOnce * kMostHeadDim];
     auto turn = [&](float* row, auto* out, const void* norm_weight, int position) {
-        if (norm_weight) norm_row(row, row, static_cast<const T*>(norm_weight), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm);
-        rotate_row(row, out, s_.cos + long(position) * half, s_.sin + long(position) * half, half, D);
+        if (norm_weight && !s_.wide_qk_norm) norm_row(row, row, static_cast<const T*>(norm_weight), static_cast<const T*>(nullptr), D, s_.eps, s_.layer_norm, s_.norm_offset);
+        rotate_row(row, out, w.cos + long(position) * half, w.sin + long(position) * half, half, D);
     };
+    if (s_.wide_qk_norm)  // all heads are here: heads_at_once
+        for (int t = from; t < to; t++) {
+            float* row = rows + (t - from) * ld;
+            norm_row(row, row, static_cast<const T*>(w.q_norm_w), static_cast<const T*>(nullptr), H * D, s_.eps, s_.layer_norm, s_.norm_offset);
+            norm_row(row + H * D, row + H * D, static_cast<const T*>(w.k_norm_w), static_cast<const T*>(nullptr), KV * D, s_.eps, s_.layer_norm, s_.norm_offset);
+        }
     for (int t = from, tokens; t < to; t += tokens) {
         const int position = step_->positions[t], slot = position % P, request = tokens_[t - first], last = t + kTokensAtOnce - 1;
         // Tokens that fill lines of a page together.
@@ -108,7 +114,10 @@ void Engine<T, W>::place_heads(int id, const BsLayer& w, int from, int to, int f
 }
 
 template <class T, class W>
-void Engine<T, W>::attention(int id, int r0, int r1) {
+void Engine<T, W>::attention(int id, const BsLayer& w, int r0, int r1) {
+    const int window = int(w.window);
+    // The first page of which a token at `position` sees something.
+    auto first_seen = [&](int position) { return window ? std::max(0, position + 1 - window) / s_.page_size : 0; };
     const int G = group(), P = s_.page_size, D = s_.head_dim, part_size = G * (D + 2);
     const int query_tokens = std::max(1, kQueryRows / G);
     items_.clear();
@@ -116,19 +125,20 @@ void Engine<T, W>::attention(int id, int r0, int r1) {
     int num_parts = 0;
     const int part_pages = pages_in_part(r0, r1);
     for (int r = r0; r < r1; r++) {
-        const int from = step_->query_start[r], to = step_->query_start[r + 1], pages = chunks_for(step_->positions[to - 1] + 1, P);
+        const int from = step_->query_start[r], to = step_->query_start[r + 1], page0 = to - from == 1 ? first_seen(step_->positions[from]) : 0;
+        const int pages = chunks_for(step_->positions[to - 1] + 1, P) - page0;
         if (to - from == 1 && pages > part_pages) {
             const int parts = chunks_for(pages, part_pages);
             for (int h = 0; h < s_.num_kv_heads; h++) {
                 merges_.push_back({from, h, num_parts, parts});
-                for (int i = 0; i < parts; i++) items_.push_back({r, h, from, to, pages * i / parts, pages * (i + 1) / parts, num_parts++});
+                for (int i = 0; i < parts; i++) items_.push_back({r, h, from, to, page0 + pages * i / parts, page0 + pages * (i + 1) / parts, num_parts++});
             }
             continue;
         }
         // Late query blocks see the most positions; starting with them keeps the last chunks short.
         for (int t = from + (to - from - 1) / query_tokens * query_tokens; t >= from; t -= query_tokens) {
             const int end = std::min(t + query_tokens, to);
-            for (int h = 0; h < s_.num_kv_heads; h++) items_.push_back({r, h, t, end, 0, chunks_for(step_->positions[end - 1] + 1, P), -1});
+            for (int h = 0; h < s_.num_kv_heads; h++) items_.push_back({r, h, t, end, first_seen(step_->positions[t]), chunks_for(step_->positions[end - 1] + 1, P), -1});
         }
     }
     float* parts = parts_.at_least(size_t(num_parts) * part_size);
@@ -149,6 +159,7 @@ void Engine<T, W>::attention(int id, int r0, int r1) {
         item.first_page = it.first_page;
         item.end_page = it.end_page;
         item.scale = s_.scale;
+        item.window = window;
         if (chunk + 1 < int(items_.size()) && it.to - it.from == 1) {
             const Item& next = items_[chunk + 1];
             item.next_table = step_->block_tables + id * step_->layer_stride + step_->slots[next.request] * step_->slot_stride + next.first_page;
@@ -157,7 +168,7 @@ void Engine<T, W>::attention(int id, int r0, int r1) {
         }
         if (has_int8_kv()) return attend_int8<T>(item, int8_pages_, attention_[thread]);
         if constexpr (kHasTiles<T>)
-            if (item.num_tokens >= kManyTokens && attend_many<T>(item, pages_, attention_[thread])) return;
+            if (item.num_tokens >= kManyTokens && !item.hides() && attend_many<T>(item, pages_, attention_[thread])) return;
         attend<T>(item, pages_, attention_[thread]);
     });
     for (const Merge& m : merges_)

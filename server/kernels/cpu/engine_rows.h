@@ -60,15 +60,19 @@ void Engine<T, W>::run_program() {
                 lap(kNorm);
             };
             if (s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
-            product_part<true>(prepared(attended_.data() + long(from) * attended_ld(), attended_ld(), M, q_width(), scratch.rounded, widths_from(from), true), w.o, E, q_width(), biases[1], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+            float* to_add = before_norm(w.post_attn_norm_w, hidden, M, scratch.post);
+            product_part<true>(prepared(attended_.data() + long(from) * attended_ld(), attended_ld(), M, q_width(), scratch.rounded, widths_from(from), true), w.o, E, q_width(), biases[1], to_add, stream_ld(), {0, M, 0, panels_of(E)});
             lap(kProduct);
+            add_normed(to_add, hidden, w.post_attn_norm_w, 0, M);
             if (!s_.parallel_residual) norm_rows(w.mlp_norm_w, w.mlp_norm_b);
             const Rows<W> x = prepared(normed, hidden_ld(), M, E, scratch.rounded, widths_from(from), true);
+            to_add = before_norm(w.post_mlp_norm_w, hidden, M, scratch.post);
             if constexpr (kCoded) {
                 X* act = scratch.act.at_least(size_t(M) * act_ld());
                 mlp_up_part(w, x, biases[2], act, act_ld(), nullptr, 0, {0, M, 0, num_panels(up_width(), s_.gated)});
-                product_part<true>(prepared(act, act_ld(), M, F, scratch.rounded_act, widths_from(from), true), w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E)});
+                product_part<true>(prepared(act, act_ld(), M, F, scratch.rounded_act, widths_from(from), true), w.down, E, F, biases[3], to_add, stream_ld(), {0, M, 0, panels_of(E)});
                 lap(kProduct);
+                add_normed(to_add, hidden, w.post_mlp_norm_w, 0, M);
                 return;
             }
             // In pieces of the MLP's width, so that activations do not drive the hidden state out of the cache.
@@ -81,9 +85,10 @@ void Engine<T, W>::run_program() {
                 for (int m = 0, written = (p1 - p0) * width, wanted = (stop - u) * kPerUnit<W>; written < wanted && m < M; m++)
                     std::fill(act + long(m) * act_ld + written, act + long(m) * act_ld + wanted, X{});
                 const auto* then = static_cast<const char*>(stop < units ? from_panel(w.up, p1, E).data : from_panel(w.down, panels_of(E), F).data);
-                product_part<true>({act, act_ld, M}, w.down, E, F, biases[3], hidden, stream_ld(), {0, M, 0, panels_of(E), u, stop, then});
+                product_part<true>({act, act_ld, M}, w.down, E, F, biases[3], to_add, stream_ld(), {0, M, 0, panels_of(E), u, stop, then});
             }
             lap(kProduct);
+            add_normed(to_add, hidden, w.post_mlp_norm_w, 0, M);
         };
         const float* biases[4];
         if (!has_begun) {
@@ -91,7 +96,7 @@ void Engine<T, W>::run_program() {
             widen_biases(layers_[now.layer], biases);
             in_chunks(now, [&](int from, int to, RowScratch& scratch, auto&& lap) { begin(now, biases, from, to, scratch, lap); });
         }
-        attention(now.layer, now.first, now.end);
+        attention(now.layer, layers_[now.layer], now.first, now.end);
         widen_biases(layers_[now.layer], biases);
         const Segment next = i + 1 < step_->num_segments ? segment(i + 1) : Segment{};
         has_begun = next.first == now.first && next.end == now.end && by_rows(next);
@@ -119,6 +124,7 @@ int Engine<T, W>::mlp_piece(const BsLayer& w) const {
 // How many heads from `h` on fill whole panels.
 template <class T, class W>
 int Engine<T, W>::heads_at_once(int h) const {
+    if (s_.wide_qk_norm) return all_heads();
     int heads = 1;
     while (heads * s_.head_dim % kPanel && h + heads < all_heads()) heads++;
     return heads;

@@ -25,7 +25,7 @@ from server.core.executor import Draw, Executor
 from server.core.width import EXACT
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
-from server.kernels.cpu.packing import PackedWeights, end_table, layer_table, twelve_bit_bytes
+from server.kernels.cpu.packing import PackedWeights, angle_tables, end_table, layer_table, twelve_bit_bytes
 from server.kernels.memory import zero_bytes
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,7 @@ class NativeExecutor(Executor):
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers
-        inv_freq, factor = spec.rope_inv_freq() if spec.rotary_dim else (torch.zeros(0), 1.0)
-        angles = torch.outer(torch.arange(config.max_model_len, dtype=torch.float32), inv_freq)
-        self._cos = (angles.cos() * factor).contiguous()
-        self._sin = (angles.sin() * factor).contiguous()
+        self._angles = angle_tables(spec, {layer.rope for layer in pair.layers.values()}, config.max_model_len)
         self._description = library.Spec(
             hidden=spec.hidden_size, intermediate=spec.intermediate_size, num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, vocab=spec.vocab_size,
@@ -95,12 +92,12 @@ class NativeExecutor(Executor):
             type=_TYPES[self.dtype], weight_type=weight_type,
             factor_type=_TYPES[self._differences.dtype], exact_activations=config.exact_activations,
             kv_type=library.INT8 if config.kv_cache_dtype == "int8" else _TYPES[self.dtype],
-            eps=spec.norm_eps, scale=spec.attention_scale,
-            cos=self._cos.data_ptr(), sin=self._sin.data_ptr(),
+            wide_qk_norm=spec.qk_norm_of_all, eps=spec.norm_eps, stream_eps=spec.stream_eps,
+            scale=spec.attention_scale, norm_offset=spec.norm_offset, input_scale=spec.input_scale,
         )  # fmt: skip
         num_layers = pair.elasticity.num_global_layers
         self._engine = library.create_engine(
-            lib, ctypes.byref(self._description), layer_table(pair, self._weights, num_layers),
+            lib, ctypes.byref(self._description), layer_table(pair, self._weights, num_layers, self._angles),
             self._differences.table(num_layers), num_layers, end_table(pair, self._weights), self.num_threads,
         )  # fmt: skip
         self._has_int8_kv = config.kv_cache_dtype == "int8"
@@ -201,7 +198,7 @@ class NativeExecutor(Executor):
         for end, start, stop in self._sides(num_rows, num_teacher):
             at = None if read is None else read.ctypes.data + start
             self._lib.bs_head(self._engine, rows + 4 * width * start, at, stop - start, end, target + 4 * vocab * start)
-        return out
+        return out if self.spec.logit_scale == 1.0 else out.mul_(self.spec.logit_scale)
 
     def _head_widths(self, widths: np.ndarray | None) -> np.ndarray | None:
         """Bits that each row reads of a head; None if all are read as they were loaded."""

@@ -29,8 +29,9 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in (
             "attn_norm_w", "attn_norm_b", "qkv_b", "q_norm_w", "k_norm_w", "o_b", "mlp_norm_w", "mlp_norm_b", "up_b",
-            "down_b",
+            "down_b", "post_attn_norm_w", "post_mlp_norm_w", "cos", "sin",
         )),
+        ("window", c_int64),
         *((name, Weights) for name in ("qkv", "o", "up", "down")),
     ]  # fmt: skip
 
@@ -62,9 +63,9 @@ class Spec(ctypes.Structure):
         *((name, c_int32) for name in (
             "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "layer_norm", "activation",
             "gated", "parallel_residual", "rotary_dim", "page_size", "type", "weight_type",
-            "factor_type", "exact_activations", "kv_type",
+            "factor_type", "exact_activations", "kv_type", "wide_qk_norm",
         )),
-        ("eps", c_float), ("scale", c_float), ("cos", c_void_p), ("sin", c_void_p),
+        *((name, c_float) for name in ("eps", "stream_eps", "scale", "norm_offset", "input_scale")),
     ]  # fmt: skip
 
 

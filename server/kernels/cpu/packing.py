@@ -21,6 +21,7 @@ from model_store.int8 import Int8Matrix, Matrix
 from model_store.loaded import LoadedPair
 from model_store.nested import WIDTHS, NestedMatrix, bytes_in_memory, bytes_read
 from model_store.quantized import CodedMatrix
+from model_store.spec import ModelSpec, Rope
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.kernels.cpu import library
 
@@ -258,14 +259,30 @@ def _start(matrix: Matrix) -> int:
     return source_of(matrix).data_ptr()
 
 
-def layer_table(pair: LoadedPair, packed: PackedWeights, num_layers: int) -> ctypes.Array:
-    """The layers by global id, as the library takes them."""
+Angles = dict[Rope, tuple[torch.Tensor, torch.Tensor]]
+
+
+def angle_tables(spec: ModelSpec, ropes: set[Rope], num_positions: int) -> Angles:
+    """Cosines and sines [positions, rotary_dim / 2] of each kind of angles."""
+    tables: Angles = {}
+    for rope in ropes - {"none"}:
+        inv_freq, factor = spec.rope_inv_freq(rope)
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inv_freq)
+        tables[rope] = (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
+    return tables
+
+
+def layer_table(pair: LoadedPair, packed: PackedWeights, num_layers: int, angles: Angles) -> ctypes.Array:
+    """The layers by global id, as the library takes them. `angles` must live as long as the table is used."""
     table = (library.Layer * num_layers)()
     for index, weights in pair.layers.items():
         table[index] = library.Layer(
             **{name.removesuffix("_weight"): packed.of(getattr(weights, name)) for name in MATRICES},
             **{short: _address(weights, long) for short, long in _SMALL.items()},
+            window=weights.window or 0,
         )
+        if weights.rope in angles:
+            table[index].cos, table[index].sin = (turn.data_ptr() for turn in angles[weights.rope])
     return table
 
 
@@ -289,6 +306,7 @@ _SMALL = {
     "attn_norm_w": "attn_norm_weight", "attn_norm_b": "attn_norm_bias", "qkv_b": "qkv_bias", "o_b": "o_bias",
     "q_norm_w": "q_norm_weight", "k_norm_w": "k_norm_weight", "mlp_norm_w": "mlp_norm_weight",
     "mlp_norm_b": "mlp_norm_bias", "up_b": "up_bias", "down_b": "down_bias",
+    "post_attn_norm_w": "post_attn_norm_weight", "post_mlp_norm_w": "post_mlp_norm_weight",
 }  # fmt: skip
 
 

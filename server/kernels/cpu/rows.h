@@ -12,9 +12,10 @@ inline void by_sixteen(int n, Body&& body) {
     if (i < n) body(i, tail16(n - i));
 }
 
-// RMSNorm, or LayerNorm if `centred`, of one row of n; statistics in float32. T: type of weight and bias (or null).
-template <class T, class Out>
-inline void norm_row(const float* x, Out* y, const T* weight, const T* bias, int n, float eps, bool centred) {
+// RMSNorm, or LayerNorm if `centred`, of one row of n, to y or added to it; statistics in float32. T: type of weight and
+// bias (or null).
+template <bool add = false, class T, class Out>
+inline void norm_row(const float* x, Out* y, const T* weight, const T* bias, int n, float eps, bool centred, float offset = 0.0f) {
     F16 mean = zero16();
     if (centred) {
         by_sixteen(n, [&](int i, Mask mask) { mean = mean + load16(x + i, mask); });
@@ -33,8 +34,9 @@ inline void norm_row(const float* x, Out* y, const T* weight, const T* bias, int
     });
     const F16 factor = set16(1.0f / std::sqrt(sum16((squares[0] + squares[1]) + (squares[2] + squares[3])) / n + eps));
     by_sixteen(n, [&](int i, Mask mask) {
-        F16 v = (load16(x + i, mask) - mean) * factor * load16(weight + i, mask);
+        F16 v = (load16(x + i, mask) - mean) * factor * (load16(weight + i, mask) + set16(offset));
         if (bias) v = v + load16(bias + i, mask);
+        if constexpr (add) v = v + load16(y + i, mask);
         store16(y + i, v, mask);
     });
 }

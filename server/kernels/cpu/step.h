@@ -43,9 +43,12 @@ struct BsWeights {
 
 constexpr int32_t BS_EXACT = 16;  // the width of rows that read a matrix as it was loaded
 
-// Null where a family has none. Everything but the BsWeights is T.
+// Null where a family has none. Everything but the BsWeights and the angles is T.
 struct BsLayer {
     const void *attn_norm_w, *attn_norm_b, *qkv_b, *q_norm_w, *k_norm_w, *o_b, *mlp_norm_w, *mlp_norm_b, *up_b, *down_b;
+    const void *post_attn_norm_w, *post_mlp_norm_w;  // of what attention and the MLP give
+    const float *cos, *sin;  // [positions, rotary_dim / 2]; null: nothing is turned
+    int64_t window;          // how many tokens a token sees, itself among them; 0: all
     BsWeights qkv, o, up, down;
 };
 
@@ -76,9 +79,9 @@ struct BsEnd {
 
 struct BsSpec {
     int32_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations, kv_type;  // exact_activations: codes times floats, slowly, to compare with; kv_type: BS_INT8 (attention_int8.h), else `type`
-    float eps, scale;
-    const float *cos, *sin;  // [positions, rotary_dim / 2]
+    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations, kv_type, wide_qk_norm;  // exact_activations: codes times floats, slowly, to compare with; kv_type: BS_INT8 (attention_int8.h), else `type`; wide_qk_norm: over all heads together
+    // stream_eps: of norms of the hidden state; norm_offset: added to the weights of all norms; input_scale: of the embedding.
+    float eps, stream_eps, scale, norm_offset, input_scale;
 };
 
 // One step: `program` lists (layer, first request, end request, split, student layer): requests from `split` on run as

@@ -32,19 +32,22 @@ class Ends:
         """Logits of normed rows [S, E] to out [S, V]."""
         for end, rows in self.sides(num_teacher, len(hidden)):
             linear(hidden[rows], end.head, end.head_bias, out=out[rows])
+        if self.spec.logit_scale != 1.0:
+            out *= self.spec.logit_scale
 
     def norm(self, end: EndWeights, rows: torch.Tensor, out: torch.Tensor) -> None:
         spec = self.spec
-        norm(rows, end.final_norm_weight, end.final_norm_bias, kind=spec.norm, eps=spec.norm_eps, out=out)
+        norm(rows, end.final_norm_weight, end.final_norm_bias, kind=spec.norm, eps=spec.stream_eps, out=out)
 
-
-def embed(end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
-    """Rows `ids` [T] of the embedding, with learned positions where there are such, to out [T, E]."""
-    if isinstance(end.embed, Int8Matrix):
-        values, scale = end.embed.values.index_select(0, ids), end.embed.scale.index_select(0, ids)
-        out.copy_(values * scale[:, None])
-    else:
-        assert isinstance(end.embed, torch.Tensor)
-        torch.index_select(end.embed, 0, ids, out=out)
-    if end.positions is not None:
-        out += F.embedding(positions, end.positions)
+    def embed(self, end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows `ids` [T] of the embedding, with learned positions where there are such, to out [T, E]."""
+        if isinstance(end.embed, Int8Matrix):
+            values, scale = end.embed.values.index_select(0, ids), end.embed.scale.index_select(0, ids)
+            out.copy_(values * scale[:, None])
+        else:
+            assert isinstance(end.embed, torch.Tensor)
+            torch.index_select(end.embed, 0, ids, out=out)
+        if self.spec.input_scale != 1.0:
+            out *= self.spec.input_scale
+        if end.positions is not None:
+            out += F.embedding(positions, end.positions)

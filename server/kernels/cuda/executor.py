@@ -29,7 +29,7 @@ from server.core.config import EngineConfig
 from server.core.executor import GREEDY, Draw, Executor, Follows
 from server.kernels.cuda.attention import PagedAttention
 from server.kernels.cuda.draw import draw
-from server.kernels.cuda.ends import Ends, embed
+from server.kernels.cuda.ends import Ends
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
 from server.kernels.cuda.inputs import DecodeInputs, StepInputs
 from server.kernels.cuda.layer import Difference, Lane, Layers
@@ -59,9 +59,29 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
         return f"takes no {pair.form.storage}"
     if len(pair.widths) > 1:
         return "reads weights at one precision only"
+    if refusal := _not_computed(pair, config):
+        return refusal
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
         return "runs students kept as differences only where all of their layers are"
     return CudaExecutor(pair, config)
+
+
+def _not_computed(pair: LoadedPair, config: EngineConfig) -> str | None:
+    """What of a family the kernels here do not compute."""
+    spec = pair.spec
+    lacking = {
+        "norms of what attention and the MLP give": spec.norm_after,
+        "layers without a norm before them": not spec.norm_before,
+        "norms whose weights are offsets": spec.norm_offset != 0.0,
+        "norms over all heads together": spec.qk_norm_of_all,
+    }
+    for what, is_there in lacking.items():
+        if is_there:
+            return f"has no kernel for {what} ({spec.family})"
+    windows = [layer.window for layer in pair.layers.values() if layer.window is not None]
+    if windows and min(windows) < config.max_model_len:
+        return f"has no kernel for sliding windows: --max-model-len up to {min(windows)} is served"
+    return None
 
 
 def _missing_for_triton() -> str | None:
@@ -216,7 +236,7 @@ class CudaExecutor(Executor):
         x = torch.empty(batch.num_tokens, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         split = int(batch.query_start[batch.embed_cut])
         for end, rows in self._ends.sides(split, batch.num_tokens):
-            embed(end, inputs.ids[rows], inputs.positions[rows], x[rows])
+            self._ends.embed(end, inputs.ids[rows], inputs.positions[rows], x[rows])
         lanes: dict[tuple[int, int], Lane] = {}
         for segment in batch.program:
             key, hidden_rows = (segment.start, segment.stop), x[batch.tokens(segment.start, segment.stop)]
@@ -264,7 +284,7 @@ class CudaExecutor(Executor):
 
         def run() -> None:
             x, lane = self._x[0, :rows], self._inputs.lane(0, rows, None)
-            embed(getattr(self._ends, path.embed_from), self._inputs.ids[0, :rows], lane.positions, x)
+            self._ends.embed(getattr(self._ends, path.embed_from), self._inputs.ids[0, :rows], lane.positions, x)
             for layer in path.layers:
                 student = self._students.get(layer)
                 own = layer if student is None else self.elasticity.kept[layer - self.elasticity.num_teacher_layers]
@@ -279,7 +299,7 @@ class CudaExecutor(Executor):
         for side, count in enumerate((cut, num - cut)):
             if count:
                 ids, positions = self._inputs.ids[side, :count], self._inputs.lane(side, count, None).positions
-                embed((self._ends.teacher, self._ends.student)[side], ids, positions, self._x[side, :count])
+                self._ends.embed((self._ends.teacher, self._ends.student)[side], ids, positions, self._x[side, :count])
         for station, split in enumerate(splits):
             self._move(cut, split, num)
             cut = split
@@ -309,7 +329,7 @@ class CudaExecutor(Executor):
     def _run_joint(self, num: int, splits: list[int]) -> None:
         """Stations that both sides run together: all rows in batch order, the teacher's in front."""
         end = self._ends.teacher  # which a student kept as a difference has too
-        embed(end, self._inputs.ids[0, :num], self._inputs.lane(0, num, None).positions, self._x[0, :num])
+        self._ends.embed(end, self._inputs.ids[0, :num], self._inputs.lane(0, num, None).positions, self._x[0, :num])
         for station, split in enumerate(splits):
             if split == num:
                 self._run_station(station, 0, bucket_of(num, self._buckets))

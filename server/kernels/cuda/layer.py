@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from model_store.lowrank import LowRankDelta
-from model_store.spec import ModelSpec
+from model_store.spec import ModelSpec, Rope
 from model_store.weights import LayerWeights
 from server.kernels.cuda.activation import activate
 from server.kernels.cuda.attention import Items, PagedAttention
@@ -56,18 +56,20 @@ class Layers:
         max_positions: int, device: torch.device,
     ) -> None:  # fmt: skip
         self.spec, self.weights, self.attention, self.tables = spec, weights, attention, tables
-        inv_freq, factor = spec.rope_inv_freq() if spec.rotary_dim else (torch.zeros(1), 1.0)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
-        self._cos = (angles.cos() * factor).to(device)
-        self._sin = (angles.sin() * factor).to(device)
+        self._angles: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}  # cos and sin
+        for rope in {layer.rope for layer in weights.values()}:
+            inv_freq, factor = (torch.zeros(1), 1.0) if rope == "none" else spec.rope_inv_freq(rope)
+            angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
+            self._angles[rope] = (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+        self._device = device
         self._from_the_first = torch.zeros(1, dtype=torch.int32, device=device)
         self.k_pages = self.v_pages = torch.empty(0)  # [pages, K, P, D] once allocated
 
     def allocate(self, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         shape = (num_pages, self.spec.num_kv_heads, page_size, self.spec.head_dim)
         self.k_pages = self.v_pages = torch.empty(0)  # an old pool goes first
-        self.k_pages = torch.empty(shape, dtype=dtype, device=self._cos.device)
-        self.v_pages = torch.empty(shape, dtype=dtype, device=self._cos.device)
+        self.k_pages = torch.empty(shape, dtype=dtype, device=self._device)
+        self.v_pages = torch.empty(shape, dtype=dtype, device=self._device)
 
     def run(
         self, x: torch.Tensor, layer: int, lane: Lane, *, kv_layer: int | None = None, student: Difference | None = None
@@ -84,9 +86,9 @@ class Layers:
         def normalise(name: str) -> torch.Tensor:
             own, bias = getattr(weights, f"{name}_weight"), getattr(weights, f"{name}_bias")
             if student is None:
-                return norm(x, own, bias, kind=spec.norm, eps=spec.norm_eps)
+                return norm(x, own, bias, kind=spec.norm, eps=spec.stream_eps)
             other = getattr(student, f"{name}_weight")
-            return norm(x, own, bias, kind=spec.norm, eps=spec.norm_eps, other=other, split=split)
+            return norm(x, own, bias, kind=spec.norm, eps=spec.stream_eps, other=other, split=split)
 
         def differ(out: torch.Tensor, rows: torch.Tensor, name: str) -> None:
             if student:
@@ -96,9 +98,9 @@ class Layers:
         qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
         differ(qkv, normed, "qkv")
         q = rotate_and_write(
-            qkv, self.k_pages, self.v_pages, table, lane.positions, lane.slots, lane.count, self._cos,
-            self._sin, rotary_dim=spec.rotary_dim, num_heads=spec.num_heads, q_norm=weights.q_norm_weight,
-            k_norm=weights.k_norm_weight, eps=spec.norm_eps,
+            qkv, self.k_pages, self.v_pages, table, lane.positions, lane.slots, lane.count, *self._angles[weights.rope],
+            rotary_dim=0 if weights.rope == "none" else spec.rotary_dim, num_heads=spec.num_heads,
+            q_norm=weights.q_norm_weight, k_norm=weights.k_norm_weight, eps=spec.norm_eps,
         )  # fmt: skip
         attended = torch.empty_like(q)
         for items in lane.items:
