@@ -315,6 +315,8 @@ def load_model(
     clock = clock or StartupClock()
     import torch
 
+    from model_store.nested import bytes_read
+    from server.core.width import EXACT
     from server.engine.engine import Engine
     from server.engine.runner import StepRunner
 
@@ -348,7 +350,11 @@ def load_model(
         infos=infos,
         sizes=runner.sizes,
         widths=runner.executor.widths,
-        bytes_per_weight={w: runner.executor.bytes_per_weight_at(w) or 1.0 for w in runner.executor.widths},
+        bytes_per_weight={
+            width: runner.executor.bytes_per_weight_at(width)
+            or (float(form.dtype.itemsize) if width == EXACT else bytes_read(width))
+            for width in runner.executor.widths
+        },
         missing=loaded.missing_sizes,
         max_model_len=config.max_model_len,
         page_size=config.page_size,
