@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.api.generate.catalog import Catalog, PointInfo, size_infos
+from server.api.generate.catalog import Catalog, size_infos
 from server.api.generate.sampling_defaults import read_sampling_defaults
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.auth import KeyRing
@@ -20,6 +20,7 @@ from server.api.http.state import ServedModel
 from server.config import GiB, Settings
 from server.engine.queue import WaitingQueue
 from server.observe.startup import StartupClock
+from server.sizing.points import PointInfo, points_of, write_points
 from server.sizing.spec import SizeError, SizeSpec
 from server.sizing.tenants import Tenants
 
@@ -366,6 +367,8 @@ def load_model(
     clock.mark("tokenizer and tables")
     policy = make_policy(runner, loaded, pair, settings, tenants)
     catalog = dataclasses.replace(catalog, points=point_infos(pair, runner, policy))
+    if len(catalog.widths) > 1:
+        write_points(points_file(settings.store, pair), catalog.points)
     queue = WaitingQueue(tenants.weight, tenants.rank)
     engine = Engine(loaded, config, policy=policy, queue=queue, runner=runner, metrics=metrics)
     clock.mark("cost model")
@@ -402,16 +405,18 @@ def make_policy(
 def point_infos(pair: Pair, runner: StepRunner, policy: SizePolicy | None) -> tuple[PointInfo, ...]:
     """What is known of every point that is served."""
     from server.sizing.policy import BudgetPolicy
-    from server.sizing.quality import points_of, quality_table
+    from server.sizing.quality import quality_table
 
-    widths, best = runner.executor.widths, {}
-    quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, widths)
-    if isinstance(policy, BudgetPolicy):
-        best = policy.table.best_in(runner.sizes)
-    return tuple(
-        PointInfo(point.depth, point.width, kl, best.get(point, ()), is_measured)
-        for point, kl, is_measured in points_of(quality, runner.sizes, widths)
-    )
+    quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, runner.executor.widths)
+    best = policy.table.best_in(runner.sizes) if isinstance(policy, BudgetPolicy) else {}
+    return points_of(quality, best, runner.sizes, runner.executor.widths)
+
+
+def points_file(store: Path | str | None, pair: Pair) -> Path:
+    """Where a server leaves what it found of the points of a pair, for `boomerang sizes`."""
+    from model_store.store import store_root
+
+    return store_root(store) / "points" / f"{pair.name.replace('/', '--')}.json"
 
 
 def read_template(value: str | None) -> str | None:

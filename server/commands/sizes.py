@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import Settings
-from server.loading import open_settings_pair, weight_form
+from server.loading import open_settings_pair, points_file, weight_form
 
 if TYPE_CHECKING:
     from model_store.pair import Pair
@@ -30,6 +30,19 @@ def speed_file(store: str | None, pair: Pair, form: WeightForm) -> Path:
     return store_root(store) / "speed" / f"{pair.name}{kind}-{machine}.json"
 
 
+def _points_table(points: list[dict[str, Any]]) -> Table:
+    """Points of depth and precision as the last server on this machine measured them."""
+    table = Table(title="points that a server has measured here", box=box.SIMPLE_HEAD)
+    for name in ("point", "expected KL", "nothing beats it in"):
+        table.add_column(name, justify="right")
+    for point in points:
+        kl = ", ".join(f"{kind} {value:.3f}" for kind, value in point["expected_kl"].items())
+        where = ", ".join(point["best_in"]) or "-"
+        table.add_row(point["name"], kl if point["kl_is_measured"] else f"about {kl}", where)
+    table.caption = "-: never the best: another point is as fast and nearer to the teacher"
+    return table
+
+
 def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     """Print the table (or JSON) without loading a tensor. Speeds are those of the last `bench latency` here."""
     pair = open_settings_pair(settings)
@@ -39,23 +52,30 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     speeds: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for row in rows:
         row["speed"] = speeds.get("sizes", {}).get(str(row["size"]))
+    file = points_file(settings.store, pair)
+    points = json.loads(file.read_text()) if file.is_file() else []
     if as_json:
-        print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows}, indent=1))
+        kinds = {"kinds": pair.kinds, "points": points}
+        print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows, **kinds}, indent=1))
         return 0
     student = ", low-rank student as a difference" if form.low_rank else ""
     table = Table(title=f"{pair.name}, {form}{student}, patch order {pair.patch_order}", box=box.SIMPLE_HEAD)
-    names = ("size", "parameters", "of teacher", "weights", "KV per token", "KL to teacher", "decode tok/s")
+    kinds = {name: kind["sizes"] for name, kind in pair.kinds.items()}
+    figures = tuple(f"KL, {name}" for name in kinds) or ("KL to teacher",)
+    names = ("size", "parameters", "of teacher", "weights", "KV per token", *figures, "decode tok/s")
     for name in names:
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for row in rows:
-        kl, speed = (row["quality"] or {}).get("kl"), row["speed"]
+        kl, speed = [(row["quality"] or {}).get("kl")], row["speed"]
+        if kinds:
+            kl = [sizes.get(str(row["size"]), {}).get("kl") for sizes in kinds.values()]
         table.add_row(
             f"{row['size']}L",
             f"{row['parameters'] / 1e6:.1f} M",
             f"{row['fraction']:.1%}",
             f"{row['weight_bytes'] / 1e6:.0f} MB",
             f"{row['kv_bytes_per_token'] / 1024:.1f} KiB",
-            "-" if kl is None else f"{kl:.3f}",
+            *("-" if value is None else f"{value:.3f}" for value in kl),
             "-" if not speed else f"{speed['decode']['1']:.0f}" if "1" in speed["decode"] else "-",
         )
     console = Console()
@@ -65,6 +85,8 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     console.print(f"all {len(rows)} sizes together: {together / 1e6:.0f} MB of weights; apart {apart / 1e6:.0f} MB")
     if form.storage == "codes":
         console.print(f"the file's own codes: {pair.code_kinds()}")
+    if points:
+        console.print(_points_table(points))
     if not speeds:
         console.print("speeds: not measured here yet (boomerang bench latency)")
     return 0

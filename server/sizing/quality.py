@@ -46,18 +46,6 @@ def quality_table(
     return QualityTable(by_depth, by_width, cells)
 
 
-def points_of(
-    table: QualityTable, sizes: Sequence[int], widths: Sequence[int]
-) -> list[tuple[Point, dict[str, float], bool]]:
-    """(point, KL by kind of text, whether all of it was measured there) of every point."""
-    found = []
-    for point in (Point(size, width) for size in sizes for width in widths):
-        kl = {kind: table.kl(point, kind) for kind in table.by_depth}
-        alone = point.width == EXACT and GUESS not in kl
-        found.append((point, kl, all(alone or point in table.measured.get(kind, {}) for kind in kl)))
-    return found
-
-
 def _kls(rows: Mapping[str, Mapping[str, Any]]) -> dict[int, float]:
     return {int(key): row["kl"] for key, row in rows.items() if row.get("kl") is not None}
 

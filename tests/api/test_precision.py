@@ -6,12 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from server.cli import main
 from tests.api.tiny import NAME, RunningServer, make_pair
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dials")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("dials")
+
+
+@pytest.fixture(scope="module")
+def url(folder):
     pair = make_pair(folder)
     kind = {"sizes": {"4": {"kl": 0.5}, "5": {"kl": 0.2}}, "widths": {str(w): {"kl": 0.1 / w} for w in (8, 6, 5, 4)}}
     (pair[1] / "quality.json").write_text(json.dumps({"kinds": {"prose": kind, "code": kind}}))
@@ -102,6 +107,17 @@ def test_a_stream_says_what_makes_each_chunk(url):
 def test_what_is_not_served_is_refused_by_name(url, body, param, status):
     answer = ask(url, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_the_table_of_sizes_shows_what_the_server_found(url, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    pair = ["--teacher", str(folder / NAME), "--student", str(folder / "student"), "--store", str(folder / "store")]
+    assert main(["sizes", *pair]) == 0
+    printed = capsys.readouterr().out
+    assert "KL, prose" in printed and "5L-q6" in printed and "nothing beats it in" in printed
+    assert main(["sizes", *pair, "--json"]) == 0
+    points = {point["name"]: point for point in json.loads(capsys.readouterr().out)["points"]}
+    assert len(points) == 15 and points["6L"]["best_in"] and points["6L"]["kl_is_measured"]
 
 
 def test_metrics_say_both(url):

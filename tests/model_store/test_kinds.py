@@ -7,7 +7,8 @@ import pytest
 from model_store.pair import PairError, open_pair
 from server.cli import main
 from server.cost.frontier import Point
-from server.sizing.quality import points_of, quality_table
+from server.sizing.points import points_of
+from server.sizing.quality import quality_table
 from tests.api.tiny import ROOT, make_pair
 
 
@@ -45,7 +46,7 @@ def test_what_was_measured_is_what_points_are_weighed_by(measured):
     assert table.kl(Point(4, 8), "code") == own["points"]["4L-q8"]["kl"]
     assert table.kl(Point(6, 4)) == max(kind["widths"]["4"]["kl"] for kind in pair.kinds.values())
     assert table.kl(Point(4, 6), "code") > own["sizes"]["4"]["kl"]  # a width that was not measured: by the usual law
-    known = {point: is_measured for point, _, is_measured in points_of(table, (4, 5, 6), (4, 6, 8, 16))}
+    known = {Point(p.size, p.width): p.is_measured for p in points_of(table, {}, (4, 5, 6), (4, 6, 8, 16))}
     assert known[Point(4, 8)] and known[Point(5, 16)] and not known[Point(4, 6)]
 
 

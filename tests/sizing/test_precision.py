@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.generate.catalog import Catalog, PointInfo, SizeInfo
+from server.api.generate.catalog import Catalog, SizeInfo
 from server.api.generate.protocol import SizeFields
 from server.api.generate.size_choice import SizeChooser
 from server.api.http.errors import APIError
 from server.config import Settings
 from server.core.width import EXACT
+from server.sizing.points import PointInfo
 from server.sizing.spec import SizeError, SizeSpec, parse_precision, size_name
 from server.sizing.tenants import Tenants, tenant_from_config
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from server.api.http.errors import APIError
 from server.core.width import EXACT
+from server.sizing.points import PointInfo
 from server.sizing.spec import SizeError, SizeSpec, describe_widths, precision_name, size_name
 
 
@@ -33,21 +34,6 @@ class SizeInfo:
             "fraction": round(self.fraction, 4),
             "reason": reason,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class PointInfo:
-    """What is known of a depth at a width."""
-
-    size: int
-    width: int
-    kl: Mapping[str, float]  # to the teacher as loaded, in nats per token, by kind of text
-    best_in: tuple[str, ...]  # regimes (decode of one request, of sixteen, prompts) in which nothing beats it
-    is_measured: bool  # False: additive, or guessed for a pair that nobody has measured
-
-    def card(self) -> dict[str, Any]:
-        kl = {kind: round(value, 4) for kind, value in self.kl.items()}
-        return {"expected_kl": kl, "kl_is_measured": self.is_measured, "best_in": list(self.best_in)}
 
 
 @dataclass(frozen=True, slots=True)
