@@ -74,7 +74,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Ready means: weights loaded and the engine alive. 503 while starting and while draining.
 HEALTHCHECK --interval=5s --timeout=3s --start-period=300s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['BOOMERANG_PORT'] + '/health', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + (os.environ.get('BOOMERANG_METRICS_PORT') or os.environ['BOOMERANG_PORT']) + '/health', timeout=2)"]
 ENTRYPOINT ["boomerang"]
 CMD ["serve"]
 

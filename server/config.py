@@ -215,7 +215,15 @@ class Settings:
     num_speculative_tokens: int = option(3, "tokens guessed ahead, at most", group="engine", minimum=1, maximum=16)
     seed: int = option(0, "seed for requests without one", group="engine")
     num_threads: int | None = option(
-        None, "CPU threads for the model [all cores]", kind="int", group="engine", minimum=1
+        None, "CPU threads for the model [this replica's share of the cores, within its container's quota]",
+        kind="int", group="engine", minimum=1,
+    )  # fmt: skip
+    max_replicas: int = option(
+        1,
+        "replicas that may run on this machine: the defaults of --kv-cache-memory and --num-threads are one's share of "
+        "its memory and cores (limits of a container are its own)",
+        group="engine",
+        minimum=1,
     )
 
     step_timeout: float = option(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +15,7 @@ from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.auth import KeyRing
 from server.api.http.state import ServedModel
 from server.config import GiB, Settings
+from server.core.machine import available_memory
 from server.engine.queue import WaitingQueue
 from server.observe.startup import StartupClock
 from server.sizing.points import PointInfo, points_of, write_points
@@ -100,7 +98,7 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
         return form
     widths = tuple(sorted(WIDTHS))
     both = dataclasses.replace(form, widths=(*widths, EXACT))
-    most = min(settings.memory_budget or math.inf, _LOAD_SHARE * _available_ram())
+    most = min(settings.memory_budget or math.inf, _LOAD_SHARE * available_memory(settings.max_replicas))
     if settings.exact == "on" or (settings.exact == "auto" and pair.union_bytes(pair.elasticity.sizes, both) <= most):
         return both
     if not is_asked:
@@ -239,7 +237,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
             kv_bytes / GiB,
             max_model_len,
         )
-    if not is_cuda and kv_bytes + state_bytes > (ram := _available_ram()):
+    if not is_cuda and kv_bytes + state_bytes > (ram := available_memory(settings.max_replicas)):
         # Memory is committed on first use: without this warning, the first sign would be an OOM kill under load.
         logger.warning(
             "--kv-cache-memory: the KV cache may grow to %.2f GiB and %.2f GiB are available: lower it",
@@ -271,39 +269,7 @@ def _free_bytes(settings: Settings, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(int(free - (1 - settings.gpu_memory_utilization) * total), 0)
-    return min(int(_available_ram() * _KV_SHARE), _KV_CAP_CPU)
-
-
-def _available_ram(root: Path = Path("/")) -> int:
-    """What the kernel thinks can be had without swapping, within the limits of a container (cgroup v2 or v1)."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    for limit, used in _cgroup_files(root):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return max(available, 0)
-
-
-def _cgroup_files(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Files of the memory limit and its use, in the group of this process and those above it.
-
-    In a container the group's own folder is mostly mounted as the root, whatever /proc/self/cgroup says.
-    """
-    groups = [""]
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = [*line.split(":", 2), "-", ""][:3]  # number:controllers:path
-            if controllers == "" or "memory" in controllers.split(","):
-                parts = [part for part in path.split("/") if part not in ("", "..")]
-                groups += ["/".join(parts[: i + 1]) for i in range(len(parts))]
-    base = root / "sys/fs/cgroup"
-    for group in dict.fromkeys(groups):
-        yield base / group / "memory.max", base / group / "memory.current"
-        folder = base / "memory" / group
-        yield folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes"
+    return min(int(available_memory(settings.max_replicas) * _KV_SHARE), _KV_CAP_CPU)
 
 
 def load_model(

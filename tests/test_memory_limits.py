@@ -1,8 +1,8 @@
-"""What memory a server may take: limits of a container count, those of cgroup v1 as those of v2."""
+"""What a server may take of a machine: limits of a container count, those of cgroup v1 as those of v2."""
 
 import pytest
 
-from server.loading import _available_ram
+from server.core.machine import available_memory, processor_quota, share_of_cores
 
 MiB = 1 << 20
 GROUPS = {
@@ -29,7 +29,7 @@ def test_limits_of_containers(name, tmp_path):
     for file, size in files.items():
         (tmp_path / "sys/fs/cgroup" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sys/fs/cgroup" / file).write_text(f"{size * MiB}\n")
-    assert _available_ram(tmp_path) == expected * MiB
+    assert available_memory(root=tmp_path) == expected * MiB
 
 
 def test_max_is_no_limit(tmp_path):
@@ -38,4 +38,51 @@ def test_max_is_no_limit(tmp_path):
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("5\n")
-    assert _available_ram(tmp_path) == MiB
+    assert available_memory(root=tmp_path) == MiB
+
+
+def write(root, files: dict[str, str]) -> None:
+    for name, text in ({"proc/meminfo": f"MemAvailable: {4096 * 1024} kB\n"} | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
+def test_replicas_share_the_machine_but_not_the_limit_of_a_container(tmp_path):
+    write(tmp_path, {})
+    assert available_memory(4, tmp_path) == 1024 * MiB
+    write(tmp_path, {"sys/fs/cgroup/memory.max": str(1200 * MiB), "sys/fs/cgroup/memory.current": str(300 * MiB)})
+    assert available_memory(4, tmp_path) == 900 * MiB
+    assert available_memory(8, tmp_path) == 512 * MiB
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "name"),
+    [("", "memory.max", "memory.current", "inactive_file"),
+     ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")],
+)  # fmt: skip
+def test_the_weights_files_in_the_page_cache_do_not_count_as_used(folder, limit, used, name, tmp_path):
+    base = f"sys/fs/cgroup/{folder}"
+    stat = f"anon 5\n{name} {700 * MiB}"
+    write(tmp_path, {base + limit: str(1000 * MiB), base + used: str(1000 * MiB), base + "memory.stat": stat})
+    assert available_memory(root=tmp_path) == 700 * MiB
+
+
+QUOTAS = {
+    "none": ({}, "0::/", None, 8),
+    "v2, none": ({"cpu.max": "max 100000"}, "0::/", None, 8),
+    "v2, two and a half": ({"cpu.max": "250000 100000"}, "0::/", 2.5, 2),
+    "v2, the group above is tighter": ({"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 1.5, 1),
+    "v2, less than one": ({"cpu.max": "50000 100000"}, "0::/", 0.5, 1),
+    "v1": ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu,cpuacct:/docker/x", 4.0, 4),
+    "v1, none": ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu:/", None, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_quotas_of_containers(name, tmp_path):
+    files, group, quota, threads = QUOTAS[name]
+    write(tmp_path, {"proc/self/cgroup": group} | {f"sys/fs/cgroup/{file}": text for file, text in files.items()})
+    assert processor_quota(tmp_path) == quota
+    assert share_of_cores(8, root=tmp_path) == threads
+    assert share_of_cores(8, 3, tmp_path) == min(2, threads)
+    assert share_of_cores(2, 3, tmp_path) == 1

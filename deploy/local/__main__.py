@@ -25,7 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    command = [sys.executable, "-m", "server", "serve", "--host", "{host}", "--port", "{port}", *args.server]
+    command = [sys.executable, "-m", "server", "serve", "--host", "{host}", "--port", "{port}"]
+    command += ["--max-replicas", str(args.max_replicas), *args.server]
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

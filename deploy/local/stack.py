@@ -133,6 +133,7 @@ class LocalStack:
         environment = {
             "BOOMERANG_RESOLVER": resolver,
             "BOOMERANG_BACKEND": f"server:{server_port}",
+            "BOOMERANG_PROBE_PORT": str(server_port),
             "BOOMERANG_SLOTS": str(self.policy.max_replicas + 2),  # one that drains keeps its place
             "BOOMERANG_BIND": f"127.0.0.1:{self.api_port}",
             "BOOMERANG_STATS_BIND": f"127.0.0.1:{self.stats_port}",

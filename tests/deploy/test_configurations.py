@@ -54,6 +54,7 @@ def test_every_alert_has_a_unit_test():
     assert not {name for name in alerts if name not in tested}
 
 
+KUBERNETES = ROOT / "deploy/kubernetes"
 OVERLAYS = ("gpu", "keys", "hub")
 COMBINATIONS = [
     (overlays, profiles)
@@ -123,6 +124,35 @@ def test_two_projects_can_run_on_one_host():
     chosen = {name: f"127.0.0.2:{7000 + index}" for index, name in enumerate(names)}
     ports = [str(port) for s in compose(**chosen)["services"].values() for port in s.get("ports", ())]
     assert sorted(port.rpartition(":")[0] for port in ports) == sorted(chosen.values())
+
+
+def test_probes_and_scrapes_go_to_the_port_that_serves_them():
+    """A port of their own (--metrics-port): /metrics is nowhere else."""
+    services = compose("gpu", profiles=("two-gpus",))["services"]
+    ports = {str(services[name]["environment"]["BOOMERANG_METRICS_PORT"]) for name in ("server", "server-gpu1")}
+    ports.add(str(services["haproxy"]["environment"]["BOOMERANG_PROBE_PORT"]))
+    ports.add(re.search(r"BOOMERANG_PROBE_PORT-(\d+)", (ROOT / "deploy/haproxy/haproxy.cfg").read_text())[1])
+    scrapes = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    ports.add(str(next(job for job in scrapes if job["job_name"] == "boomerang")["dns_sd_configs"][0]["port"]))
+    ports.add(re.search(r"model-server-metrics-port=(\d+)", (KUBERNETES / "gateway/kustomization.yaml").read_text())[1])
+    documents = list(yaml.safe_load_all(check("kubectl", "kustomize", "deploy/kubernetes/base")))
+    documents += yaml.safe_load_all(check("kubectl", "kustomize", "deploy/kubernetes/monitoring"))
+    kinds = {document["kind"]: document["spec"] for document in documents if "spec" in document}
+    (container,) = kinds["Deployment"]["template"]["spec"]["containers"]
+    ports |= {item["value"] for item in container["env"] if item["name"] == "BOOMERANG_METRICS_PORT"}
+    ports |= {str(port["containerPort"]) for port in container["ports"] if port["name"] == "probes"}
+    assert ports == {"8001"}
+    asked = {container[probe]["httpGet"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+    asked |= {endpoint["port"] for endpoint in kinds["PodMonitor"]["podMetricsEndpoints"]}
+    assert asked == {"probes"}
+    assert {"protocol": "TCP", "port": "probes"} in kinds["NetworkPolicy"]["ingress"][0]["ports"]
+
+
+def test_every_replica_knows_how_many_share_the_machine():
+    services = compose("keys", profiles=("two-gpus",), BOOMERANG_MAX_REPLICAS="3")["services"]
+    for name in ("server", "server-gpu1"):
+        assert str(services[name]["environment"]["BOOMERANG_MAX_REPLICAS"]) == "3"
+    assert str(services["autoscaler"]["environment"]["BOOMERANG_AUTOSCALER_MAX_REPLICAS"]) == "3"
 
 
 def test_docker_lets_a_replica_drain_before_it_kills_it():

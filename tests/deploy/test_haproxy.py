@@ -33,6 +33,7 @@ class Balancer:
         environment = {
             "BOOMERANG_RESOLVER": self.dns.address,
             "BOOMERANG_BACKEND": f"server:{server_port}",
+            "BOOMERANG_PROBE_PORT": str(server_port),
             "BOOMERANG_SLOTS": "4",
             "BOOMERANG_BIND": f"127.0.0.1:{self.port}",
             "BOOMERANG_STATS_BIND": f"127.0.0.1:{self.stats_port}",
