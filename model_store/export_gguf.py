@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from model_store.gguf_pretokenizers import BY_NAME
 from model_store.gguf_tokenizer import cuts, read_tokenizer
 from model_store.layout import full_name, layer_prefix
 from model_store.spec import ModelSpec
+from model_store.store import scratch_folder
 from model_store.tokenizer_files import TokenizerFiles, read_tokenizer_files, text_of
 from model_store.weights import weight_files
 
@@ -284,8 +284,7 @@ def verify_gguf(folder: Path, file: Path, rounded: bool = False) -> None:
     `rounded`: matrices were written with fewer bits, and may differ by a hundredth of their rows' largest value.
     """
     _check_tokenizer(folder, file)
-    with tempfile.TemporaryDirectory() as scratch:
-        back = Path(scratch)
+    with scratch_folder() as back:
         import_gguf(file, back, progress=False, dtype=torch.float32)  # every dtype written is exact in float32
         ours, theirs = _all_tensors(folder), _all_tensors(back)
         if ours.keys() != theirs.keys():

@@ -17,7 +17,7 @@ from typing import Any
 from model_store.files import read_json
 from model_store.published import by_student
 from model_store.spec import SpecError, resolved_config
-from model_store.store import StoreError, incoming_dir, install, is_disk_full
+from model_store.store import StoreError, incoming_dir, install, is_disk_full, require_space
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def fetch(name: HubName, store: Path | str | None, force: bool) -> Path:
 
     try:
         # One short question first, so that a machine without the hub learns it in seconds instead of many retries.
-        info = HfApi().model_info(name.repository, revision=name.revision, timeout=_ANSWER_SECONDS)
+        info = HfApi().model_info(name.repository, revision=name.revision, timeout=_ANSWER_SECONDS, files_metadata=True)
     except GatedRepoError as error:
         raise _gated(name) from error
     except RevisionNotFoundError as error:
@@ -119,19 +119,20 @@ def fetch(name: HubName, store: Path | str | None, force: bool) -> Path:
     except Exception as error:  # whatever the HTTP library calls a host that is not there
         return _cached(name, store, force, error)
     sha = info.sha or name.revision or "main"
-    files = [sibling.rfilename for sibling in info.siblings or ()]
+    files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     if name.label is None and any(file.endswith(".safetensors") and "/" not in file for file in files):
         return _checkpoint(name, sha, files, store, force)
     if name.label is None and not offers(files):
         raise StoreError(f"{name} has no safetensors and no GGUF files; other formats can run code when read")
-    return _gguf(name, sha, choose(name, files), store, force)
+    parts = choose(name, files)
+    return _gguf(name, sha, parts, sum(files[part] for part in parts), store, force)
 
 
 def _gated(name: HubName) -> StoreError:
     return StoreError(f"{name.repository} is gated: accept its licence on the hub and set HF_TOKEN")
 
 
-def _checkpoint(name: HubName, sha: str, files: list[str], store: Path | str | None, force: bool) -> Path:
+def _checkpoint(name: HubName, sha: str, files: dict[str, int], store: Path | str | None, force: bool) -> Path:
     wanted = [file for file in files if _FILES.fullmatch(file) and not _IGNORED.fullmatch(file)]
 
     def fill(folder: Path) -> dict[str, Any]:
@@ -141,6 +142,7 @@ def _checkpoint(name: HubName, sha: str, files: list[str], store: Path | str | N
                 resolved_config(read_json(folder / _CONFIG))
             except SpecError as error:
                 raise StoreError(f"{name}: {error}") from error
+        _require_space(name, folder, sum(files[file] for file in wanted))
         _download(name, sha, folder, wanted)
         _add_student_config(name.repository, folder)
         return {"source": name.repository, "revision": sha}
@@ -155,19 +157,26 @@ def _add_student_config(repository: str, folder: Path) -> None:
         (folder / "student_config.json").write_text(json.dumps({"copied_teacher_layers": list(pair.kept)}))
 
 
-def _gguf(name: HubName, sha: str, parts: list[str], store: Path | str | None, force: bool) -> Path:
+def _gguf(name: HubName, sha: str, parts: list[str], size: int, store: Path | str | None, force: bool) -> Path:
     from model_store.gguf_import import import_gguf
 
     downloads = incoming_dir(store) / f"{name.stored}.gguf"
 
     def fill(folder: Path) -> dict[str, Any]:
         downloads.mkdir(exist_ok=True)
+        _require_space(name, downloads, 2 * size)  # the file, and a checkpoint that is at least as large
         _download(name, sha, downloads, parts)
         import_gguf(downloads / parts[0], folder)
         shutil.rmtree(downloads, ignore_errors=True)
         return {"source": f"{name.repository}, {parts[0]}", "revision": sha}
 
     return install(name.stored, fill, store, replace=force)
+
+
+def _require_space(name: HubName, folder: Path, size: int) -> None:
+    """StoreError if `size` bytes do not fit beside what an earlier try left in `folder`."""
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    require_space(folder, size - there, str(name))
 
 
 def _download(name: HubName, sha: str, folder: Path, files: list[str]) -> None:

