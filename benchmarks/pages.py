@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from model_store.evaluate.report import markdown, plot_svg
+from model_store.evaluate.report import kinds_table, markdown, plot_svg
 from studies import training_recipes_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +134,7 @@ def tables() -> dict[str, str]:
         "readme_sizes": readme_sizes(json.loads((DATA / "sizes.json").read_text()), sizes),
         "readme_speed": readme_speed(peers), "peers": peers_table(peers),
         "overlap": overlap(quality["measured"]), "text": text_table(sizes), "chat": chat_table(sizes),
+        "kinds": by_kind(quality["kinds"]),
     }  # fmt: skip
     kept = json.loads(RECORDED.read_text())
     found["readme_trace"] = readme_trace(kept["trace"]["output"])
@@ -177,6 +178,14 @@ def readme_sizes(pair: dict[str, Any], quality: Sizes) -> str:
     header = "size | parameters | weights, bfloat16 | KV per token | KL to the teacher | perplexity, x teacher's"
     said = f"All {len(pair['sizes'])} sizes together take {pair['union_bytes'] / 1e6:.0f} MB of weights; "
     return _lines(header, rows) + f"\n{said}separate models would take {apart / 1e9:.1f} GB.\n"
+
+
+def by_kind(kinds: dict[str, dict[str, Any]]) -> str:
+    """Five sizes on each kind of text, and what the texts were."""
+    header, *rows = kinds_table(kinds)
+    table = markdown([header, *(row for row in rows if row[0] in {f"{size}L" for size in README_SIZES})])
+    texts = "; ".join(f"{kind}: {found['text']}" for kind, found in kinds.items())
+    return f"{table}\n\n{texts}.\n"
 
 
 def _figures(row: dict[str, Any]) -> list[float | None]:

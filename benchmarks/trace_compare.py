@@ -127,18 +127,10 @@ def run_one(
         asyncio.run(measure_idle(server.url, 32))  # touches all code once
         records = asyncio.run(play(server.url, jobs_of(plan, load), "auto"))
         models = httpx.get(server.url + "/v1/models").json()["data"]
-        for record in records:
-            for width in record.tokens_at:
-                name = size_name(record.size, width)
-                if name not in kl and root == ROOT and record.size:
-                    card = httpx.get(f"{server.url}/v1/models/{models[0]['id']}:{name}").json()
-                    kl[name] = max(card["expected_kl"].values())
-    if root != ROOT:
-        top = max(plan["sizes"])
-        own = {size: row["kl"] for size, row in plan["quality"].items()} | {top: 0.0}
-        kl.update(
-            {size_name(size): value for size, value in own.items() if size_name(size) not in kl and value is not None}
-        )
+        served = {size_name(record.size, width) for record in records if record.size for width in record.tokens_at}
+        for name in {*served, *map(size_name, plan["sizes"])} - kl.keys() if root == ROOT else ():
+            card = httpx.get(f"{server.url}/v1/models/{models[0]['id']}:{name}").json()
+            kl[name] = max(card["expected_kl"].values())
     return records
 
 

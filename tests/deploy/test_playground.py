@@ -31,6 +31,28 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def dials(tmp_path_factory):
+    """A server on which precision is a dial, too."""
+    folder = tmp_path_factory.mktemp("dials")
+    flags = ("--precision-dial", "on", "--exact", "on", "--store", str(folder / "store"), "--size-policy", "auto")
+    with RunningServer(make_pair(folder), *flags) as server:
+        yield server
+
+
+def test_both_dials_choose_what_answers(browser, dials):
+    page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
+    page.goto(dials.url + "/")
+    expect(page.locator("#status")).to_have_text("Ready.")
+    assert page.locator("#grid circle").count() == 15  # 3 sizes x 5 precisions
+    expect(page.locator("#size-facts")).to_contain_text("nothing beats it in")
+    page.select_option("#precision", "q4")
+    run(page)
+    titles = page.locator("#results h3").all_inner_texts()
+    assert any("6L-q4" in title for title in titles) and any("auto → 6L" in title for title in titles)
+    page.context.close()
+
+
 @pytest.fixture
 def page(browser, server):
     context = browser.new_context(viewport={"width": 1280, "height": 1000})

@@ -19,11 +19,14 @@ function say(text, isError = false) {
 }
 
 async function connect() {
-  let cards;
+  let cards, points, precisions;
   try {
     const models = await getModels();
-    cards = models.filter((card) => card.layers).sort((a, b) => a.layers - b.layers);
-    state.name = models.find((card) => !card.layers)?.id ?? models[0].id;
+    const whole = models.find((card) => !card.layers);
+    precisions = whole?.precisions ?? ["exact"];
+    points = models.filter((card) => card.layers);
+    cards = points.filter((card) => (card.precision ?? "exact") === precisions[0]).sort((a, b) => a.layers - b.layers);
+    state.name = whole?.id ?? models[0].id;
   } catch (error) {
     const isLoading = error.status === 503;
     say(isLoading ? "The model is loading…" : `Cannot list the models: ${error.message}`, !isLoading);
@@ -33,7 +36,7 @@ async function connect() {
   }
   const [first, last] = [cards[0], cards.at(-1)];
   $("model").textContent = `${state.name} · ${cards.length} sizes, ${millions(first.parameters)} to ${millions(last.parameters)} parameters`;
-  dial.set(cards, await getStations().catch(() => []));
+  dial.set(cards, await getStations().catch(() => []), points, precisions);
   for (const card of cards) live.fractions[card.layers] = dial.place(card.layers);
   $("legend").setAttribute("aria-label", `Colours from ${first.layers}L to ${last.layers}L`);
   $("legend").replaceChildren(`${first.layers}L`, ramp(), `${last.layers}L`);
@@ -87,7 +90,7 @@ const MAX_CONNECTIONS = 4;
 async function run() {
   if (state.running) return;
   const prompt = $("prompt").value;
-  const wanted = [...dial.chosen].sort((a, b) => a - b).map((layers) => [layers, { model: `${state.name}:${layers}L` }]);
+  const wanted = [...dial.chosen].sort((a, b) => a - b).map((layers) => [layers, { model: `${state.name}:${layers}L`, ...dial.precision }]);
   if ($("auto").checked) wanted.push([null, { model: state.name, ...limits() }]);
   if (!prompt.trim() || !wanted.length) {
     say(prompt.trim() ? "Choose a size, or auto." : "Write a prompt.", true);

@@ -9,12 +9,21 @@ export class Dial {
     this.cards = [];
     this.stations = []; // {start, stop, threshold}, from the student's point of view
     this.chosen = new Set();
+    this.points = new Map(); // "24 q6" -> card: those that auto may choose, and every size as loaded
+    this.precisions = ["exact"]; // the widest first
     $("size").addEventListener("input", () => this.show());
+    $("precision").addEventListener("change", () => this.show());
     $("add").addEventListener("click", () => this.toggle(this.current.layers, true));
     new ResizeObserver(() => this.cards.length && this.show()).observe($("strip"));
   }
 
   get current() { return this.cards[$("size").value]; }
+
+  // What a request at a named size says of precision.
+  get precision() {
+    const chosen = $("precision").value;
+    return chosen && chosen !== this.precisions[0] ? { precision: chosen } : {};
+  }
 
   // Where a size lies between student and teacher, 0 to 1: its colour everywhere on this page.
   place(layers) {
@@ -24,8 +33,11 @@ export class Dial {
 
   card(layers) { return this.cards.find((card) => card.layers === layers); }
 
-  set(cards, stations) {
-    [this.cards, this.stations] = [cards, stations];
+  set(cards, stations, points, precisions) {
+    [this.cards, this.stations, this.precisions] = [cards, stations, precisions];
+    this.points = new Map(points.map((card) => [`${card.layers} ${card.precision}`, card]));
+    $("precision").replaceChildren(...precisions.map((name) => element("option", { value: name }, name)));
+    $("bits").hidden = precisions.length < 2;
     $("size").max = cards.length - 1;
     $("size").value = cards.length - 1;
     this.chosen = new Set([cards[0], cards[Math.floor(cards.length / 2)], cards.at(-1)].map((card) => card.layers));
@@ -49,6 +61,7 @@ export class Dial {
       ["Parameters", millions(card.parameters), ""], ["Weights", mib(card.bytes), ""],
       ["KV per token", `${(card.kv_bytes_per_token / 1024).toFixed(1)} KiB`, ""], ["Quality", quality, `${meaning}${second && `, ${second}`}`],
     ];
+    if (!$("bits").hidden) facts.push(this.worth(card.layers, $("precision").value));
     $("size-facts").replaceChildren(...facts.map(([name, value, more]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, value, ...(more ? [element("small", {}, more)] : [])))));
     $("size").setAttribute("aria-valuetext", `${card.layers} layers, ${share}`);
@@ -59,6 +72,43 @@ export class Dial {
       ? `${whole} of ${this.stations.length} stations run their block of teacher layers, ${this.stations.length - whole} the student's one layer for it.`
       : "";
     this.drawCurve();
+    this.drawGrid();
+  }
+
+  // What a point is expected to lose, on the kind of text on which it is worst.
+  worth(layers, precision) {
+    const point = this.points.get(`${layers} ${precision}`);
+    const best = point?.best_in ?? [];
+    const where = best.length ? `nothing beats it in ${best.join(", ")}` : "never the best: another point is as fast and nearer";
+    const kl = Object.values(point?.expected_kl ?? {});
+    return ["Expected KL", kl.length ? Math.max(...kl).toFixed(3) : "–", where];
+  }
+
+  // Every point of layers and bits. Pointer users choose here; slider and list do the same by keys.
+  drawGrid() {
+    if ($("bits").hidden) return;
+    const side = 14, width = side * this.cards.length, height = side * this.precisions.length;
+    $("grid").setAttribute("viewBox", `0 0 ${width} ${height}`);
+    $("grid").setAttribute("width", width);
+    const nodes = this.cards.flatMap((card, column) => this.precisions.map((precision, row) => {
+      const isBest = this.points.get(`${card.layers} ${precision}`)?.best_in?.length > 0;
+      const isCurrent = card === this.current && precision === $("precision").value;
+      const paint = colour(this.place(card.layers));
+      const node = svgElement("circle", {
+        cx: (column + 0.5) * side, cy: (row + 0.5) * side, r: isCurrent ? 6 : 4,
+        fill: isBest ? paint : "transparent", stroke: paint, "stroke-width": isCurrent ? 3 : 1,
+      });
+      const title = svgElement("title");
+      title.textContent = `${card.layers}L ${precision}: ${this.worth(card.layers, precision)[2]}`;
+      node.append(title);
+      node.addEventListener("click", () => {
+        $("size").value = column;
+        $("precision").value = precision;
+        this.show();
+      });
+      return node;
+    }));
+    $("grid").replaceChildren(...nodes);
   }
 
   showChips() {

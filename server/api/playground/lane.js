@@ -25,7 +25,8 @@ export class Lane {
   served(size) {
     this.layers = size.layers;
     const card = this.dial.card(size.layers) ?? {};
-    const name = this.isAuto ? `auto → ${size.layers}L` : `${size.layers}L`;
+    const served = size.name ?? `${size.layers}L`;
+    const name = this.isAuto ? `auto → ${served}` : served;
     this.title.replaceChildren(
       swatch(this.dial.place(size.layers)), name, element("span", { class: "spacer" }), element("small", {}, `${millions(size.parameters)} parameters`),
     );

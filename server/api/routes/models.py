@@ -19,7 +19,7 @@ _MOST_LISTED = 1000
 _LISTED = 20  # of Anthropic's list, where no limit is given
 
 
-@router.get("/v1/models", tags=["models"], summary="NAME, and NAME:24L for every size")
+@router.get("/v1/models", tags=["models"], summary="NAME, NAME:24L for every size, NAME:24L-q6 for points")
 async def list_models(request: Request) -> Response:
     state = state_of(request)
     if "anthropic-version" in request.headers:
