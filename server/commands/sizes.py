@@ -53,22 +53,22 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     for row in rows:
         row["speed"] = speeds.get("sizes", {}).get(str(row["size"]))
     file = points_file(settings.store, pair)
-    points = json.loads(file.read_text()) if file.is_file() else []
+    points: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     if as_json:
         kinds = {"kinds": pair.kinds, "points": points}
         print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows, **kinds}, indent=1))
         return 0
     student = ", low-rank student as a difference" if form.low_rank else ""
     table = Table(title=f"{pair.name}, {form}{student}, patch order {pair.patch_order}", box=box.SIMPLE_HEAD)
-    kinds = {name: kind["sizes"] for name, kind in pair.kinds.items()}
-    figures = tuple(f"KL, {name}" for name in kinds) or ("KL to teacher",)
+    by_kind = {name: kind["sizes"] for name, kind in pair.kinds.items()}
+    figures = tuple(f"KL, {name}" for name in by_kind) or ("KL to teacher",)
     names = ("size", "parameters", "of teacher", "weights", "KV per token", *figures, "decode tok/s")
     for name in names:
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for row in rows:
         kl, speed = [(row["quality"] or {}).get("kl")], row["speed"]
-        if kinds:
-            kl = [sizes.get(str(row["size"]), {}).get("kl") for sizes in kinds.values()]
+        if by_kind:
+            kl = [sizes.get(str(row["size"]), {}).get("kl") for sizes in by_kind.values()]
         table.add_row(
             f"{row['size']}L",
             f"{row['parameters'] / 1e6:.1f} M",

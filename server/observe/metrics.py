@@ -375,7 +375,7 @@ class Metrics:
             if end > begin:
                 self.size_generation_tokens.labels(name, str(made_by.size)).inc(end - begin)
         ends = [*(start for _, start in request.widths[1:]), num_output]
-        for (width, begin), end in zip(request.widths, ends, strict=True):
+        for (width, begin), end in zip(request.widths, ends, strict=False):  # no widths: no token was made
             if end > begin:
                 self.precision_tokens.labels(name, precision_label(width)).inc(end - begin)
         if self._engine is not None:
