@@ -111,6 +111,20 @@ OPERATIONS = (
                 "percentunit", width=12, maximum=1,
             ),
             Panel(
+                "Tokens / s, by precision",
+                {"{{precision}}": f"sum by (precision) (rate(boomerang:generation_tokens_at_total{{{S}}}"
+                                  "[$__rate_interval]))"},
+                stacked=True, width=12, description="What was generated at how many bits of a weight.",
+            ),
+            Panel(
+                "Expected KL", {
+                    "running": f"sum(boomerang:running_expected_kl{{{S}}})"
+                               f" / (sum(vllm:num_requests_running{{{S}}}) > 0)",
+                    "at the best they allow": f"sum(boomerang:running_ceiling_expected_kl{{{S}}})"
+                                              f" / (sum(vllm:num_requests_running{{{S}}}) > 0)",
+                }, width=12, description="Nats per token from the teacher as loaded, over running requests.",
+            ),
+            Panel(
                 "Decisions, by reason",
                 {"{{reason}}": f"sum by (reason) (rate(boomerang:size_decisions_total{{{S}}}[$__rate_interval]))"},
                 "reqps", stacked=True, width=12,
