@@ -12,6 +12,7 @@ the model.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import time
@@ -72,9 +73,11 @@ class Bench:
         self.policy.widths = itertools.cycle(turns)
         sampling = SamplingParams(max_tokens=self.steps, temperature=0.0, ignore_eos=True)
         for row in range(rows):
-            limits = {"min_width": (own := widths[row * len(widths) // rows]), "max_width": own} if widths else {}
-            name = f"{time.monotonic_ns()}-{row}"
-            self.engine.add_request(Request(name, [1, 2, 3, 4 + row], sampling, sizes=(self.size,), **limits))
+            name, own = f"{time.monotonic_ns()}-{row}", widths[row * len(widths) // rows] if widths else None
+            request = Request(name, [1, 2, 3, 4 + row], sampling, sizes=(self.size,))
+            if own is not None:
+                request = dataclasses.replace(request, min_width=own, max_width=own)
+            self.engine.add_request(request)
         inside, outside = [], []
         while self.engine.has_work:
             started, self.model_seconds = time.perf_counter(), 0.0

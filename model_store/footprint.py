@@ -53,7 +53,7 @@ class Footprint:
         return len(self._layers(sizes)) * spec.layer_parameters + sum(counts[part] for part, _ in ends)
 
     def num_bytes(self, sizes: Collection[int], form: WeightForm, matrix_bytes: MatrixBytes | None = None) -> int:
-        """Bytes of weights in memory that serving exactly `sizes` needs.
+        """Bytes of weights in memory that serving exactly `sizes` needs, at all widths of `form` together.
 
         The storage of `form` is that of the matrices of layers, heads, and embeddings that are tied to a head;
         differences lie as stored. `matrix_bytes`: of an executor that packs them (default: the form's own).
@@ -62,9 +62,15 @@ class Footprint:
         used = {layer for size in sizes for layer in self.elasticity.path(size).layers}
         extra = sum(num_bytes for layer, num_bytes in self.differences.items() if layer in used)
         plain = self.parameters(sizes) * dtype.itemsize + extra
-        if form.storage is Storage.AS_LOADED:
+        if form.storage is Storage.AS_LOADED and len(form.widths) == 1:
             return plain
         spec = self.specs["teacher"]
+        num_ends = sum(
+            part == "head" or (part == "embed" and self.specs[side].tie_word_embeddings)
+            for part, side in self._ends(sizes)
+        )
+        shapes = [*spec.matrix_shapes.values()] * len(self._layers(sizes))
+        shapes += [(spec.vocab_size, spec.hidden_size)] * num_ends
         if form.storage is Storage.CODES:
             assert self.code_bytes is not None
             layers, size, count = self._layers(sizes), dtype.itemsize, self.elasticity.num_teacher_layers
@@ -74,13 +80,8 @@ class Footprint:
             ]
             ends = [(side, part) for part, side in self._ends(sizes) if part != "norm"]
             plain -= len(ends) * spec.vocab_size * spec.hidden_size * size
+            plain += sum(form.bytes_beside(*shape) for shape in shapes)
             return plain + sum([self.code_bytes(side, what, size) for side, what in [*places, *ends]])
-        num_ends = sum(
-            part == "head" or (part == "embed" and self.specs[side].tie_word_embeddings)
-            for part, side in self._ends(sizes)
-        )
-        shapes = [*spec.matrix_shapes.values()] * len(self._layers(sizes))
-        shapes += [(spec.vocab_size, spec.hidden_size)] * num_ends
         matrix_bytes = matrix_bytes or form.matrix_bytes
         return plain - sum(n * k * dtype.itemsize - matrix_bytes(n, k) for n, k in shapes)
 

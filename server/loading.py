@@ -80,20 +80,22 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
     from model_store.store import store_root
     from model_store.weight_form import Storage
     from model_store.width import EXACT
-    from server.nesting import has_nested
 
     is_asked = settings.precision_dial == "on" or settings.exact == "off"
+    if not is_asked and form.storage is not Storage.AS_LOADED:  # as small as what the dial would read
+        return form
     refusal = None
     if settings.executor == "cuda" or pick_device(settings).type != "cpu":
         refusal = "the dial needs a CPU"
     elif form.storage in (Storage.INT8, Storage.NESTED):
         refusal = f"it does not go with --quantization {settings.quantization}"
     if refusal and is_asked:
-        raise ValueError(f"--precision-dial {settings.precision_dial}: {refusal}")
+        name = "--exact off" if settings.exact == "off" else "--precision-dial on"
+        raise ValueError(f"{name}: {refusal}")
     if refusal:
         return form
-    if not is_asked and form.storage is Storage.CODES:  # as small as what the dial would read
-        return form
+    from server.nesting import has_nested
+
     if not is_asked and not has_nested(pair, store_root(settings.store)):
         return form
     widths = tuple(sorted(WIDTHS))

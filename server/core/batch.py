@@ -84,7 +84,9 @@ class ForwardBatch:
 
     def widths_of(self, starts: np.ndarray) -> np.ndarray | None:
         """Widths by what each row has several of: `starts` is `query_start` for tokens, `logits_start` for logits."""
-        return None if self.widths is None else np.repeat(self.widths, np.diff(starts))
+        if self.layout or self.widths is None:  # while everybody decodes each has one
+            return self.widths
+        return np.repeat(self.widths, np.diff(starts))
 
     def tokens(self, start: int, stop: int) -> slice:
         """Token range of requests [start, stop)."""
@@ -249,6 +251,8 @@ class BatchBuilder:
         if now == self._seen:
             return True
         self._seen, self._widths = now, np.frombuffer(now, np.uint8)
+        if now.count(now[0]) == len(now):
+            return True
         return not ((np.diff(self._widths.astype(np.int8)) > 0) & (np.diff(last.sizes) == 0)).any()
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from model_store import nested_store
+from model_store.dual import at_width
 from model_store.nested import GROUP, HEAD_BITS, WIDTHS, NestedMatrix, nest, nested_bytes
 from model_store.pair import Pair, open_pair
 from model_store.weight_form import Storage, WeightForm
@@ -146,3 +147,41 @@ def test_codes_are_made_once_and_kept(pair, tmp_path, monkeypatch):
 def test_differences_do_not_go_with_it(pair):
     with pytest.raises(ValueError, match="--low-rank on does not go with --quantization q6"):
         weight_form(Settings(quantization="q6", low_rank="on", device="cpu"), pair)
+
+
+def test_the_dial_keeps_one_copy_of_each_form(pair, tmp_path):
+    """On: the exact form with the codes of all widths beside it, or these alone; what is shared stays shared."""
+    store, cpu = str(tmp_path), torch.device("cpu")
+    nested_store.write(pair.load(WeightForm(torch.float32)), nested_file(pair, tmp_path))
+    plain = pair.load(WeightForm())
+    for exact, widths in (("on", (4, 5, 6, 8, 16)), ("off", (4, 5, 6, 8))):
+        settings = Settings(precision_dial="on", exact=exact, low_rank="off", store=store, device="cpu")
+        form = weight_form(settings, pair)
+        loaded = load_weights(settings, pair, form, cpu)
+        assert form.widths == loaded.widths == widths and loaded.form == form
+        assert loaded.num_bytes() == pair.union_bytes(pair.elasticity.sizes, form)
+        matrix, was = loaded.layers[0].up_weight, plain.layers[0].up_weight
+        assert all(relative_error(was, at_width(matrix, width)) < 0.15 for width in (4, 5, 6, 8))
+        assert exact == "off" or torch.equal(at_width(matrix, 16), was)
+        assert loaded.ends["teacher"].head is loaded.ends["teacher"].embed
+
+
+def test_the_dial_turns_only_where_it_can(pair, tmp_path):
+    """auto: where the store has codes, beside weights that take more, if both fit; never in place of the exact form."""
+
+    def form_of(**changes) -> WeightForm:
+        return weight_form(Settings(store=str(tmp_path), low_rank="off", device="cpu", **changes), pair)
+
+    exact, both = (16,), (4, 5, 6, 8, 16)
+    assert form_of().widths == exact
+    nested_store.write(pair.load(WeightForm(torch.float32)), nested_file(pair, tmp_path))
+    most = pair.union_bytes(pair.elasticity.sizes, WeightForm())
+    assert form_of().widths == both and form_of(precision_dial="off").widths == exact
+    assert form_of(quantization="int8").widths == form_of(quantization="q6").widths == exact
+    assert form_of(memory_budget=most).widths == exact
+    assert form_of(memory_budget=most, precision_dial="on").widths == form_of(exact="off").widths == (4, 5, 6, 8)
+    assert form_of(memory_budget=most, precision_dial="on", exact="on").widths == both
+    with pytest.raises(ValueError, match="--precision-dial on: it does not go with --quantization int8"):
+        form_of(precision_dial="on", quantization="int8")
+    with pytest.raises(ValueError, match="--exact off: the dial needs a CPU"):
+        form_of(exact="off", executor="cuda")

@@ -32,6 +32,11 @@ class Engine {
         for (const BsEnd& end : ends_) has_plain_ |= is_plain(end.head);
         if (s_.factor_type != BS_INT8)
             for (const BsDifference& d : differences_) has_plain_ |= d.qkv.num_terms > 0;
+        auto is_dual = [&](const BsWeights& w) { return w.nested && !w.more && w.type != BS_INT8 && is_plain(w); };
+        splits_ = is_dual(ends_[0].head) && is_dual(ends_[1].head);
+        for (const BsLayer& layer : layers_)
+            for (const BsWeights* w : {&layer.qkv, &layer.o, &layer.up, &layer.down}) splits_ &= !w->data || is_dual(*w);
+        for (const BsDifference& d : differences_) splits_ &= !d.qkv.num_terms;
         has_plain_ &= kCoded && sizeof(T) == 2;
     }
 
@@ -177,7 +182,7 @@ class Engine {
     template <class In>
     Rows<W> prepared(const In* x, long ldx, int M, int K, Rounded& to, const uint8_t* widths, bool alone = false) {
         if constexpr (kCoded) {
-            Rows<W> rows = rounded(x, ldx, M, K, to, alone);
+            Rows<W> rows = rounded(x, ldx, M, K, to, alone, widths);
             rows.widths = widths;
             return rows;
         } else {
@@ -187,7 +192,7 @@ class Engine {
     const uint8_t* widths_from(int token) const { return step_->widths ? step_->widths + token : nullptr; }
 
     template <class In>
-    Rows<Codes> rounded(const In* x, long ldx, int M, int K, Rounded& to, bool alone = false) {
+    Rows<Codes> rounded(const In* x, long ldx, int M, int K, Rounded& to, bool alone = false, const uint8_t* widths = nullptr) {
         constexpr bool is_float = std::is_same<In, float>::value;
         const long ldc = (chunks_for(K, 64) | 1) * 64, ldb = groups_of(K), ldf = row_stride<Codes, float>(K), ldp = row_stride<bf16, Act<bf16>>(K);
         int8_t* codes = to.codes.at_least(M * ldc);
@@ -201,8 +206,10 @@ class Engine {
                     row = x + m * ldx;
                 else
                     convert_row(x + m * ldx, floats + m * ldf, K), row = floats + m * ldf;
-                round_row(row, K, codes + m * ldc, blocks + m * ldb);
-                if (plain) convert_row(row, plain + m * ldp, K), std::fill(plain + m * ldp + K, plain + m * ldp + padded<bf16>(K), Act<bf16>{});
+                // Where every matrix has both forms, a row meets one of them only.
+                const bool is_exact = !widths || widths[m] == BS_EXACT;
+                if (!splits_ || !is_exact) round_row(row, K, codes + m * ldc, blocks + m * ldb);
+                if (plain && (!splits_ || is_exact)) convert_row(row, plain + m * ldp, K), std::fill(plain + m * ldp + K, plain + m * ldp + padded<bf16>(K), Act<bf16>{});
             }
         };
         if (alone || M <= 8)
@@ -516,6 +523,7 @@ class Engine {
     Buffer<float> wide_low_;
     Rounded rounded_, rounded_low_;
     bool has_plain_ = false;  // some matrix among codes is none
+    bool splits_ = false;     // all are none, and have nested codes beside them
     std::vector<Item> items_;
     std::vector<Merge> merges_;
     std::vector<int> tokens_, cuts_;
