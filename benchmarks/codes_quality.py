@@ -20,6 +20,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from benchmarks.int8_quality import WINDOW, logprobs
+from model_store.arrays import FLOAT32
 from model_store.int8 import dense
 from model_store.loaded import LoadedPair
 from model_store.pair import Pair, open_pair
@@ -35,7 +36,7 @@ def exact(pair: Pair) -> LoadedPair:
     for part in [*loaded.layers.values(), *{id(end): end for end in loaded.ends.values()}.values()]:
         for field in dataclasses.fields(part):
             if not isinstance(value := getattr(part, field.name), int | str | None):
-                setattr(part, field.name, dense(value, torch.float32))
+                setattr(part, field.name, dense(value, FLOAT32))
     for end in loaded.ends.values():
         end.head = end.embed if pair.spec.tie_word_embeddings else end.head
     student = pair.low_rank_student
@@ -46,7 +47,7 @@ def exact(pair: Pair) -> LoadedPair:
 
 
 def make_engine(loaded: LoadedPair, pair: Pair) -> Engine:
-    config = engine_config(Settings(executor="native"), pair, loaded.form.dtype, torch.device("cpu"))
+    config = engine_config(Settings(executor="native"), pair, loaded.form.dtype, "cpu")
     changes = {"max_num_seqs": 1, "max_model_len": WINDOW + 1, "max_num_batched_tokens": WINDOW}
     return Engine(loaded, dataclasses.replace(config, kv_cache_bytes=96 << 20, **changes))
 

@@ -30,7 +30,7 @@ WINDOW = 512
 def make_engine(pair: Pair, quantization: str | None) -> Engine:
     settings, dtype = Settings(executor="native", quantization=quantization), torch.bfloat16
     loaded = pair.load(weight_form(settings, pair))
-    config = engine_config(settings, pair, dtype, torch.device("cpu"))
+    config = engine_config(settings, pair, dtype, "cpu")
     changes = {"max_num_seqs": 1, "max_model_len": WINDOW + 1, "max_num_batched_tokens": WINDOW}
     return Engine(loaded, dataclasses.replace(config, kv_cache_bytes=64 << 20, **changes))
 
@@ -50,7 +50,7 @@ def logprobs(engine: Engine, size: int, ids: list[int]) -> torch.Tensor:
         logits = engine.executor.logits(hidden, int(batch.logits_start[batch.head_cut]))
     finally:
         engine.kv_cache.free(request)
-    return torch.log_softmax(logits, -1)
+    return torch.log_softmax(torch.from_numpy(logits), -1)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ KINDS, STEPS = ("auto", "int8"), 32
 
 def engine_of(pair: Pair, quantization: str | None, kind: str, length: int) -> Engine:
     settings = Settings(executor="native", quantization=quantization, kv_cache_dtype=kind, max_model_len=length)
-    form, device = weight_form(settings, pair), torch.device("cpu")
+    form, device = weight_form(settings, pair), "cpu"
     config = engine_config(settings, pair, form.dtype, device)
     config = dataclasses.replace(config, max_num_seqs=1, kv_cache_bytes=512 << 20, enable_prefix_caching=False)
     return Engine(load_weights(settings, pair, form, device), config)

@@ -18,8 +18,6 @@ import statistics
 import time
 from collections.abc import Iterator
 
-import torch
-
 from model_store.pair import open_pair
 from server.config import Settings
 from server.core.batch import Scheduled
@@ -51,7 +49,7 @@ class Bench:
     def __init__(self, size: int, steps: int) -> None:
         settings = Settings(device="cpu", quantization="none", low_rank="off", precision_dial="on", exact="on")
         pair = open_pair(store=settings.store)
-        loaded = load_weights(settings, pair, weight_form(settings, pair), torch.device("cpu"))
+        loaded = load_weights(settings, pair, weight_form(settings, pair), "cpu")
         self.policy, self.size, self.steps = Turns(), size, steps
         self.engine = Engine(loaded, EngineConfig(kv_cache_bytes=1 << 29, max_model_len=1024), policy=self.policy)
         self.model_seconds = 0.0

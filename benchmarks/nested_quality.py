@@ -31,7 +31,7 @@ from server.loading import load_weights, weight_form
 
 def engine_of(pair: Pair, quantization: str, store: str | None) -> Engine:
     settings = Settings(quantization=quantization, low_rank="off", store=store, device="cpu")
-    return make_engine(load_weights(settings, pair, weight_form(settings, pair), torch.device("cpu")), pair)
+    return make_engine(load_weights(settings, pair, weight_form(settings, pair), "cpu"), pair)
 
 
 def decode_milliseconds(engine: Engine, size: int, steps: int = 60) -> float:

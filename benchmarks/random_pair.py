@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from model_store.assembly import Elasticity
-from model_store.int8 import Matrix, quantise
+from model_store.int8 import Int8Matrix, Matrix
 from model_store.loaded import LoadedPair
 from model_store.spec import ModelSpec
 from model_store.weight_form import Storage, WeightForm
@@ -43,12 +43,14 @@ def transformers_config(spec: ModelSpec) -> Any:
 
 
 def random_pair(shape: str, form: WeightForm, device: torch.device) -> LoadedPair:
-    """A pair in this form; matrices in int8 are rounded as the loader does it."""
-    spec, dtype = _spec(shape), form.dtype
+    """A pair in this form."""
+    spec, dtype = _spec(shape), getattr(torch, form.dtype.name)
 
     def draw(*dims: int) -> Matrix:
-        matrix = torch.empty(dims, dtype=dtype, device=device).normal_(0, 0.02)
-        return quantise(matrix) if form.storage is Storage.INT8 else matrix
+        if form.storage is Storage.INT8:
+            values = torch.randint(-127, 128, dims, dtype=torch.int8, device=device)
+            return Int8Matrix(values, torch.full(dims[:1], 0.02 / 73, device=device))
+        return torch.empty(dims, dtype=dtype, device=device).normal_(0, 0.02)
 
     def ones(width: int) -> torch.Tensor:
         return torch.ones(width, dtype=dtype, device=device)

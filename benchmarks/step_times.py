@@ -76,7 +76,7 @@ def main() -> None:
     pair, dtype = open_settings_pair(settings), getattr(torch, arguments.dtype)
     loaded = pair.load(weight_form(settings, pair))
     config = dataclasses.replace(
-        engine_config(settings, pair, dtype, torch.device("cpu")),
+        engine_config(settings, pair, dtype, "cpu"),
         max_num_seqs=64, max_model_len=2048, max_num_batched_tokens=4096, kv_cache_bytes=1 << 30,
     )  # fmt: skip
     start = time.perf_counter()

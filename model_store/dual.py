@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from model_store.arrays import Array, dtype_of
 from model_store.nested import HEAD_BITS, WIDTHS, NestedMatrix
 from model_store.quantized import CodedMatrix
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from model_store.int8 import Matrix
 
@@ -19,19 +20,15 @@ if TYPE_CHECKING:
 class DualMatrix:
     """One matrix [N, K] in two forms: rows at WIDTHS read `nested`, all others `exact`."""
 
-    exact: torch.Tensor | CodedMatrix
+    exact: Array | CodedMatrix
     nested: NestedMatrix
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> tuple[int, ...]:
         return self.exact.shape
 
     @property
-    def device(self) -> torch.device:
-        return self.exact.device
-
-    @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> np.dtype:
         return self.exact.dtype
 
     @property
@@ -40,10 +37,10 @@ class DualMatrix:
 
     @property
     def kind(self) -> str:
-        exact = self.exact.kind if isinstance(self.exact, CodedMatrix) else str(self.dtype).removeprefix("torch.")
+        exact = self.exact.kind if isinstance(self.exact, CodedMatrix) else dtype_of(self.dtype).name
         return f"{exact} and nested codes"
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[Array]:
         yield from self.exact.tensors() if isinstance(self.exact, CodedMatrix) else (self.exact,)
         yield from self.nested.tensors()
 

@@ -18,7 +18,7 @@ from model_store.errors import BoomerangError
 from model_store.files import read_json, read_json_if_there
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from model_store.export_point import PointCodes
     from model_store.pair import Pair
@@ -110,6 +110,8 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16", co
 
     ExportError for a weight that float16 cannot hold.
     """
+    import numpy as np
+
     from model_store.gguf_import import write_safetensors
     from model_store.tokenizer_files import TEMPLATE_DIR
 
@@ -120,9 +122,9 @@ def export_size(pair: Pair, size: int, folder: Path, dtype: str = "bfloat16", co
         target.mkdir()
         names: list[str] = []
 
-        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+        def noted() -> Iterator[tuple[str, np.ndarray]]:
             for name, tensor in _tensors(pair, size, dtype, codes):
-                if dtype == "float16" and not tensor.isfinite().all():
+                if dtype == "float16" and not np.isfinite(tensor).all():
                     raise ExportError(f"--dtype float16: {name} has values beyond its range: take bfloat16 or float32")
                 names.append(name)
                 yield name, tensor
@@ -209,21 +211,20 @@ def _by_layer(pair: Pair, size: int) -> dict[str, Any]:
 
 def _tensors(
     pair: Pair, size: int, dtype_name: str, codes: PointCodes | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, np.ndarray]]:
     """Name and tensor of everything the size runs, in its family's own names and layouts."""
-    import torch
-
+    from model_store.arrays import dtype_of
     from model_store.layout import end_tensors, full_name, layer_prefix
     from model_store.weight_form import WeightForm
     from model_store.weights import Checkpoint, split_layer
 
-    form, path, family = WeightForm(getattr(torch, dtype_name)), pair.elasticity.path(size), pair.spec.family
+    form, path, family = WeightForm(dtype_of(dtype_name)), pair.elasticity.path(size), pair.spec.family
     for position, layer in enumerate(path.layers):
         weights = pair.read_layer(layer, form)
         if codes is not None:
             weights = codes.layer(layer, weights, form.dtype)
         for name, tensor in split_layer(weights, pair.spec):
-            yield full_name(f"{layer_prefix(family)}{position}.{name}", family), tensor.clone()
+            yield full_name(f"{layer_prefix(family)}{position}.{name}", family), tensor
     teacher = Checkpoint(pair.teacher_path, pair.store)
     sources = {"teacher": teacher, "student": teacher}
     if pair.student_spec is not None and pair.student_path is not None:
@@ -236,20 +237,19 @@ def _tensors(
         if codes is not None and (part == "head" or sources[sides[part]].spec.tie_word_embeddings):
             read = codes.head(sides[part], form.dtype) if part in ("head", "embed") else None
             value = value if read is None else read
-        if isinstance(value, torch.Tensor) and not (part == "head" and is_tied):
+        if value is not None and not (part == "head" and is_tied):
             yield full_name(name, family), value
 
 
 def point_grids(pair: Pair, size: int, codes: PointCodes) -> dict[str, Any]:
     """Grids of the matrices of a size, by name in the exported folder."""
-    import torch
-
+    from model_store.arrays import FLOAT32
     from model_store.layout import full_name, layer_prefix
     from model_store.weight_form import WeightForm
 
     found: dict[str, Any] = {}
     for position, layer in enumerate(pair.elasticity.path(size).layers):
-        weights = pair.read_layer(layer, WeightForm(torch.float32))
+        weights = pair.read_layer(layer, WeightForm(FLOAT32))
         for name, grid in codes.grids(layer, weights, pair.spec).items():
             found[full_name(f"{layer_prefix(pair.spec.family)}{position}.{name}", pair.spec.family)] = grid
     return {"width": codes.width, "grids": found}

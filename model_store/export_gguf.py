@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from model_store.arrays import to_numpy, to_torch
 from model_store.export import ExportError
 from model_store.export_point import AFFINE, affine_blocks, can_hold
 from model_store.families import FAMILIES
@@ -149,8 +150,8 @@ def _add_tensor(
         width, grid = point["width"], point["grids"].get(source)
         if grid is not None and width in AFFINE:
             kind = gguf.GGMLQuantizationType[AFFINE[width]]
-            scale, minimum = map(placed, grid)
-            writer.add_tensor(name, affine_blocks(value, (scale, minimum), width), raw_dtype=kind)
+            scale, minimum = (to_numpy(placed(to_torch(part))) for part in grid)
+            writer.add_tensor(name, affine_blocks(to_numpy(value), (scale, minimum), width), raw_dtype=kind)
         else:
             q8 = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), q8), raw_dtype=q8)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from model_store.arrays import BFLOAT16, dtype_of
 from model_store.families import FAMILIES, Order
 from model_store.gguf_config import MetadataKeys, check_metadata, gguf_config
 from model_store.gguf_file import GgufError, GgufFile, GgufTensor, read_gguf
@@ -59,7 +59,7 @@ def tensor_names(model_type: str) -> tuple[dict[str, str], dict[str, str]]:
     return ends, layer
 
 
-def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
+def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: Any = BFLOAT16) -> None:
     """Write config.json, safetensors (in `dtype`), generation config and tokenizer files into `folder`.
 
     `path` may be any part of a split file. Peak memory is one shard of 4 GiB. Raises StoreError for a file that cannot
@@ -68,7 +68,7 @@ def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: torch.dt
     try:
         file = read_gguf(path)
         keys = MetadataKeys(file)
-        config = gguf_config(keys, str(dtype).removeprefix("torch."))
+        config = gguf_config(keys, dtype_of(dtype).name)
         spec = ModelSpec.from_hf_config(config)
         check_metadata(keys)
         tensors = hf_tensors(file, spec)
@@ -76,7 +76,7 @@ def import_gguf(path: Path, folder: Path, progress: bool = True, dtype: torch.dt
     except (GgufError, SpecError) as error:
         raise StoreError(str(error) if path.name in str(error) else f"{path.name}: {error}") from error
     shown = tqdm(tensors, desc=f"dequantising {file.name}", unit="tensor", disable=not progress)
-    write_safetensors(folder, ((tensor.name, tensor.dequantised().to(dtype)) for tensor in shown))
+    write_safetensors(folder, ((tensor.name, tensor.dequantised().astype(dtype_of(dtype))) for tensor in shown))
     _write_codes(folder, tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     generation: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
@@ -99,7 +99,7 @@ class HfTensor:
     is_transposed: bool = False
     more: float = 0.0  # than the Hugging Face tensor has: norms whose weights are offsets
 
-    def dequantised(self) -> torch.Tensor:
+    def dequantised(self) -> np.ndarray:
         """float32, in Hugging Face's layout."""
         array = self.source.dequantised()
         if self.rows is not None:
@@ -108,7 +108,7 @@ class HfTensor:
             array = array.T
         if self.more:
             array = array - np.float32(self.more)
-        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        return np.ascontiguousarray(array)
 
 
 def hf_tensors(file: GgufFile, spec: ModelSpec) -> list[HfTensor]:
@@ -168,16 +168,14 @@ def _write_codes(folder: Path, tensors: list[HfTensor]) -> None:
         return
     if others := sorted({t.source.kind.name for t in matrices} - BLOCK_TYPES.keys()):
         logger.info("matrices of type %s are kept dequantised, not as codes", ", ".join(others))
-    blocks = {
-        t.name: torch.from_numpy(np.array(t.source.data if t.rows is None else t.source.data[t.rows])) for t in coded
-    }
+    blocks = {t.name: np.array(t.source.data if t.rows is None else t.source.data[t.rows]) for t in coded}
     save_file(blocks, folder / CODES_FILE, {tensor.name: tensor.source.kind.name for tensor in coded})
     (folder / CODES_FILE).chmod(0o644)
 
 
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Shards of at most 4 GiB, with an index if there are several."""
-    shard: dict[str, torch.Tensor] = {}
+    shard: dict[str, np.ndarray] = {}
     size, total, weight_map, files = 0, 0, {}, 0
 
     def flush() -> None:

@@ -8,69 +8,73 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
+from model_store.arrays import Array, as_type, float32
 from model_store.dual import DualMatrix, exact_of
 from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix
 
 _SCALE_BYTES = 4
-# Values that are converted at a time: on a CPU the float32 between fits the second-level cache.
-_CPU_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 25
+_BLOCK = 1 << 18  # values that are converted at a time: the float32 between fits the second-level cache
 
 
 @dataclass(slots=True, eq=False)
 class Int8Matrix:
     """values[n] * scale[n] is row n. Row 0 to N-1 of `values` int8 [N, K], `scale` float32 [N]."""
 
-    values: torch.Tensor
-    scale: torch.Tensor
+    values: Array
+    scale: Array
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> np.dtype:
         return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scale.nbytes
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The plain matrix, rounded once."""
-        return (self.values.float() * self.scale[:, None]).to(dtype)
+    def dense(self, dtype: np.dtype) -> Array:
+        """The plain matrix, rounded once; of tensors in torch's `dtype`."""
+        return as_type(float32(self.values) * self.scale[:, None], dtype)
 
 
-Factor = torch.Tensor | Int8Matrix  # of a low-rank term
+Factor = Array | Int8Matrix  # of a low-rank term
 Matrix = Factor | CodedMatrix | NestedMatrix | DualMatrix
+_CODES = (Int8Matrix, CodedMatrix, NestedMatrix)
 
 
-def quantise(matrix: torch.Tensor) -> Int8Matrix:
-    """The nearest int8 matrix to [N, K] of floats, on the same device. Rows of zeros get the scale 0."""
+def is_plain(matrix: Matrix) -> bool:
+    """Whether it is an array or a tensor of floats."""
+    return not isinstance(matrix, (*_CODES, DualMatrix))
+
+
+def quantise(matrix: np.ndarray) -> Int8Matrix:
+    """The nearest int8 matrix to [N, K] of floats. Rows of zeros get the scale 0."""
     num_rows, width = matrix.shape
-    most = matrix.abs().amax(dim=1).float()
-    inverse = torch.where(most > 0, 127.0 / most, 0.0)
-    values = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
-    rows = max((_CPU_BLOCK if matrix.device.type == "cpu" else _DEVICE_BLOCK) // width, 1)
+    values, scale = np.empty(matrix.shape, np.int8), np.empty(num_rows, np.float32)
+    rows = max(_BLOCK // width, 1)
     for start in range(0, num_rows, rows):
         block = slice(start, start + rows)
-        wide = matrix[block].to(torch.float32, copy=True)
-        values[block] = wide.mul_(inverse[block, None]).round_()
-    return Int8Matrix(values, most / 127.0)
+        wide = matrix[block].astype(np.float32)
+        most = np.abs(wide).max(axis=1)
+        wide *= np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)[:, None]
+        values[block] = np.rint(wide, out=wide)
+        scale[block] = most / np.float32(127)
+    return Int8Matrix(values, scale)
 
 
-def dense(matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+def dense(matrix: Matrix, dtype: np.dtype) -> Array:
+    """The plain matrix, of tensors in torch's `dtype`."""
     matrix = exact_of(matrix)
-    return matrix.to(dtype) if isinstance(matrix, torch.Tensor) else matrix.dense(dtype)
+    return matrix.dense(dtype) if isinstance(matrix, _CODES) else as_type(matrix, dtype)
 
 
-def tensors_of(value: Matrix | None) -> Iterator[torch.Tensor]:
+def tensors_of(value: Matrix | None) -> Iterator[Array]:
     """What a field of weights holds in memory."""
     if isinstance(value, Int8Matrix):
         yield from (value.values, value.scale)

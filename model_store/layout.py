@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+import numpy as np
 
 from model_store.families import FAMILIES, Order
 from model_store.spec import ModelSpec
@@ -27,23 +27,23 @@ class FileTensor:
     shape: tuple[int, ...]  # in the file
     order: Order = Order.PLAIN
 
-    def read(self, value: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    def read(self, value: np.ndarray, spec: ModelSpec) -> np.ndarray:
         """From the file's layout to ours."""
         if self.order is Order.CONV1D:
             return value.T
         if self.order is Order.PER_HEAD:
             shape = (spec.num_heads, 3, spec.head_dim, *value.shape[1:])
-            return value.reshape(shape).transpose(0, 1).reshape(value.shape)
+            return value.reshape(shape).swapaxes(0, 1).reshape(value.shape)
         return value
 
-    def write(self, value: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    def write(self, value: np.ndarray, spec: ModelSpec) -> np.ndarray:
         """The inverse of `read`; contiguous."""
         if self.order is Order.CONV1D:
-            return value.T.contiguous()
+            return np.ascontiguousarray(value.T)
         if self.order is Order.PER_HEAD:
             shape = (3, spec.num_heads, spec.head_dim, *value.shape[1:])
-            return value.reshape(shape).transpose(0, 1).reshape(value.shape).contiguous()
-        return value.contiguous()
+            return value.reshape(shape).swapaxes(0, 1).reshape(value.shape)
+        return np.ascontiguousarray(value)
 
 
 def layer_prefix(family: str) -> str:

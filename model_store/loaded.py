@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+import numpy as np
 
+from model_store import arrays
+from model_store.arrays import Array, device_of, dtype_of
 from model_store.assembly import Elasticity
 from model_store.dual import DualMatrix, exact_of
 from model_store.int8 import Int8Matrix, Matrix
@@ -38,13 +39,33 @@ class LoadedPair:
     widths: tuple[int, ...] = (EXACT,)  # at which rows can read the matrices, ascending
 
     @property
+    def device(self) -> str:
+        """Where the tensors are; those on the CPU are numpy's, unless `in_torch` made others of them."""
+        return device_of(self.ends["teacher"].final_norm_weight)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of norms and biases, and of products."""
+        return dtype_of(self.ends["teacher"].final_norm_weight.dtype)
+
+    def in_torch(self, device: str = "cpu") -> LoadedPair:
+        """The same pair for an executor made of torch: on the CPU its tensors share the arrays' memory.
+
+        A pair that is in torch already is itself.
+        """
+        if not isinstance(self.ends["teacher"].final_norm_weight, np.ndarray):
+            return self
+        tensors = arrays.in_torch([self.layers, self.ends, self.low_rank], device)
+        return dataclasses.replace(self, layers=tensors[0], ends=tensors[1], low_rank=tensors[2])
+
+    @property
     def form(self) -> WeightForm:
         """In what form the tensors are, before an executor packs them."""
         end = self.ends["teacher"]
         storage = Storage.INT8 if isinstance(end.head, Int8Matrix) else Storage.AS_LOADED
         if any(isinstance(exact_of(value), CodedMatrix) for _, value in self._matrices()):
             storage = Storage.CODES
-        form = WeightForm(end.final_norm_weight.dtype, bool(self.low_rank), storage, widths=self.widths)
+        form = WeightForm(self.dtype, bool(self.low_rank), storage, widths=self.widths)
         nested = [value.width for _, value in self._matrices() if isinstance(value, NestedMatrix)]
         return dataclasses.replace(form, storage=Storage.NESTED, bits=min(nested)) if nested else form
 
@@ -58,7 +79,7 @@ class LoadedPair:
         """What lies in memory, by kind of tensor, before an executor packs it: "qkv Q4_K + Q6_K, ..., head Q6_K"."""
         kinds: dict[str, dict[str, None]] = {}
         for name, matrix in self._matrices():
-            kind = str(matrix.dtype).removeprefix("torch.")
+            kind = dtype_of(matrix.dtype).name
             if isinstance(matrix, CodedMatrix | NestedMatrix | DualMatrix):
                 kind = matrix.kind
             kinds.setdefault(name, {})[kind] = None
@@ -81,7 +102,7 @@ class LoadedPair:
 
         return frozenset(i for i, origin in enumerate(self.elasticity.kept) if is_shared(i, origin))
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[Array]:
         """Every tensor, a shared one as often as it is referred to."""
         for layer in self.layers.values():
             yield from layer.tensors()
@@ -92,23 +113,17 @@ class LoadedPair:
 
     def num_bytes(self) -> int:
         """Bytes of weights in memory: distinct storages once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        storages = dict(_storage(tensor) for tensor in self.tensors())
         return sum(storages.values())
 
 
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Inside, an operation of torch uses only the thread that calls it; threads started inside do so too.
-
-    For loading, which is parallel by layers: hundreds of fork-joins over small tensors cost more than they save, and
-    a second where another process has one of the cores.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+def _storage(tensor: Array) -> tuple[int, int]:
+    """(address, bytes) of the memory that a tensor is a part of."""
+    if not isinstance(tensor, np.ndarray):
+        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+    while isinstance(tensor.base, np.ndarray):
+        tensor = tensor.base
+    return arrays.address(tensor), tensor.nbytes
 
 
 def is_same_layer(one: LayerWeights, other: LayerWeights) -> bool:
@@ -148,6 +163,6 @@ def _is_equal(one: Matrix | None, other: Matrix | None) -> bool:
         if not (isinstance(one, Int8Matrix) and isinstance(other, Int8Matrix)):
             return False
         return _is_equal(one.scale, other.scale) and _is_equal(one.values, other.values)
-    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+    if isinstance(one, NestedMatrix) or isinstance(other, NestedMatrix):
         return one is other
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return one is other or (one.shape == other.shape and bool((one == other).all()))

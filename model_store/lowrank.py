@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from safetensors import SafetensorError
 
+from model_store.arrays import FLOAT32, Array
 from model_store.int8 import Factor, Int8Matrix, dense, tensors_of
 from model_store.layout import layer_tensors
 from model_store.quantized import q8_0
 from model_store.spec import ModelSpec
+from model_store.tensor_file import TensorFile
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import TENSOR_FIELDS, LayerWeights, WeightError, quantise_layer
 
@@ -50,11 +52,11 @@ class LowRankDelta:
 
     base: int
     terms: dict[str, list[LowRankTerm]]  # "qkv" | "o" | "up" | "down"
-    attn_norm_weight: torch.Tensor
-    mlp_norm_weight: torch.Tensor
-    packed: torch.Tensor | None = None  # the terms in an executor's own layout, which it keeps in their place
+    attn_norm_weight: Array
+    mlp_norm_weight: Array
+    packed: np.ndarray | None = None  # the terms in an executor's own layout, which it keeps in their place
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[Array]:
         yield from (self.attn_norm_weight, self.mlp_norm_weight)
         if self.packed is not None:
             yield self.packed
@@ -72,10 +74,10 @@ class LowRankStudent:
         self.path = path
         self.kept = kept
         try:
-            self._file = safe_open(path, "pt")
+            self._file = TensorFile(path)
         except SafetensorError as error:
             raise WeightError(f"{path} is not a readable safetensors file: {error}") from error
-        self._names = set(self._file.keys())
+        self._names = set(self._file.names())
         linear = "|".join(re.escape(part) for parts in _PARTS.values() for part in parts)
         norm = "|".join(map(re.escape, [*_NORMS.values(), *_HEAD_NORMS.values()]))
         known = re.compile(rf"model\.layers\.(\d+)\.(?:(?:{linear})\.(?:lora_[AB](?:_scale)?|bias)|{norm})")
@@ -109,14 +111,14 @@ class LowRankStudent:
         """WeightError for factors in int8 without a scale per row, or scales of another length."""
         factor = name.removesuffix("_scale")
         rows, scales = self._shape(factor)[0], f"{factor}_scale"
-        is_int8 = self._file.get_slice(factor).get_dtype() == "I8"
+        is_int8 = self._file.type(factor) == "I8"
         if (is_int8 or scales in self._names) and math.prod(self._shape(scales)) != rows:
             raise WeightError(f"{self.path.name}: {scales} is {list(self._shape(scales))}, not one for each of {rows}")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._names:
             raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
-        return tuple(self._file.get_slice(name).get_shape())
+        return self._file.shape(name)
 
     def has_own_layer(self, index: int) -> bool:
         """Whether student layer `index` differs from the teacher's layer at all."""
@@ -126,8 +128,8 @@ class LowRankStudent:
         """Whether it can run as a difference: it has biases and query/key norms of its own only where expanded."""
         return index in self._own and index not in self._more
 
-    def delta(self, index: int, teacher: LayerWeights, dtype: torch.dtype, device: torch.device | str) -> LowRankDelta:
-        """The factors of student layer `index`, on the device: int8 as stored, else in `dtype`.
+    def delta(self, index: int, teacher: LayerWeights, dtype: np.dtype) -> LowRankDelta:
+        """The factors of student layer `index`: int8 as stored, else in `dtype`.
 
         WeightError if a shape does not fit the teacher's layer.
         """
@@ -136,78 +138,72 @@ class LowRankStudent:
             merged, start = getattr(teacher, f"{group}_weight"), 0
             for part in parts:
                 name = f"model.layers.{index}.{part}"
-                a, b = (self._factor(f"{name}.{side}", dtype, device) for side in ("lora_A", "lora_B"))
+                a, b = (self._factor(f"{name}.{side}", dtype) for side in ("lora_A", "lora_B"))
                 if a.shape[1] != merged.shape[1] or start + b.shape[0] > merged.shape[0] or a.shape[0] != b.shape[1]:
                     raise WeightError(f"{self.path.name}: layer {index} {part} does not fit the teacher's layer")
                 terms.setdefault(group, []).append(LowRankTerm(start, start + b.shape[0], a, b))
                 start += b.shape[0]
             if start != merged.shape[0]:
                 raise WeightError(f"{self.path.name}: layer {index} {group} does not fit the teacher's layer")
-        norms = {
-            field: self._tensor(f"model.layers.{index}.{name}").to(device, dtype, copy=True)
-            for field, name in _NORMS.items()
-        }
+        norms = {field: self._tensor(f"model.layers.{index}.{name}").astype(dtype) for field, name in _NORMS.items()}
         return LowRankDelta(self.kept[index], terms, **norms)
 
-    def layer(
-        self, index: int, teacher: LayerWeights, form: WeightForm, device: torch.device | str = "cpu"
-    ) -> LayerWeights:
+    def layer(self, index: int, teacher: LayerWeights, form: WeightForm) -> LayerWeights:
         """Student layer `index` expanded: the sum is taken in float32, rounded to the dtype, then quantised if asked.
 
         Beside a teacher in codes its matrices are rounded to Q8_0.
         Biases and query/key norms that are not stored are the teacher's (in the dtype).
         """
-        dtype, delta = form.dtype, self.delta(index, teacher, torch.float32, teacher.qkv_weight.device)
+        dtype, delta = form.dtype, self.delta(index, teacher, FLOAT32)
         changed: dict[str, Any] = {}
         prefix = f"model.layers.{index}."
         for group, terms in delta.terms.items():
-            weight = dense(getattr(teacher, f"{group}_weight"), torch.float32).clone()
+            weight = np.array(dense(getattr(teacher, f"{group}_weight"), FLOAT32))
             for term in terms:
-                weight[term.start : term.stop].addmm_(dense(term.b, torch.float32), dense(term.a, torch.float32))
+                weight[term.start : term.stop] += dense(term.b, FLOAT32) @ dense(term.a, FLOAT32)
             keeps_codes = form.storage is Storage.CODES and weight.shape[1] % 32 == 0
-            changed[f"{group}_weight"] = q8_0(weight).to(device) if keeps_codes else weight.to(device, dtype)
+            changed[f"{group}_weight"] = q8_0(weight) if keeps_codes else weight.astype(dtype, copy=False)
             own = [(term, f"{prefix}{part}.bias") for term, part in zip(terms, _PARTS[group], strict=True)]
             if own := [(term, name) for term, name in own if name in self._names]:
-                bias = getattr(teacher, f"{group}_bias").to(torch.float32, copy=True)
+                bias = getattr(teacher, f"{group}_bias").astype(FLOAT32)
                 for term, name in own:
-                    bias[term.start : term.stop] = self._tensor(name).float()
-                changed[f"{group}_bias"] = bias.to(device, dtype)
+                    bias[term.start : term.stop] = self._tensor(name)
+                changed[f"{group}_bias"] = bias.astype(dtype)
         for norm, name in _HEAD_NORMS.items():
             if prefix + name in self._names:
-                changed[norm] = self._tensor(prefix + name).to(device, dtype, copy=True)
+                changed[norm] = self._tensor(prefix + name).astype(dtype)
         for name in _NORMS:
-            changed[name] = getattr(delta, name).to(device, dtype)
+            changed[name] = getattr(delta, name).astype(dtype)
         for field in TENSOR_FIELDS:
             value = getattr(teacher, field)
             if field not in changed and value is not None:
-                changed[field] = value.to(device, dtype)
+                changed[field] = value.astype(dtype)
         layer = LayerWeights(**changed, window=teacher.window, rope=teacher.rope)
         if form.storage is Storage.INT8:
             quantise_layer(layer)
         return layer
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise WeightError(f"{self.path.name} lacks the tensor {name!r}")
-        return self._file.get_tensor(name)
+        return self._file.tensor(name)
 
-    def _factor(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Factor:
+    def _factor(self, name: str, dtype: np.dtype) -> Factor:
         value = self._tensor(name)
         if f"{name}_scale" not in self._names:
-            return value.to(device, dtype, copy=True)
-        scale = self._tensor(f"{name}_scale").float().reshape(-1)
-        if value.dtype == torch.int8:
-            return Int8Matrix(value.to(device, copy=True), scale.to(device, copy=True))
-        return (value.float() * scale[:, None]).to(device, dtype)
+            return value.astype(dtype)
+        scale = self._tensor(f"{name}_scale").astype(FLOAT32).reshape(-1)
+        if value.dtype == np.int8:
+            return Int8Matrix(np.array(value), scale)
+        return (value.astype(FLOAT32) * scale[:, None]).astype(dtype)
 
-    def num_bytes(self, dtype: torch.dtype) -> dict[int, int]:
+    def num_bytes(self, dtype: np.dtype) -> dict[int, int]:
         """Layer that can run as a difference -> bytes of its factors and norms: int8 as stored, the rest in `dtype`."""
         sizes = dict.fromkeys(self._own - self._more, 0)
         for name in self._names:
             if int(name.split(".")[2]) not in sizes:
                 continue
-            part = self._file.get_slice(name)
-            count = math.prod(part.get_shape())
-            width = 1 if part.get_dtype() == "I8" else 4 if name.endswith("_scale") else dtype.itemsize
+            count = math.prod(self._file.shape(name))
+            width = 1 if self._file.type(name) == "I8" else 4 if name.endswith("_scale") else dtype.itemsize
             sizes[int(name.split(".")[2])] += count * width
         return sizes

@@ -15,10 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
+from model_store.arrays import Array, as_type, float32, need_torch, to_numpy, to_torch
 from model_store.quantized import Groups
+
+if TYPE_CHECKING:
+    import torch
 
 WIDTHS = (8, 6, 5, 4)
 GROUP = 32
@@ -34,21 +39,17 @@ class NestedMatrix:
     `width` is what `groups`, `dense` and `rows` read; other widths share the tensors (`at`).
     """
 
-    codes: torch.Tensor
-    zero: torch.Tensor
-    scales: torch.Tensor
+    codes: Array
+    zero: Array
+    scales: Array
     width: int = WIDTHS[0]
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
     @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> np.dtype:
         return self.codes.dtype
 
     @property
@@ -60,7 +61,7 @@ class NestedMatrix:
     def kind(self) -> str:
         return f"nested codes at {self.width} bits"
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[Array]:
         return iter((self.codes, self.zero, self.scales))
 
     def at(self, width: int) -> NestedMatrix:
@@ -71,14 +72,14 @@ class NestedMatrix:
         """Codes of `width` bits with the scale and minimum of each group: what an integer kernel multiplies."""
         width = width or self.width
         dropped = 8 - width
-        scale = self.scales[WIDTHS.index(width)].float()
-        codes = (self.codes >> dropped).to(torch.int16).unflatten(1, (-1, GROUP))
-        return Groups(codes, scale * 2.0**dropped, scale * (2.0**dropped / 2 - self.zero.float()))
+        scale = float32(self.scales[WIDTHS.index(width)])
+        codes = (self.codes >> dropped).reshape(len(self.codes), -1, GROUP)
+        return Groups(codes, scale * 2.0**dropped, scale * (2.0**dropped / 2 - float32(self.zero)))
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.groups().dense().to(dtype)
+    def dense(self, dtype: np.dtype) -> Array:
+        return as_type(self.groups().dense(), dtype)
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def rows(self, ids: Array) -> Array:
         """Rows `ids` [T] as float32 [T, K]."""
         part = NestedMatrix(self.codes[ids], self.zero[ids], self.scales[:, ids], self.width)
         return part.groups().dense()
@@ -108,12 +109,15 @@ def bytes_read(bits: int) -> float:
 HEAD_BITS = {8: 8, 6: 8, 5: 6, 4: 6}
 
 
-def nest(matrix: torch.Tensor, gram: torch.Tensor | None = None) -> NestedMatrix:
-    """The nested codes of [N, K] floats.
+def nest(matrix: Array, gram: torch.Tensor | None = None) -> NestedMatrix:
+    """The nested codes of [N, K] floats, in arrays or tensors as those are.
 
     `gram` is X^T X [K, K] of inputs X the matrix has met: scales are then fitted jointly per row, so that the error of
     the *product* is least, (w - w') gram (w - w')^T; without it, that of the weights. Codes are the same either way.
     """
+    if isinstance(matrix, np.ndarray):
+        return NestedMatrix(*map(to_numpy, nest(to_torch(matrix), gram).tensors()))
+    torch = need_torch("nesting")
     num_rows, width = matrix.shape
     codes = torch.empty(matrix.shape, dtype=torch.uint8)
     zero = torch.empty(num_rows, width // GROUP, dtype=torch.uint8)
@@ -139,6 +143,7 @@ def nest(matrix: torch.Tensor, gram: torch.Tensor | None = None) -> NestedMatrix
 
 def _fit(groups: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
     """[n, G] factors f with the least |w - f w'|^2 of each group; 1 where a group reads as zero."""
+    torch = need_torch("nesting")
     square = (read * read).sum(2)
     return torch.where(square > 0, (groups * read).sum(2) / square.clamp_min(1e-30), 1.0)
 
@@ -148,6 +153,7 @@ def _fit_products(groups: torch.Tensor, read: torch.Tensor, gram: torch.Tensor) 
 
     The normal equations of least squares: A f = b with A[i, j] = w'_i gram_ij w'_j and b[i] = w'_i (gram w)_i.
     """
+    torch = need_torch("nesting")
     num_rows, num_groups, _ = groups.shape
     wanted = (groups.flatten(1) @ gram).unflatten(1, (num_groups, GROUP))
     right = (read * wanted).sum(2)

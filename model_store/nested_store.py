@@ -10,22 +10,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
+from model_store.arrays import Array, address, to_numpy
 from model_store.dual import DualMatrix
+from model_store.int8 import is_plain
 from model_store.loaded import LoadedPair
 from model_store.nested import HEAD_BITS, NestedMatrix, can_nest_width, nest
 from model_store.quantized import CodedMatrix
+from model_store.tensor_file import TensorFile
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import MATRICES, EndWeights, LayerWeights
+
+if TYPE_CHECKING:
+    from model_store.pair import Pair
 
 VERSION = 1  # of the codes and of the text that scales are fitted on: files of other versions are made again
 _PARTS = ("codes", "zero", "scales")
 
-Grams = dict[int, torch.Tensor]  # address of a matrix -> X^T X of the inputs that it met
+Grams = dict[int, Array]  # address of a matrix -> X^T X of the inputs that it met
 
 
 def places(pair: LoadedPair) -> Iterator[tuple[str, LayerWeights | EndWeights, str]]:
@@ -37,7 +44,7 @@ def places(pair: LoadedPair) -> Iterator[tuple[str, LayerWeights | EndWeights, s
     for prefix, owner, fields in owners:
         for field in fields:
             matrix = getattr(owner, field)
-            if isinstance(matrix, torch.Tensor | CodedMatrix) and can_nest_width(matrix.shape[1]):
+            if (is_plain(matrix) or isinstance(matrix, CodedMatrix)) and can_nest_width(matrix.shape[1]):
                 yield f"{prefix}.{field}", owner, field
 
 
@@ -45,18 +52,18 @@ def write(
     pair: LoadedPair, file: Path, grams: Grams | None = None, each: Callable[[str], None] = lambda name: None
 ) -> None:
     """Nest every matrix of a pair loaded in plain floats. `each` hears the name of what was done, for a bar."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, np.ndarray] = {}
     names: dict[int, str] = {}
     shared: dict[str, str] = {}
     for name, owner, field in places(pair):
         matrix = getattr(owner, field)
-        address = matrix.data_ptr()
-        if address in names:
-            shared[name] = names[address]
+        place = address(matrix)
+        if place in names:
+            shared[name] = names[place]
             continue
-        names[address] = name
-        nested = nest(matrix, (grams or {}).get(address))
-        tensors |= {f"{name}.{part}": tensor for part, tensor in zip(_PARTS, nested.tensors(), strict=True)}
+        names[place] = name
+        nested = nest(matrix, (grams or {}).get(place))
+        tensors |= {f"{name}.{part}": to_numpy(tensor) for part, tensor in zip(_PARTS, nested.tensors(), strict=True)}
         each(name)
     about = {"version": VERSION, "fitted": bool(grams), "shared": shared}
     partial = file.with_suffix(".partial")
@@ -65,17 +72,27 @@ def write(
     partial.replace(file)
 
 
+def nested_file(pair: Pair, store: Path) -> Path:
+    """Where the store keeps the pair's nested codes."""
+    return store / "nested" / f"{pair.name.replace('/', '--')}-{pair.digest[:16]}.safetensors"
+
+
+def has_nested(pair: Pair, store: Path) -> bool:
+    """Whether the store keeps current codes of the pair. Its files are hashed only if some lie there under its name."""
+    folder, name = store / "nested", pair.name.replace("/", "--")
+    return any(folder.glob(f"{name}-*.safetensors")) and is_current(nested_file(pair, store))
+
+
 def is_current(file: Path) -> bool:
     """Whether the file is there, whole, and of this version."""
     try:
-        with safe_open(file, "pt") as handle:
-            return _about(handle).get("version") == VERSION
+        return _about(TensorFile(file)).get("version") == VERSION
     except (OSError, SafetensorError):
         return False
 
 
-def _about(handle: safe_open) -> dict:
-    return json.loads((handle.metadata() or {}).get("boomerang", "{}"))
+def _about(tensors: TensorFile) -> dict:
+    return json.loads(tensors.metadata.get("boomerang", "{}"))
 
 
 def put(pair: LoadedPair, file: Path, form: WeightForm) -> None:
@@ -86,16 +103,16 @@ def put(pair: LoadedPair, file: Path, form: WeightForm) -> None:
     """
     pair.widths = form.widths
     read: dict[str, NestedMatrix | DualMatrix] = {}
-    with safe_open(file, "pt") as handle:
-        shared = _about(handle)["shared"]
-        for name, owner, field in list(places(pair)):
-            first = shared.get(name, name)
-            if first not in read:
-                width = HEAD_BITS[form.bits] if field == "head" else form.bits
-                codes, zero, scales = (handle.get_tensor(f"{first}.{part}") for part in _PARTS)
-                nested = read[first] = NestedMatrix(codes, zero, scales, width)
-                if form.storage is not Storage.NESTED:
-                    read[first] = DualMatrix(getattr(owner, field), nested)
-            if isinstance(owner, EndWeights) and owner.embed is owner.head:
-                owner.embed = read[first]
-            setattr(owner, field, read[first])
+    tensors = TensorFile(file)
+    shared = _about(tensors)["shared"]
+    for name, owner, field in list(places(pair)):
+        first = shared.get(name, name)
+        if first not in read:
+            width = HEAD_BITS[form.bits] if field == "head" else form.bits
+            codes, zero, scales = (np.array(tensors.tensor(f"{first}.{part}")) for part in _PARTS)
+            nested = read[first] = NestedMatrix(codes, zero, scales, width)
+            if form.storage is not Storage.NESTED:
+                read[first] = DualMatrix(getattr(owner, field), nested)
+        if isinstance(owner, EndWeights) and owner.embed is owner.head:
+            owner.embed = read[first]
+        setattr(owner, field, read[first])

@@ -8,22 +8,23 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from model_store import lowrank, published
+from model_store.arrays import FLOAT32, in_torch
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.errors import BoomerangError
 from model_store.files import read_json_if_there
 from model_store.footprint import CodeBytes, Footprint, MatrixBytes
 from model_store.layout import END_PARTS
-from model_store.loaded import LoadedPair, is_same_layer, join_ends, one_thread_each
+from model_store.loaded import LoadedPair, is_same_layer, join_ends
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
 from model_store.spec import ModelSpec, Rope, SpecError
@@ -160,7 +161,7 @@ class Pair:
         def is_equal(part: str) -> bool:
             ours, theirs = teacher.end_names(part), student.end_names(part)
             pairs = [(teacher.tensor(a), student.tensor(b)) for a, b in zip(ours, theirs, strict=False)]
-            return len(ours) == len(theirs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+            return len(ours) == len(theirs) and all(np.array_equal(a, b) for a, b in pairs)
 
         return {part for part in END_PARTS if is_equal(part)}
 
@@ -188,12 +189,10 @@ class Pair:
         # From the file in float32, so that rounding happens once even where the pair is bfloat16.
         return self.low_rank_student.layer(index, teacher.layer(kept[index], _exact(form)), form)
 
-    @one_thread_each()
-    def load(
-        self, form: WeightForm, device: torch.device | str = "cpu", memory_budget: int | None = None
-    ) -> LoadedPair:
-        """Read the tensors, in this form, onto the device; peak memory is the result plus two layers (plain ones, and
-        one plain head, if the form is quantised).
+    def load(self, form: WeightForm, device: str = "cpu", memory_budget: int | None = None) -> LoadedPair:
+        """Read the tensors, in this form: numpy's arrays on the CPU, torch's tensors on any other device.
+
+        Peak memory is the result plus two layers (plain ones, and one plain head, if the form is quantised).
 
         With a `memory_budget` (bytes of weights) too small for both models, the student and as many teacher blocks as
         fit, in patch order, are read; the sizes beyond are reported missing. `form.low_rank` has no effect on an
@@ -209,28 +208,32 @@ class Pair:
             shared = self._footprint_in(form).shared_layers
             wanted = sorted({*wanted, *(shared[i] for i in wanted if i in shared)})
         teacher = Checkpoint(self.teacher_path, self.store)
+
+        def place(weights: Any) -> Any:
+            return weights if device == "cpu" else in_torch(weights, device)
+
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:  # copies and conversions run outside the interpreter's lock
             ids = [i for i in wanted if i < num_teacher]
-            read = threads.map(lambda i: teacher.layer(i, form, device), ids)
+            read = threads.map(lambda i: place(teacher.layer(i, form)), ids)
             layers = dict(zip(ids, read, strict=True))
         student_ids = [i for i in wanted if i >= num_teacher]
         factors: dict[int, LowRankDelta] = {}
         parts = self._footprint.end_parts(sizes)
         if self.student_spec is None:
-            factors = self._load_low_rank(teacher, student_ids, layers, form, device) if student_ids else {}
-            ends = join_ends(teacher.end_tensors(form, device), {})
+            factors = self._load_low_rank(teacher, student_ids, layers, form, place) if student_ids else {}
+            ends = join_ends(teacher.end_tensors(form), {})
         else:
             student = self._student()
             for i in student_ids:
-                own = student.layer(i - num_teacher, form, device)
+                own = place(student.layer(i - num_teacher, form))
                 origin = self.elasticity.kept[i - num_teacher]
                 is_teachers = origin in layers and is_same_layer(own, layers[origin])
                 layers[i] = layers[origin] if is_teachers else own
             ends = join_ends(
-                teacher.end_tensors(form, device, parts["teacher"]),
-                student.end_tensors(form, device, parts["student"]),
+                teacher.end_tensors(form, parts["teacher"]),
+                student.end_tensors(form, parts["student"]),
             )
-        return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, ends, missing, factors)
+        return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, place(ends), missing, factors)
 
     def _load_low_rank(
         self,
@@ -238,7 +241,7 @@ class Pair:
         student_ids: list[int],
         layers: dict[int, LayerWeights],
         form: WeightForm,
-        device: torch.device | str,
+        place: Callable[[Any], Any],
     ) -> dict[int, LowRankDelta]:
         """Adds the student's layers to `layers`, expanded; or returns their factors, if they are to be kept.
 
@@ -250,22 +253,22 @@ class Pair:
             index = i - num_teacher
             origin = student.kept[index]
             if not student.has_own_layer(index):
-                return layers[origin] if origin in layers else teacher.layer(origin, form, device)
+                return layers[origin] if origin in layers else place(teacher.layer(origin, form))
             # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-            return student.layer(index, teacher.layer(origin, _exact(form)), form, device)
+            return place(student.layer(index, teacher.layer(origin, _exact(form)), form))
 
         kept = [i for i in student_ids if form.low_rank and student.is_difference(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:
             expanded = [i for i in student_ids if i not in kept]
             layers |= dict(zip(expanded, threads.map(expand, expanded), strict=True))
         return {
-            i: student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], form.dtype, device) for i in kept
+            i: place(student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], form.dtype)) for i in kept
         }
 
 
 def _exact(form: WeightForm) -> WeightForm:
     """What a low-rank student beside weights of this form is added to."""
-    return WeightForm(torch.float32, storage=Storage.CODES if form.storage is Storage.CODES else Storage.AS_LOADED)
+    return WeightForm(FLOAT32, storage=Storage.CODES if form.storage is Storage.CODES else Storage.AS_LOADED)
 
 
 def open_pair(
@@ -494,7 +497,7 @@ def _compare(teacher: ModelSpec, student: ModelSpec) -> None:
     ropes: list[Rope] = ["global"] if teacher.local_inv_freq is None else ["global", "local"]
     for rope in ropes:
         (ours, factor), (theirs, other) = teacher.rope_inv_freq(rope), student.rope_inv_freq(rope)
-        if torch.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, other, rel_tol=1e-6):
+        if np.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, other, rel_tol=1e-6):
             continue
         said = [f"rope_theta {spec.rope_theta:g}, scaling {spec.rope_scaling}" for spec in (teacher, student)]
         raise PairError(

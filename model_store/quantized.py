@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
+import numpy as np
+
+from model_store.arrays import FLOAT32, Array
 
 CODES_FILE = "codes.safetensors"  # of a checkpoint folder: blocks by tensor, their types in the metadata
 ACTIVATION_BLOCK = 32  # inputs that share a scale when activations are rounded to 8 bits
@@ -23,78 +24,93 @@ ACTIVATION_BLOCK = 32  # inputs that share a scale when activations are rounded 
 class Groups:
     """codes int8 [N, G, group], scale float32 [N, G], minimum float32 [N, G] or None."""
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    minimum: torch.Tensor | None = None
+    codes: Array
+    scale: Array
+    minimum: Array | None = None
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Array:
         """float32 [N, K]."""
         values = self.codes * self.scale[..., None]
         if self.minimum is not None:
             values = values + self.minimum[..., None]
-        return values.flatten(1)
+        return values.reshape(len(values), -1)
 
 
-def _half(data: torch.Tensor, at: int) -> torch.Tensor:
+def _half(data: np.ndarray, at: int) -> np.ndarray:
     """The float16 at byte `at` of each block [N, blocks, bytes] -> float32 [N, blocks]."""
-    return data[..., at : at + 2].contiguous().view(torch.float16)[..., 0].float()
+    return np.ascontiguousarray(data[..., at : at + 2]).view(np.float16)[..., 0].astype(np.float32)
 
 
-def _nibbles(data: torch.Tensor) -> torch.Tensor:
+def _nibbles(data: np.ndarray) -> np.ndarray:
     """[..., n] bytes -> [..., 2n]: all low halves, then all high ones."""
-    return torch.cat((data & 15, data >> 4), dim=-1)
+    return np.concatenate((data & 15, data >> 4), axis=-1)
 
 
-def _fifth_bits(data: torch.Tensor) -> torch.Tensor:
+def _fifth_bits(data: np.ndarray) -> np.ndarray:
     """32 bits in 4 bytes -> [..., 32] of 0 or 16."""
-    return ((data[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2) << 4
+    return _joined((data[..., None] >> np.arange(8, dtype=np.uint8)) & 1) << 4
 
 
-def _q4_0(b: torch.Tensor) -> Groups:
-    return Groups(_nibbles(b[..., 2:]).to(torch.int8) - 8, _half(b, 0))
+def _joined(values: np.ndarray) -> np.ndarray:
+    """The last two dimensions as one."""
+    return values.reshape(*values.shape[:-2], -1)
 
 
-def _q4_1(b: torch.Tensor) -> Groups:
-    return Groups(_nibbles(b[..., 4:]).to(torch.int8), _half(b, 0), _half(b, 2))
+def _split(values: np.ndarray, *shape: int) -> np.ndarray:
+    """The last dimension as several."""
+    return values.reshape(*values.shape[:-1], *shape)
 
 
-def _q5_0(b: torch.Tensor) -> Groups:
-    return Groups((_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])).to(torch.int8) - 16, _half(b, 0))
+def _q4_0(b: np.ndarray) -> Groups:
+    return Groups(_nibbles(b[..., 2:]).astype(np.int8) - 8, _half(b, 0))
 
 
-def _q5_1(b: torch.Tensor) -> Groups:
-    return Groups((_nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])).to(torch.int8), _half(b, 0), _half(b, 2))
+def _q4_1(b: np.ndarray) -> Groups:
+    return Groups(_nibbles(b[..., 4:]).astype(np.int8), _half(b, 0), _half(b, 2))
 
 
-def _q8_0(b: torch.Tensor) -> Groups:
-    return Groups(b[..., 2:].contiguous().view(torch.int8), _half(b, 0))
+def _q5_0(b: np.ndarray) -> Groups:
+    return Groups((_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])).astype(np.int8) - 16, _half(b, 0))
 
 
-def _k_scales(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _q5_1(b: np.ndarray) -> Groups:
+    return Groups((_nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])).astype(np.int8), _half(b, 0), _half(b, 2))
+
+
+def _q8_0(b: np.ndarray) -> Groups:
+    return Groups(b[..., 2:].view(np.int8), _half(b, 0))
+
+
+def _k_scales(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eight 6-bit scales and minima in 12 bytes, of Q4_K and Q5_K, times those of the block -> float32 [N, 8 blocks]"""
     low, middle, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
-    scale = torch.cat((low & 63, (high & 15) | (low >> 6 << 4)), dim=-1)
-    minimum = torch.cat((middle & 63, (high >> 4) | (middle >> 6 << 4)), dim=-1)
-    return ((_half(b, 0)[..., None] * scale).flatten(1), -(_half(b, 2)[..., None] * minimum).flatten(1))
+    scale = np.concatenate((low & 63, (high & 15) | (low >> 6 << 4)), axis=-1)
+    minimum = np.concatenate((middle & 63, (high >> 4) | (middle >> 6 << 4)), axis=-1)
+    return _rows(_half(b, 0)[..., None] * scale), -_rows(_half(b, 2)[..., None] * minimum)
 
 
-def _q4_k(b: torch.Tensor) -> Groups:
-    codes = _nibbles(b[..., 16:].unflatten(-1, (4, 32)))
-    return Groups(codes.reshape(len(b), -1, 32).to(torch.int8), *_k_scales(b))
+def _rows(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1)
 
 
-def _q5_k(b: torch.Tensor) -> Groups:
-    codes = _nibbles(b[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)  # [..., 8, 32]
-    bits = (b[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
-    return Groups((codes | bits << 4).reshape(len(b), -1, 32).to(torch.int8), *_k_scales(b))
+def _q4_k(b: np.ndarray) -> Groups:
+    codes = _nibbles(_split(b[..., 16:], 4, 32))
+    return Groups(codes.reshape(len(b), -1, 32).astype(np.int8), *_k_scales(b))
 
 
-def _q6_k(b: torch.Tensor) -> Groups:
-    low = _nibbles(b[..., :128].unflatten(-1, (2, 64))).flatten(-2)  # 256 codes in order
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
-    high = ((b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts) & 3).flatten(-3)
-    scale = _half(b, 208)[..., None] * b[..., 192:208].contiguous().view(torch.int8)
-    return Groups(((low | high << 4).to(torch.int8) - 32).reshape(len(b), -1, 16), scale.flatten(1))
+def _q5_k(b: np.ndarray) -> Groups:
+    codes = _nibbles(_split(b[..., 48:], 4, 32)).reshape(*b.shape[:-1], 8, 32)
+    bits = (b[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    return Groups((codes | bits << 4).reshape(len(b), -1, 32).astype(np.int8), *_k_scales(b))
+
+
+def _q6_k(b: np.ndarray) -> Groups:
+    low = _joined(_nibbles(_split(b[..., :128], 2, 64)))  # 256 codes in order
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = (_split(b[..., 128:192], 2, 1, 32) >> shifts) & 3
+    high = high.reshape(low.shape)
+    scale = _half(b, 208)[..., None] * b[..., 192:208].view(np.int8)
+    return Groups(((low | high << 4).astype(np.int8) - 32).reshape(len(b), -1, 16), _rows(scale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +120,7 @@ class BlockType:
     name: str
     inputs: int
     num_bytes: int
-    groups: Callable[[torch.Tensor], Groups]
+    groups: Callable[[np.ndarray], Groups]
 
 
 BLOCK_TYPES = {
@@ -121,15 +137,15 @@ BLOCK_TYPES = {
 class CodedRows:
     """Rows of one type: blocks uint8 [N, bytes of a row]."""
 
-    blocks: torch.Tensor
+    blocks: np.ndarray
     type: BlockType
 
     @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.blocks), self.blocks.shape[1] // self.type.num_bytes * self.type.inputs))
+    def shape(self) -> tuple[int, int]:
+        return len(self.blocks), self.blocks.shape[1] // self.type.num_bytes * self.type.inputs
 
     def groups(self) -> Groups:
-        return self.type.groups(self.blocks.unflatten(1, (-1, self.type.num_bytes)))
+        return self.type.groups(_split(self.blocks, -1, self.type.num_bytes))
 
 
 @dataclass(slots=True, eq=False)
@@ -139,16 +155,12 @@ class CodedMatrix:
     parts: tuple[CodedRows, ...]
 
     @property
-    def shape(self) -> torch.Size:
-        return torch.Size((sum(len(part.blocks) for part in self.parts), self.parts[0].shape[1]))
+    def shape(self) -> tuple[int, int]:
+        return sum(len(part.blocks) for part in self.parts), self.parts[0].shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> np.dtype:
         return self.parts[0].blocks.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].blocks.device
 
     @property
     def nbytes(self) -> int:
@@ -159,22 +171,19 @@ class CodedMatrix:
         """Its types, as logs and tables say it: "Q4_K", "Q4_K + Q6_K"."""
         return " + ".join(dict.fromkeys(part.type.name for part in self.parts))
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[np.ndarray]:
         return (part.blocks for part in self.parts)
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+    def dense(self, dtype: np.dtype) -> np.ndarray:
         """The plain matrix; in float32 exactly the file's values."""
-        return torch.cat([part.groups().dense() for part in self.parts]).to(dtype)
+        return np.concatenate([part.groups().dense() for part in self.parts]).astype(dtype, copy=False)
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+    def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows `ids` [T] as float32 [T, K]."""
         if len(self.parts) == 1:
             part = self.parts[0]
             return CodedRows(part.blocks[ids], part.type).groups().dense()
-        return self.dense(torch.float32)[ids]
-
-    def to(self, device: torch.device | str) -> CodedMatrix:
-        return CodedMatrix(tuple(CodedRows(part.blocks.to(device), part.type) for part in self.parts))
+        return self.dense(FLOAT32)[ids]
 
 
 def stacked(matrices: list[CodedMatrix]) -> CodedMatrix:
@@ -185,24 +194,15 @@ def stacked(matrices: list[CodedMatrix]) -> CodedMatrix:
             runs[-1].append(part)
         else:
             runs.append([part])
-    return CodedMatrix(tuple(CodedRows(torch.cat([p.blocks for p in run]), run[0].type) for run in runs))
+    return CodedMatrix(tuple(CodedRows(np.concatenate([p.blocks for p in run]), run[0].type) for run in runs))
 
 
-def round_activations(x: torch.Tensor) -> torch.Tensor:
-    """[T, K] -> float32: each block of 32 inputs of a row in 255 steps of its largest magnitude / 127, as the integer
-    kernels take them. Blocks of zeros stay zeros."""
-    padded = F.pad(x.float(), (0, -x.shape[-1] % ACTIVATION_BLOCK))
-    blocks = padded.unflatten(-1, (-1, ACTIVATION_BLOCK))
-    most = blocks.abs().amax(dim=-1, keepdim=True)
-    steps = (blocks * torch.where(most > 0, 127.0 / most, 0.0)).round()
-    return (steps * (most / 127.0)).flatten(-2)[..., : x.shape[-1]]
-
-
-def q8_0(matrix: torch.Tensor) -> CodedMatrix:
+def q8_0(matrix: np.ndarray) -> CodedMatrix:
     """The nearest Q8_0 matrix to [N, K] of floats, K a multiple of 32: ggml's rounding, the scale rounded first."""
-    groups = matrix.float().unflatten(1, (-1, 32))
-    scale = (groups.abs().amax(dim=-1) / 127.0).to(torch.float16)
-    wide = scale.float()[..., None]
-    codes = torch.where(wide > 0, groups / wide, 0.0).round().clamp(-127, 127).to(torch.int8)
-    blocks = torch.cat((scale[..., None].view(torch.uint8), codes.view(torch.uint8)), dim=-1)
-    return CodedMatrix((CodedRows(blocks.flatten(1), BLOCK_TYPES["Q8_0"]),))
+    groups = matrix.astype(np.float32, copy=False).reshape(len(matrix), -1, 32)
+    scale = (np.abs(groups).max(axis=-1) / np.float32(127)).astype(np.float16)[..., None]
+    wide = np.broadcast_to(scale.astype(np.float32), groups.shape)
+    steps = np.divide(groups, wide, out=np.zeros_like(groups), where=wide > 0)
+    codes = np.rint(steps).clip(-127, 127).astype(np.int8)
+    blocks = np.concatenate((scale.view(np.uint8), codes.view(np.uint8)), axis=-1)
+    return CodedMatrix((CodedRows(blocks.reshape(len(matrix), -1), BLOCK_TYPES["Q8_0"]),))

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
+import numpy as np
 
+from model_store.arrays import need_torch
 from model_store.errors import BoomerangError
 from model_store.families import FAMILIES, Family, why_not
 
@@ -151,13 +152,13 @@ class ModelSpec:
             return int8_kv_bytes(self.num_kv_heads, self.head_dim)
         return 2 * self.kv_size * bytes_per_value
 
-    def rope_inv_freq(self, rope: Rope = "global") -> tuple[torch.Tensor, float]:
+    def rope_inv_freq(self, rope: Rope = "global") -> tuple[np.ndarray, float]:
         """Inverse frequencies, float32 [rotary_dim / 2], and the factor that scales cos and sin; not for "none"."""
         if rope == "local":
-            return torch.tensor(self.local_inv_freq, dtype=torch.float32), 1.0
+            return np.array(self.local_inv_freq, np.float32), 1.0
         if self.inv_freq is None:
             return _plain_frequencies(self.rope_theta, self.rotary_dim), self.rope_factor
-        return torch.tensor(self.inv_freq, dtype=torch.float32), self.rope_factor
+        return np.array(self.inv_freq, np.float32), self.rope_factor
 
     @classmethod
     def from_hf_config(cls, raw: Mapping[str, Any]) -> ModelSpec:
@@ -282,8 +283,9 @@ def _windows(config: Any, family: Family) -> tuple[int | None, tuple[str, ...]]:
     return window, types
 
 
-def _plain_frequencies(theta: float, dim: int) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+def _plain_frequencies(theta: float, dim: int) -> np.ndarray:
+    with np.errstate(all="ignore"):  # what comes of odd numbers is looked at later
+        return 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
 
 
 def _positions(config: Any, family: Family, head_dim: int) -> dict[str, Any]:
@@ -303,7 +305,6 @@ def _positions(config: Any, family: Family, head_dim: int) -> dict[str, Any]:
 
 def _rope(config: Any, family: Family, head_dim: int, parameters: dict[str, Any], **layer_type: str) -> dict[str, Any]:
     """Frequencies by the functions of transformers, which know every key of every kind."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = parameters.get("rope_type")
     if kind is None:
@@ -318,7 +319,11 @@ def _rope(config: Any, family: Family, head_dim: int, parameters: dict[str, Any]
             share = parameters.get("partial_rotary_factor", 1.0) if family.rotates_a_part else 1.0
             inv_freq, factor = _plain_frequencies(theta, int(head_dim * share)), 1.0
         else:
-            inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, **layer_type)
+            need_torch(f"reading the angles of rope type {kind!r}")
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            tensor, factor = ROPE_INIT_FUNCTIONS[kind](config, **layer_type)
+            inv_freq = tensor.float().numpy()
         if kind == "longrope":
             # Beyond the original length all angles would be others, those of the text before included.
             original = parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
@@ -328,11 +333,11 @@ def _rope(config: Any, family: Family, head_dim: int, parameters: dict[str, Any]
     dim = 2 * len(inv_freq)
     if dim > head_dim or (dim < head_dim and not family.rotates_a_part):
         raise SpecError(f"rope_parameters {parameters} rotate {dim} of {head_dim} channels, which the family does not")
-    if not (bool(inv_freq.isfinite().all()) and math.isfinite(factor)):
+    if not (bool(np.isfinite(inv_freq).all()) and math.isfinite(factor)):
         raise SpecError(f"rope_parameters {parameters} give angles that are no numbers")
     scaling = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
     return more | {
-        "rotary_dim": dim, "inv_freq": tuple(inv_freq.float().tolist()), "rope_factor": float(factor),
+        "rotary_dim": dim, "inv_freq": tuple(inv_freq.tolist()), "rope_factor": float(factor),
         "rope_theta": theta, "rope_scaling": None if kind == "default" else scaling,
     }  # fmt: skip
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
+from model_store.arrays import BFLOAT16, dtype_of
 from model_store.int8 import int8_bytes
 from model_store.nested import can_nest_width, nested_bytes
 from model_store.width import EXACT
@@ -28,12 +29,15 @@ class WeightForm:
     `bits`: those at which nested codes are read; `widths`: those that rows can choose from, for which nested codes lie
     beside whatever the storage is; `kv_cache_dtype`: auto (keys and values in `dtype`) or int8."""
 
-    dtype: torch.dtype = torch.bfloat16
+    dtype: np.dtype = BFLOAT16  # or its name, or torch's of that name
     low_rank: bool = False
     storage: Storage = Storage.AS_LOADED
     bits: int = 8
     kv_cache_dtype: str = "auto"
     widths: tuple[int, ...] = (EXACT,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_of(self.dtype))
 
     @property
     def is_quantised(self) -> bool:
@@ -57,7 +61,7 @@ class WeightForm:
         return nested_bytes(num_rows, width) if is_dual and can_nest_width(width) else 0
 
     def __str__(self) -> str:
-        name, kv = str(self.dtype).removeprefix("torch."), "" if self.kv_cache_dtype == "auto" else ", int8 KV"
+        name, kv = self.dtype.name, "" if self.kv_cache_dtype == "auto" else ", int8 KV"
         if len(self.widths) > 1:
             widths = ", ".join(str(width) for width in self.widths if width != EXACT)
             return f"{name}, read at {widths} bits{' or as loaded' if EXACT in self.widths else ''}{kv}"

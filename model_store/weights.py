@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from safetensors import SafetensorError
 
+from model_store.arrays import Array
 from model_store.description import remembered_spec
 from model_store.errors import BoomerangError
 from model_store.families import Order
@@ -24,6 +25,7 @@ from model_store.int8 import Int8Matrix, Matrix, quantise, tensors_of
 from model_store.layout import END_PARTS, HEAD_NAMES, FileTensor, end_tensors, layer_prefix, layer_tensors
 from model_store.quantized import BLOCK_TYPES, CODES_FILE, CodedMatrix, CodedRows, stacked
 from model_store.spec import ModelSpec, Rope, SpecError, quantised_as
+from model_store.tensor_file import TensorFile
 from model_store.weight_form import Storage, WeightForm
 
 # Buffers that old checkpoints carry; computed, not learned.
@@ -46,29 +48,29 @@ class WeightError(BoomerangError, ValueError):
 class LayerWeights:
     """One decoder layer. `qkv` rows are all q heads, then k, then v; gated `up` rows are all of gate, then up.
 
-    A Matrix is a tensor, int8 with scales, or the codes of a file.
+    A Matrix is an array, int8 with scales, or the codes of a file.
     """
 
     qkv_weight: Matrix  # [(H + 2K) D, E]
     o_weight: Matrix  # [E, H D]
     up_weight: Matrix  # [2I, E] gated, else [I, E]
     down_weight: Matrix  # [E, I]
-    attn_norm_weight: torch.Tensor | None = None  # [E]
-    mlp_norm_weight: torch.Tensor | None = None  # [E]
-    attn_norm_bias: torch.Tensor | None = None
-    qkv_bias: torch.Tensor | None = None
-    q_norm_weight: torch.Tensor | None = None  # [D], or [H D] over all heads
-    k_norm_weight: torch.Tensor | None = None  # [D], or [K D]
-    o_bias: torch.Tensor | None = None
-    mlp_norm_bias: torch.Tensor | None = None
-    up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
-    post_attn_norm_weight: torch.Tensor | None = None  # [E], of what attention gives
-    post_mlp_norm_weight: torch.Tensor | None = None  # [E]
+    attn_norm_weight: Array | None = None  # [E]
+    mlp_norm_weight: Array | None = None  # [E]
+    attn_norm_bias: Array | None = None
+    qkv_bias: Array | None = None
+    q_norm_weight: Array | None = None  # [D], or [H D] over all heads
+    k_norm_weight: Array | None = None  # [D], or [K D]
+    o_bias: Array | None = None
+    mlp_norm_bias: Array | None = None
+    up_bias: Array | None = None
+    down_bias: Array | None = None
+    post_attn_norm_weight: Array | None = None  # [E], of what attention gives
+    post_mlp_norm_weight: Array | None = None  # [E]
     window: int | None = None  # how many tokens a token sees; None: all before it
     rope: Rope = "global"
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[Array]:
         return (tensor for name in TENSOR_FIELDS for tensor in tensors_of(getattr(self, name)))
 
 
@@ -83,13 +85,13 @@ class EndWeights:
     """
 
     embed: Matrix  # [V, E]
-    final_norm_weight: torch.Tensor  # [E]
+    final_norm_weight: Array  # [E]
     head: Matrix  # [V, E]
-    positions: torch.Tensor | None = None  # [P, E]
-    final_norm_bias: torch.Tensor | None = None
-    head_bias: torch.Tensor | None = None
+    positions: Array | None = None  # [P, E]
+    final_norm_bias: Array | None = None
+    head_bias: Array | None = None
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[Array]:
         return (tensor for f in fields(self) for tensor in tensors_of(getattr(self, f.name)))
 
 
@@ -114,13 +116,13 @@ class Checkpoint:
         self._files = {file: _open(file) for file in files}
         self._where: dict[str, tuple[Path, str]] = {}
         for file, handle in self._files.items():
-            for key in handle.keys():  # noqa: SIM118
+            for key in handle.names():
                 if (name := _plain(key)) in self._where:
                     raise WeightError(f"{self.path} has the tensor {name!r} twice")
                 self._where[name] = (file, key)
         codes = self.path / CODES_FILE
-        self._codes: Any = _open(codes) if codes.is_file() else None
-        types = self._codes.metadata() if self._codes else {}
+        self._codes = _open(codes) if codes.is_file() else None
+        types = self._codes.metadata if self._codes else {}
         self._code_types = {_plain(key): (kind, key) for key, kind in types.items()}
         self.spec = remembered_spec(self.path, files, store, lambda: self._resolve(raw))
         self._ends = self._check()
@@ -130,21 +132,21 @@ class Checkpoint:
         """Whether it came from a file whose codes are kept."""
         return bool(self._code_types)
 
-    def codes(self, names: Sequence[str], device: torch.device | str = "cpu") -> CodedMatrix | None:
+    def codes(self, names: Sequence[str]) -> CodedMatrix | None:
         """The codes of tensors, one below the other; None unless all have some."""
-        if not all(name in self._code_types for name in names):
+        if self._codes is None or not all(name in self._code_types for name in names):
             return None
         kinds = [self._code_types[name] for name in names]
-        parts = [CodedRows(self._codes.get_tensor(key), BLOCK_TYPES[kind]) for kind, key in kinds]
-        return stacked([CodedMatrix((part,)) for part in parts]).to(device)
+        parts = [CodedRows(self._codes.tensor(key), BLOCK_TYPES[kind]) for kind, key in kinds]
+        return stacked([CodedMatrix((part,)) for part in parts])
 
     def matrix_bytes(self, names: Sequence[str], itemsize: int) -> int:
         """Bytes of such a matrix with its codes kept, or of `itemsize` a weight where it has none."""
-        if all(name in self._code_types for name in names):
+        if self._codes is not None and all(name in self._code_types for name in names):
             keys = [self._code_types[name][1] for name in names]
-            return sum([math.prod(self._codes.get_slice(key).get_shape()) for key in keys])
+            return sum([math.prod(self._codes.shape(key)) for key in keys])
         where = [self._where[name] for name in names]
-        return itemsize * sum([math.prod(self._files[file].get_slice(key).get_shape()) for file, key in where])
+        return itemsize * sum([math.prod(self._files[file].shape(key)) for file, key in where])
 
     def _matrix_names(self, index: int) -> dict[str, list[str]]:
         """Field of a layer's matrix -> the tensors that it is made of."""
@@ -173,24 +175,25 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> np.ndarray:
+        """As the file has it: a read-only view of its memory map."""
         if name not in self._where:
             raise WeightError(f"{self.path} lacks the tensor {name!r}")
         file, key = self._where[name]
-        return self._files[file].get_tensor(key)
+        return self._files[file].tensor(key)
 
-    def layer(self, index: int, form: WeightForm, device: torch.device | str = "cpu") -> LayerWeights:
-        """One layer in the common layout; each merged tensor is built and moved before the next is read."""
-        place, base = _placer(form.dtype, device), f"{layer_prefix(self.spec.family)}{index}."
+    def layer(self, index: int, form: WeightForm) -> LayerWeights:
+        """One layer in the common layout."""
+        base = f"{layer_prefix(self.spec.family)}{index}."
         names: dict[str, list[FileTensor]] = {}
         for tensor in layer_tensors(self.spec):
             names.setdefault(tensor.field, []).append(tensor)
 
         def field(tensors: list[FileTensor]) -> Matrix:
-            if form.storage is Storage.CODES and (codes := self.codes([base + t.name for t in tensors], device)):
+            if form.storage is Storage.CODES and (codes := self.codes([base + t.name for t in tensors])):
                 return codes
             parts = [tensor.read(self.tensor(base + tensor.name), self.spec) for tensor in tensors]
-            return place(parts[0]) if len(parts) == 1 else place(torch.cat(parts), is_fresh=True)
+            return _copied(parts[0], form.dtype) if len(parts) == 1 else _joined(parts, form.dtype)
 
         values: dict[str, Any] = {name: field(tensors) for name, tensors in names.items()}
         layer = LayerWeights(**values, window=self.spec.window(index), rope=self.spec.rope(index))
@@ -198,17 +201,17 @@ class Checkpoint:
             quantise_layer(layer)
         return layer
 
-    def end_tensors(
-        self, form: WeightForm, device: torch.device | str = "cpu", parts: Collection[str] = END_PARTS
-    ) -> dict[str, Any]:
+    def end_tensors(self, form: WeightForm, parts: Collection[str] = END_PARTS) -> dict[str, Any]:
         """The EndWeights fields of some `parts`; a tied head is the very object of the embedding if both are asked.
 
         What is quantised is the head, and an embedding that is tied to it.
         """
-        place = _placer(form.dtype, device)
+
+        def place(tensor: np.ndarray) -> np.ndarray:
+            return _copied(tensor, form.dtype)
 
         def matrix(name: str, is_head: bool) -> Matrix:
-            if form.storage is Storage.CODES and (codes := self.codes([name], device)):
+            if form.storage is Storage.CODES and (codes := self.codes([name])):
                 return codes
             placed = place(self.tensor(name))
             return quantise(placed) if is_head and form.storage is Storage.INT8 else placed
@@ -226,8 +229,8 @@ class Checkpoint:
             tensors["head"] = tensors["embed"] if is_loaded else matrix(self._ends["head"], True)
         return tensors
 
-    def ends(self, form: WeightForm, device: torch.device | str = "cpu") -> EndWeights:
-        return EndWeights(**self.end_tensors(form, device))
+    def ends(self, form: WeightForm) -> EndWeights:
+        return EndWeights(**self.end_tensors(form))
 
     def end_names(self, part: str) -> list[str]:
         """Names of the tensors of an end part ("embed", "norm", "head") in this checkpoint, in a fixed order."""
@@ -285,11 +288,11 @@ class Checkpoint:
             if name not in self:
                 raise WeightError(f"{self.path} lacks the tensor {name!r}{self._hint(unknown)}")
             file, key = self._where[name]
-            part = self._files[file].get_slice(key)
-            if tuple(part.get_shape()) != shape:
-                raise WeightError(f"{self.path}: {name} is {part.get_shape()}, its config says {list(shape)}")
-            if part.get_dtype() not in _FLOATS:
-                raise WeightError(f"{self.path}: {name} is of type {part.get_dtype()}, not of floats: is it quantised?")
+            found, kind = self._files[file].shape(key), self._files[file].type(key)
+            if found != shape:
+                raise WeightError(f"{self.path}: {name} is {list(found)}, its config says {list(shape)}")
+            if kind not in _FLOATS:
+                raise WeightError(f"{self.path}: {name} is of type {kind}, not of floats: is it quantised?")
         if unknown:
             beyond = rf"{re.escape(prefix)}(\d+)\."
             number = max((int(match[1]) for name in unknown if (match := re.match(beyond, name))), default=-1)
@@ -303,14 +306,15 @@ class Checkpoint:
         return f"; it has {unknown[0]!r}, which its family does not know" if unknown else ""
 
 
-def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _is_equal(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two tables hold the same numbers; unlike ones are told apart by their first rows."""
     if one.shape != other.shape:
         return False
-    return all(torch.equal(a.float(), b.float()) for a, b in zip(one.split(1024), other.split(1024), strict=True))
+    parts = (slice(start, start + 1024) for start in range(0, len(one), 1024))
+    return all(np.array_equal(one[p].astype(np.float32), other[p].astype(np.float32)) for p in parts)
 
 
-def split_layer(layer: LayerWeights, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+def split_layer(layer: LayerWeights, spec: ModelSpec) -> Iterator[tuple[str, np.ndarray]]:
     """A layer of plain tensors by the names, and in the layout, that its family's files have."""
     starts: dict[str, int] = {}
     for tensor in layer_tensors(spec):
@@ -328,10 +332,10 @@ def quantise_layer(layer: LayerWeights) -> None:
             setattr(layer, name, quantise(matrix))
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> TensorFile:
     try:
         refuse_pointer(file)
-        return safe_open(file, "pt")
+        return TensorFile(file)
     except (SafetensorError, OSError) as error:
         raise WeightError(f"{file} is not a readable safetensors file: {error}") from error
 
@@ -367,12 +371,11 @@ def _plain(name: str) -> str:
     return name
 
 
-Place = Callable[..., torch.Tensor]
+def _copied(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy even when nothing changes: a view of the map would keep the file mapped, and page in under load."""
+    return np.ascontiguousarray(tensor).astype(dtype)
 
 
-def _placer(dtype: torch.dtype, device: torch.device | str) -> Place:
-    def place(tensor: torch.Tensor, is_fresh: bool = False) -> torch.Tensor:
-        # A copy even when nothing changes: a view of the map would keep the whole file mapped, and page in under load.
-        return tensor.to(device=device, dtype=dtype, copy=not is_fresh).contiguous()
-
-    return place
+def _joined(parts: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """One below the other."""
+    return np.concatenate([part.astype(dtype, copy=False) for part in parts])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
+import importlib.util
 import logging
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model_store.arrays import dtype_of, need_torch
 from server.api.generate.catalog import Catalog, size_infos
 from server.api.generate.sampling_defaults import read_sampling_defaults
 from server.api.generate.tokenizer import ServingTokenizer
@@ -23,7 +27,7 @@ from server.sizing.spec import SizeError, SizeSpec
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from model_store.loaded import LoadedPair
     from model_store.pair import Pair
@@ -41,20 +45,28 @@ _NESTED_BITS = {"q8": 8, "q6": 6, "q5": 5, "q4": 4}  # --quantization
 _LOAD_SHARE = 0.8  # of free memory, that two forms of the weights may take while they are loaded
 
 
-def pick_device(settings: Settings) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    import torch
-
+def pick_device(settings: Settings) -> str:
+    """`auto` is CUDA where there is one. MissingExtraError if a device is asked for that only torch knows."""
+    if settings.device == "cpu":
+        return "cpu"
     if settings.device != "auto":
-        return torch.device(settings.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return str(need_torch(f"--device {settings.device}").device(settings.device))
+    if not _has_cuda_driver() or importlib.util.find_spec("torch") is None:  # told without importing torch
+        return "cpu"
+    return "cuda" if need_torch("--device auto").cuda.is_available() else "cpu"
 
 
-def pick_dtype(settings: Settings) -> torch.dtype:
+def _has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def pick_dtype(settings: Settings) -> np.dtype:
     """`auto` is bfloat16: half the bytes to stream, and the executors convert where the processor cannot."""
-    import torch
-
-    return getattr(torch, "bfloat16" if settings.dtype == "auto" else settings.dtype)
+    return dtype_of("bfloat16" if settings.dtype == "auto" else settings.dtype)
 
 
 def open_settings_pair(settings: Settings) -> Pair:
@@ -77,6 +89,7 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
     the store has them and both fit.
     """
     from model_store.nested import WIDTHS
+    from model_store.nested_store import has_nested
     from model_store.store import store_root
     from model_store.weight_form import Storage
     from model_store.width import EXACT
@@ -85,7 +98,7 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
     if not is_asked and form.storage is not Storage.AS_LOADED:  # as small as what the dial would read
         return form
     refusal = None
-    if settings.executor == "cuda" or pick_device(settings).type != "cpu":
+    if settings.executor == "cuda" or pick_device(settings) != "cpu":
         refusal = "the dial needs a CPU"
     elif form.storage in (Storage.INT8, Storage.NESTED):
         refusal = f"it does not go with --quantization {settings.quantization}"
@@ -94,8 +107,6 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
         raise ValueError(f"{name}: {refusal}")
     if refusal:
         return form
-    from server.nesting import has_nested
-
     if not is_asked and not has_nested(pair, store_root(settings.store)):
         return form
     widths = tuple(sorted(WIDTHS))
@@ -119,7 +130,7 @@ def _base_form(settings: Settings, pair: Pair) -> WeightForm:
     from model_store.weight_form import Storage, WeightForm
 
     if settings.quantization is None:
-        keeps_codes = pair.has_codes and settings.executor != "cuda" and pick_device(settings).type == "cpu"
+        keeps_codes = pair.has_codes and settings.executor != "cuda" and pick_device(settings) == "cpu"
         storage = Storage.CODES if keeps_codes else Storage.AS_LOADED
     else:
         bits = _NESTED_BITS.get(settings.quantization)
@@ -145,15 +156,17 @@ def nested_codes(pair: Pair, store: Path | str | None) -> Path:
     """The file of a pair's nested codes. They are made first if the store has none: a minute for 135M parameters."""
     from model_store import nested_store
     from model_store.store import store_root
-    from server.nesting import make_nested, nested_file
 
-    file = nested_file(pair, store_root(store))
+    file = nested_store.nested_file(pair, store_root(store))
     if not nested_store.is_current(file):
+        need_torch("making nested codes")
+        from server.nesting import make_nested
+
         make_nested(pair, file)
     return file
 
 
-def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: torch.device) -> LoadedPair:
+def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: str) -> LoadedPair:
     """The pair's tensors in this form. Nested codes are made first if the store has none yet: a minute for 135M
     parameters. Raises PairError or WeightError."""
     from model_store.weight_form import Storage
@@ -161,12 +174,8 @@ def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: torch
     if form.storage is not Storage.NESTED and len(form.widths) == 1:
         return pair.load(form, device, settings.memory_budget)
     from model_store import nested_store
-    from model_store.store import store_root
-    from server.nesting import make_nested, nested_file
 
-    file = nested_file(pair, store_root(settings.store))
-    if not nested_store.is_current(file):
-        make_nested(pair, file)
+    file = nested_codes(pair, settings.store)
     loaded = pair.load(form, device, settings.memory_budget)
     nested_store.put(loaded, file, form)
     return loaded
@@ -191,12 +200,12 @@ def speculative_size(settings: Settings, pair: Pair) -> int | None:
     return size
 
 
-def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: torch.device) -> EngineConfig:
+def engine_config(settings: Settings, pair: Pair, dtype: np.dtype, device: str) -> EngineConfig:
     """Fill in what the settings leave to the machine. Called after the weights are loaded: free memory is measured."""
     from server.core.config import EngineConfig
     from server.kernels.cuda.memory import workspace_bytes
 
-    is_cuda = device.type == "cuda"
+    is_cuda = device != "cpu"
     max_model_len = settings.max_model_len or min(_DEFAULT_CONTEXT, pair.spec.max_context)
     if max_model_len > pair.spec.max_context:
         raise ValueError(f"--max-model-len {max_model_len} is above the {pair.spec.max_context} that the model can do")
@@ -261,15 +270,14 @@ def engine_config(settings: Settings, pair: Pair, dtype: torch.dtype, device: to
         speculative_size=speculative_size(settings, pair),
         num_speculative_tokens=settings.num_speculative_tokens,
         seed=settings.seed,
+        num_threads=settings.num_threads,
     )
 
 
-def _free_bytes(settings: Settings, device: torch.device) -> int:
+def _free_bytes(settings: Settings, device: str) -> int:
     """Bytes that the KV cache may take by default."""
-    import torch
-
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if device != "cpu":
+        free, total = need_torch(device).cuda.mem_get_info(device)
         return max(int(free - (1 - settings.gpu_memory_utilization) * total), 0)
     return min(int(available_memory(settings.max_replicas) * _KV_SHARE), _KV_CAP_CPU)
 
@@ -282,16 +290,12 @@ def load_model(
     `metrics` hears of the engine's steps and requests.
     """
     clock = clock or StartupClock()
-    import torch
-
     from model_store.nested import bytes_read
     from server.core.width import EXACT
     from server.engine.engine import Engine
     from server.engine.runner import StepRunner
 
-    clock.mark("torch")
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    clock.mark("engine's modules")
     pair = open_settings_pair(settings)
     form, device = weight_form(settings, pair), pick_device(settings)
     loaded = load_weights(settings, pair, form, device)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import model_store
 from model_store import nested_store
+from model_store.arrays import FLOAT32
 from model_store.loaded import LoadedPair
 from model_store.nested_store import Grams, places
 from model_store.pair import Pair
@@ -32,20 +33,9 @@ _WINDOW, _WINDOWS = 512, 8
 _MOST_FITTED_PARAMETERS = 1_500_000_000
 
 
-def nested_file(pair: Pair, store: Path) -> Path:
-    """Where the store keeps the pair's nested codes."""
-    return store / "nested" / f"{pair.name.replace('/', '--')}-{pair.digest[:16]}.safetensors"
-
-
-def has_nested(pair: Pair, store: Path) -> bool:
-    """Whether the store keeps current codes of the pair. Its files are hashed only if some lie there under its name."""
-    folder, name = store / "nested", pair.name.replace("/", "--")
-    return any(folder.glob(f"{name}-*.safetensors")) and nested_store.is_current(nested_file(pair, store))
-
-
 def make_nested(pair: Pair, file: Path) -> None:
     """Write the pair's nested codes, scales fitted where the pair is small enough; a minute for 135M parameters."""
-    loaded = pair.load(WeightForm(torch.float32))
+    loaded = pair.load(WeightForm(FLOAT32)).in_torch()
     grams: Grams | None = None
     if pair.parameters(pair.elasticity.sizes[-1]) <= _MOST_FITTED_PARAMETERS:
         ids = Tokenizer.from_file(str(pair.tokenizer_path / "tokenizer.json")).encode(TEXT.read_text()).ids

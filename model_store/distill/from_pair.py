@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from model_store.arrays import dtype_of, to_torch
 from model_store.distill.elastic import ElasticModel, Ends, body_of, window_of
 from model_store.pair import Pair
 from model_store.weight_form import WeightForm
@@ -37,10 +38,10 @@ def load_elastic(pair: Pair, dtype: torch.dtype, device: torch.device | str = "c
         for station in stations:
             if pair.low_rank_student.has_own_layer(station.index):
                 layer = copy.deepcopy(body.layers[station.start])
-                weights = pair.read_layer(pair.spec.num_layers + station.index, WeightForm(dtype))
+                weights = pair.read_layer(pair.spec.num_layers + station.index, WeightForm(dtype_of(dtype)))
                 with torch.no_grad():
                     for name, value in split_layer(weights, pair.spec):
-                        layer.get_parameter(name).copy_(value)
+                        layer.get_parameter(name).copy_(to_torch(value))
                 student[station.index] = layer
     elif pair.student_path is not None:
         other_body = body_of(load_transformers(pair.student_path, dtype, pair.store).to(device))

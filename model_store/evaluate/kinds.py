@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
+from model_store.arrays import FLOAT32, to_torch
 from model_store.distill.elastic import ElasticModel
 from model_store.evaluate.measure import score, summary, windows
 from model_store.nested import HEAD_BITS, NestedMatrix
 from model_store.nested_store import places
+from model_store.tensor_file import TensorFile
 from model_store.weight_form import WeightForm
 from model_store.weights import split_layer
 
@@ -73,14 +74,14 @@ def _row(row: Any, teacher: Any) -> dict[str, float]:
 @torch.no_grad()
 def read_at(model: ElasticModel, pair: Pair, file: Path, width: int) -> None:
     """Overwrite the matrices of `model` by the pair's nested codes in `file`, read at `width` bits, heads as served."""
-    loaded = pair.load(WeightForm(torch.float32))
-    with safe_open(file, "pt") as handle:
-        shared = json.loads(handle.metadata()["boomerang"])["shared"]
-        for name, owner, field in list(places(loaded)):
-            first = shared.get(name, name)
-            codes, zero, scales = (handle.get_tensor(f"{first}.{part}") for part in ("codes", "zero", "scales"))
-            bits = HEAD_BITS[width] if field == "head" else width
-            setattr(owner, field, NestedMatrix(codes, zero, scales, bits).dense(torch.float32))
+    loaded = pair.load(WeightForm(FLOAT32))
+    tensors = TensorFile(file)
+    shared = json.loads(tensors.metadata["boomerang"])["shared"]
+    for name, owner, field in list(places(loaded)):
+        first = shared.get(name, name)
+        codes, zero, scales = (tensors.tensor(f"{first}.{part}") for part in ("codes", "zero", "scales"))
+        bits = HEAD_BITS[width] if field == "head" else width
+        setattr(owner, field, NestedMatrix(codes, zero, scales, bits).dense(FLOAT32))
     num_teacher = pair.spec.num_layers
     for index, weights in loaded.layers.items():
         if index < num_teacher:
@@ -90,7 +91,7 @@ def read_at(model: ElasticModel, pair: Pair, file: Path, width: int) -> None:
         else:  # the teacher's own
             continue
         for name, value in split_layer(weights, pair.spec):
-            layer.get_parameter(name).copy_(value)
+            layer.get_parameter(name).copy_(to_torch(value))
     for side, end in loaded.ends.items():
         head = model.side(side == "teacher").head
-        head.weight.copy_(end.head)
+        head.weight.copy_(to_torch(end.head))

@@ -24,3 +24,4 @@ class EngineConfig:
     speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation
     num_speculative_tokens: int = 3  # guesses ahead, at most
     seed: int = 0
+    num_threads: int | None = None  # of the native executor; None: as many as there are cores

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
+
+from model_store.arrays import Array
 from server.core.width import EXACT
 
-if TYPE_CHECKING:  # of torch an executor's callers need no more than tensors it made
-    import numpy as np
-    import torch
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
     from model_store.weight_form import WeightForm
     from server.core.batch import ForwardBatch
+    from server.core.request import LiveRequest, TokenLogprobs
+    from server.core.seen_tokens import SeenTokens
 
 
 class Draw(NamedTuple):
@@ -33,6 +37,35 @@ class Draw(NamedTuple):
 GREEDY = Draw(temperature=0.0, top_p=1.0, min_p=0.0, top_k=0, uniform=0.0)
 
 
+class LogitOps(Protocol):
+    """What the engine does with logits float32 [S, V], for an executor that leaves them on a device."""
+
+    def take(self, logits: Array, rows: list[int]) -> Array:
+        """A copy of some rows."""
+
+    def mask(self, row: Array, allowed: np.ndarray) -> None:
+        """-inf in place of what is not allowed, bool [V], in one row [V]."""
+
+    def add(self, row: Array, tokens: list[int], values: list[float]) -> None:
+        """Add a value to each of these tokens of one row [V], in place."""
+
+    def penalise(self, logits: Array, rows: Sequence[tuple[int, LiveRequest, SeenTokens]]) -> None:
+        """CTRL's repetition penalty over prompt and answer, OpenAI's presence and frequency penalties over the answer.
+
+        In place, in some rows: number of the row, request, what it has seen.
+        """
+
+    def token_logprobs(self, logits: Array, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+        """Logprob and rank of tokens[i] and the num_top[i] likeliest (-1: all) by row i. A token may be -1, where no
+        logit is finite. Rows with equal `num_top` should stand together."""
+
+    def probabilities(self, logits: Array, draws: Sequence[Draw]) -> Array:
+        """[S, V] by temperature and min_p alone, each row's sum 1."""
+
+    def log(self, weights: Array) -> Array:
+        """The natural logarithm, -inf of 0."""
+
+
 class PendingTokens(Protocol):
     """Tokens of a launched step, on their way to the host."""
 
@@ -41,7 +74,7 @@ class PendingTokens(Protocol):
 
 
 # Tokens of an earlier launch, and which of its rows each request of the next batch goes on from: int32 [R].
-Follows = tuple[PendingTokens, "np.ndarray"]
+Follows = tuple[PendingTokens, np.ndarray]
 
 
 class Executor:
@@ -73,21 +106,24 @@ class Executor:
         """Allocate (or replace) the KV pool. ValueError, with what to lower, if there is no memory for it."""
         raise NotImplementedError
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch's program, writing KV. Returns the final-normed hidden rows at `logits_rows`, [S, E].
+    def forward(self, batch: ForwardBatch) -> Array:
+        """Run the batch's program, writing KV. Returns the final-normed hidden rows at `logits_rows`, [S, E], in an
+        array of the executor's own kind, numpy's or torch's, for others to take rows of and to sum.
 
         The result is valid until the next `forward`. Afterwards pages hold the KV of every token of the batch. An
         executor with memory for states (below) has also restored and saved what the batch says.
         """
         raise NotImplementedError
 
-    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
+    def logits(self, hidden: Array, num_teacher: int, widths: np.ndarray | None = None) -> Array:
         """Apply the head, the teacher's to rows [0, num_teacher), else the student's. [n, E] -> float32 [n, V].
 
         `widths` uint8 [n]: those of the rows; None: all at the widest. Called after `forward`, with (some of) its
-        rows; the caller may write to the result.
+        rows; the caller may write to the result: a numpy array, or what the executor's `logit_ops` take.
         """
         raise NotImplementedError
+
+    logit_ops: LogitOps | None = None  # None: `logits` are numpy arrays
 
     # --- weights as they lie in memory: asked once after loading
 
@@ -115,18 +151,18 @@ class Executor:
 
     # --- tokens
 
-    def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
+    def greedy(self, hidden: Array, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
         """The likeliest token per row of `logits(hidden, num_teacher, widths)`; -1 where the largest is not finite.
 
         Called instead of `logits` where no request of the step wants more. Override it where the logits need not be
         written to memory for that.
         """
-        values, tokens = self.logits(hidden, num_teacher, widths).max(dim=-1)
-        return tokens.masked_fill(~values.isfinite(), -1).tolist()
+        logits = self.logits(hidden, num_teacher, widths)
+        return np.where(np.isfinite(logits.max(axis=-1)), logits.argmax(axis=-1), -1).tolist()
 
-    can_draw = False  # whether there is a `draw`; if not, the sampler draws with torch operations
+    can_draw = False  # whether there is a `draw`; if not, the sampler draws, in numpy
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
+    def draw(self, logits: Array, draws: list[Draw]) -> list[int]:
         """One token per row of logits [n, V], masks and penalties applied; -1 where no logit is a finite number."""
         raise NotImplementedError
 
@@ -163,7 +199,7 @@ class Executor:
         """Better variants of this executor and why they do not run here, for the start-up log."""
         return []
 
-    def kv_tensors(self) -> tuple[torch.Tensor, ...]:
+    def kv_tensors(self) -> tuple[Array, ...]:
         """What holds KV, the page being the first dimension. Pages that may hold NaN are zeroed in it after a fault.
 
         Not supported: none, and padded positions must then not spread NaN.

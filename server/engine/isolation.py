@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from server.core.batch import Scheduled
 from server.core.request import LiveRequest
@@ -44,7 +44,9 @@ class NoTokenLeft(ValueError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether less work at once might succeed. torch has a class for CUDA only; on CPU the text has to do."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    torch = sys.modules.get("torch")  # who has not imported it cannot have met its errors
+    is_torchs = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or is_torchs or "can't allocate memory" in str(error)
 
 
 def bisect(
@@ -58,7 +60,8 @@ def bisect(
     `run` either advances a part and returns what came of it, or raises and leaves everything as it was. `condemn` gets
     each request that fails alone. A lone request has a second try: the first failure may have been a passing one.
     """
-    if torch.cuda.is_available() and is_out_of_memory(error):
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and is_out_of_memory(error):
         torch.cuda.empty_cache()
     middle = (len(scheduled) + 1) // 2
     results = []

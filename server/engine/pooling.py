@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
+from model_store.arrays import Array, float32, to_numpy
 from server.core.batch import ForwardBatch
 from server.core.request import LiveRequest, RequestOutput
 
@@ -12,10 +13,9 @@ class PooledStates:
     """Sums over the chunks of prompts that are still being computed, by request id and first position."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[int, torch.Tensor]] = {}
+        self._sums: dict[str, dict[int, np.ndarray]] = {}
 
-    @torch.inference_mode()
-    def gather(self, batch: ForwardBatch, hidden: torch.Tensor) -> list[LiveRequest]:
+    def gather(self, batch: ForwardBatch, hidden: Array) -> list[LiveRequest]:
         """Add what this step computed of prompts. `hidden` [S, E]. Returns the requests whose states are no numbers."""
         faulty: list[LiveRequest] = []
         for row, request in enumerate(batch.requests):
@@ -25,9 +25,9 @@ class PooledStates:
             begin = request.num_computed_tokens
             # A step that failed is run again, and a preempted request computes its prompt again.
             sums = {at: one for at, one in self._sums.get(request.request_id, {}).items() if at < begin}
-            sums[begin] = hidden[first:last].sum(dim=0, dtype=torch.float32).cpu()
+            sums[begin] = to_numpy(float32(hidden[first:last]).sum(0))
             self._sums[request.request_id] = sums
-            if not bool(torch.isfinite(sums[begin]).all()):
+            if not np.isfinite(sums[begin]).all():
                 faulty.append(request)
         return faulty
 
@@ -39,8 +39,7 @@ class PooledStates:
         for output in outputs:
             if output.is_finished and output.request_id in self._sums:
                 sums = self._sums.pop(output.request_id)
-                total = torch.stack(list(sums.values())).sum(dim=0)
-                output.pooled = (total / lengths[output.request_id]).numpy()
+                output.pooled = np.sum(list(sums.values()), axis=0) / np.float32(lengths[output.request_id])
 
     def forget(self, request_id: str) -> None:
         self._sums.pop(request_id, None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
+from model_store.arrays import Array
 from server.core.batch import ForwardBatch
-from server.core.executor import Executor
+from server.core.executor import Executor, LogitOps
 from server.core.request import LiveRequest, RequestOutput, TokenLogprobs
-from server.engine.logprobs import MAX_ROWS, token_logprobs
+
+# Rows of a prompt that go through the head at once: bounds the [rows, V] scratch.
+_MAX_ROWS = 128
 
 
 class PromptScores:
@@ -19,8 +21,9 @@ class PromptScores:
     def __init__(self) -> None:
         self._scores: dict[str, list[TokenLogprobs | None]] = {}
 
-    @torch.inference_mode()
-    def score(self, executor: Executor, batch: ForwardBatch, hidden: torch.Tensor, head_rows: int) -> list[LiveRequest]:
+    def score(
+        self, executor: Executor, ops: LogitOps, batch: ForwardBatch, hidden: Array, head_rows: int
+    ) -> list[LiveRequest]:
         """Score what this step computed of prompts. `hidden` [S, E]; its first `head_rows` take the teacher's head.
 
         Returns the requests whose logits hold no number.
@@ -35,12 +38,12 @@ class PromptScores:
             scores = self._scores.setdefault(request.request_id, [None])
             del scores[begin + 1 :]  # a preempted request computes its prompt again
             known = len(scores)
-            for start in range(0, count, MAX_ROWS):
-                rows = hidden[first + start : first + min(start + MAX_ROWS, count)]
+            for start in range(0, count, _MAX_ROWS):
+                rows = hidden[first + start : first + min(start + _MAX_ROWS, count)]
                 widths = np.full(len(rows), request.width, np.uint8)
                 logits = executor.logits(rows, len(rows) if first < head_rows else 0, widths)
                 tokens = request.token_ids(begin + start + 1, begin + start + 1 + len(rows))
-                scores += token_logprobs(logits, tokens, [wanted] * len(rows))
+                scores += ops.token_logprobs(logits, tokens, [wanted] * len(rows))
             if any(score is not None and math.isnan(score.logprob) for score in scores[known:]):
                 faulty.append(request)
         return faulty

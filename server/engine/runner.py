@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
+from model_store.arrays import Array
 from model_store.pair import LoadedPair
 from server.core.batch import BatchBuilder, ForwardBatch
 from server.core.config import EngineConfig
@@ -35,7 +35,7 @@ Faults = dict[str, Exception]  # request id -> what went wrong with its own numb
 class HeadRows(NamedTuple):
     """Rows that the head is applied to, as `Executor.logits` takes them."""
 
-    hidden: torch.Tensor
+    hidden: Array
     num_teacher: int
     widths: np.ndarray | None
 
@@ -63,7 +63,8 @@ class StepRunner:
             num_state_pages=allocate_states(self.executor, config.state_bytes),
             widest=self.executor.widths[-1],
         )
-        self.sampler = Sampler(config.seed, self.executor.draw if self.executor.can_draw else None)
+        draw = self.executor.draw if self.executor.can_draw else None
+        self.sampler = Sampler(config.seed, draw, self.executor.logit_ops)
         self.prompt_scores = PromptScores()
         self.pooled_states = PooledStates()
         tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
@@ -94,13 +95,13 @@ class StepRunner:
         widths = batch.widths_of(batch.logits_start) if len(self.executor.widths) > 1 else None
         head_rows = int(batch.logits_start[batch.head_cut])
         if len(rows) < len(batch.logits_rows):
-            for request in self.prompt_scores.score(self.executor, batch, hidden, head_rows):
+            for request in self.prompt_scores.score(self.executor, self.sampler.ops, batch, hidden, head_rows):
                 faults[request.request_id] = ArithmeticError("the prompt's logits hold no number")
             for request in self.pooled_states.gather(batch, hidden):
                 faults[request.request_id] = ArithmeticError("the prompt's states hold no number")
             if not len(rows):
                 return None
-            hidden = hidden[torch.from_numpy(rows)]
+            hidden = hidden[rows]
             head_rows = int((rows < head_rows).sum())
             widths = None if widths is None else widths[rows]
         return HeadRows(hidden, head_rows, widths)
@@ -124,7 +125,6 @@ class StepRunner:
         tokens = [SampledToken(max(token, 0)) for token in ids]
         return tokens if speculator is None else speculator.settle(tokens, requests)
 
-    @torch.inference_mode()
     def _draw(
         self, wanted: HeadRows, requests: list[LiveRequest], speculator: Speculator | None, faults: Faults
     ) -> list[SampledToken]:
@@ -144,7 +144,7 @@ class StepRunner:
         drawn = [token for own in chosen for token in own]  # negative where an executor found no number to draw from
         values = logits[rows, [max(token, 0) for token in drawn]].tolist()
         for row, token, value in zip(rows, drawn, values, strict=True):
-            if value == -math.inf and (token >= 0 or bool(torch.isneginf(logits[row]).all())):
+            if value == -math.inf and (token >= 0 or bool((logits[row] == -math.inf).all())):
                 faults[owners[row].request_id] = NoTokenLeft("The constraints together leave no token to choose.")
             elif token < 0 or not math.isfinite(value):
                 faults[owners[row].request_id] = ArithmeticError(_NO_NUMBER)
@@ -152,9 +152,8 @@ class StepRunner:
 
     def wipe(self, pages: np.ndarray) -> None:
         """Zero KV pages that may hold NaN: padded positions are read and masked, and NaN survives a mask."""
-        index = torch.from_numpy(pages.astype(np.int64))
         for tensor in self.executor.kv_tensors():
-            tensor[index.to(tensor.device)] = 0
+            tensor[pages.astype(np.int64)] = 0
 
 
 def _owners(requests: list[LiveRequest]) -> list[LiveRequest]:

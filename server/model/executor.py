@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from model_store.arrays import need_torch
 from server.core.executor import Executor
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ Candidate = tuple[str, Callable[["LoadedPair", "EngineConfig"], Executor | str]]
 
 
 def _cuda(pair: LoadedPair, config: EngineConfig) -> Executor | str:
-    if pair.ends["teacher"].head.device.type != "cuda" and config.executor != "cuda":
+    if pair.device != "cuda" and config.executor != "cuda":
         return "runs on cuda only"  # said without importing Triton, which takes a second
     try:
         from server.kernels.cuda.executor import create
@@ -52,7 +53,13 @@ def _native(pair: LoadedPair, config: EngineConfig) -> Executor | str:
 
 
 def _torch(pair: LoadedPair, config: EngineConfig) -> Executor | str:
+    need_torch("the torch executor")
+    import torch
+
     from server.model.torch_executor import TorchExecutor
+
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
 
     return TorchExecutor(pair, page_size=config.page_size, kv_cache_dtype=config.kv_cache_dtype)
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from model_store.quantized import ACTIVATION_BLOCK as BLOCK
-from model_store.quantized import round_activations
 from model_store.spec import int8_kv_bytes
 from server.model.attention import Lane, TorchAttention, zeros
+from server.model.linear import round_activations
 
 
 class Int8Attention(TorchAttention):

@@ -9,14 +9,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.arrays import FLOAT32, to_torch
 from model_store.dual import DualMatrix, at_width, exact_of, nested_of
 from model_store.int8 import Int8Matrix, Matrix
 from model_store.nested import NestedMatrix
-from model_store.quantized import CodedMatrix, round_activations
+from model_store.quantized import ACTIVATION_BLOCK, CodedMatrix
 
 # Up to so many rows torch's own int8 operation on CPU (bfloat16) is faster than converting the weights; measured. It
 # reads whole vectors of a row, and crashes where its width is not a multiple of them.
 _FEW_ROWS, _VECTOR = 8, 32
+
+
+def round_activations(x: torch.Tensor) -> torch.Tensor:
+    """[T, K] -> float32: each block of 32 inputs of a row in 255 steps of its largest magnitude / 127, as the integer
+    kernels take them. Blocks of zeros stay zeros."""
+    padded = F.pad(x.float(), (0, -x.shape[-1] % ACTIVATION_BLOCK))
+    blocks = padded.unflatten(-1, (-1, ACTIVATION_BLOCK))
+    most = blocks.abs().amax(dim=-1, keepdim=True)
+    steps = (blocks * torch.where(most > 0, 127.0 / most, 0.0)).round()
+    return (steps * (most / 127.0)).flatten(-2)[..., : x.shape[-1]]
 
 
 def linear(
@@ -39,7 +50,7 @@ def linear(
     elif isinstance(weight, DualMatrix):
         weight = weight.exact
     if isinstance(weight, CodedMatrix | NestedMatrix):
-        out = F.linear(round_activations(x), weight.dense(torch.float32))
+        out = F.linear(round_activations(x), _float32(weight))
         return (out if bias is None else out + bias).to(x.dtype)
     if not isinstance(weight, Int8Matrix):
         return F.linear(x, weight, bias)
@@ -56,8 +67,17 @@ def linear(
 def embed(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Rows `ids` of [V, E] -> [T, E], at the widest: one row of a matrix costs nothing."""
     weight = exact_of(weight)
-    if isinstance(weight, CodedMatrix | NestedMatrix):
+    if isinstance(weight, CodedMatrix):
+        return to_torch(weight.rows(ids.numpy())).to(dtype)
+    if isinstance(weight, NestedMatrix):
         return weight.rows(ids).to(dtype)
     if not isinstance(weight, Int8Matrix):
         return F.embedding(ids, weight)
     return (weight.values[ids] * weight.scale[ids, None]).to(dtype)
+
+
+def _float32(weight: CodedMatrix | NestedMatrix) -> torch.Tensor:
+    """Codes of a file are on the host."""
+    if isinstance(weight, CodedMatrix):
+        return to_torch(weight.dense(FLOAT32))
+    return weight.dense(torch.float32)

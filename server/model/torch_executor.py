@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model_store.arrays import to_numpy, to_torch
 from model_store.dual import head_width
 from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
@@ -31,6 +32,7 @@ class TorchExecutor(Executor):
     name = "torch"
 
     def __init__(self, pair: LoadedPair, *, page_size: int, kv_cache_dtype: str = "auto") -> None:
+        pair = pair.in_torch()
         self.spec = pair.spec
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
@@ -95,15 +97,23 @@ class TorchExecutor(Executor):
         return self._by_side(wanted, split, self._final_norm)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> np.ndarray:
+        return to_numpy(self._logits(hidden, num_teacher, widths))
+
+    @torch.inference_mode()
+    def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
+        values, tokens = self._logits(hidden, num_teacher, widths).max(dim=-1)
+        return tokens.masked_fill(~values.isfinite(), -1).tolist()
+
+    # --- parts
+
+    def _logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None) -> torch.Tensor:
         read = None if widths is None else np.array([head_width(int(width)) for width in widths], np.uint8)
 
         def head(rows: torch.Tensor, end: EndWeights) -> torch.Tensor:
             return linear(hidden[rows], end.head, end.head_bias, None if read is None else read[rows.numpy()])
 
         return self._by_side(torch.arange(len(hidden)), num_teacher, head).float() * self.spec.logit_scale
-
-    # --- parts
 
     def _index(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(rows.astype(np.int64)).to(self.device)
@@ -141,7 +151,7 @@ class TorchExecutor(Executor):
         lane = self.attention.prepare(batch, start, stop)
         positions = torch.from_numpy(batch.positions[lane.tokens]).to(self.device, torch.float32)
         for rope, (inv_freq, factor) in self._frequencies.items():
-            angles = torch.outer(positions, inv_freq.to(self.device))
+            angles = torch.outer(positions, to_torch(inv_freq, self.device))
             angles = torch.cat((angles, angles), dim=-1)[:, None]  # halves convention
             cos, sin = ((turn * factor).to(self.dtype) for turn in (angles.cos(), angles.sin()))
             lane.rotary[rope] = cos, sin

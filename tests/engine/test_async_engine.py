@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 
 
 def make_engine(folders, metrics=None, **changes) -> Engine:
-    settings, cpu = Settings(dtype="float32", device="cpu"), torch.device("cpu")
+    settings, cpu = Settings(dtype="float32", device="cpu"), "cpu"
     pair = open_pair(*folders)
     config = engine_config(settings, pair, torch.float32, cpu)
     return Engine(

@@ -8,14 +8,28 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model_store.arrays import Array
 from server.core.request import LiveRequest, Request, SamplingParams, TokenLogprobs
-from server.engine import logprobs
-from server.engine.logprobs import token_logprobs
-from server.engine.penalties import SeenTokens, penalise
+from server.core.seen_tokens import SeenTokens
+from server.engine import host_logits
+from server.engine.host_logits import HostLogits
 from server.engine.prompt_scores import PromptScores
 from server.engine.sampler import Sampler
+from server.kernels.cuda.logits import DeviceLogits
 
 VOCAB = 331
+KINDS = [HostLogits, DeviceLogits]
+
+
+def given(kind: type, logits: torch.Tensor) -> Array:
+    """A copy of the logits as they come to operations of this kind."""
+    return logits.clone().numpy() if kind is HostLogits else logits.clone()
+
+
+def make_sampler(kind: type, **more) -> Sampler:
+    """Draws in numpy, whatever works on the logits."""
+    more.setdefault("draw", lambda logits, draws: host_logits.draw(np.asarray(logits), draws))
+    return Sampler(ops=kind(), **more)
 
 
 class Operations(TorchDispatchMode):
@@ -67,10 +81,24 @@ def processed(row: torch.Tensor, request: LiveRequest) -> torch.Tensor:
 
 def scores(logits: torch.Tensor, token: int, num_top: int) -> TokenLogprobs:
     """Of one row of raw logits [V]."""
-    row = torch.log_softmax(logits, dim=-1)
-    values, ids = row.topk(VOCAB if num_top < 0 else num_top)
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token, row[token].item(), int((row > row[token]).sum()) + 1, top)
+    row = torch.log_softmax(logits.double(), dim=-1)
+    values, ids = row.sort(descending=True, stable=True)
+    top = list(zip(ids.tolist(), values.tolist(), strict=True))[: VOCAB if num_top < 0 else num_top]
+    return TokenLogprobs(token, row[token].item(), int((row > row[token]).sum()) + 1, tuple(top))
+
+
+def assert_same(found: TokenLogprobs | None, logits: torch.Tensor, token: int, num_top: int | None) -> None:
+    """Which of equal entries come first is left open."""
+    if num_top is None:
+        assert found is None
+        return
+    expected = scores(logits, token, num_top)
+    assert found is not None and (found.token_id, found.rank) == (token, expected.rank)
+    measured, right = ([one.logprob, *(value for _, value in one.top)] for one in (found, expected))
+    assert measured == pytest.approx(right, rel=1e-6, abs=2e-6)
+    measured, right = ([float(logits[i]) for i, _ in one.top] for one in (found, expected))
+    assert measured == pytest.approx(right, rel=1e-6, abs=2e-6)
+    assert len({i for i, _ in found.top}) == len(expected.top)
 
 
 def make_logits(num_rows: int, rng: random.Random) -> torch.Tensor:
@@ -105,22 +133,22 @@ def make_request(name: str, rng: random.Random, **always) -> LiveRequest:
 
 @pytest.mark.parametrize("num_rows", [1, 7, 33])
 @pytest.mark.parametrize("seed", range(4))
-def test_steps_of_a_mixed_batch(num_rows, seed):
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_a_mixed_batch(kind, num_rows, seed):
     """Several steps: requests come and go, change rows and grow, also by more than one token at once."""
     rng = random.Random(1000 * seed + num_rows)
     requests = [make_request(f"r{i}", rng) for i in range(num_rows)]
-    sampler = Sampler(seed=seed)
+    sampler = make_sampler(kind, seed=seed)
     for step in range(5):
         raw = make_logits(num_rows, rng)
         expected = torch.stack([processed(row, request) for row, request in zip(raw, requests, strict=True)])
-        logits = raw.clone()
+        logits = given(kind, raw)
         tokens = sampler.sample(logits, requests)
-        assert torch.equal(logits, expected)
+        assert torch.equal(torch.as_tensor(logits), expected)
         for row, (token, request) in enumerate(zip(tokens, requests, strict=True)):
             if request.sampling.is_greedy:
                 assert token.token_id == int(expected[row].argmax())
-            wanted = request.sampling.logprobs
-            assert token.logprobs == (None if wanted is None else scores(raw[row], token.token_id, wanted))
+            assert_same(token.logprobs, raw[row], token.token_id, request.sampling.logprobs)
             request.output_token_ids += [token.token_id, *rng.choices(range(VOCAB), k=rng.choice([0, 0, 2]))]
         rng.shuffle(requests)
         requests[rng.randrange(num_rows)] = make_request(f"n{step}", rng)
@@ -130,62 +158,65 @@ def test_steps_of_a_mixed_batch(num_rows, seed):
     "penalty", [{"repetition_penalty": 1.3}, {"presence_penalty": 0.3}, {"frequency_penalty": 0.7}], ids=str
 )
 @pytest.mark.parametrize("output", [[], [5, 5, 9]], ids=str)
-def test_one_penalty_by_itself(penalty, output):
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_penalty_by_itself(kind, penalty, output):
     request = LiveRequest(Request("r", [5, 1, 2, 1], SamplingParams(temperature=0, **penalty), sizes=(4,)))
     request.output_token_ids = output
     raw = make_logits(1, random.Random(0))
     raw[0, [1, 9]] = torch.tensor([torch.inf, -torch.inf])
-    logits = raw.clone()
-    Sampler().sample(logits, [request])
-    assert torch.equal(logits[0], processed(raw[0], request))
+    logits = given(kind, raw)
+    make_sampler(kind).sample(logits, [request])
+    assert torch.equal(torch.as_tensor(logits[0]), processed(raw[0], request))
 
 
-def test_a_guess_repeats_its_request_in_the_batch():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guess_repeats_its_request_in_the_batch(kind):
     """Rows of one request: each is penalised once."""
     rng = random.Random(3)
     request = make_request("r", rng, repetition_penalty=1.2, frequency_penalty=0.4, logprobs=2)
     raw = make_logits(3, rng)
-    logits = raw.clone()
-    tokens = Sampler().sample(logits, [request] * 3)
+    logits = given(kind, raw)
+    tokens = make_sampler(kind).sample(logits, [request] * 3)
     for row in range(3):
-        assert torch.equal(logits[row], processed(raw[row], request))
-        assert tokens[row].logprobs == scores(raw[row], tokens[row].token_id, 2)
+        assert torch.equal(torch.as_tensor(logits[row]), processed(raw[row], request))
+        assert_same(tokens[row].logprobs, raw[row], tokens[row].token_id, 2)
 
 
-@pytest.mark.parametrize("at_once", [4, 128])
-def test_logprobs_of_more_rows_than_fit_at_once(monkeypatch, at_once):
-    """128 at once is what a device does."""
-    monkeypatch.setattr(logprobs, "_CPU_ROWS", at_once)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_of_more_rows_than_fit_at_once(kind):
+    """A device takes 128 at once."""
     rng = random.Random(5)
     requests = [make_request(f"r{i}", rng, logprobs=rng.choice([0, 2, 5, -1])) for i in range(300)]
     raw = make_logits(300, rng)
     raw[7] = torch.nan
-    tokens = Sampler().sample(raw.clone(), requests)
+    tokens = make_sampler(kind).sample(given(kind, raw), requests)
     for row, (token, request) in enumerate(zip(tokens, requests, strict=True)):
         if row != 7:
-            assert token.logprobs == scores(raw[row], token.token_id, request.sampling.logprobs)
+            assert_same(token.logprobs, raw[row], token.token_id, request.sampling.logprobs)
     assert np.isnan(tokens[7].logprobs.logprob) and tokens[7].logprobs.rank == 1
 
 
-def test_a_row_without_a_finite_logit_has_logprobs_all_the_same():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_without_a_finite_logit_has_logprobs_all_the_same(kind):
     """A device's own draw answers -1; the engine then finds the request at fault, and nobody else."""
     raw = make_logits(2, random.Random(8))
     raw[1] = torch.nan
     requests = [make_request(f"r{i}", random.Random(i), logprobs=2) for i in range(2)]
-    good, bad = Sampler(draw=lambda logits, draws: [4, -1]).sample(raw.clone(), requests)
-    assert good.logprobs == scores(raw[0], 4, 2)
+    good, bad = make_sampler(kind, draw=lambda logits, draws: [4, -1]).sample(given(kind, raw), requests)
+    assert_same(good.logprobs, raw[0], 4, 2)
     assert bad.logprobs.token_id == -1 and np.isnan(bad.logprobs.logprob) and bad.logprobs.rank == 1
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 5, -1])
-def test_prompt_scores(wanted):
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_scores(kind, wanted):
     """Prompts in pieces, longer than what goes through the head at once, beside requests that want none or others."""
     rng = random.Random(wanted)
     lengths, pieces = [300, 40, 1, 150], ([200, 20, 1, 149], [100, 20, 0, 1])
-    kinds = [wanted, None, wanted, 3]
+    numbers = [wanted, None, wanted, 3]
     requests = [
-        LiveRequest(Request(f"r{i}", rng.choices(range(VOCAB), k=n), SamplingParams(prompt_logprobs=kind), sizes=(4,)))
-        for i, (n, kind) in enumerate(zip(lengths, kinds, strict=True))
+        LiveRequest(Request(f"r{i}", rng.choices(range(VOCAB), k=n), SamplingParams(prompt_logprobs=k), sizes=(4,)))
+        for i, (n, k) in enumerate(zip(lengths, numbers, strict=True))
     ]
     logits = {request.request_id: make_logits(request.num_prompt_tokens, rng) for request in requests}
     logits["r3"][60] = torch.nan
@@ -196,35 +227,34 @@ def test_prompt_scores(wanted):
         batch = SimpleNamespace(
             requests=requests, logits_start=np.cumsum([0, *counts]), context_lens=np.add(starts, counts)
         )
-        faulty += found.score(executor, batch, torch.cat(rows), 0)
+        faulty += found.score(executor, kind(), batch, given(kind, torch.cat(rows)), 0)
         for request, count in zip(requests, counts, strict=True):
             request.num_computed_tokens += count
     assert faulty == [requests[3]]
     assert found._scores.keys() == {"r0", "r3"}
-    for name, kind in (("r0", wanted), ("r3", 3)):
+    for name, number in (("r0", wanted), ("r3", 3)):
         request = requests[int(name[1])]
         first, *others = found._scores[name]
         assert first is None and len(others) == request.num_prompt_tokens - 1
         for i, score in enumerate(others):
             if name == "r0" or i != 60:
-                assert score == scores(logits[name][i], request.prompt_token_ids[i + 1], kind)
+                assert_same(score, logits[name][i], request.prompt_token_ids[i + 1], number)
 
 
-def test_operations_do_not_grow_with_the_rows(monkeypatch):
+def test_operations_do_not_grow_with_the_rows():
     """Each would be a launch on a device; and none but the scores' one copy back makes the host wait there."""
-    monkeypatch.setattr(logprobs, "_CPU_ROWS", 128)
-    names = []
+    names, device = [], DeviceLogits()
     for num_rows in (2, 40):
         rng = random.Random(num_rows)
         requests = [make_request(f"r{i}", rng, repetition_penalty=1.2, presence_penalty=0.1) for i in range(num_rows)]
         for request in requests:
             request.output_token_ids = rng.choices(range(VOCAB), k=5)
         rows = [(i, request, SeenTokens()) for i, request in enumerate(requests)]
-        penalise(make_logits(num_rows, rng), rows)  # the first time brings each prompt to the device
+        device.penalise(make_logits(num_rows, rng), rows)  # the first time brings each prompt to the device
         with Operations() as penalties:
-            penalise(make_logits(num_rows, rng), rows)
+            device.penalise(make_logits(num_rows, rng), rows)
         with Operations() as scored:
-            token_logprobs(make_logits(num_rows, rng), [1] * num_rows, [0] + [5] * (num_rows - 1))
+            device.token_logprobs(make_logits(num_rows, rng), [1] * num_rows, [0] + [5] * (num_rows - 1))
         names.append((penalties.names, scored.names))
     assert names[0] == names[1]
     assert not {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim"} & {*penalties.names, *scored.names}

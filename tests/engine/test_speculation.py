@@ -28,8 +28,8 @@ def loaded(pair):
     """Sizes that are alike, as those of a distilled pair are: every layer adds little."""
     loaded = pair.load(WeightForm(torch.float32))
     for layer in loaded.layers.values():
-        layer.o_weight.mul_(0.1)
-        layer.down_weight.mul_(0.1)
+        layer.o_weight *= 0.1
+        layer.down_weight *= 0.1
     loaded.ends["student"] = loaded.ends["teacher"]
     return loaded
 
@@ -77,8 +77,8 @@ def test_a_perfect_draft_is_always_accepted(tmp_path):
     pair = open_pair(teacher, student, patch_order="last_to_first")
     loaded = pair.load(WeightForm(torch.float32))
     for layer in loaded.layers.values():  # no layer does anything: all sizes are the same model
-        layer.o_weight.zero_()
-        layer.down_weight.zero_()
+        layer.o_weight[:] = 0
+        layer.down_weight[:] = 0
     loaded.ends["student"] = loaded.ends["teacher"]
     _, fast = engines(pair, loaded)
     request = make_request("r", [1, 2, 3], 6, max_tokens=25)

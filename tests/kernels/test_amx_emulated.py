@@ -58,8 +58,8 @@ def test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch):
     test_cpu_executor.test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch)
 
 
-def test_int8_kv_is_near_wide_kv(variant, monkeypatch):
-    test_int8_kv.test_near_wide_kv(64, torch.bfloat16, monkeypatch)
+def test_int8_kv_is_near_wide_kv(variant):
+    test_int8_kv.test_near_wide_kv(64, torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 33, 70, 210])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from model_store.arrays import BFLOAT16, in_torch, to_numpy
 from model_store.assembly import Elasticity
 from model_store.int8 import Matrix, quantise
 from model_store.loaded import LoadedPair
@@ -40,11 +41,7 @@ def make_small(family: str = "qwen3", order: str = "last_to_first", dtype: torch
     is_grouped = FAMILIES[family].get("num_kv_heads", 2) == 2
     rotary_dim = FAMILIES[family].get("rotary_dim", SMALL["head_dim"])
     shape = SMALL | {"num_heads": 2, "num_kv_heads": 1 if is_grouped else 2, "rotary_dim": rotary_dim}
-    pair = make_pair(family, dtype, ORDERS[order], **shape)
-    for part in (*pair.layers.values(), *pair.ends.values()):
-        for tensor in part.tensors():
-            tensor.data = tensor.data.to(DEVICE)
-    return pair
+    return make_pair(family, dtype, ORDERS[order], **shape).in_torch(DEVICE)
 
 
 def make_low_rank(order: str, *, is_int8: bool, dtype: torch.dtype = torch.float32) -> LoadedPair:
@@ -57,7 +54,7 @@ def make_low_rank(order: str, *, is_int8: bool, dtype: torch.dtype = torch.float
 
     def factor(rows: int, columns: int) -> Matrix:
         value = (0.2 * torch.randn(rows, columns, generator=generator)).to(DEVICE, dtype)
-        return quantise(value) if is_int8 else value
+        return in_torch(quantise(to_numpy(value)), DEVICE) if is_int8 else value
 
     for index in differing:
         del pair.layers[num_teacher + index]
@@ -199,11 +196,10 @@ def test_same_text_through_the_engine(kind):
 
 
 def test_passed_over_with_reasons(caplog):
-    pair = make_small()
+    pair = make_pair("llama", torch.float32)
     caplog.set_level("INFO", "server.model.executor")
-    if DEVICE.type == "cpu":
-        assert create_executor(pair, make_config(executor="auto")).name != "cuda"
-        assert "cuda: runs on cuda only" in caplog.text
+    assert create_executor(pair, make_config(executor="auto")).name != "cuda"
+    assert "cuda: runs on cuda only" in caplog.text
     pair = make_low_rank("middle", is_int8=False)
     first = min(pair.low_rank)
     del pair.low_rank[first]
@@ -224,15 +220,15 @@ def test_kv_cache_that_does_not_fit_names_the_settings(monkeypatch):
 
 
 def test_kv_cache_is_what_utilization_leaves_beside_weights_and_workspace(monkeypatch):
-    pair, device = make_small(), torch.device("cuda")
+    pair = make_small()
     pair.spec = replace(pair.spec, max_position_embeddings=10**6)
     GiB = 1 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * GiB, 80 * GiB))
     settings = Settings(max_model_len=10**6, max_num_seqs=256)  # more KV than there is memory
-    some = engine_config(settings, pair, torch.bfloat16, device).kv_cache_bytes
+    some = engine_config(settings, pair, BFLOAT16, "cuda").kv_cache_bytes
     # 20 GiB are in use and 8 stay free; the estimate of the workspace is what is missing.
     assert 50 * GiB < some < 52 * GiB - (512 << 20)
-    less = engine_config(replace(settings, gpu_memory_utilization=0.5), pair, torch.bfloat16, device).kv_cache_bytes
+    less = engine_config(replace(settings, gpu_memory_utilization=0.5), pair, BFLOAT16, "cuda").kv_cache_bytes
     assert some - less == 32 * GiB
     with pytest.raises(ValueError, match="--gpu-memory-utilization"):
-        engine_config(replace(settings, gpu_memory_utilization=0.25), pair, torch.bfloat16, device)
+        engine_config(replace(settings, gpu_memory_utilization=0.25), pair, BFLOAT16, "cuda")

@@ -1,8 +1,10 @@
 """Nested codes: the native kernels give what the torch executor gives at every width, from one copy."""
 
+import numpy as np
 import pytest
 import torch
 
+from model_store.arrays import address
 from model_store.loaded import LoadedPair
 from model_store.nested import WIDTHS, NestedMatrix, nest
 from model_store.weights import MATRICES
@@ -16,8 +18,8 @@ def nested(pair: LoadedPair, width: int) -> LoadedPair:
     """The pair with its matrices in nested codes, read at `width` bits; shared ones stay shared."""
     done: dict[int, NestedMatrix] = {}
 
-    def coded(matrix: torch.Tensor) -> NestedMatrix:
-        return done.setdefault(matrix.data_ptr(), nest(matrix).at(width))
+    def coded(matrix: np.ndarray) -> NestedMatrix:
+        return done.setdefault(address(matrix), nest(matrix).at(width))
 
     for layer in pair.layers.values():
         for name in MATRICES:
@@ -32,7 +34,7 @@ def nested(pair: LoadedPair, width: int) -> LoadedPair:
 def test_products_at_every_width_and_number_of_rows(variant, width, monkeypatch):
     """Rounded activations times codes are those of the portable executor; a row's sums do not depend on its company."""
     pair = nested(make_pair("llama", torch.float32, **SHAPE), width)
-    head = NestedMatrix(*(tensor.clone() for tensor in pair.ends["teacher"].head.tensors()), width)
+    head = pair.ends["teacher"].head
     native = native_of(pair, variant, monkeypatch)
     assert_same_products(native, head)
 

@@ -7,6 +7,7 @@ import httpx
 import pytest
 import torch
 
+from model_store.arrays import BFLOAT16
 from model_store.pair import open_pair
 from model_store.weight_form import WeightForm
 from server.commands import simulate
@@ -58,9 +59,7 @@ def test_everything_that_counts_bytes_counts_it(tmp_path):
     assert str(forms[1]) == "bfloat16, int8 KV" and str(forms[0]) == "bfloat16"
     assert len({speed_file(str(tmp_path), pair, form) for form in forms}) == 2
     # The default pool is what all sequences could ever need, so it shrinks along.
-    pools = [
-        engine_config(settings, pair, torch.bfloat16, torch.device("cpu")).kv_cache_bytes for settings in (wide, narrow)
-    ]
+    pools = [engine_config(settings, pair, BFLOAT16, "cpu").kv_cache_bytes for settings in (wide, narrow)]
     assert pools[1] == pools[0] * token // (2 * pair.spec.kv_size * 2)
     engine = make_engine(pair, "torch", kv_cache_dtype="int8", kv_cache_bytes=100 * 8 * token)
     assert engine.kv_cache.num_pages == 100

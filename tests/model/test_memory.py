@@ -5,6 +5,7 @@ import logging
 import psutil
 import torch
 
+from model_store.arrays import BFLOAT16
 from server.config import Settings
 from server.loading import engine_config
 from server.model.attention import TorchAttention
@@ -27,9 +28,9 @@ def test_the_portable_pool_is_zero_and_not_resident_before_use():
 
 def test_a_pool_beyond_what_is_available_is_warned_of(caplog):
     """It would be missed only under load, when the system ends the process."""
-    pair, device = make_pair("llama", torch.bfloat16), torch.device("cpu")
+    pair = make_pair("llama", torch.bfloat16)
     for size, warns in ((1 << 20, False), (1 << 50, True)):
         with caplog.at_level(logging.WARNING, logger="server.loading"):
             caplog.clear()
-            engine_config(Settings(kv_cache_memory=size, max_model_len=64), pair, torch.bfloat16, device)
+            engine_config(Settings(kv_cache_memory=size, max_model_len=64), pair, BFLOAT16, "cpu")
         assert ("--kv-cache-memory" in caplog.text and "available" in caplog.text) == warns

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.quantized import BLOCK_TYPES, CodedMatrix, CodedRows, q8_0, round_activations, stacked
+from model_store.arrays import FLOAT32
+from model_store.quantized import BLOCK_TYPES, CodedMatrix, CodedRows, q8_0, stacked
+from server.model.linear import round_activations
 
 
-def random_blocks(name: str, rows: int, width: int, seed: int = 0) -> torch.Tensor:
+def random_blocks(name: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
     """Any codes; scales such that weights are about 0.05."""
     kind = BLOCK_TYPES[name]
     rng = np.random.default_rng(seed)
@@ -20,7 +22,7 @@ def random_blocks(name: str, rows: int, width: int, seed: int = 0) -> torch.Tens
     for at, spread in halves.items():
         values = (rng.standard_normal(blocks.shape[:2]) * 0.05 / spread).astype(np.float16)
         blocks[..., at : at + 2] = values[..., None].view(np.uint8)
-    return torch.from_numpy(blocks.reshape(rows, -1))
+    return blocks.reshape(rows, -1)
 
 
 def random_matrix(name: str, rows: int, width: int, seed: int = 0) -> CodedMatrix:
@@ -32,10 +34,10 @@ def test_dense_values_are_those_of_the_gguf_package(name):
     matrix = random_matrix(name, 7, 768)
     kind = gguf.GGMLQuantizationType[name]
     assert gguf.GGML_QUANT_SIZES[kind] == (BLOCK_TYPES[name].inputs, BLOCK_TYPES[name].num_bytes)
-    expected = gguf.dequantize(matrix.parts[0].blocks.numpy(), kind)
+    expected = gguf.dequantize(matrix.parts[0].blocks, kind)
     assert matrix.shape == expected.shape == (7, 768)
-    assert np.array_equal(matrix.dense(torch.float32).numpy(), expected)
-    assert np.array_equal(matrix.rows(torch.tensor([3, 3, 0])).numpy(), expected[[3, 3, 0]])
+    assert np.array_equal(matrix.dense(FLOAT32), expected)
+    assert np.array_equal(matrix.rows(np.array([3, 3, 0])), expected[[3, 3, 0]])
 
 
 def test_stacked_matrices_keep_their_types():
@@ -44,7 +46,7 @@ def test_stacked_matrices_keep_their_types():
     assert [(p.type.name, len(p.blocks)) for p in whole.parts] == [("Q4_K", 10), ("Q6_K", 5)]
     assert whole.kind == "Q4_K + Q6_K" and whole.shape == (15, 256)
     assert whole.nbytes == sum(part.nbytes for part in parts)
-    assert torch.equal(whole.dense(torch.float32), torch.cat([part.dense(torch.float32) for part in parts]))
+    assert np.array_equal(whole.dense(FLOAT32), np.concatenate([part.dense(FLOAT32) for part in parts]))
 
 
 def test_activations_are_rounded_by_blocks():
@@ -57,10 +59,10 @@ def test_activations_are_rounded_by_blocks():
 
 
 def test_own_q8_0_is_near():
-    matrix = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    matrix = np.random.default_rng(0).standard_normal((4, 64), np.float32)
     coded = q8_0(matrix)
     assert np.array_equal(
-        coded.dense(torch.float32).numpy(),
-        gguf.dequantize(coded.parts[0].blocks.numpy(), gguf.GGMLQuantizationType.Q8_0),
+        coded.dense(FLOAT32),
+        gguf.dequantize(coded.parts[0].blocks, gguf.GGMLQuantizationType.Q8_0),
     )
-    assert ((coded.dense(torch.float32) - matrix).norm() / matrix.norm()) < 0.008
+    assert np.linalg.norm(coded.dense(FLOAT32) - matrix) / np.linalg.norm(matrix) < 0.008

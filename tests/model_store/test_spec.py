@@ -41,7 +41,7 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
         expected, expected_factor = 1.0 / theta ** (torch.arange(0, 16, 2).float() / 16), 1.0
     else:
         expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")
-    torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.from_numpy(inv_freq), expected, rtol=1e-6, atol=0)
     assert factor == pytest.approx(expected_factor)
 
 
@@ -93,7 +93,7 @@ def test_longrope_is_exact_up_to_the_original_length():
     assert (spec.max_context, spec.rotary_dim) == (4096, 12)
     assert spec.rope_factor == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
     expected = 1 / (torch.tensor(factors["short_factor"]) * 10000.0 ** (torch.arange(6) / 6))
-    torch.testing.assert_close(spec.rope_inv_freq()[0], expected)
+    torch.testing.assert_close(torch.from_numpy(spec.rope_inv_freq()[0]), expected)
 
 
 # What the reasons for models of others must say.

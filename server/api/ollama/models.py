@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from model_store.arrays import device_of
 from server.api.generate.serving import json_response, read_body
 from server.api.http.state import ServerState, state_of
 from server.api.ollama.convert import model_name
@@ -34,7 +35,7 @@ async def ollama_ps(request: Request) -> Response:
     state = state_of(request)
     entry = _entry(state, state.catalog.card(state.catalog.name))
     del entry["modified_at"]
-    on_gpu = state.served.engine.executor.kv_tensors()[0].device.type != "cpu"
+    on_gpu = device_of(state.served.engine.executor.kv_tensors()[0]) != "cpu"
     memory = {"expires_at": _FOREVER, "size_vram": entry["size"] if on_gpu else 0}
     return json_response({"models": [entry | memory | {"context_length": state.catalog.max_model_len}]})
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from model_store.arrays import Array
 from server.core.batch import ForwardBatch, Scheduled
 from server.core.request import LiveRequest, SampledToken
 from server.engine.extras.drafts import DraftPool
@@ -66,7 +66,7 @@ class Speculator:
         self.size = pool.path.size
         self.payoff = Payoff(self.size, scheduler.elasticity.num_teacher_layers, max_guesses)
         self.stats = SpeculationStats()
-        self._probs: dict[str, list[torch.Tensor]] = {}  # request -> q of each guess, where rejection sampling wants it
+        self._probs: dict[str, list[Array]] = {}  # request -> q of each guess, where rejection sampling wants it
 
     # --- before the step
 
@@ -167,7 +167,7 @@ class Speculator:
             draft.output_token_ids.append(token)
             request.draft_token_ids.append(token)
 
-    def _draw(self, logits: torch.Tensor, pairs: list[tuple[LiveRequest, LiveRequest]]) -> list[int]:
+    def _draw(self, logits: Array, pairs: list[tuple[LiveRequest, LiveRequest]]) -> list[int]:
         """A guess per row, for (request, its draft); keeps the distribution where rejection sampling asks for it."""
         tokens = [0] * len(pairs)
         exact = [row for row, (request, _) in enumerate(pairs) if not _rejects(request)]
@@ -175,9 +175,9 @@ class Speculator:
             tokens[row] = token.token_id
         for row, (request, draft) in enumerate(pairs):
             if _rejects(request):
-                q = self._probabilities(logits[row : row + 1], [draft])
-                tokens[row] = int(self.sampler.race(q, [draft])[0])
-                self._probs.setdefault(request.request_id, []).append(q[0])
+                q = self.sampler.probabilities(logits[row : row + 1], [draft])[0]
+                tokens[row] = self.sampler.race(q, draft)
+                self._probs.setdefault(request.request_id, []).append(q)
         return tokens
 
     def _run(self, scheduled: Scheduled) -> tuple[ForwardBatch, HeadRows | None]:
@@ -190,7 +190,7 @@ class Speculator:
 
     # --- after the model
 
-    def verify(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[SampledToken]:
+    def verify(self, logits: Array, requests: list[LiveRequest]) -> list[SampledToken]:
         """Tokens of this step; logits [S, V] has 1 + guesses rows for each request, in order."""
         widths = [1 + len(request.draft_token_ids) for request in requests]
         first = np.concatenate(([0], np.cumsum(widths)))
@@ -216,7 +216,7 @@ class Speculator:
         self._count(requests, tokens)
         return tokens
 
-    def _verify_exact(self, logits: torch.Tensor, requests: list[LiveRequest]) -> list[SampledToken]:
+    def _verify_exact(self, logits: Array, requests: list[LiveRequest]) -> list[SampledToken]:
         """A guess stands if the requested size draws it too. Random numbers of rows that fall are put back."""
         states = {
             request.request_id: self.sampler.state(request).random.getstate()
@@ -241,26 +241,23 @@ class Speculator:
             tokens.append(_chain(own[: _common(request.draft_token_ids, [one.token_id for one in own]) + 1]))
         return tokens
 
-    def _verify_rejecting(self, logits: torch.Tensor, request: LiveRequest) -> SampledToken:
+    def _verify_rejecting(self, logits: Array, request: LiveRequest) -> SampledToken:
         guesses = request.draft_token_ids
         generator = self.sampler.state(request).random
-        wanted = self._probabilities(logits, [request] * len(logits))
+        wanted = self.sampler.probabilities(logits, [request] * len(logits))
         kept: list[int] = []
         for p, q, guess in zip(wanted, self._probs[request.request_id], guesses, strict=False):
             if generator.random() * float(q[guess]) >= float(p[guess]):
-                rest = (p - q).clamp_(min=0.0)
+                rest = p - q
+                rest[rest < 0] = 0.0
                 # Rounding can leave nothing above q where the two are the same distribution.
                 last = rest if float(rest.sum()) > 0.0 else p
                 break
             kept.append(guess)
         else:
             last = wanted[len(guesses)]
-        kept.append(int(self.sampler.race(last[None], [request])[0]))
+        kept.append(self.sampler.race(last, request))
         return _chain([SampledToken(token) for token in kept])
-
-    def _probabilities(self, logits: torch.Tensor, requests: list[LiveRequest]) -> torch.Tensor:
-        weights = self.sampler.weights(logits, requests)
-        return weights / weights.sum(dim=-1, keepdim=True)
 
     def _count(self, requests: list[LiveRequest], tokens: list[SampledToken]) -> None:
         for request, token in zip(requests, tokens, strict=True):

@@ -14,8 +14,8 @@ from bisect import bisect_left
 from functools import lru_cache
 
 import numpy as np
-import torch
 
+from model_store.arrays import BFLOAT16, FLOAT32, address
 from model_store.dual import head_width
 from model_store.loaded import LoadedPair
 from model_store.weight_form import Storage
@@ -25,13 +25,13 @@ from server.core.executor import Draw, Executor
 from server.core.width import EXACT
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
-from server.kernels.cpu.packing import PackedWeights, angle_tables, end_table, layer_table, twelve_bit_bytes
+from server.kernels.cpu.packing import TYPES, PackedWeights, angle_tables, end_table, layer_table, twelve_bit_bytes
 from server.kernels.memory import zero_bytes
+from server.kernels.threads import available_threads
 
 logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-_TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
 _HEAD_WIDTHS = np.array([head_width(width) for width in range(EXACT + 1)], np.uint8)
 _MAX_HEAD_DIM = 1024  # kMostHeadDim of attention.h
 _NO_SAVES, _NO_RESTORES = np.zeros((0, 3), np.int32), np.zeros((0, 2), np.int32)
@@ -39,11 +39,11 @@ _NO_SAVES, _NO_RESTORES = np.zeros((0, 3), np.int32), np.zeros((0, 2), np.int32)
 
 def create(pair: LoadedPair, config: EngineConfig) -> NativeExecutor | str:
     """The executor, or the reason why this pair or this machine cannot have it."""
-    sample = pair.ends["teacher"].final_norm_weight
-    if sample.device.type != "cpu":
-        return f"runs on cpu, not on {sample.device.type}"
-    if sample.dtype not in (torch.bfloat16, torch.float32):
-        return f"takes bfloat16 or float32, not {sample.dtype}"
+    if pair.device != "cpu":
+        return f"runs on cpu, not on {pair.device}"
+    assert isinstance(pair.ends["teacher"].final_norm_weight, np.ndarray), "arrays, as `Pair.load` gives them"
+    if pair.dtype not in (BFLOAT16, FLOAT32):
+        return f"takes bfloat16 or float32, not {pair.dtype}"
     if pair.spec.head_dim > _MAX_HEAD_DIM:
         return f"takes heads of up to {_MAX_HEAD_DIM} channels, not {pair.spec.head_dim}"
     chosen = library.choose()
@@ -63,13 +63,12 @@ class NativeExecutor(Executor):
         self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str]
     ) -> None:
         spec = self.spec = pair.spec
-        self.dtype = pair.ends["teacher"].final_norm_weight.dtype
-        self.device = torch.device("cpu")
+        self.dtype = pair.dtype
         self.page_size = config.page_size
         if self.page_size % 32:
             logger.warning("pages of %d tokens take the memory of %d", self.page_size, -(-self.page_size // 32) * 32)
         self.variant, self._passed_over = variant, passed_over
-        self.num_threads = torch.get_num_threads()  # follows OMP_NUM_THREADS and --num-threads
+        self.num_threads = config.num_threads or available_threads()
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
         self.weight_form, self._kinds = pair.form, pair.kinds()
@@ -89,9 +88,9 @@ class NativeExecutor(Executor):
             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, vocab=spec.vocab_size,
             layer_norm=spec.norm == "layer", activation=_ACTIVATIONS[spec.activation], gated=spec.gated_mlp,
             parallel_residual=spec.parallel_residual, rotary_dim=spec.rotary_dim, page_size=config.page_size,
-            type=_TYPES[self.dtype], weight_type=weight_type,
-            factor_type=_TYPES[self._differences.dtype], exact_activations=config.exact_activations,
-            kv_type=library.INT8 if config.kv_cache_dtype == "int8" else _TYPES[self.dtype],
+            type=TYPES[self.dtype], weight_type=weight_type,
+            factor_type=TYPES[self._differences.dtype], exact_activations=config.exact_activations,
+            kv_type=library.INT8 if config.kv_cache_dtype == "int8" else TYPES[self.dtype],
             wide_qk_norm=spec.qk_norm_of_all, eps=spec.norm_eps, stream_eps=spec.stream_eps,
             scale=spec.attention_scale, norm_offset=spec.norm_offset, input_scale=spec.input_scale,
         )  # fmt: skip
@@ -113,9 +112,9 @@ class NativeExecutor(Executor):
     def describe(self) -> str:
         kind = str(self.weight_form)
         if self._weights.is_compressed:
-            kind = f"{str(self.dtype).removeprefix('torch.')}, weights compressed without loss to 12 bits"
+            kind = f"{self.dtype}, weights compressed without loss to 12 bits"
         if self.weight_form.storage in (Storage.CODES, Storage.NESTED):
-            kind = f"{str(self.dtype).removeprefix('torch.')}, weights in codes ({self._kinds})"
+            kind = f"{self.dtype}, weights in codes ({self._kinds})"
         text = f"native C++ ({self.variant}) on cpu, {kind}, {self.num_threads} threads, "
         return f"{text}pages of {self.page_size} tokens{' in int8' if self._has_int8_kv else ''}"
 
@@ -152,16 +151,16 @@ class NativeExecutor(Executor):
         values = zero_bytes(num_pages * self.state_page_bytes()).view(np.float32)
         self.states = values.reshape(-1, self.spec.hidden_size)
 
-    def kv_tensors(self) -> tuple[torch.Tensor, ...]:
-        return torch.from_numpy(self.k_pages), torch.from_numpy(self.v_pages)
+    def kv_tensors(self) -> tuple[np.ndarray, ...]:
+        return self.k_pages, self.v_pages
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch) -> np.ndarray:
         if batch.layout == 0 or batch.layout != self._layout:
             self._lay_out(batch)
         step = self._step
-        out = torch.empty(len(batch.logits_rows), self.spec.hidden_size)
+        out = np.empty((len(batch.logits_rows), self.spec.hidden_size), np.float32)
         step.input_ids, step.positions = batch.input_ids.ctypes.data, batch.positions.ctypes.data
-        step.out = out.data_ptr()
+        step.out = address(out)
         widths = batch.widths_of(batch.query_start) if len(self.widths) > 1 else None
         step.widths = None if widths is None else widths.ctypes.data
         step.doorbell, self.doorbell = self.doorbell, -1
@@ -190,39 +189,39 @@ class NativeExecutor(Executor):
         self._layout = batch.layout
         self._pointed_at = batch, program, saves, restores  # they live as long as the description
 
-    def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
+    def logits(self, hidden: np.ndarray, num_teacher: int, widths: np.ndarray | None = None) -> np.ndarray:
         num_rows, width, vocab = hidden.shape[0], self.spec.hidden_size, self.spec.vocab_size
-        out = torch.empty(num_rows, vocab, dtype=torch.float32)
-        hidden, read = hidden.contiguous(), self._head_widths(widths)
-        rows, target = hidden.data_ptr(), out.data_ptr()
+        out = np.empty((num_rows, vocab), np.float32)
+        hidden, read = np.ascontiguousarray(hidden), self._head_widths(widths)
+        rows, target = address(hidden), address(out)
         for end, start, stop in self._sides(num_rows, num_teacher):
             at = None if read is None else read.ctypes.data + start
             self._lib.bs_head(self._engine, rows + 4 * width * start, at, stop - start, end, target + 4 * vocab * start)
-        return out if self.spec.logit_scale == 1.0 else out.mul_(self.spec.logit_scale)
+        return out if self.spec.logit_scale == 1.0 else out * np.float32(self.spec.logit_scale)
 
     def _head_widths(self, widths: np.ndarray | None) -> np.ndarray | None:
         """Bits that each row reads of a head; None if all are read as they were loaded."""
         return None if widths is None or len(self.widths) == 1 else _HEAD_WIDTHS[widths]
 
-    def greedy(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
+    def greedy(self, hidden: np.ndarray, num_teacher: int, widths: np.ndarray | None = None) -> list[int]:
         """The likeliest token per row of `logits(hidden, num_teacher, widths)`, which are never written to memory.
 
         -1 for a row whose largest logit is not finite.
         """
         num_rows, width = hidden.shape[0], self.spec.hidden_size
         tokens = np.empty(num_rows, np.int32)
-        hidden, read = hidden.contiguous(), self._head_widths(widths)
-        rows, target = hidden.data_ptr(), tokens.ctypes.data
+        hidden, read = np.ascontiguousarray(hidden), self._head_widths(widths)
+        rows, target = address(hidden), address(tokens)
         for end, start, stop in self._sides(num_rows, num_teacher):
             at = None if read is None else read.ctypes.data + start
             self._lib.bs_greedy(self._engine, rows + 4 * width * start, at, stop - start, end, target + 4 * start)
         return tokens.tolist()
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
-        logits = logits.contiguous()
+    def draw(self, logits: np.ndarray, draws: list[Draw]) -> list[int]:
+        logits = np.ascontiguousarray(logits)
         rows = np.array(draws, library.DRAW)
         tokens = np.empty(len(draws), np.int32)
-        self._lib.bs_draw(self._engine, logits.data_ptr(), len(draws), rows.ctypes.data, tokens.ctypes.data)
+        self._lib.bs_draw(self._engine, address(logits), len(draws), rows.ctypes.data, tokens.ctypes.data)
         return tokens.tolist()
 
     def times(self) -> dict[str, float]:

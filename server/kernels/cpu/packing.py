@@ -1,23 +1,26 @@
 """Weights in the layout of the kernels (panels.h), packed once at load into one arena of huge pages.
 
 Streaming hundreds of megabytes per step through 4 KiB pages misses the TLB all the time. Matrices lie in the order in
-which a step reads them. A packed tensor keeps its identity, only its storage becomes a part of the arena (in the shape
-of the panels), so what was shared stays shared and nothing exists twice. bfloat16 can be kept in twelve bits
-(compressed.h): the same numbers in three quarters of the bytes.
+which a step reads them. Whoever referred to a matrix refers to its part of the arena afterwards, so what was shared
+stays shared and nothing exists twice. bfloat16 can be kept in twelve bits (compressed.h): the same numbers in three
+quarters of the bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
-import torch
+import numpy as np
 
+from model_store.arrays import BFLOAT16, FLOAT32, address
 from model_store.dual import DualMatrix, exact_of, head_width, nested_of
-from model_store.int8 import Int8Matrix, Matrix
+from model_store.int8 import Int8Matrix, Matrix, is_plain
 from model_store.loaded import LoadedPair
 from model_store.nested import WIDTHS, NestedMatrix, bytes_in_memory, bytes_read
 from model_store.quantized import CodedMatrix
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _HUGE = 2 << 20
 _MADV_HUGEPAGE = 14
-TYPES = {torch.float32: library.FLOAT, torch.bfloat16: library.BF16, torch.int8: library.INT8}
+TYPES = {FLOAT32: library.FLOAT, BFLOAT16: library.BF16, np.dtype(np.int8): library.INT8}
 _NESTED_BITS = {kind: bits for bits, kind in library.NESTED.items()}
 _PLAIN = {library.FLOAT, library.BF16, library.BF12}  # not codes
 
@@ -44,15 +47,15 @@ def twelve_bit_bytes(num_rows: int, width: int) -> int:
 class _Source:
     """One matrix to pack, or the rows of one type of a matrix in codes."""
 
-    values: torch.Tensor
-    shape: torch.Size
+    values: np.ndarray
+    shape: tuple[int, ...]
     type: int  # BsType
     num_bytes: int  # packed
     num_read: int  # of those, by a product
     num_channels: int  # with padding
     is_gated: bool = False
-    scale: torch.Tensor | None = None  # int8: [N]; WIDE: [N, K / 16]
-    minimum: torch.Tensor | None = None  # WIDE: [N, K / 16]
+    scale: np.ndarray | None = None  # int8: [N]; WIDE: [N, K / 16]
+    minimum: np.ndarray | None = None  # WIDE: [N, K / 16]
 
 
 class PackedWeights:
@@ -66,7 +69,7 @@ class PackedWeights:
         is packed here; matrices without it are left out."""
         self._lib, self._num_threads, self._compress = lib, num_threads, compress
         self._keep_alive: list[list[library.Weights]] = []  # `of` hands out copies whose `more` point here
-        self._beside: list[torch.Tensor] = []  # what lies outside the arena: exponents and rest of compressed matrices
+        self._beside: list[np.ndarray] = []  # what lies outside the arena: exponents and rest of compressed matrices
         self._where: dict[int, library.Weights] = {}  # by address of the tensor's (packed) storage
         self._num_weights: dict[int, int] = {}  # likewise
         layers = [layer for _, layer in sorted(pair.layers.items())]
@@ -74,7 +77,7 @@ class PackedWeights:
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
         groups.append([form(pair.ends[side].head) for side in ("teacher", "student")])
         # Embeddings in codes, of a head that no size needs or of none.
-        groups.append([form(end.embed) for end in pair.ends.values() if not isinstance(end.embed, torch.Tensor)])
+        groups.append([form(end.embed) for end in pair.ends.values() if not is_plain(end.embed)])
         seen: set[int] = set()
         matrices: list[list[tuple[Matrix, list[_Source]]]] = []
         for group in groups:
@@ -84,15 +87,16 @@ class PackedWeights:
         types = {source.type for source in sources}
         self.type = types.pop() if types <= _PLAIN and len(types) == 1 else library.CODES
         self.is_compressed = self.type == library.BF12
-        num_weights = sum(source.shape.numel() for source in sources)
+        num_weights = sum(math.prod(source.shape) for source in sources)
         self.bytes_per_weight = sum(source.num_read for source in sources) / num_weights
         self._num_nested = dict.fromkeys((False, True), 0)  # weights that have nested codes: of layers, of heads
-        everyone = list(pair.tensors())
         self._arena = huge_pages(sum(source.num_bytes for source in sources))
-        self._scales = torch.zeros(sum(s.num_channels for s in sources if s.type == library.INT8))
+        self._scales = np.zeros(sum(s.num_channels for s in sources if s.type == library.INT8), np.float32)
         self._offset = self._channel = 0
-        for sources_of_layer in matrices:  # originals of one layer are freed before the next is packed
-            self._pack(sources_of_layer, everyone)
+        users = _users(pair, form)
+        del groups, group, distinct, sources
+        while matrices:  # originals of one layer are freed before the next is packed
+            self._pack(matrices.pop(0), users)
 
     def of(self, matrix: Matrix) -> library.Weights | None:
         """The packed form of a matrix, None if it was not packed."""
@@ -142,11 +146,11 @@ class PackedWeights:
             return [self._source(matrix.codes, matrix.shape, kind, is_gated, **parts)]
         if isinstance(matrix, Int8Matrix):
             return [self._source(matrix.values, matrix.shape, library.INT8, is_gated, scale=matrix.scale)]
-        assert isinstance(matrix, torch.Tensor), "one form is packed at a time"
-        is_compressed = self._compress and matrix.dtype == torch.bfloat16
+        assert isinstance(matrix, np.ndarray), "one form is packed at a time"
+        is_compressed = self._compress and matrix.dtype == BFLOAT16
         return [self._source(matrix, matrix.shape, library.BF12 if is_compressed else TYPES[matrix.dtype], is_gated)]
 
-    def _source(self, values: torch.Tensor, shape: torch.Size, kind: int, is_gated: bool, **more) -> _Source:
+    def _source(self, values: np.ndarray, shape: tuple[int, ...], kind: int, is_gated: bool, **more) -> _Source:
         num_bytes = num_read = self._lib.bs_packed_bytes(*shape, is_gated, kind)
         if kind in _NESTED_BITS:
             num_read = round(num_bytes * bytes_read(_NESTED_BITS[kind]) / bytes_in_memory())
@@ -159,59 +163,52 @@ class PackedWeights:
         codes, scales, minima = [], [], []
         for groups in (part.groups() for part in matrix.parts):
             per_group = groups.codes.shape[2] // 16
-            minimum = torch.zeros_like(groups.scale) if groups.minimum is None else groups.minimum
-            codes.append(groups.codes.flatten(1))
-            scales.append(groups.scale.repeat_interleave(per_group, dim=1))
-            minima.append(minimum.repeat_interleave(per_group, dim=1))
+            minimum = np.zeros_like(groups.scale) if groups.minimum is None else groups.minimum
+            codes.append(groups.codes.reshape(len(groups.codes), -1))
+            scales.append(groups.scale.repeat(per_group, axis=1))
+            minima.append(minimum.repeat(per_group, axis=1))
         return self._source(
-            torch.cat(codes), matrix.shape, library.WIDE, is_gated, scale=torch.cat(scales), minimum=torch.cat(minima)
+            np.concatenate(codes),
+            matrix.shape,
+            library.WIDE,
+            is_gated,
+            scale=np.concatenate(scales),
+            minimum=np.concatenate(minima),
         )
 
-    def _pack(self, group: list[tuple[Matrix, list[_Source]]], everyone: list[torch.Tensor]) -> None:
-        """Pack the matrices of a layer."""
+    def _pack(self, group: list[tuple[Matrix, list[_Source]]], users: _Users) -> None:
+        """Pack the matrices of a layer; whoever has one gets the packed bytes in its place."""
         sources = [source for _, parts in group for source in parts]
         items = (library.Pack * len(sources))()
-        targets = []
+        scales: dict[int, np.ndarray] = {}  # of int8, by address of the source
         for item, source in zip(items, sources, strict=True):
-            target = self._arena[self._offset : self._offset + source.num_bytes]
-            self._offset += source.num_bytes
-            scale = None
             if source.type == library.INT8:
-                scale = self._scales[self._channel : self._channel + source.num_channels]
+                scales[address(source.values)] = self._scales[self._channel : self._channel + source.num_channels]
                 self._channel += source.num_channels
-            fill(item, source, target, scale)
-            targets.append((target, scale))
+            target = self._arena[self._offset : self._offset + source.num_bytes]
+            fill(item, source, target, scales.get(address(source.values)))
+            self._offset += source.num_bytes
         self._measure_exponents([item for item in items if item.type == library.BF12])
         self._lib.bs_pack(items, len(items), self._num_threads)
-        packed = iter(zip(items, sources, targets, strict=True))
+        packed = iter(items)
         for matrix, parts in group:
-            here = [next(packed) for _ in parts]
             weights = [
                 library.Weights(
                     data=item.target, scale=item.scale, exponents=item.exponents, rest_start=item.rest_start,
                     rest=item.rest, type=item.type, rows=source.shape[0],
                 )
-                for item, source, _ in here
+                for source, item in zip(parts, packed, strict=False)
             ]  # fmt: skip
             for one, below in pairwise(weights):
                 one.more = ctypes.addressof(below)
             self._keep_alive.append(weights)
-            tensors = [p.blocks for p in matrix.parts] if isinstance(matrix, CodedMatrix) else [source_of(matrix)]
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            if len(here) < len(tensors):  # several runs became one matrix
-                here += [here[0]] * (len(tensors) - len(here))
-            for address, (_, source, (target, _)) in zip(addresses, here, strict=True):
-                packed_values = target.view(source.values.dtype if source.values.is_floating_point() else torch.uint8)
-                if source.type in _PLAIN or source.type == library.INT8:
-                    packed_values = target.view(tensors[0].dtype).view(source.num_channels // 32, -1, 32)
-                for tensor in [t for t in everyone if t.data_ptr() == address]:
-                    tensor.data = packed_values
-            if isinstance(matrix, Int8Matrix):
-                matrix.scale.data = here[0][2][1]
-            if isinstance(matrix, NestedMatrix):  # they lie with the codes now
-                matrix.zero.data, matrix.scales.data = target[:0], target[:0]
-            self._where[_start(matrix)] = weights[0]
-            self._num_weights[_start(matrix)] = sum(source.shape.numel() for _, source, _ in here[: len(weights)])
+            begin = weights[0].data - address(self._arena)
+            values = self._arena[begin : begin + sum(source.num_bytes for source in parts)]
+            scale = scales.get(address(parts[0].values))
+            for use in users.pop(_start(matrix)):
+                use(values, scale)
+            self._where[address(values)] = weights[0]
+            self._num_weights[address(values)] = sum(math.prod(source.shape) for source in parts)
 
     def _measure_exponents(self, items: list[library.Pack]) -> None:
         """Find the exponents that the codes of these matrices stand for, and make room for the weights without one."""
@@ -219,31 +216,65 @@ class PackedWeights:
         starts = []
         for item in array:
             num_panels = self._lib.bs_packed_channels(item.N, item.gated) // 32
-            exponents = torch.empty(num_panels, 64, dtype=torch.uint8)
-            start = torch.empty(num_panels + 1, dtype=torch.int32)
-            item.exponents, item.rest_start = exponents.data_ptr(), start.data_ptr()
+            exponents = np.empty((num_panels, 64), np.uint8)
+            start = np.empty(num_panels + 1, np.int32)
+            item.exponents, item.rest_start = address(exponents), address(start)
             starts.append(start)
             self._beside += [exponents, start]
         self._lib.bs_measure(array, len(array), self._num_threads)
         for item, measured, start in zip(items, array, starts, strict=True):
-            rest = torch.empty(int(start[-1]), 2, dtype=torch.int32)  # BsRest
-            item.exponents, item.rest_start, item.rest = measured.exponents, measured.rest_start, rest.data_ptr()
+            rest = np.empty((int(start[-1]), 2), np.int32)  # BsRest
+            item.exponents, item.rest_start, item.rest = measured.exponents, measured.rest_start, address(rest)
             self._beside.append(rest)
 
 
-def fill(item: library.Pack, source: _Source, target: torch.Tensor, scale: torch.Tensor | None) -> None:
+# Address of a matrix -> what puts packed bytes (and packed scales of int8) in its place, wherever it is referred to.
+_Users = dict[int, list[Callable[[np.ndarray, np.ndarray | None], None]]]
+
+
+def _users(pair: LoadedPair, form: Callable[[Matrix], Matrix | None]) -> _Users:
+    users: _Users = {}
+    fields: list[tuple[LayerWeights | EndWeights, tuple[str, ...]]] = [(o, MATRICES) for o in pair.layers.values()]
+    fields += [(end, ("embed", "head")) for end in pair.ends.values()]
+    for owner, names in fields:
+        for name in names:
+            if (matrix := form(getattr(owner, name))) is not None:
+                users.setdefault(_start(matrix), []).append(partial(_replace, owner, name, matrix))
+    return users
+
+
+def _replace(
+    owner: LayerWeights | EndWeights, name: str, matrix: Matrix, values: np.ndarray, scale: np.ndarray | None
+) -> None:
+    """A matrix keeps its kind, so that what it was can still be asked."""
+    whole = getattr(owner, name)
+    if isinstance(matrix, CodedMatrix):
+        first, *others = matrix.parts
+        rest = [replace(part, blocks=values[:0]) for part in others]
+        matrix.parts = (replace(first, blocks=values), *rest)
+    elif isinstance(matrix, NestedMatrix):
+        matrix.codes, matrix.zero, matrix.scales = values, values[:0], values[:0]
+    elif isinstance(matrix, Int8Matrix):
+        matrix.values, matrix.scale = values, scale
+    elif isinstance(whole, DualMatrix):
+        whole.exact = values
+    else:
+        setattr(owner, name, values)
+
+
+def fill(item: library.Pack, source: _Source, target: np.ndarray, scale: np.ndarray | None) -> None:
     """Have `source` packed to the bytes `target`, and the scales of int8 to `scale`."""
-    assert source.values.is_contiguous() and (source.scale is None or source.scale.is_contiguous())
-    item.source, item.target, item.type = source.values.data_ptr(), target.data_ptr(), source.type
-    item.source_scale = None if source.scale is None else source.scale.data_ptr()
-    item.source_minimum = None if source.minimum is None else source.minimum.data_ptr()
-    item.scale = None if scale is None else scale.data_ptr()
+    assert all(array is None or array.flags.c_contiguous for array in (source.values, source.scale, source.minimum))
+    item.source, item.target, item.type = address(source.values), address(target), source.type
+    item.source_scale = None if source.scale is None else address(source.scale)
+    item.source_minimum = None if source.minimum is None else address(source.minimum)
+    item.scale = None if scale is None else address(scale)
     item.N, item.K = source.shape
     item.gated = source.is_gated
 
 
-def source_of(matrix: Matrix) -> torch.Tensor:
-    """The tensor that says which matrix it is: shared matrices share it."""
+def source_of(matrix: Matrix) -> np.ndarray:
+    """The array that says which matrix it is: shared matrices share it."""
     matrix = exact_of(matrix)
     if isinstance(matrix, CodedMatrix):
         return matrix.parts[0].blocks
@@ -251,15 +282,15 @@ def source_of(matrix: Matrix) -> torch.Tensor:
         return matrix.codes
     if isinstance(matrix, Int8Matrix):
         return matrix.values
-    assert isinstance(matrix, torch.Tensor), "`exact_of` leaves nothing else"
+    assert isinstance(matrix, np.ndarray), "`exact_of` leaves nothing else"
     return matrix
 
 
 def _start(matrix: Matrix) -> int:
-    return source_of(matrix).data_ptr()
+    return address(source_of(matrix))
 
 
-Angles = dict[Rope, tuple[torch.Tensor, torch.Tensor]]
+Angles = dict[Rope, tuple[np.ndarray, np.ndarray]]
 
 
 def angle_tables(spec: ModelSpec, ropes: set[Rope], num_positions: int) -> Angles:
@@ -267,8 +298,8 @@ def angle_tables(spec: ModelSpec, ropes: set[Rope], num_positions: int) -> Angle
     tables: Angles = {}
     for rope in ropes - {"none"}:
         inv_freq, factor = spec.rope_inv_freq(rope)
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), inv_freq)
-        tables[rope] = (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
+        angles = np.outer(np.arange(num_positions, dtype=np.float32), inv_freq)
+        tables[rope] = np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
     return tables
 
 
@@ -282,7 +313,7 @@ def layer_table(pair: LoadedPair, packed: PackedWeights, num_layers: int, angles
             window=weights.window or 0,
         )
         if weights.rope in angles:
-            table[index].cos, table[index].sin = (turn.data_ptr() for turn in angles[weights.rope])
+            table[index].cos, table[index].sin = map(address, angles[weights.rope])
     return table
 
 
@@ -291,10 +322,10 @@ def end_table(pair: LoadedPair, packed: PackedWeights) -> ctypes.Array:
 
     def end(weights: EndWeights) -> library.End:
         packed_embed = packed.of(weights.embed)
-        plain = weights.embed.data_ptr() if isinstance(weights.embed, torch.Tensor) else None
+        plain = address(weights.embed) if is_plain(weights.embed) else None
         return library.End(
             embed=None if packed_embed else plain, positions=_address(weights, "positions"),
-            norm_w=weights.final_norm_weight.data_ptr(), norm_b=_address(weights, "final_norm_bias"),
+            norm_w=address(weights.final_norm_weight), norm_b=_address(weights, "final_norm_bias"),
             head_b=_address(weights, "head_bias"), packed_embed=packed_embed or library.Weights(),
             head=packed.of(weights.head),
         )  # fmt: skip
@@ -314,16 +345,16 @@ def _address(weights: LayerWeights | EndWeights, name: str) -> int | None:
     tensor = getattr(weights, name)
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
+    assert tensor.flags.c_contiguous
+    return address(tensor)
 
 
-def huge_pages(num_bytes: int) -> torch.Tensor:
+def huge_pages(num_bytes: int) -> np.ndarray:
     """Uninitialised bytes that start on a huge page; ordinary memory where the system has none."""
-    raw = torch.empty(num_bytes + _HUGE, dtype=torch.uint8)
-    start = -raw.data_ptr() % _HUGE
+    raw = np.empty(num_bytes + _HUGE, np.uint8)
+    start = -address(raw) % _HUGE
     arena = raw[start : start + num_bytes]
     advise = ctypes.CDLL(None, use_errno=True).madvise
-    if advise(ctypes.c_void_p(arena.data_ptr()), ctypes.c_size_t(num_bytes // _HUGE * _HUGE), _MADV_HUGEPAGE):
+    if advise(ctypes.c_void_p(address(arena)), ctypes.c_size_t(num_bytes // _HUGE * _HUGE), _MADV_HUGEPAGE):
         logger.info("no huge pages for the weights (errno %d)", ctypes.get_errno())
     return arena

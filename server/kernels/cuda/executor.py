@@ -33,6 +33,7 @@ from server.kernels.cuda.ends import Ends
 from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
 from server.kernels.cuda.inputs import DecodeInputs, StepInputs
 from server.kernels.cuda.layer import Difference, Lane, Layers
+from server.kernels.cuda.logits import DeviceLogits
 from server.kernels.cuda.runtime import INTERPRETED
 from server.kernels.cuda.staging import Download, Upload
 from server.kernels.cuda.tables import DeviceTables
@@ -42,10 +43,10 @@ logger = logging.getLogger(__name__)
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
     """The executor, or the reason why this pair or this machine cannot have it."""
-    device = pair.ends["teacher"].final_norm_weight.device
-    if device.type != "cuda" and not (INTERPRETED and config.executor == "cuda"):
-        return f"runs on cuda, not on {device.type}"
-    if device.type == "cuda":
+    if pair.device != "cuda" and not (INTERPRETED and config.executor == "cuda"):
+        return f"runs on cuda, not on {pair.device}"
+    if pair.device == "cuda":
+        device = pair.ends["teacher"].final_norm_weight.device
         if device.index:
             return "runs on the first visible device only: set CUDA_VISIBLE_DEVICES instead of --device"
         major, minor = torch.cuda.get_device_capability(device)
@@ -63,7 +64,7 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
         return refusal
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
         return "runs students kept as differences only where all of their layers are"
-    return CudaExecutor(pair, config)
+    return CudaExecutor(pair.in_torch(), config)
 
 
 def _not_computed(pair: LoadedPair, config: EngineConfig) -> str | None:
@@ -97,6 +98,7 @@ class CudaExecutor(Executor):
 
     name = "cuda"
     can_draw = can_launch = True
+    logit_ops = DeviceLogits()
 
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
         self.spec, self.elasticity, self._ends = pair.spec, pair.elasticity, Ends(pair.spec, pair.ends)
@@ -177,7 +179,7 @@ class CudaExecutor(Executor):
             return self._hidden[torch.from_numpy(batch.logits_rows).to(self.device)]
         return self._run_any(batch)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: the engine writes to them outside
     def logits(self, hidden: torch.Tensor, num_teacher: int, widths: np.ndarray | None = None) -> torch.Tensor:
         if hidden is self._ready:
             return self._logits[: len(hidden)].float()

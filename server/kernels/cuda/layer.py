@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from model_store.lowrank import LowRankDelta
@@ -58,8 +59,8 @@ class Layers:
         self.spec, self.weights, self.attention, self.tables = spec, weights, attention, tables
         self._angles: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}  # cos and sin
         for rope in {layer.rope for layer in weights.values()}:
-            inv_freq, factor = (torch.zeros(1), 1.0) if rope == "none" else spec.rope_inv_freq(rope)
-            angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
+            inv_freq, factor = (np.zeros(1, np.float32), 1.0) if rope == "none" else spec.rope_inv_freq(rope)
+            angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), torch.from_numpy(inv_freq))
             self._angles[rope] = (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
         self._device = device
         self._from_the_first = torch.zeros(1, dtype=torch.int32, device=device)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from model_store.int8 import Factor, Int8Matrix, Matrix, dense
+from model_store.int8 import Factor, Int8Matrix, Matrix, dense, tensors_of
 from model_store.lowrank import LowRankTerm
 from server.kernels.cuda.runtime import INTERPRETED
 
@@ -98,7 +98,7 @@ def _launch(
     num_rows, num_outputs = len(x), out.shape[1]
     if not num_rows:
         return
-    assert isinstance(weight, Factor)
+    assert isinstance(weight, torch.Tensor | Int8Matrix)
     values, scale = (weight.values, weight.scale) if isinstance(weight, Int8Matrix) else (weight, None)
     tiles, width = Tiles.of(num_rows), values.shape[1]
     columns = tiles.outputs if blocks is None else TERM_BLOCK
@@ -117,7 +117,7 @@ def linear(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [T, K] -> x W^T + b [T, N], contiguous."""
-    assert isinstance(weight, Factor)
+    assert isinstance(weight, torch.Tensor | Int8Matrix)
     if isinstance(weight, Int8Matrix):
         out = x.new_empty(len(x), weight.shape[0]) if out is None else out
         _launch(x, weight, out, bias=bias)
@@ -132,7 +132,7 @@ def linear(
 
 def add_linear(x: torch.Tensor, rows: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> None:
     """x [T, N] += rows [T, K] W^T + b."""
-    assert isinstance(weight, Factor)
+    assert isinstance(weight, torch.Tensor | Int8Matrix)
     if isinstance(weight, Int8Matrix):
         _launch(rows, weight, x, bias=bias, add=True)
         return
@@ -161,7 +161,7 @@ class Factors:
         ranks = [-(-factor.shape[0] // _RANK_STEP) * _RANK_STEP for factor in a]
         padded = [_padded(factor, rank=rank) for factor, rank in zip(a, ranks, strict=True)]
         wide = [_padded(factor, width=max(ranks)) for factor in b]
-        stacked = cls(_stack(padded), _stack(wide), _blocks(terms, ranks).to(a[0].device))
+        stacked = cls(_stack(padded), _stack(wide), _blocks(terms, ranks).to(next(tensors_of(a[0])).device))
         for term, factor, first in zip(terms, a, _starts(ranks), strict=True):
             term.a = _part(stacked.a, slice(first, first + factor.shape[0]))
             term.b = _part(stacked.b, slice(term.start, term.stop), slice(factor.shape[0]))

@@ -1,0 +1,23 @@
+"""How many threads a step should have."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+_SYSTEM = Path("/sys/devices/system/cpu")
+
+
+def available_threads(system: Path = _SYSTEM) -> int:
+    """OMP_NUM_THREADS, else the cores that this process may run on: two threads of a core share what products need."""
+    with contextlib.suppress(ValueError, KeyError):
+        return max(int(os.environ["OMP_NUM_THREADS"].split(",")[0]), 1)
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for number in processors:
+        try:
+            cores.add((system / f"cpu{number}/topology/thread_siblings_list").read_text())
+        except OSError:  # not told: each is taken for a core
+            cores.add(str(number))
+    return len(cores)
