@@ -54,7 +54,7 @@ class PolicyConfig:
 
 # What binds, in the order in which ties are reported.
 REASONS = ("slo_ttft", "slo_tpot", "slo_e2e", "kv_pressure", "load")
-_TRIED_IN_TURN = 16  # candidates that are tried from the best down; of more, those around the last choice
+_TRIED_IN_TURN = 4  # candidates that are tried from the best down; of more, those around the last choice
 
 
 class BudgetPolicy(SizePolicy):
@@ -201,10 +201,11 @@ class BudgetPolicy(SizePolicy):
             index -= 1
         if index < 0:
             # Nothing holds: the one that breaks limits least. Mostly the floor, but beside large requests a distant
-            # floor reads weights of its own and can be the worse choice.
+            # floor reads weights of its own and can be the worse choice: then a size that runs already is not.
             feasible = [i for i in range(top + 1) if look.is_known(candidates[i]) and look.holds(candidates[i])]
-            narrowest = candidates[0].width
-            tried = [i for i in range(top + 1) if candidates[i].width == narrowest] or [0]
+            narrowest, running = candidates[0].width, look.view.load.rows
+            tried = [i for i in range(1, top) if candidates[i].width == narrowest and running[candidates[i].size]]
+            tried = [0, *tried, *([top] if candidates[top].width == narrowest else [])]
             index = feasible[-1] if feasible else min(tried, key=lambda i: look.pressure(candidates[i]))
         return index, level
 
