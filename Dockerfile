@@ -1,4 +1,5 @@
 # Targets:  cpu (default)   docker build --target cpu -t boomerang-serve:cpu .
+#           cpu-torch       docker build --target cpu-torch -t boomerang-serve:cpu-torch .    distill, evaluate, export
 #           cuda            docker build --target cuda -t boomerang-serve:cuda .
 #           autoscaler      docker build --target autoscaler -t boomerang-autoscaler .
 # Every runtime image runs as user 2000, group 0, and works with a read-only root file system: what is written goes to
@@ -18,18 +19,21 @@ COPY constraints.txt ./
 
 FROM builder AS builder-cpu
 # Bytecode is kept for what a start imports and for nothing else: the image is read-only when it runs.
-# torch first and from its own index: the default one would bring gigabytes of CUDA libraries.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model_store model_store
 COPY server server
 COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . \
-    && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include \
-              /opt/boomerang/lib/python3*/site-packages/torch/test \
     && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
     && python -P -m server.precompile
+
+FROM builder-cpu AS builder-cpu-torch
+# torch first and from its own index: the default one would bring gigabytes of CUDA libraries.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
+    && pip install --no-compile -c constraints.txt '.[train]' \
+    && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include \
+              /opt/boomerang/lib/python3*/site-packages/torch/test
 
 FROM builder AS builder-cuda
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)"
@@ -37,7 +41,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model_store model_store
 COPY server server
 COPY deploy deploy
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . \
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[torch]' \
     && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
     && python -P -m server.precompile
 
@@ -106,10 +110,15 @@ HEALTHCHECK --interval=10s --timeout=3s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9105/metrics', timeout=2)"]
 ENTRYPOINT ["python", "-m", "deploy.autoscaler"]
 
-# --- CPU, the default target: no compiler
-FROM runtime AS cpu
-# OpenMP for torch and the native kernels.
+# --- CPU with torch, for distill, evaluate and export
+FROM runtime AS cpu-torch
+# OpenMP for torch.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+COPY --from=builder-cpu-torch /opt/boomerang /opt/boomerang
+USER 2000:0
+
+# --- CPU, the default target: no compiler, no torch
+FROM runtime AS cpu
 COPY --from=builder-cpu /opt/boomerang /opt/boomerang
 USER 2000:0

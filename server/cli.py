@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print(
+            "boomerang: this needs torch, which is not installed: pip install 'boomerang-serve[torch]'", file=sys.stderr
+        )
+        return 1
     except Exception as error:
         if not isinstance(error, BoomerangError | ValueError | OSError):
             raise
