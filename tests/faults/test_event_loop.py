@@ -11,7 +11,7 @@ import orjson
 import psutil
 import pytest
 
-from tests.api.tiny import VOCAB, RunningServer
+from tests.api.tiny import NAME, VOCAB, RunningServer
 from tests.faults.test_clients import BODY
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "100,000 messages": chat(messages=HELLO * 100_000),
     "200,000 wrong types": asked(stop=[1] * 200_000),
     "a million ids to text": ("/detokenize", {"tokens": [5] * 1_000_000}),
-    "long stop strings on many sequences": asked(stop=["x" * 500 + str(i) for i in range(64)], n=32, max_tokens=20),
+    "long stop strings on many sequences": asked(stop=["x" * 500 + str(i) for i in range(64)], n=32, max_tokens=200),
     "a megabyte of text": asked(prompt="The quick brown fox. " * 50_000),
     "a megabyte to tokenize": ("/tokenize", {"prompt": "The quick brown fox. " * 50_000}),
     "a megabyte that is cut": asked(prompt="The quick brown fox. " * 50_000, truncate_prompt_tokens=5),
@@ -70,6 +70,12 @@ KINDS: dict[str, tuple[str, Any]] = {
     "allowed tokens with many choices": asked(allowed_token_ids=list(range(VOCAB)) * 100, n=128),
     "a schedule of 100,000 legs": asked(size_schedule=[{"size": "4L", "tokens": 1}] * 100_000),
     "parts of one message": chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 100_000}]),
+    "a million ids to embed": ("/v1/embeddings", {"input": [5] * 1_000_000}),
+    "1,024 texts to embed": ("/v1/embeddings", {"input": ["word " * 400] * 1024}),
+    "200,000 wrong types to embed": ("/api/embed", {"model": NAME, "input": [1] * 200_000}),
+    "calls and results of others": ("/api/chat", {"model": NAME, "options": {"num_predict": 1}, "messages": [
+        *HELLO, *[{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 128}] * 500,
+        *[{"role": "tool", "tool_name": "g", "content": "x"}] * 3000]}),
 }  # fmt: skip
 
 

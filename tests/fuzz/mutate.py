@@ -7,6 +7,7 @@ import json
 import random
 from typing import Any
 
+from tests.fuzz import generate
 from tests.fuzz.seeds import SEEDS
 
 STRANGE: list[Any] = [
@@ -16,7 +17,6 @@ STRANGE: list[Any] = [
     list(range(300)), {"a": {"a": {"a": {"a": {}}}}}, "(a|b)*a(a|b){20}", {"$ref": "#"}, {"type": ["string", "null"]},
     "../../etc/passwd",
 ]  # fmt: skip
-ENDPOINTS = sorted({path for path, _ in SEEDS})
 FIELDS = sorted({name for _, body in SEEDS for name in body})
 
 
@@ -82,15 +82,35 @@ def spoil_headers(draw: random.Random) -> dict[str, str]:
     return {draw.choice(names): draw.choice(values) for _ in range(draw.randrange(1, 4))}
 
 
-def request(draw: random.Random) -> tuple[str, bytes, dict[str, str]]:
-    """(path, body, headers) of a spoilt request; about one in twenty is left as it was."""
+def request(draw: random.Random, schemas: generate.FromSchemas) -> tuple[str, bytes, dict[str, str]]:
+    """(path, body, headers): a real request that is spoilt, or one made from nothing; some are left as they were."""
     path, body = draw.choice(SEEDS)
     headers = {"content-type": "application/json"}
-    kind = draw.choices(["tree", "bytes", "headers", "path", "none"], [70, 12, 6, 7, 5])[0]
+    kinds = {
+        "tree": 36,
+        "bytes": 8,
+        "headers": 4,
+        "path": 5,
+        "none": 4,
+        "schema": 20,
+        "grammar": 10,
+        "nested": 8,
+        "product": 5,
+    }
+    (kind,) = draw.choices(list(kinds), list(kinds.values()))
     if kind == "path":
-        path = draw.choice(ENDPOINTS)
-    if kind == "tree" or (kind == "path" and draw.random() < 0.5):
+        path = draw.choice(schemas.paths)
+    if kind == "schema":
+        path = draw.choice(schemas.paths)
+        body = schemas.body(draw, path)
+    if kind == "grammar":
+        path, body = generate.constrained(draw)
+    if kind == "product":
+        path, body = generate.product(draw)
+    if kind == "tree" or (kind in ("path", "schema", "grammar") and isinstance(body, dict) and draw.random() < 0.4):
         body = spoil_tree(body, draw)
+    if kind == "nested":
+        body = generate.nested(draw, body, places)
     raw = json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
     if kind == "bytes":
         raw = spoil_bytes(raw, draw)

@@ -127,13 +127,13 @@ def _sampling(options: OllamaOptions) -> dict[str, Any]:
 def _messages(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
     """With ids for calls that have none, and for their results by name and order: some templates print them."""
     result = []
-    open_calls: list[tuple[str, str]] = []  # (name, id) whose result has not come
+    open_calls: list[tuple[str, str]] = []  # (name, id) of the last message with calls, whose result has not come
     for index, message in enumerate(messages):
         item: dict[str, Any] = {"role": message.role, "content": message.content or ""}
         if message.thinking:
             item["reasoning_content"] = message.thinking
         if message.tool_calls:
-            item["tool_calls"] = []
+            item["tool_calls"], open_calls = [], []
             for place, call in enumerate(message.tool_calls):
                 call_id = (
                     call.id or f"call{index:02d}{place:03d}"

@@ -126,7 +126,9 @@ class OllamaVectorFields(VectorFields):
 
 
 class OllamaEmbedRequest(OllamaVectorFields):
-    input: str | list[str] | None = Field(default=None, description="text or texts; none: whether the model is there")
+    input: str | Annotated[list[str], AtMost(65_536)] | None = Field(
+        default=None, description="text or texts; none: whether the model is there"
+    )
     truncate: bool | None = Field(default=None, description="false: refuse a text that is too long; default: cut it")
 
 
