@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-ray test-clients test-llamacpp test-compose fuzz soak lint types clean
+.PHONY: install tools serve test test-ray test-clients test-llamacpp test-compose fuzz soak sanitize lint types clean
 
 install: $(VENV)/.installed
 
@@ -58,11 +58,16 @@ test-llamacpp: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,llamacpp]'
 	$(BIN)/python -m pytest tests/model_store/test_gguf_tokenizers.py $(ARGS)
 
-# 10,000 mutated requests and 200 examples of every operation in the OpenAPI document; the suite tries a few of each.
+# 20,000 requests, spoilt or made up, and 200 examples of every operation in the OpenAPI document; the suite tries a few.
 fuzz: install
-	BOOMERANG_FUZZ_REQUESTS=10000 BOOMERANG_FUZZ_EXAMPLES=200 BOOMERANG_PROPERTY_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
+	BOOMERANG_FUZZ_REQUESTS=20000 BOOMERANG_FUZZ_EXAMPLES=200 BOOMERANG_PROPERTY_EXAMPLES=10000 $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
+
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, and damaged checkpoints.
+sanitize: install
+	$(BIN)/python -m tests.kernels.sanitize $(ARGS)
 
 # Half an hour at 80 % of capacity, clients leaving at random: no leaked block, flat memory, the same greedy answers.
+# Shorter: make soak ARGS="--minutes 3".
 soak: install
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 

@@ -71,7 +71,7 @@ def observed(tmp_path_factory):
     flags += ["--otlp-metrics-endpoint", f"{collector.url}/v1/metrics", "--enable-per-request-metrics"]
     with RunningServer(make_pair(tmp_path_factory.mktemp("tracing")), *flags) as server:
         trace = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
-        body = {"model": NAME, "prompt": "The quick", "max_tokens": 6, "temperature": 0, "size": "5L"}
+        body = {"model": f"{NAME}:5L", "prompt": "The quick", "max_tokens": 6, "temperature": 0, "size": "5L"}
         answer = httpx.post(server.url + "/v1/completions", json=body, headers=trace)
         assert set(answer.json()["metrics"]) >= {"queue_time_ms", "time_to_first_token_ms", "tokens_per_second"}
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
@@ -87,6 +87,7 @@ def test_a_request_continues_the_callers_trace(observed):
     span = next(span for span in collector.spans if span.name == f"text_completion {NAME}" and not span.status.code)
     assert span.trace_id.hex() == TRACE and span.parent_span_id.hex() == PARENT
     values = attributes(span)
+    assert values["gen_ai.request.model"] == NAME  # not what a client writes: that would be a series each
     assert values["gen_ai.response.model"] == f"{NAME}:5L" and values["boomerang.size"] == 5
     assert values["gen_ai.usage.output_tokens"] == 6 and values["gen_ai.response.finish_reasons"] == ["length"]
     assert values["gen_ai.request.id"] == "mine" and values["http.response.status_code"] == 200

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.api.http import body as bodies
 from server.api.http.auth import KeyRing
 from server.config import Settings
 from server.options import SettingsError, check_environment, load_settings
@@ -334,3 +335,10 @@ def test_the_queue_counts_every_sequence_of_a_request(pair):
 
         statuses, most = gather(server.url, flood)
         assert set(statuses) == {200, 503} and most <= 20
+
+
+def test_names_of_unknown_fields_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(bodies, "_seen_unknown", seen := set())
+    for number in range(3000):
+        bodies.check_extra({f"made_up_{number}_" + "x" * 10_000: 1})
+    assert len(seen) <= 1000 and max(map(len, seen)) <= 100
