@@ -22,6 +22,7 @@ RULES = "root ::= " + " | ".join(f'"w{i}"' for i in range(6000))
 TAGS = [{"begin": f"<t{i}>", "schema": {}, "end": "</t>"} for i in range(2000)]
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 WORDS = [chr(97 + i % 26) * (i + 1) for i in range(256)]
 
 
@@ -73,6 +74,16 @@ KINDS: dict[str, tuple[str, Any]] = {
     "a million ids to embed": ("/v1/embeddings", {"input": [5] * 1_000_000}),
     "1,024 texts to embed": ("/v1/embeddings", {"input": ["word " * 400] * 1024}),
     "200,000 wrong types to embed": ("/api/embed", {"model": NAME, "input": [1] * 200_000}),
+    "four thousand messages of ten calls": chat(
+        messages=[*HELLO, *[{"role": "assistant", "tool_calls": [CALL] * 10}] * 4000]
+    ),
+    "four thousand messages of thirty parts": ("/v1/messages", {"model": NAME, "max_tokens": 1, "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "x"}] * 30}] * 4000}),
+    "parts in parts": ("/v1/messages", {"model": NAME, "max_tokens": 1, "messages": [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "x"}] * 1000}] * 100}]}),
+    "as many parts as are allowed": chat(
+        messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 4}] * 4096
+    ),
     "calls and results of others": ("/api/chat", {"model": NAME, "options": {"num_predict": 1}, "messages": [
         *HELLO, *[{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 128}] * 500,
         *[{"role": "tool", "tool_name": "g", "content": "x"}] * 3000]}),

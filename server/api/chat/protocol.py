@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.generate.protocol import SamplingFields
-from server.api.http.body import AtMost, Body
+from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 
 class ContentPart(Body):
@@ -56,7 +56,7 @@ class NamedToolChoice(Body):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1), AtMost(4096)] = Field(
+    messages: Annotated[list[ChatMessage], Field(min_length=1), AtMost(MAX_MESSAGES, MAX_PARTS)] = Field(
         description="the conversation, oldest first"
     )
     max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(

@@ -71,13 +71,18 @@ INSTEAD = {
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _seen_unknown: set[str] = set()
 MAX_NESTING = 64
+MAX_MESSAGES, MAX_PARTS = 4096, 16_384  # of a conversation
 
 
 @dataclass(frozen=True, slots=True)
 class AtMost:
-    """Of a list or mapping: its raw length is checked before anything in it, and the first bad entry ends the check."""
+    """Of a list or mapping: its raw length is checked before anything in it, and the first bad entry ends the check.
+
+    `parts`: how many objects the lists within its entries may hold, all together.
+    """
 
     most: int
+    parts: int | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         inner: Any = handler(source)
@@ -89,7 +94,19 @@ class AtMost:
     def _check(self, value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > self.most:
             raise PydanticCustomError("too_long", f"has {len(value)} entries; at most {self.most} are allowed")
+        if self.parts is not None and isinstance(value, list):
+            self._check_parts(value, self.parts)
         return value
+
+    @staticmethod
+    def _check_parts(entries: list[Any], most: int) -> None:
+        count = 0
+        while entries:
+            lists = (inner for entry in entries if isinstance(entry, dict) for inner in entry.values())
+            entries = [part for inner in lists if isinstance(inner, list) for part in inner if isinstance(part, dict)]
+            count += len(entries)
+            if count > most:
+                raise PydanticCustomError("too_long", f"has {count} parts and calls; at most {most} are allowed")
 
 
 class WrittenFloat(float):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.generate.protocol import SizeFields
-from server.api.http.body import AtMost, Body
+from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 
 class Block(Body):
@@ -56,7 +56,7 @@ class CountTokensRequest(Body):
     written_mark = b"tool_use"
 
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
-    messages: Annotated[list[Message], Field(min_length=1), AtMost(4096)] = Field(
+    messages: Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES, MAX_PARTS)] = Field(
         description="the conversation; a last message of the assistant is continued"
     )
     system: str | Annotated[list[Block], AtMost(1024)] | None = Field(default=None, description="system prompt")

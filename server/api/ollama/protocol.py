@@ -9,7 +9,7 @@ from pydantic import Field
 from server.api.chat.protocol import ToolFunction
 from server.api.embeddings.protocol import VectorFields
 from server.api.generate.protocol import SizeFields
-from server.api.http.body import AtMost, Body
+from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 _MEMORY = "ignored: what lies in memory was decided at the start"
 
@@ -95,7 +95,7 @@ class OllamaTool(Body):
 class OllamaChatRequest(OllamaRequest):
     written_mark = b"tool_calls"
 
-    messages: Annotated[list[OllamaMessage], AtMost(4096)] | None = Field(
+    messages: Annotated[list[OllamaMessage], AtMost(MAX_MESSAGES, MAX_PARTS)] | None = Field(
         default=None, description="the conversation; none: whether the model is there"
     )
     tools: Annotated[list[OllamaTool], AtMost(128)] | None = Field(default=None, description="functions to call")

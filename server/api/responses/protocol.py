@@ -8,7 +8,7 @@ from pydantic import Field
 
 from server.api.chat.protocol import ContentPart
 from server.api.generate.protocol import JSONSchemaFormat, SizeFields, StructuredOutputs
-from server.api.http.body import AtMost, Body
+from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 
 class InputItem(Body):
@@ -54,7 +54,7 @@ class FunctionChoice(Body):
 
 class ResponsesRequest(SizeFields):
     model: str | None = Field(default=None, description="NAME, or NAME:24L for a size")
-    input: Annotated[str | Annotated[list[InputItem], AtMost(4096)], Field(min_length=1)] = Field(
+    input: Annotated[str | Annotated[list[InputItem], AtMost(MAX_MESSAGES, MAX_PARTS)], Field(min_length=1)] = Field(
         description="a text, or messages, calls and their results"
     )
     instructions: str | None = Field(default=None, description="system prompt")

@@ -8,13 +8,15 @@ from pydantic import Field
 
 from server.api.chat.protocol import ChatMessage, Tool
 from server.api.generate.protocol import TokenId
-from server.api.http.body import AtMost, Body
+from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 
 class TokenizeRequest(Body):
     model: str | None = Field(default=None, description="checked, otherwise without effect")
     prompt: str | None = Field(default=None, description="a text, or:")
-    messages: Annotated[list[ChatMessage], AtMost(4096)] | None = Field(default=None, description="a conversation")
+    messages: Annotated[list[ChatMessage], AtMost(MAX_MESSAGES, MAX_PARTS)] | None = Field(
+        default=None, description="a conversation"
+    )
     add_special_tokens: bool | None = Field(default=None, description="default true for a text, false for messages")
     add_generation_prompt: bool | None = Field(default=None, description="as for chat")
     continue_final_message: bool | None = Field(default=None, description="as for chat")
