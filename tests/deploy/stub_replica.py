@@ -1,12 +1,14 @@
 """A replica without a model, for tests of what stands in front of it: `python -m tests.deploy.stub_replica HOST PORT`.
 
 POST / streams `tokens` lines, one each `delay` seconds (both from the query), or answers at once with ?plain=1.
-?status=503 refuses the first `times` requests. /health is 503 after SIGTERM; uvicorn then finishes what runs.
+?refused_by=HOST is refused by that one, ?deadly=1 ends the process. /health is 503 after SIGTERM; uvicorn then finishes
+what runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 import uvicorn
@@ -27,6 +29,8 @@ async def work(request: Request):
     query = request.query_params
     if query.get("refused_by") == HOST:
         return JSONResponse({"error": {"message": "full"}}, 503, {"Retry-After": "1"})
+    if "deadly" in query:
+        os._exit(1)
     delay, tokens = float(query.get("delay", 0.01)), int(query.get("tokens", 5))
     if "plain" in query:
         await asyncio.sleep(delay)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 
 import httpx
+import psutil
 import pytest
 
 from deploy.autoscaler.drivers import ProcessDriver
@@ -173,6 +174,15 @@ def test_a_killed_replica_cuts_only_its_own_streams(balancer):
     assert [response.status_code for response in plain] == [200] * 10
     assert {response.json()["host"] for response in plain} == {"127.0.0.3"}
     assert all(done for _, done in late)
+
+
+def test_a_request_that_ends_its_replica_ends_two_at_most(balancer):
+    replicas = [psutil.Process(balancer.driver.pid(balancer.driver.start())) for _ in range(4)]
+    balancer.wait_up(4)
+    answer = httpx.post(balancer.url, params={"deadly": 1}, json={}, timeout=20)
+    assert answer.status_code >= 500
+    assert sum(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in replicas) >= 2
+    assert httpx.post(balancer.url, params={"plain": 1, "delay": 0}, json={}, timeout=20).status_code == 200
 
 
 def test_metrics_of_one_arbitrary_replica_are_not_passed_on(balancer):
