@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch, Scheduled
@@ -30,6 +30,7 @@ from server.engine.stats import EngineStats, MetricsSink, StepStats
 from server.engine.step_clock import Gap, StepClock
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class _Computed(NamedTuple):
@@ -261,14 +262,14 @@ class Engine:
         if self.metrics is not None:
             for output in outputs:
                 if output.decision is not None:
-                    self.metrics.on_size_decision(output.decision)
+                    _tell(self.metrics.on_size_decision, output.decision)
 
     def _forget(self, requests: list[LiveRequest]) -> None:
         for request in requests:
             self.runner.prompt_scores.forget(request.request_id)
             self.runner.pooled_states.forget(request.request_id)
             if self.metrics is not None:
-                self.metrics.on_request_finished(request)
+                _tell(self.metrics.on_request_finished, request)
 
     # --- when a step fails
 
@@ -358,3 +359,11 @@ def _num_prompt_tokens(scheduled: Scheduled) -> int:
         max(0, min(request.num_computed_tokens + count, request.num_prompt_tokens) - request.num_computed_tokens)
         for request, count in scheduled
     )
+
+
+def _tell(hear: Callable[[T], None], subject: T) -> None:
+    """Metrics only watch: what fails in them is logged, and fails nobody."""
+    try:
+        hear(subject)
+    except Exception:
+        logger.exception("metrics could not be told of %.200s", subject)
