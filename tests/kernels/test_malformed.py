@@ -77,7 +77,7 @@ def spoil_tensor(folder: Path, draw: random.Random) -> None:
         dim = 0 if kind == "row" else -1
         value = draw.choice([value.narrow(dim, 0, value.shape[dim] - 1), torch.cat([value, value], dim)])
     elif kind == "flat":
-        value = draw.choice([value.reshape(-1), value.unsqueeze(0), value.T])
+        value = draw.choice([value.reshape(-1), value.unsqueeze(0), value.swapaxes(0, -1)])
     elif kind == "type":
         value = value.to(draw.choice([torch.float16, torch.float64, torch.int8, torch.bool, torch.float8_e5m2]))
     rest = {key: other for key, other in found.items() if key != name}
