@@ -138,10 +138,12 @@ def race_noise(ids: np.ndarray, uniform: float) -> np.ndarray:
 
 def largest(row: np.ndarray, count: int) -> np.ndarray:
     """Places of the `count` largest entries of [V], the largest first, equal ones in order."""
+    if not count:
+        return np.zeros(0, np.intp)
     # As many blocks as entries are wanted have a largest of at least this bound, so the wanted ones are all at it.
     whole = len(row) // _BLOCK
     places = np.arange(len(row))
-    if 0 < count <= whole:
+    if count <= whole:
         most = row[: whole * _BLOCK].reshape(whole, _BLOCK).max(axis=1)
         found = np.flatnonzero(row >= np.partition(most, whole - count)[whole - count])
         places = found if len(found) >= count else places  # NaN is above nothing
