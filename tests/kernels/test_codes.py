@@ -92,7 +92,7 @@ def assert_same_products(native: NativeExecutor, head: Matrix) -> None:
 def test_products_of_every_type_and_number_of_rows(variant, name, monkeypatch):
     """Rounded activations times codes are those of the portable executor; a row's sums do not depend on its company."""
     pair = in_codes(make_pair("llama", torch.float32, **SHAPE), all_of(name))
-    head = pair.ends["teacher"].head
+    head = dataclasses.replace(pair.ends["teacher"].head)  # packing changes the matrix
     native = native_of(pair, variant, monkeypatch)
     assert_same_products(native, head)
 

@@ -1,5 +1,7 @@
 """Nested codes: the native kernels give what the torch executor gives at every width, from one copy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def nested(pair: LoadedPair, width: int) -> LoadedPair:
 def test_products_at_every_width_and_number_of_rows(variant, width, monkeypatch):
     """Rounded activations times codes are those of the portable executor; a row's sums do not depend on its company."""
     pair = nested(make_pair("llama", torch.float32, **SHAPE), width)
-    head = pair.ends["teacher"].head
+    head = dataclasses.replace(pair.ends["teacher"].head)  # packing changes the matrix
     native = native_of(pair, variant, monkeypatch)
     assert_same_products(native, head)
 
