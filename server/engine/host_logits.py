@@ -129,7 +129,7 @@ def race_noise(ids: np.ndarray, uniform: float) -> np.ndarray:
     (kernels/cpu/sampling.h) and the CUDA one (kernels/cuda/draw.py) compute the same.
     """
     key = int(np.float64(uniform).view(np.uint64))
-    h = ids.astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(key & 0xFFFFFFFF)
+    h: np.ndarray = ids.astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(key & 0xFFFFFFFF)
     h = (h ^ h >> 16) * np.uint32(0x7FEB352D)
     h = (h ^ h >> 15 ^ np.uint32(key >> 32)) * np.uint32(0x846CA68B)
     h ^= h >> 16
