@@ -22,8 +22,10 @@ ROOT = Path(__file__).parents[1]
 class LocalServer:
     """`python -m server serve` on 127.0.0.1 and a port of the system's choice. `url` is known once it is ready."""
 
-    def __init__(self, flags: list[str], cores: str | None = None, root: Path = ROOT) -> None:
-        """`cores`: a list for `taskset -c`; None leaves the process where its parent runs. `root`: of the code."""
+    def __init__(self, flags: list[str], cores: str | None = None, root: Path = ROOT, patience: float = 300) -> None:
+        """`cores`: a list for `taskset -c`; None leaves the process where its parent runs. `root`: of the code.
+        `patience`: seconds that it may take until it is ready."""
+        self.patience = patience
         pin = ["taskset", "-c", cores] if cores else []
         self.process = subprocess.Popen(
             [*pin, sys.executable, "-m", "server", "serve", "--host", "127.0.0.1", "--port", "0", *flags],
@@ -79,7 +81,7 @@ class LocalServer:
 
     def __enter__(self) -> LocalServer:
         try:
-            self.wait_ready()
+            self.wait_ready(self.patience)
         except BaseException:
             self.process.kill()
             raise

@@ -1,8 +1,7 @@
 """This build against an earlier one under the same absolute loads: two real servers in turn, one comparison.
 
     python -m benchmarks.trace_compare --base ../e5d4d51 --minutes 8
-    python -m benchmarks.trace_compare --base ../e5d4d51 --server-args "--teacher T --student S" \\
-        --own-args "--precision-dial on"
+    python -m benchmarks.trace_compare --base ../e5d4d51 --own-args "--quantization none --precision-dial on"
 
 `--base` is a checkout of the earlier build (`git worktree add ../e5d4d51 e5d4d51`). Its limits are ten times its idle
 time to the first token and eight times its idle time per token; load 1 is the rate at which its teacher meets them for
@@ -41,7 +40,7 @@ BARS = {1.0: (1.0, 0.0), 2.0: (0.99, 0.125), 4.0: (0.95, 1.0)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="checkout of the earlier build")
-    parser.add_argument("--minutes", type=float, default=8.0, help="that the runs may take, planning included")
+    parser.add_argument("--minutes", type=float, default=8.0, help="that planning and runs may take together")
     parser.add_argument("--max-prompt", type=int, default=256)
     parser.add_argument("--max-output", type=int, default=64)
     parser.add_argument("--server-args", default="", help="flags of both servers, in one string")
@@ -49,6 +48,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="load 1 in requests per second, instead of the earlier build's plan")
     parser.add_argument("--out", type=Path, help="write plan and records here (JSON)")
     args = parser.parse_args()
+    say("starting this build once: it may make nested codes and calibrates, which is not counted")
+    with LocalServer(flags_of(args, ROOT), patience=1800) as server:
+        asyncio.run(keep_busy(server.url, args.max_prompt, args.max_output))
     begun = time.monotonic()
     plan = make_plan(args)
     seconds = 60.0 * args.minutes - (time.monotonic() - begun) - 2 * len(LOADS) * _START
