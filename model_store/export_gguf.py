@@ -60,6 +60,7 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None, point: dict[str
         raise ExportError("--gguf: scaled rotary positions are not written; convert the folder with llama.cpp's script")
     _check_layers(spec)
     architecture = FAMILIES[family].gguf
+    assert architecture is not None
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name(f"{folder.name}")
     writer.add_file_type(_TYPES[dtype][1] if point is None else _FILE_TYPES[point["width"]])
@@ -104,7 +105,9 @@ def write_gguf(folder: Path, file: Path, pre: str | None = None, point: dict[str
 def _check_layers(spec: ModelSpec) -> None:
     """ExportError for what llama.cpp fixes for a family and this model has otherwise: its files cannot say it."""
     family, layers = spec.family, range(spec.num_layers)
-    types, unrotated, activation, scale = (), (), "silu", spec.head_dim**-0.5
+    types: tuple[str, ...] = ()
+    unrotated: tuple[int, ...] = ()
+    activation, scale = "silu", spec.head_dim**-0.5
     if family == "gemma3_text":
         activation = "gelu_tanh"
         types = tuple("full_attention" if i % 6 == 5 else "sliding_attention" for i in layers)

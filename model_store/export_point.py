@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class PointCodes:
 
     def grids(self, index: int, weights: LayerWeights, spec: ModelSpec) -> dict[str, Grid]:
         """By name in the family's files, of a layer's matrices, if GGUF has a type for them."""
-        parts: list[dict[str, np.ndarray]] = [{}, {}]
+        parts: list[dict[str, Any]] = [{}, {}]
         for name in MATRICES:
             matrix = self.matrix(f"layers.{index}.{name}", self.width)
             if matrix is not None:

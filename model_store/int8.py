@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from model_store.arrays import Array, as_type, float32
 from model_store.dual import DualMatrix, exact_of
 from model_store.nested import NestedMatrix
 from model_store.quantized import CodedMatrix
+
+if TYPE_CHECKING:
+    import torch
 
 _SCALE_BYTES = 4
 _BLOCK = 1 << 18  # values that are converted at a time: the float32 between fits the second-level cache
@@ -38,7 +42,7 @@ class Int8Matrix:
     def nbytes(self) -> int:
         return self.values.nbytes + self.scale.nbytes
 
-    def dense(self, dtype: np.dtype) -> Array:
+    def dense(self, dtype: np.dtype | torch.dtype) -> Array:
         """The plain matrix, rounded once; of tensors in torch's `dtype`."""
         return as_type(float32(self.values) * self.scale[:, None], dtype)
 
@@ -68,7 +72,7 @@ def quantise(matrix: np.ndarray) -> Int8Matrix:
     return Int8Matrix(values, scale)
 
 
-def dense(matrix: Matrix, dtype: np.dtype) -> Array:
+def dense(matrix: Matrix, dtype: Any) -> Array:
     """The plain matrix, of tensors in torch's `dtype`."""
     matrix = exact_of(matrix)
     return matrix.dense(dtype) if isinstance(matrix, _CODES) else as_type(matrix, dtype)

@@ -66,8 +66,8 @@ def layer_tensors(spec: ModelSpec) -> tuple[FileTensor, ...]:
         if part not in biases:
             if family.has_part(part):
                 kinds = ("weight", "bias") if spec.norm == "layer" else ("weight",)
-                shape = (widths.get(part, spec.hidden_size),)
-                found += [FileTensor(f"{names[0]}.{kind}", f"{part}_{kind}", shape) for kind in kinds]
+                norm_width = widths.get(part, spec.hidden_size)
+                found += [FileTensor(f"{names[0]}.{kind}", f"{part}_{kind}", (norm_width,)) for kind in kinds]
             continue
         rows, width = spec.matrix_shapes[f"{part}_weight"]
         order = (family.qkv_order if part == "qkv" else None) or family.matrices

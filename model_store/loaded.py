@@ -163,6 +163,6 @@ def _is_equal(one: Matrix | None, other: Matrix | None) -> bool:
         if not (isinstance(one, Int8Matrix) and isinstance(other, Int8Matrix)):
             return False
         return _is_equal(one.scale, other.scale) and _is_equal(one.values, other.values)
-    if isinstance(one, NestedMatrix) or isinstance(other, NestedMatrix):
+    if isinstance(one, NestedMatrix | DualMatrix) or isinstance(other, NestedMatrix | DualMatrix):
         return one is other
     return one is other or (one.shape == other.shape and bool((one == other).all()))

@@ -76,7 +76,7 @@ class NestedMatrix:
         codes = (self.codes >> dropped).reshape(len(self.codes), -1, GROUP)
         return Groups(codes, scale * 2.0**dropped, scale * (2.0**dropped / 2 - float32(self.zero)))
 
-    def dense(self, dtype: np.dtype) -> Array:
+    def dense(self, dtype: np.dtype | torch.dtype) -> Array:
         return as_type(self.groups().dense(), dtype)
 
     def rows(self, ids: Array) -> Array:
@@ -116,7 +116,8 @@ def nest(matrix: Array, gram: torch.Tensor | None = None) -> NestedMatrix:
     the *product* is least, (w - w') gram (w - w')^T; without it, that of the weights. Codes are the same either way.
     """
     if isinstance(matrix, np.ndarray):
-        return NestedMatrix(*map(to_numpy, nest(to_torch(matrix), gram).tensors()))
+        made = nest(to_torch(matrix), gram)
+        return NestedMatrix(to_numpy(made.codes), to_numpy(made.zero), to_numpy(made.scales))
     torch = need_torch("nesting")
     num_rows, width = matrix.shape
     codes = torch.empty(matrix.shape, dtype=torch.uint8)

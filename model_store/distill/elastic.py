@@ -327,7 +327,7 @@ def _call_layer(
     layer: nn.Module, hidden: torch.Tensor, rope: Rope | None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     if isinstance(rope, dict):  # of a family whose layers have angles by their type
-        rope = rope[layer.get_submodule("self_attn").layer_type]
+        rope = rope[str(layer.get_submodule("self_attn").layer_type)]
     more: dict[str, Any] = {} if rope is None else {"position_embeddings": rope}
     out = layer(hidden, **more) if mask is None else layer(hidden, attention_mask=mask, **more)
     return out[0] if isinstance(out, tuple) else out

@@ -52,6 +52,7 @@ def linear(
     if isinstance(weight, CodedMatrix | NestedMatrix):
         out = F.linear(round_activations(x), _float32(weight))
         return (out if bias is None else out + bias).to(x.dtype)
+    assert not isinstance(weight, DualMatrix)
     if not isinstance(weight, Int8Matrix):
         return F.linear(x, weight, bias)
     is_small = len(x) <= _FEW_ROWS and x.shape[1] % _VECTOR == 0
@@ -67,6 +68,7 @@ def linear(
 def embed(ids: torch.Tensor, weight: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Rows `ids` of [V, E] -> [T, E], at the widest: one row of a matrix costs nothing."""
     weight = exact_of(weight)
+    assert not isinstance(weight, DualMatrix)
     if isinstance(weight, CodedMatrix):
         return to_torch(weight.rows(ids.numpy())).to(dtype)
     if isinstance(weight, NestedMatrix):

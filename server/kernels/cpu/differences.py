@@ -104,7 +104,7 @@ def _stacked(factors: list[Factor]) -> Factor:
     int8 = [factor for factor in factors if isinstance(factor, Int8Matrix)]
     if int8:
         return Int8Matrix(np.concatenate([f.values for f in int8]), np.concatenate([f.scale for f in int8]))
-    return np.concatenate(factors)
+    return np.concatenate([factor for factor in factors if not isinstance(factor, Int8Matrix)])
 
 
 def _padded_rank(term: LowRankTerm) -> int:
