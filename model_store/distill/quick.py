@@ -147,18 +147,15 @@ def _kept(job: DistillJob, num_layers: int, costs: Callable[[], list[float]]) ->
 
 def cheapest_blocks(costs: Sequence[float], count: int) -> list[int]:
     """First layers of `count` blocks of two, no layer in two of them, of the least sum of costs[first layer]."""
-    best: list[list[tuple[float, tuple[int, ...]] | None]] = [[(0.0, ())] + [None] * count for _ in range(2)]
+    nothing: tuple[float, tuple[int, ...]] = (float("inf"), ())  # there are not so many blocks
+    best = [[(0.0, nothing[1]), *[nothing] * count] for _ in range(2)]
     for first, cost in enumerate(costs):
         row = list(best[-1])
         for number in range(1, count + 1):
             before = best[-2][number - 1]
-            taken = None if before is None else (before[0] + cost, (*before[1], first))
-            if taken is not None and (row[number] is None or taken < row[number]):
-                row[number] = taken
+            row[number] = min(row[number], (before[0] + cost, (*before[1], first)))
         best.append(row)
-    found = best[-1][count]
-    assert found is not None, "there are not so many blocks"
-    return list(found[1])
+    return list(best[-1][count][1])
 
 
 @torch.no_grad()
@@ -192,7 +189,7 @@ def round_to_rank(model: ElasticModel, rank: int) -> None:
     for key, layer in model.student.items():
         base = model.body.layers[model.elasticity.stations[int(key)].start]
         for name in _FITTED:
-            ours, theirs = layer.get_submodule(name).weight, base.get_submodule(name).weight
+            ours, theirs = (part.get_submodule(name).get_parameter("weight") for part in (layer, base))
             factors = low_rank_factors(ours.detach().float() - theirs.detach().float(), rank)
             a, b = (values.float() * scale[:, None] for values, scale in map(quantise_rows, factors))
             with torch.no_grad():

@@ -86,20 +86,22 @@ def fit_layer(
     attention = getattr(getattr(layer, "self_attn", None), "o_proj", None)
     if not fits_attention or attention is None:
         return _fit_projections(model, layer, data, ridge, [mlp], mlp)
-    before = [module.weight.detach().clone() for module in (attention, mlp)]
+    weights = [module.get_parameter("weight") for module in (attention, mlp)]
+    before = [weight.detach().clone() for weight in weights]
     error = _fit_projections(model, layer, data, ridge, [attention, mlp], attention)
     _fit_projections(model, layer, data, ridge, [mlp], mlp)
-    with_attention = [module.weight.detach().clone() for module in (attention, mlp)]
+    with_attention = [weight.detach().clone() for weight in weights]
     left = _error(model, layer, data)
-    _put(attention, before[0]), _put(mlp, before[1])
+    _put(weights, before)
     _fit_projections(model, layer, data, ridge, [mlp], mlp)
     if left < _error(model, layer, data):
-        _put(attention, with_attention[0]), _put(mlp, with_attention[1])
+        _put(weights, with_attention)
     return error
 
 
-def _put(module: nn.Module, weight: torch.Tensor) -> None:
-    module.get_parameter("weight").copy_(weight)
+def _put(weights: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
 
 
 def _residual(
@@ -165,7 +167,7 @@ def _fit_last_norm(model: ElasticModel, layer: nn.Module, data: list, ridge: flo
     weight = norm.get_parameter("weight")
     seen: list[torch.Tensor] = []
     handle = norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    top = bottom = None
+    top, bottom = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.float32)
     error = weight_sum = 0.0
     try:
         for one in data:
@@ -175,11 +177,10 @@ def _fit_last_norm(model: ElasticModel, layer: nn.Module, data: list, ridge: flo
             residual, given = residual * scale, given * scale
             error += float(residual.square().sum())
             weight_sum += one[3] * len(residual)
-            products, squares = (given * residual).sum(0), given.square().sum(0)
-            top, bottom = (products, squares) if top is None else (top + products, bottom + squares)
+            top += (given * residual).sum(0)
+            bottom += given.square().sum(0)
     finally:
         handle.remove()
-    assert top is not None and bottom is not None
     # The output of the norm grows by this share in each channel.
     weight.add_(((weight.float() + offset) * top / (bottom * (1 + ridge)).clamp_min(1e-20)).to(weight.dtype))
     return error / weight_sum
