@@ -1,15 +1,18 @@
 # Targets:  cpu (default)   docker build --target cpu -t boomerang-serve:cpu .
-#           cpu-torch       docker build --target cpu-torch -t boomerang-serve:cpu-torch .    distill, evaluate, export
+#           torch           docker build --target torch -t boomerang-serve:torch .   also distills, evaluates, exports
 #           cuda            docker build --target cuda -t boomerang-serve:cuda .
 #           autoscaler      docker build --target autoscaler -t boomerang-autoscaler .
 # Every runtime image runs as user 2000, group 0, and works with a read-only root file system: what is written goes to
 # the volumes /store (models) and /cache (hub downloads, compiled kernels) and to /tmp.
+# Packages, kernels and code are layers of their own: a change of the code makes only the last one anew.
+# Both kinds of processor: docker buildx build --platform linux/amd64,linux/arm64 ... The native kernels are for x86; the
+# image for others carries torch.
 
 ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
 # --- builder: everything that needs a compiler, into a virtual environment that the runtime images copy
 FROM ${PYTHON_IMAGE} AS builder
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/boomerang
@@ -17,33 +20,41 @@ ENV PATH=/opt/boomerang/bin:$PATH
 WORKDIR /src
 COPY constraints.txt ./
 
-FROM builder AS builder-cpu
-# Bytecode is kept for what a start imports and for nothing else: the image is read-only when it runs.
-COPY pyproject.toml setup.py README.md LICENSE ./
-COPY model_store model_store
-COPY server server
-COPY deploy deploy
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt . \
-    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
-    && python -P -m server.precompile
+FROM builder AS packages
+COPY pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > all.txt \
+    && grep -v '^torch' all.txt > packages.txt \
+    && pip install -c constraints.txt -r packages.txt \
+    && find /opt/boomerang/lib -path '*/numpy/*' -name tests -prune -exec rm -rf {} +
 
-FROM builder-cpu AS builder-cpu-torch
-# torch first and from its own index: the default one would bring gigabytes of CUDA libraries.
+# torch comes from its own index: the default one would bring gigabytes of CUDA libraries.
+FROM packages AS packages-torch
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
-    && pip install --no-compile -c constraints.txt '.[train]' \
-    && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include \
-              /opt/boomerang/lib/python3*/site-packages/torch/test
+    && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include /opt/boomerang/lib/python3*/site-packages/torch/test
 
-FROM builder AS builder-cuda
+FROM packages AS packages-cpu
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$(uname -m)" != x86_64 ]; then \
+        pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)"; \
+    fi
+
+FROM packages AS packages-cuda
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)"
+
+FROM builder AS kernels
+COPY server/kernels/cpu/*.h server/kernels/cpu/*.cpp server/kernels/cpu/build.py server/kernels/cpu/
+RUN mkdir -p /root/.cache/boomerang && if [ "$(uname -m)" = x86_64 ]; then python server/kernels/cpu/build.py; fi
+
+FROM builder AS wheel
+# What was compiled of the same sources is taken from there.
+COPY --from=kernels /root/.cache/boomerang /root/.cache/boomerang
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY model_store model_store
 COPY server server
 COPY deploy deploy
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[torch]' \
-    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
-    && python -P -m server.precompile
+RUN --mount=type=cache,target=/root/.cache/pip pip wheel --no-deps --wheel-dir /wheel .
 
 FROM builder AS builder-autoscaler
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -60,7 +71,7 @@ LABEL org.opencontainers.image.title="boomerang-serve" \
       org.opencontainers.image.revision="${REVISION}"
 RUN useradd --uid 2000 --gid 0 --home-dir /cache --no-create-home --shell /usr/sbin/nologin boomerang \
     && install -d -o 2000 -g 0 -m 0775 /store /cache
-# The licence of this project; those of its dependencies lie in their .dist-info folders.
+# The licence of this project; deploy/licenses.py lists those of everything else.
 COPY LICENSE* NOTICE* /usr/share/doc/boomerang-serve/
 ENV PATH=/opt/boomerang/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -86,7 +97,10 @@ CMD ["serve"]
 FROM runtime AS cuda
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-COPY --from=builder-cuda /opt/boomerang /opt/boomerang
+COPY --from=packages-cuda /opt/boomerang /opt/boomerang
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \
+    && python -P -m server.precompile && python -P -m deploy.licenses /usr/share/doc/boomerang-serve
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 2000:0
 
@@ -98,11 +112,12 @@ LABEL org.opencontainers.image.title="boomerang-autoscaler" \
       org.opencontainers.image.version="${VERSION}"
 COPY --from=builder-autoscaler /opt/boomerang /opt/boomerang
 COPY LICENSE* NOTICE* /usr/share/doc/boomerang-serve/
-COPY deploy/__init__.py /app/deploy/__init__.py
-COPY deploy/autoscaler /app/deploy/autoscaler
 # A named volume takes over the owner of the folder it is mounted on.
 RUN install -d -o 2000 -g 0 -m 0775 /decisions
 WORKDIR /app
+COPY deploy/__init__.py deploy/licenses.py /app/deploy/
+RUN /opt/boomerang/bin/python -m deploy.licenses /usr/share/doc/boomerang-serve
+COPY deploy/autoscaler /app/deploy/autoscaler
 ENV PATH=/opt/boomerang/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 2000:0
 EXPOSE 9105
@@ -110,15 +125,19 @@ HEALTHCHECK --interval=10s --timeout=3s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9105/metrics', timeout=2)"]
 ENTRYPOINT ["python", "-m", "deploy.autoscaler"]
 
-# --- CPU with torch, for distill, evaluate and export
-FROM runtime AS cpu-torch
-# OpenMP for torch.
-# hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
-COPY --from=builder-cpu-torch /opt/boomerang /opt/boomerang
+# --- torch: what `distill`, `evaluate` and `export` need besides, and the executor made of it
+FROM runtime AS torch
+COPY --from=packages-torch /opt/boomerang /opt/boomerang
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \
+    && python -P -m server.precompile && python -P -m deploy.licenses /usr/share/doc/boomerang-serve
 USER 2000:0
 
-# --- CPU, the default target: no compiler, no torch
+# --- CPU, the default target: no compiler, no torch. Bytecode is kept for what a start imports and for nothing else: the
+# image is read-only when it runs.
 FROM runtime AS cpu
-COPY --from=builder-cpu /opt/boomerang /opt/boomerang
+COPY --from=packages-cpu /opt/boomerang /opt/boomerang
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \
+    && python -P -m server.precompile && python -P -m deploy.licenses /usr/share/doc/boomerang-serve
 USER 2000:0

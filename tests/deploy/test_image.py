@@ -41,7 +41,7 @@ def site(tmp_path_factory) -> Path:
     context.mkdir()
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     junk = shutil.ignore_patterns("__pycache__", "*.so", "secrets")
-    for name in copied_by("builder-cpu"):
+    for name in copied_by("wheel"):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in allowed), f"{name} does not enter the build context"
         source = ROOT / name
         if source.is_dir():
