@@ -1,11 +1,11 @@
 # Targets:  cpu (default)   docker build --target cpu -t boomerang-serve:cpu .
-#           torch           docker build --target torch -t boomerang-serve:torch .   also distills, evaluates, exports
+#           cpu-torch       docker build --target cpu-torch -t boomerang-serve:cpu-torch .    distill, evaluate, export
 #           cuda            docker build --target cuda -t boomerang-serve:cuda .
 #           autoscaler      docker build --target autoscaler -t boomerang-autoscaler .
 # Every runtime image runs as user 2000, group 0, and works with a read-only root file system: what is written goes to
 # the volumes /store (models) and /cache (hub downloads, compiled kernels) and to /tmp.
 # Packages, kernels and code are layers of their own: a change of the code makes only the last one anew.
-# Both kinds of processor: docker buildx build --platform linux/amd64,linux/arm64 ... The native kernels are for x86; the
+# For both kinds of processor: docker buildx build --platform linux/amd64,linux/arm64 ... The native kernels are for x86; the
 # image for others carries torch.
 
 ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
@@ -23,8 +23,7 @@ COPY constraints.txt ./
 FROM builder AS packages
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > all.txt \
-    && grep -v '^torch' all.txt > packages.txt \
+    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > packages.txt \
     && pip install -c constraints.txt -r packages.txt \
     && find /opt/boomerang/lib -path '*/numpy/*' -name tests -prune -exec rm -rf {} +
 
@@ -32,6 +31,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM packages AS packages-torch
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
+    && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['train'], sep='\n')" > train.txt \
+    && grep -v '^boomerang' train.txt > packages.txt && pip install -c constraints.txt -r packages.txt \
     && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include /opt/boomerang/lib/python3*/site-packages/torch/test
 
 FROM packages AS packages-cpu
@@ -125,8 +126,8 @@ HEALTHCHECK --interval=10s --timeout=3s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9105/metrics', timeout=2)"]
 ENTRYPOINT ["python", "-m", "deploy.autoscaler"]
 
-# --- torch: what `distill`, `evaluate` and `export` need besides, and the executor made of it
-FROM runtime AS torch
+# --- CPU with torch, for distill, evaluate and export
+FROM runtime AS cpu-torch
 COPY --from=packages-torch /opt/boomerang /opt/boomerang
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \

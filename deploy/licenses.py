@@ -24,9 +24,9 @@ def of_python(standard: Path) -> list[tuple[str, str, str]]:
     """
     rows = []
     for package in sorted(metadata.distributions(), key=lambda package: package.name.lower()):
-        facts = package.metadata
-        classifiers = [line for line in facts.get_all("Classifier") or [] if line.startswith("License")]
-        named = facts.get("License-Expression") or facts.get("License") or ""
+        facts = package.metadata.json
+        classifiers = [line for line in facts.get("classifier", ()) if line.startswith("License")]
+        named = str(facts.get("license_expression") or facts.get("license") or "")
         licence = named if 0 < len(named) <= 100 else "; ".join(line.rpartition(" :: ")[2] for line in classifiers)
         texts = [file for file in package.files or () if _TEXT.match(file.name)]
         if texts:

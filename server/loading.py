@@ -19,7 +19,7 @@ from server.api.generate.tokenizer import ServingTokenizer
 from server.api.http.auth import KeyRing
 from server.api.http.state import ServedModel
 from server.config import GiB, Settings
-from server.core.machine import available_memory, share_of_cores
+from server.core.machine import available_memory
 from server.engine.queue import WaitingQueue
 from server.kernels.threads import available_threads
 from server.observe.startup import StartupClock
@@ -271,15 +271,8 @@ def engine_config(settings: Settings, pair: Pair, dtype: np.dtype, device: str) 
         speculative_size=speculative_size(settings, pair),
         num_speculative_tokens=settings.num_speculative_tokens,
         seed=settings.seed,
-        num_threads=_threads(settings),
+        num_threads=settings.num_threads or available_threads(settings.max_replicas),
     )
-
-
-def _threads(settings: Settings) -> int | None:
-    """Of the model's own; None: as many as OMP_NUM_THREADS says."""
-    if settings.num_threads or "OMP_NUM_THREADS" in os.environ:
-        return settings.num_threads
-    return share_of_cores(available_threads(), settings.max_replicas)
 
 
 def _free_bytes(settings: Settings, device: str) -> int:

@@ -1,8 +1,11 @@
 """What a server may take of a machine: limits of a container count, those of cgroup v1 as those of v2."""
 
+import os
+
 import pytest
 
 from server.core.machine import available_memory, processor_quota, share_of_cores
+from server.kernels.threads import available_threads
 
 MiB = 1 << 20
 GROUPS = {
@@ -86,3 +89,17 @@ def test_quotas_of_containers(name, tmp_path):
     assert share_of_cores(8, root=tmp_path) == threads
     assert share_of_cores(8, 3, tmp_path) == min(2, threads)
     assert share_of_cores(2, 3, tmp_path) == 1
+
+
+def test_threads_are_cores_not_their_siblings_and_one_replicas_share_of_them(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr("server.kernels.threads.share_of_cores", lambda *args: share_of_cores(*args, root=tmp_path))
+    for number in range(16):
+        (tmp_path / f"cpu{number}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{number}/topology/thread_siblings_list").write_text(f"{number % 8},{number % 8 + 8}\n")
+    assert [available_threads(replicas, tmp_path) for replicas in (1, 2, 3, 20)] == [8, 4, 2, 1]
+    write(tmp_path, {"sys/fs/cgroup/cpu.max": "300000 100000"})
+    assert [available_threads(replicas, tmp_path) for replicas in (1, 2, 3)] == [3, 3, 2]
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert available_threads(4, tmp_path) == 6

@@ -6,11 +6,16 @@ import contextlib
 import os
 from pathlib import Path
 
+from server.core.machine import share_of_cores
+
 _SYSTEM = Path("/sys/devices/system/cpu")
 
 
-def available_threads(system: Path = _SYSTEM) -> int:
-    """OMP_NUM_THREADS, else the cores that this process may run on: two threads of a core share what products need."""
+def available_threads(replicas: int = 1, system: Path = _SYSTEM) -> int:
+    """OMP_NUM_THREADS, else the cores that this process may run on: two threads of a core share what products need.
+
+    `replicas` processes divide the cores; a container's quota is its own.
+    """
     with contextlib.suppress(ValueError, KeyError):
         return max(int(os.environ["OMP_NUM_THREADS"].split(",")[0]), 1)
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -20,4 +25,4 @@ def available_threads(system: Path = _SYSTEM) -> int:
             cores.add((system / f"cpu{number}/topology/thread_siblings_list").read_text())
         except OSError:  # not told: each is taken for a core
             cores.add(str(number))
-    return len(cores)
+    return share_of_cores(len(cores), replicas)
