@@ -12,7 +12,7 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
 # --- builder: everything that needs a compiler, into a virtual environment that the runtime images copy
 FROM ${PYTHON_IMAGE} AS builder
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/boomerang
@@ -24,25 +24,27 @@ FROM builder AS packages
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > packages.txt \
-    && pip install -c constraints.txt -r packages.txt \
+    && pip install --no-compile -c constraints.txt -r packages.txt \
+    && pip uninstall -y setuptools \
+    && find /opt/boomerang -name __pycache__ -prune -exec rm -rf {} + \
     && find /opt/boomerang/lib -path '*/numpy/*' -name tests -prune -exec rm -rf {} +
 
 # torch comes from its own index: the default one would bring gigabytes of CUDA libraries.
 FROM packages AS packages-torch
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
+    pip install --no-compile --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
     && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['train'], sep='\n')" > train.txt \
-    && grep -v '^boomerang' train.txt > packages.txt && pip install -c constraints.txt -r packages.txt \
+    && grep -v '^boomerang' train.txt > packages.txt && pip install --no-compile -c constraints.txt -r packages.txt \
     && rm -rf /opt/boomerang/lib/python3*/site-packages/torch/include /opt/boomerang/lib/python3*/site-packages/torch/test
 
 FROM packages AS packages-cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ "$(uname -m)" != x86_64 ]; then \
-        pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)"; \
+        pip install --no-compile --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)"; \
     fi
 
 FROM packages AS packages-cuda
-RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)"
+RUN --mount=type=cache,target=/root/.cache/pip pip install --no-compile "$(grep '^torch==' constraints.txt)"
 
 FROM builder AS kernels
 COPY server/kernels/cpu/*.h server/kernels/cpu/*.cpp server/kernels/cpu/build.py server/kernels/cpu/
@@ -59,7 +61,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip wheel --no-deps --wheel-dir /
 
 FROM builder AS builder-autoscaler
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt httpx prometheus-client docker
+    pip install --no-compile -c constraints.txt httpx prometheus-client docker
 
 # --- what all server images share
 FROM ${PYTHON_IMAGE} AS runtime
