@@ -145,6 +145,8 @@ def stream(ledger: Ledger, after_four: Callable[[], object] = lambda: None, key:
     lines: list[str] = []
     try:
         with httpx.stream("POST", URL + "/v1/completions", json=STREAM, headers=headers, timeout=60) as answer:
+            if answer.status_code != 200:
+                return ledger.tell(str(answer.status_code))
             for line in answer.iter_lines():
                 lines += [line] if line else []
                 if len(lines) == 4:
@@ -215,8 +217,8 @@ def test_up_leaves_what_the_autoscaler_added(project):
 def test_haproxy_reloads_without_losing_a_stream(project):
     with probing() as seen:
         stream(seen, lambda: project.compose("kill", "-s", "USR2", "haproxy"))
-        until(lambda: probe_once() == "200", 20)
-    assert not seen.told
+        time.sleep(3)  # the new process takes over and finds the replicas
+    assert not seen.told, seen.told
     seen.record("HAProxy reloaded (USR2) in the middle of a stream", "the stream ran to its end")
 
 
@@ -224,8 +226,8 @@ def test_haproxy_restarted_finishes_its_streams_first(project):
     with probing() as seen:
         stream(seen, lambda: project.compose("restart", "haproxy"))
         until(lambda: probe_once() == "200", 40)
-    assert set(seen.told) <= {"connection refused", "connection broken"}
-    seen.record("HAProxy restarted in the middle of a stream", "new connections are refused until it is back")
+    assert set(seen.told) <= {"connection refused", "connection broken", "503"}, seen.told
+    seen.record("HAProxy restarted in the middle of a stream", "refuses until it is back and has found the replicas")
 
 
 def test_a_killed_replica_comes_back_and_costs_only_its_own_streams(project):
@@ -386,13 +388,13 @@ PAIR = (
 )
 
 
-def test_no_tmp_is_said(project):
-    """A pair that is new to the store: its tokenizer is converted in a temporary folder."""
+def test_without_tmp_a_pair_is_served(project):
+    """A new one. What needs a temporary folder says that there is none (tests/model_store/test_sources.py)."""
     status, log = run_alone(
         "--volume", f"{PROJECT}_store:/pair:ro", *(part.replace("/store/", "/pair/") for part in PAIR)
     )
-    assert status == 1 and "no temporary folder" in log and "mount /tmp" in log, log
-    Ledger().record("no /tmp", "exit 1 with the reason, where a new model needs it")
+    assert status is None, log
+    Ledger().record("no /tmp", "it serves")
 
 
 def test_limits_of_a_container_are_those_of_its_server(project):
