@@ -12,16 +12,15 @@ ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
 # --- builder: everything that needs a compiler, into a virtual environment that the runtime images copy
 FROM ${PYTHON_IMAGE} AS builder
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/boomerang
 ENV PATH=/opt/boomerang/bin:$PATH
 WORKDIR /src
-COPY constraints.txt ./
 
 FROM builder AS packages
-COPY pyproject.toml ./
+COPY constraints.txt pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > packages.txt \
     && pip install --no-compile -c constraints.txt -r packages.txt \
@@ -60,6 +59,7 @@ COPY deploy deploy
 RUN --mount=type=cache,target=/root/.cache/pip pip wheel --no-deps --wheel-dir /wheel .
 
 FROM builder AS builder-autoscaler
+COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-compile -c constraints.txt httpx prometheus-client docker
 
