@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -161,6 +163,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from server.observe.log import configure
 
     configure(settings.uvicorn_log_level, settings.log_format)
+    # Until the server has its own handler: the first process of a container has no default for SIGTERM, and would be
+    # killed at the end of the grace period.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from server.process import serve
 
     return serve(settings)

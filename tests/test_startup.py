@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from model_store.pair import open_pair
+from server.api.http.probes import ProbeServer
 from server.observe.startup import StartupClock
 from tests.api.tiny import ROOT, RunningServer
 from tests.api.tiny import make_pair as make_served_pair
@@ -29,6 +30,30 @@ def test_phases_add_up_from_the_process_start(caplog: pytest.LogCaptureFixture) 
 def test_the_port_answers_before_torch_is_imported() -> None:
     code = "import server.loading, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sigterm_is_heard_while_modules_are_still_imported(tmp_path) -> None:
+    """As the first process of a container, which the kernel sends no signal that it does not handle."""
+    (tmp_path / "uvicorn.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-m", "server", "serve"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"importing\n"
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_a_probe_that_hangs_up_leaves_no_traceback(capsys) -> None:
+    server = ProbeServer(("127.0.0.1", 0), None)  # type: ignore[arg-type]
+    try:
+        for error in (ConnectionResetError(), BrokenPipeError(), KeyError("told")):
+            try:
+                raise error
+            except (OSError, KeyError):
+                server.handle_error(None, ("127.0.0.1", 1))
+    finally:
+        server.close()
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 def test_precompiling_covers_what_a_start_imports(tmp_path, monkeypatch) -> None:

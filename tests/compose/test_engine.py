@@ -235,7 +235,7 @@ def test_haproxy_reloads_without_losing_a_stream(project):
     seen.record("HAProxy reloaded (USR2) in the middle of a stream", "the stream ran to its end")
 
 
-def test_haproxy_restarted_finishes_its_streams_first(project):
+def test_haproxy_restarted_refuses_until_it_is_back(project):
     with probing() as seen:
         stream(seen, lambda: project.compose("restart", "haproxy"))
         until(lambda: probe_once() == "200", 40)

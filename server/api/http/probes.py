@@ -6,6 +6,7 @@ metrics are not on the port that the world sees.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,11 @@ class ProbeServer(ThreadingHTTPServer):
         }
         super().__init__(address, _Handler)
         threading.Thread(target=self.serve_forever, name="probes", daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A balancer's check may hang up without reading the answer: no traceback for that."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def close(self) -> None:
         self.shutdown()
