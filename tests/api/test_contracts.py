@@ -182,7 +182,10 @@ LEGS = {"size_schedule": [{"size": "4L", "tokens": 2}, {"size": "6L"}]}
 
 
 def test_streams_show_a_change_of_size_on_every_route(plain):
-    changes = [{"layers": 4, "after_tokens": 0}, {"layers": 6, "after_tokens": 2}]
+    changes = [
+        {"layers": 4, "precision": "exact", "after_tokens": 0},
+        {"layers": 6, "precision": "exact", "after_tokens": 2},
+    ]
     for path, body in (
         ("/v1/completions", {"prompt": "x"}),
         ("/v1/chat/completions", {"messages": asking.MESSAGES}),

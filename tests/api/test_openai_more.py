@@ -121,7 +121,7 @@ def test_error_classes(server, client):
         openai.OpenAI(base_url=server.url + "/v1", api_key="wrong").models.list()
     assert caught.value.code == "invalid_api_key" and caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model=NAME, input="x")
+        client.images.generate(model=NAME, prompt="x")
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve(f"{NAME}:99L")
     assert caught.value.code in ("model_not_found", "404", 404)

@@ -34,7 +34,7 @@ from tests.kernels.tensors import DEVICE, TOLERANCE, assert_close, ints, randn
 def test_norm(kind, dtype):
     x, weight = randn(19, 70, dtype=dtype), randn(70, dtype=dtype, around=1.0)
     bias = randn(70, dtype=dtype) if kind == "layer" else None
-    spec = SimpleNamespace(norm=kind, norm_eps=1e-5)
+    spec = SimpleNamespace(norm=kind, norm_eps=1e-5, norm_offset=0.0)
     expected = decoder_layer.norm(x.float(), weight.float(), None if bias is None else bias.float(), spec)
     assert_close(norm(x, weight, bias, kind=kind, eps=1e-5), expected, dtype)
 
@@ -113,7 +113,7 @@ def test_rotary_norm_and_pages(rotary_dim, has_norm, dtype):
     )  # fmt: skip
     q, k, v = qkv.float().view(tokens, -1, dim).split((heads, kv_heads, kv_heads), dim=1)
     if has_norm:
-        spec = SimpleNamespace(norm="rms", norm_eps=1e-5)
+        spec = SimpleNamespace(norm="rms", norm_eps=1e-5, norm_offset=0.0)
         q, k = (decoder_layer.norm(x, w.float(), None, spec) for x, w in zip((q, k), weights, strict=True))
     if rotary_dim:
         turns = torch.cat((angles, angles), dim=-1)[positions.long(), None]

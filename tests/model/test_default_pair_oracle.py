@@ -26,7 +26,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def loaded(pair) -> LoadedPair:
-    return pair.load(WeightForm(torch.float32))
+    return pair.load(WeightForm(torch.float32)).in_torch()
 
 
 def assemble(teacher, loaded: LoadedPair, size: int):
