@@ -18,6 +18,7 @@ from pathlib import Path
 from model_store.evaluate.report import svg_pyplot, svg_text
 from server.commands.bench import measure
 from server.config import Settings
+from server.core.width import precision_name
 from server.cost.frontier import Point, front
 from server.engine.engine import Engine
 from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
@@ -91,7 +92,7 @@ def plot(seconds: dict[str, dict[Point, float]], kl: dict[Point, float], fronts:
     for axis, (name, taken) in zip(axes.flat, seconds.items(), strict=True):
         for width in sorted({point.width for point in taken}):
             own = sorted((point for point in taken if point.width == width), key=lambda point: point.depth)
-            label = "exact" if width == 16 else f"q{width}"
+            label = precision_name(width)
             axis.plot(
                 [1e3 * taken[p] for p in own],
                 [kl[p] for p in own],

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from model_store.nested import bytes_in_memory
 from server.core.config import EngineConfig
 from server.core.request import Budget
 from server.core.size_policy import LargestSize, SizePolicy
 from server.core.width import EXACT
 from server.cost.calibrate import load
-from server.cost.devices import DEVICES, NESTED_BYTES, PAIRS, roofline_cost_model
+from server.cost.devices import DEVICES, PAIRS, roofline_cost_model
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
 from server.engine.queue import WaitingQueue
@@ -127,7 +128,7 @@ def build_machine(args: argparse.Namespace) -> tuple[CostModel, EngineConfig, in
         machine = roofline_cost_model(shape.profile(args.kv_cache_dtype, widths), device)
         weight_bytes = shape.weight_bytes
         if len(widths) > 1:
-            weight_bytes += int(weight_bytes * NESTED_BYTES / 2)
+            weight_bytes += int(weight_bytes * bytes_in_memory() / 2)
         kv_bytes = args.kv_cache_memory or int(0.9 * device.memory) - weight_bytes
         if kv_bytes <= 0:
             raise ValueError(f"{args.pair} ({weight_bytes / 1e9:.1f} GB) does not fit on one {args.device}")

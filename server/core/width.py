@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from model_store.width import EXACT
 
-__all__ = ["EXACT", "bits_read", "offered_width"]
+__all__ = ["EXACT", "bits_read", "offered_width", "precision_name"]
 
 
 def offered_width(width: int, offered: Sequence[int]) -> int:
@@ -22,3 +22,8 @@ def offered_width(width: int, offered: Sequence[int]) -> int:
 def bits_read(width: int) -> int:
     """Bits of a weight that a row reads, roughly: what tenants are charged by. EXACT is mostly kept in twelve."""
     return min(width, 12)
+
+
+def precision_name(width: int) -> str:
+    """What requests, answers and metrics call a width."""
+    return "exact" if width == EXACT else f"q{width}"

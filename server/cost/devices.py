@@ -11,16 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_store.assembly import Elasticity
+from model_store.nested import bytes_read
 from model_store.spec import int8_kv_bytes
 from server.core.width import EXACT
 from server.cost.features import AT, HEAD_KNOTS, KNOTS, NARROW_HEAD_KNOTS, NARROW_KNOTS, layout
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
-
-# Of a weight in nested codes (`model_store.nested`, which needs torch): a place of zero and a float16 scale for each
-# of four widths per group of 32; a product reads one of the scales.
-_GROUP_BYTES_READ = 3 / 32
-NESTED_BYTES = 1 + 9 / 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,7 @@ class PairShape:
             kv_bytes=int8_kv_bytes(heads, dim) if kv_cache_dtype == "int8" else 2 * 2 * heads * dim,
             attention_flops=4 * self.num_heads * self.head_dim,
             widths=widths,
-            width_bytes=tuple(1.0 if width == EXACT else (width / 8 + _GROUP_BYTES_READ) / 2 for width in widths),
+            width_bytes=tuple(1.0 if width == EXACT else bytes_read(width) / 2 for width in widths),
         )
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from server.core.width import EXACT, bits_read
+from server.core.width import bits_read, precision_name
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
@@ -33,10 +33,6 @@ def size_load(engine: Engine) -> dict[str, float]:
         "kl": sum(row[4] for row in sizes),
         "ceiling_kl": sum(row[5] for row in sizes),
     }
-
-
-def precision_label(width: int) -> str:
-    return "exact" if width == EXACT else f"q{width}"
 
 
 # Labels of vllm:cache_config_info that dashboards and gateways read.
@@ -173,7 +169,7 @@ class EngineCollector:
         )
         widths = [request.width for request in tuple(self.engine.scheduler.running)]
         for width in self.engine.executor.widths:
-            precision.add_metric([name, precision_label(width)], widths.count(width))
+            precision.add_metric([name, precision_name(width)], widths.count(width))
         yield precision
         load = size_load(self.engine)
         for suffix, text, value in (

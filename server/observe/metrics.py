@@ -26,7 +26,8 @@ from prometheus_client import (
 )
 from prometheus_client.core import HistogramMetricFamily, Metric
 
-from server.observe.engine_metrics import EngineCollector, precision_label, size_load
+from server.core.width import precision_name
+from server.observe.engine_metrics import EngineCollector, size_load
 
 __all__ = ["Metrics", "size_load"]
 
@@ -313,7 +314,7 @@ class Metrics:
                 histogram.observe(stats.model_time + stats.gap.seconds, num_later)
 
     def on_size_decision(self, decision: SizeDecision) -> None:
-        labels = str(decision.size), precision_label(decision.width), decision.reason
+        labels = str(decision.size), precision_name(decision.width), decision.reason
         self.size_decisions.labels(self._labels["model_name"], *labels).inc()
 
     def on_first_token(self, request: LiveRequest) -> None:
@@ -377,7 +378,7 @@ class Metrics:
         ends = [*(start for _, start in request.widths[1:]), num_output]
         for (width, begin), end in zip(request.widths, ends, strict=False):  # no widths: no token was made
             if end > begin:
-                self.precision_tokens.labels(name, precision_label(width)).inc(end - begin)
+                self.precision_tokens.labels(name, precision_name(width)).inc(end - begin)
         if self._engine is not None:
             kl, best = self._engine.scheduler.policy.expected_kl(request)
             self.served_kl.inc(kl)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from server.core.width import EXACT
+from server.core.width import precision_name
 from server.cost.frontier import QualityTable
 from server.simulation.jobs import Record
 
@@ -74,7 +74,7 @@ def _precisions(records: Sequence[Record]) -> dict[str, int]:
     total: Counter[int] = Counter()
     for record in records:
         total.update(record.tokens_at)
-    return {"exact" if width == EXACT else f"q{width}": total[width] for width in sorted(total, reverse=True)}
+    return {precision_name(width): total[width] for width in sorted(total, reverse=True)}
 
 
 def _share(count: int, total: int) -> float:

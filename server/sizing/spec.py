@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from server.core.width import EXACT
+from server.core.width import EXACT, precision_name
 
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(L|%|K|M|B)?", re.IGNORECASE)
 _SCALE = {"K": 1e3, "M": 1e6, "B": 1e9}
@@ -147,13 +147,9 @@ def _width(match: re.Match[str]) -> int:
     return int(match[1]) if match[1] else EXACT
 
 
-def precision_name(width: int) -> str:
-    return "exact" if width == EXACT else f"q{width}"
-
-
 def size_name(layers: int, width: int = EXACT) -> str:
     """`24L` as the weights were loaded, `24L-q6` at 6 bits: valid in URLs, file names and labels."""
-    return f"{layers}L" if width == EXACT else f"{layers}L-q{width}"
+    return f"{layers}L" if width == EXACT else f"{layers}L-{precision_name(width)}"
 
 
 def describe_widths(widths: Sequence[int]) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.api.http.errors import APIError
-from server.core.width import EXACT
+from server.core.width import EXACT, precision_name
 from server.sizing.points import PointInfo
-from server.sizing.spec import SizeError, SizeSpec, describe_widths, precision_name, size_name
+from server.sizing.spec import SizeError, SizeSpec, describe_widths, size_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.submission import PromptInput, Submission
 from server.api.http.errors import APIError
 from server.core.request import Request, RequestOutput, SamplingParams, TokenLogprobs
-from server.core.width import EXACT
+from server.core.width import EXACT, precision_name
 from server.engine.async_engine import OutputStream, merge
-from server.sizing.spec import precision_name, size_name
+from server.sizing.spec import size_name
 
 if TYPE_CHECKING:
     import numpy as np
