@@ -36,7 +36,8 @@ inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) 
         low = low * inverse, high = high * inverse;
         int sums[2];
 #ifdef __AVX512F__
-        const __m512i a = _mm512_cvtps_epi32(low), b = _mm512_cvtps_epi32(high);
+        const __m512i least = _mm512_set1_epi32(-128);  // what is no number converts to the least integer: two would not add
+        const __m512i a = _mm512_max_epi32(_mm512_cvtps_epi32(low), least), b = _mm512_max_epi32(_mm512_cvtps_epi32(high), least);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(a));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k + 16), _mm512_cvtepi32_epi8(b));
         sums[0] = _mm512_reduce_add_epi32(a), sums[1] = _mm512_reduce_add_epi32(b);
