@@ -20,11 +20,12 @@ from server.api.http.auth import KeyRing
 from server.api.http.state import ServedModel
 from server.config import GiB, Settings
 from server.core.machine import available_memory
+from server.core.width import EXACT
 from server.engine.queue import WaitingQueue
 from server.kernels.threads import available_threads
 from server.observe.startup import StartupClock
 from server.sizing.points import PointInfo, points_of, write_points
-from server.sizing.spec import SizeError, SizeSpec
+from server.sizing.spec import SizeError, SizeSpec, describe_widths, parse_precision
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
@@ -182,23 +183,29 @@ def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: str) 
     return loaded
 
 
-def speculative_size(settings: Settings, pair: Pair) -> int | None:
-    """The size that guesses; ValueError if there is no such size or it could guess for none."""
+def speculation(settings: Settings, pair: Pair) -> tuple[int | None, int | None]:
+    """(size, width) that guess, where None is the request's own; ValueError if they could guess for none."""
     text, sizes = settings.speculative_size.strip().lower(), pair.elasticity.sizes
     if text == "off":
-        return None
+        return None, None
     if text == "auto":
-        return sizes[0] if len(sizes) > 1 else None
+        return (sizes[0] if len(sizes) > 1 else None), None
     try:
-        spec = SizeSpec.parse(text)
-        if spec.width is not None:
-            raise SizeError("guesses are made at the precision of the step: name layers only")
-        size = spec.resolve(sizes, {size: pair.parameters(size) for size in sizes})
+        if text.startswith("q"):
+            size, width = sizes[-1], parse_precision(text)
+        else:
+            spec = SizeSpec.parse(text)
+            size, width = spec.resolve(sizes, {size: pair.parameters(size) for size in sizes}), spec.width
+        widths = (EXACT,) if width in (None, EXACT) else weight_form(settings, pair).widths
+        if width is not None and width not in widths:
+            raise SizeError(f"precisions are {describe_widths(widths)} (--precision-dial)")
     except SizeError as error:
         raise ValueError(f"--speculative-size: {error}") from None
-    if size == sizes[-1]:
-        raise ValueError(f"--speculative-size: {size}L is the largest size, it can guess for none")
-    return size
+    if size < sizes[-1]:
+        return size, width
+    if width in (None, widths[-1]):
+        raise ValueError(f"--speculative-size: {text} is all that there is, it can guess for none")
+    return None, width
 
 
 def engine_config(settings: Settings, pair: Pair, dtype: np.dtype, device: str) -> EngineConfig:
@@ -207,6 +214,7 @@ def engine_config(settings: Settings, pair: Pair, dtype: np.dtype, device: str) 
     from server.kernels.cuda.memory import workspace_bytes
 
     is_cuda = device != "cpu"
+    guessing_size, guessing_width = speculation(settings, pair)
     max_model_len = settings.max_model_len or min(_DEFAULT_CONTEXT, pair.spec.max_context)
     if max_model_len > pair.spec.max_context:
         raise ValueError(f"--max-model-len {max_model_len} is above the {pair.spec.max_context} that the model can do")
@@ -268,7 +276,8 @@ def engine_config(settings: Settings, pair: Pair, dtype: np.dtype, device: str) 
         enable_prefix_caching=settings.enable_prefix_caching,
         executor=settings.executor,
         enforce_eager=settings.enforce_eager,
-        speculative_size=speculative_size(settings, pair),
+        speculative_size=guessing_size,
+        speculative_width=guessing_width,
         num_speculative_tokens=settings.num_speculative_tokens,
         seed=settings.seed,
         num_threads=settings.num_threads or available_threads(settings.max_replicas),
@@ -292,7 +301,6 @@ def load_model(
     """
     clock = clock or StartupClock()
     from model_store.nested import bytes_read
-    from server.core.width import EXACT
     from server.engine.engine import Engine
     from server.engine.runner import StepRunner
 

@@ -13,7 +13,7 @@ from model_store.weight_form import WeightForm
 from server.commands.bench import run_latency
 from server.commands.sizes import speed_file
 from server.config import Settings
-from server.loading import speculative_size, weight_form
+from server.loading import speculation, weight_form
 from server.offline import OfflineEngine
 from tests.api import tiny
 from tests.model_store.test_lowrank import write_student
@@ -52,12 +52,21 @@ def test_low_rank(pairs):
 
 
 def test_speculative_size(pairs):
-    pair = pairs[0]
+    pair, dial = pairs[0], {"precision_dial": "on", "exact": "on"}
     for text, size in (("off", None), ("auto", 4), ("4L", 4), ("5", 5), ("student", 4)):
-        assert speculative_size(Settings(speculative_size=text), pair) == size
-    for text, message in (("teacher", "it can guess for none"), ("7L", "sizes are"), ("x", "not a size")):
+        assert speculation(Settings(speculative_size=text), pair) == (size, None)
+    for text, found in (("q4", (None, 4)), ("teacher-q5", (None, 5)), ("5L-q4", (5, 4)), ("4L-exact", (4, 16))):
+        assert speculation(Settings(speculative_size=text, **dial), pair) == found
+    wrong = [
+        ("teacher", "it can guess for none"),
+        ("7L", "sizes are"),
+        ("x", "not a size"),
+        ("q4", "precisions are exact"),
+    ]
+    wrong += [("teacher-exact", "it can guess for none"), ("qx", "not a precision")]
+    for text, message in wrong:
         with pytest.raises(ValueError, match=f"--speculative-size: .*({message})"):
-            speculative_size(Settings(speculative_size=text), pair)
+            speculation(Settings(speculative_size=text), pair)
 
 
 def test_bench_latency_measures_the_form_that_was_asked_for(pairs, tmp_path):

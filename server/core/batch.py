@@ -48,7 +48,7 @@ class Segment(NamedTuple):
 class ForwardBatch:
     """What an executor gets. All arrays are numpy, int32 unless noted; `block_tables` is shared, not copied."""
 
-    requests: list[LiveRequest]  # [R], sorted by size descending; one may have several rows
+    requests: list[LiveRequest]  # [R], sorted by size descending; one may have several rows: each guess is one
     sizes: np.ndarray  # [R]
     input_ids: np.ndarray  # [T]
     positions: np.ndarray  # [T]
@@ -62,7 +62,7 @@ class ForwardBatch:
     head_cut: int
     logits_rows: np.ndarray  # [S], token index of each wanted row, ascending
     logits_start: np.ndarray  # [R + 1], rows of request r are [logits_start[r], logits_start[r + 1])
-    # [R'] that get a new token; of a request with guesses to verify all rows count, of any other the last one.
+    # [R'], rows of requests that get a new token: of one with guesses the first, and rows that follow are its own too.
     sample_requests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     # Rows (of those at `logits_rows`) that tokens are drawn from, ascending; int64.
     sample_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -109,6 +109,8 @@ def build_batch(
     for request, count in scheduled:
         if request.resume_stop > request.num_computed_tokens:
             parts += parts_of(request, count, page_size)
+        elif request.draft_token_ids:  # a row each, as in the steps that they stand for
+            parts += [Part(request, request.num_computed_tokens + i, 1) for i in range(count)]
         else:
             parts.append(Part(request, request.num_computed_tokens, count))
     # Within a size rows of one width lie together, the widest first, and of these decode rows come first, so that
@@ -132,13 +134,15 @@ def build_batch(
     for row, (request, begin, count, _) in enumerate(parts):
         start, stop = stop, stop + count
         if request.draft_token_ids:
-            # The last token and the guesses after it; every row's logits tell whether the next guess was right.
-            input_ids[start:stop] = [request.output_token_ids[-1], *request.draft_token_ids]
-            positions[start:stop] = np.arange(begin, begin + count, dtype=np.int32)
-            sample_rows.extend(range(len(logits_rows), len(logits_rows) + count))
-            logits_rows.extend(range(start, stop))
+            # The last token or a guess after it; every row's logits tell whether the next guess was right.
+            number = begin - request.num_computed_tokens
+            input_ids[start] = request.draft_token_ids[number - 1] if number else request.output_token_ids[-1]
+            positions[start] = begin
+            sample_rows.append(len(logits_rows))
+            logits_rows.append(start)
             logits_start[row + 1] = len(logits_rows)
-            samples.append(row)
+            if not number:
+                samples.append(row)
             continue
         if count == 1 and begin + 1 == request.num_tokens and request.output_token_ids:
             input_ids[start] = request.output_token_ids[-1]

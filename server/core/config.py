@@ -21,7 +21,12 @@ class EngineConfig:
     enforce_eager: bool = False  # no CUDA graphs
     exact_activations: bool = False  # codes times floats instead of integers, slowly: what tests compare with
     compress_weights: bool = True  # bfloat16 in twelve bits, exactly, where the executor can
-    speculative_size: int | None = None  # size that guesses tokens for larger ones; None: no speculation
+    speculative_size: int | None = None  # size that guesses tokens for larger ones; None: each for itself, if at all
+    speculative_width: int | None = None  # bits that guesses read at most; None: as many as the request they are for
     num_speculative_tokens: int = 3  # guesses ahead, at most
     seed: int = 0
     num_threads: int | None = None  # of the native executor; None: as many as there are cores
+
+    @property
+    def speculates(self) -> bool:
+        return self.speculative_size is not None or self.speculative_width is not None

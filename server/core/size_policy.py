@@ -101,8 +101,9 @@ class SizePolicy:
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """A step spent `seconds` in the model and ended at `end` on the scheduler's clock."""
 
-    def decode_seconds(self, rows: np.ndarray) -> float | None:
-        """Predicted seconds of a decode step of rows[size] requests; None if this policy predicts nothing."""
+    def decode_seconds(self, rows: np.ndarray, width: int = EXACT) -> float | None:
+        """Predicted seconds of a decode step of rows[size] requests that all read `width`; None if this policy predicts
+        nothing."""
         return None
 
     def expected_kl(self, request: LiveRequest) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from server.core.batch import ForwardBatch, Scheduled
 from server.core.config import EngineConfig
 from server.core.request import LiveRequest, Request, RequestOutput, SampledToken, SamplingParams
 from server.core.size_policy import RequestRefused, SizePolicy
-from server.engine.extras.drafts import DraftPool
+from server.engine.extras.drafts import DraftPool, Drafts, OwnDrafts
 from server.engine.extras.lookahead import Lookahead
 from server.engine.extras.speculation import Speculator
 from server.engine.isolation import (
@@ -64,10 +64,13 @@ class Engine:
         self.spec, self.elasticity, self.sizes = self.runner.spec, self.runner.elasticity, self.runner.sizes
         self.executor, self.kv_cache, self.sampler = self.runner.executor, self.runner.kv_cache, self.runner.sampler
         self.missing_sizes: dict[int, str] = dict(pair.missing_sizes)
-        drafts = None
+        drafts: Drafts | None = None
         if config.speculative_size is not None:
             slots = range(config.max_num_seqs, 2 * config.max_num_seqs)
-            drafts = DraftPool(self.kv_cache, self.elasticity.path(config.speculative_size), slots)
+            path = self.elasticity.path(config.speculative_size)
+            drafts = DraftPool(self.kv_cache, path, slots, config.speculative_width)
+        elif config.speculative_width is not None:
+            drafts = OwnDrafts(config.speculative_width)
         self.scheduler = Scheduler(
             config, self.elasticity, self.kv_cache, policy, queue, drafts=drafts, widths=self.executor.widths
         )

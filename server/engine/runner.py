@@ -57,7 +57,8 @@ class StepRunner:
             num_pages=num_pages,
             page_size=config.page_size,
             num_layers=self.elasticity.num_global_layers,
-            max_num_seqs=config.max_num_seqs * (1 if config.speculative_size is None else 2),  # and their drafts
+            max_num_seqs=config.max_num_seqs
+            * (1 if config.speculative_size is None else 2),  # and drafts with KV of their own
             max_model_len=config.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             num_state_pages=allocate_states(self.executor, config.state_bytes),

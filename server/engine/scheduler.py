@@ -20,7 +20,7 @@ from server.core.load import Load
 from server.core.request import LiveRequest, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.core.size_policy import LargestSize, PrefillBudget, Refusal, SizePolicy
 from server.core.width import EXACT, bits_read, offered_width
-from server.engine.extras.drafts import DraftPool
+from server.engine.extras.drafts import Drafts
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
 from server.engine.size_schedule import following_size, planned_size, planned_width
@@ -49,7 +49,7 @@ class Scheduler:
         policy: SizePolicy | None = None,
         queue: WaitingQueue | None = None,
         clock: Callable[[], float] = time.monotonic,
-        drafts: DraftPool | None = None,
+        drafts: Drafts | None = None,
         widths: tuple[int, ...] = (EXACT,),
     ) -> None:
         """`drafts`: where requests speculate. `widths`: what the executor can read, ascending."""
@@ -459,10 +459,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert the invariants that every scenario must leave intact."""
-        drafts: list[LiveRequest] = []
-        if self.drafts is not None:
-            self.drafts.check_integrity(self.running)
-            drafts = list(self.drafts.drafts.values())
+        drafts = [] if self.drafts is None else self.drafts.check_integrity(self.running)
         self.kv_cache.check_integrity(self.running + drafts)
         self.load.check(self.running)
         slots = sorted(self._free_slots + [request.slot for request in self.running])

@@ -129,7 +129,7 @@ class EngineCollector:
                 f"boomerang:spec_decode_{suffix}", text, labels=["model_name", "size", "draft_size"]
             )
             for size, value in sorted(counts.items()):
-                family.add_metric([self.labels["model_name"], str(size), str(speculator.size)], value)
+                family.add_metric([self.labels["model_name"], str(size), speculator.pool.name], value)
             yield family
 
     def _cost_model(self) -> Iterator[Metric]:

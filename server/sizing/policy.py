@@ -20,7 +20,7 @@ import numpy as np
 
 from server.core.request import LiveRequest, SizeDecision
 from server.core.size_policy import MAX_RETRY_AFTER, PrefillBudget, Refusal, SizePolicy
-from server.core.width import offered_width
+from server.core.width import EXACT, offered_width
 from server.cost.frontier import QualityTable
 from server.cost.model import CostModel
 from server.cost.price import StepPrice
@@ -317,8 +317,8 @@ class BudgetPolicy(SizePolicy):
         now, best = (self.table.candidate(size, offered_width(width, widths), kind).kl for size, width in points)
         return now, min(now, best)
 
-    def decode_seconds(self, rows: np.ndarray) -> float:
-        return self.price.decode_seconds(rows.astype(int).tolist(), width=self.valve.last)
+    def decode_seconds(self, rows: np.ndarray, width: int = EXACT) -> float:
+        return self.price.decode_seconds(rows.astype(int).tolist(), width=offered_width(width, self.table.widths))
 
     def observe_step(self, batch: ForwardBatch, seconds: float, end: float | None = None) -> None:
         """Learn from a step of `seconds` in the model that ended at `end` on the scheduler's clock.

@@ -182,7 +182,7 @@ def test_failures_do_not_spread(pair, loaded, monkeypatch):
     monkeypatch.setattr(fast.speculator, "_guess", lambda ready: 1 / 0 if next(calls) % 3 == 2 else guess(ready))
 
     def fails_on_several(batch):
-        if batch.num_requests > 1 and any(request.draft_token_ids for request in batch.requests):
+        if len(set(batch.slots.tolist())) > 1 and any(request.draft_token_ids for request in batch.requests):
             raise RuntimeError("too much at once")
         return forward(batch)
 
@@ -217,27 +217,21 @@ def test_depth_follows_cost_and_acceptance():
     requests = [type("Request", (), {"path": path})() for _ in range(40)]
 
     def depth(draft_cost, acceptance, rows):
-        payoff = Payoff(4, 6, 4)
+        payoff = Payoff(6, 4)
         payoff.acceptance[6] = acceptance
-
-        def seconds(counts):
-            small, large = counts[4], counts[6]
-            return draft_cost * (small > 0) + (large > 0) * max(1.0, large / 16)
-
         scheduled = [(request, 1) for request in requests[:rows]]
-        return payoff.depth(scheduled, requests[:rows], seconds)
+        return payoff.depth(scheduled, requests[:rows], lambda counts: max(1.0, counts[6] / 16), draft_cost)
 
     assert depth(0.1, 0.9, 1) == 4  # cheap and good: as far as allowed
     assert depth(0.5, 0.7, 1) == 1
     assert depth(0.6, 0.4, 1) == 0
     assert depth(0.1, 0.9, 16) == 0  # the batch is full: every row verified in vain costs its whole share
-    payoff = Payoff(4, 6, 1)
+    payoff = Payoff(6, 1)
     scheduled = [(requests[0], 1)]
-    costs = lambda counts: 0.5 * (counts[4] > 0) + 1.0 * (counts[6] > 0)  # noqa: E731
-    assert payoff.depth(scheduled, requests[:1], costs) == 1  # hope
+    assert payoff.depth(scheduled, requests[:1], lambda counts: 1.0, 0.5) == 1  # hope
     for i in range(30):
         payoff.observe(6, 1, int(i % 3 == 0))
     assert 0.33 < payoff.acceptance[6] < 0.5
-    tried = [payoff.depth(scheduled, requests[:1], costs) for _ in range(600)]
+    tried = [payoff.depth(scheduled, requests[:1], lambda counts: 1.0, 0.5) for _ in range(600)]
     assert sum(tried) == 2  # now and then one guess, to see whether it would pay again
-    assert Payoff(4, 6, 4).depth([(requests[0], 1)], requests[:1], lambda counts: None) == 4
+    assert Payoff(6, 4).depth([(requests[0], 1)], requests[:1], lambda counts: None, None) == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.kernels.cpu import build, library
-from tests.kernels import test_compressed_weights, test_cpu_executor, test_int8_kv
+from tests.kernels import test_compressed_weights, test_cpu_executor, test_int8_kv, test_rows_alone
 from tests.kernels.steps import FAMILIES, PAGE
 from tests.model import test_low_rank_lanes
 from tests.model_store.test_lowrank import write_student
@@ -81,6 +81,12 @@ def test_low_rank_students(variant, quantise, tmp_path):
     make_model("llama", 6, seed=1, tied=True).save_pretrained(tmp_path / "teacher")
     write_student(tmp_path / "student", tmp_path / "teacher", quantise=quantise)
     test_low_rank_lanes.test_bfloat16_stays_close(tmp_path, "native")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "compressed", "int8"])
+def test_rows_get_what_they_get_alone(kind, variant, monkeypatch):
+    test_rows_alone.test_products_of_every_number_of_rows(kind, variant, monkeypatch)
+    test_rows_alone.test_beside_others_and_as_guesses(kind, "auto", variant, monkeypatch)
 
 
 def test_the_real_instructions_compile():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -22,8 +22,7 @@ DecodeSeconds = Callable[[np.ndarray], float | None]
 class Payoff:
     """Acceptance by requested size, and the decision."""
 
-    def __init__(self, draft_size: int, num_teacher_layers: int, max_guesses: int) -> None:
-        self.draft_size = draft_size
+    def __init__(self, num_teacher_layers: int, max_guesses: int) -> None:
         self.num_teacher_layers = num_teacher_layers
         self.max_guesses = max_guesses
         self.acceptance: dict[int, float] = {}  # requested size -> probability that a guess stands
@@ -38,21 +37,25 @@ class Payoff:
             value += (stood - value) / seen
         self.acceptance[size], self._seen[size] = value, seen
 
+    def rows(self, counts: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Rows by size, of (size, rows)."""
+        rows = np.zeros(self.num_teacher_layers + 1)
+        for size, count in counts:
+            rows[size] += count
+        return rows
+
     def depth(
         self,
         scheduled: Scheduled,
         candidates: Sequence[LiveRequest],
         decode_seconds: DecodeSeconds,
+        one_guess: float | None,
     ) -> int:
-        """Guesses per candidate in this step; 0: it does not pay."""
-        rows = np.zeros(self.num_teacher_layers + 1)
-        guessing = np.zeros_like(rows)
-        for request, count in scheduled:
-            rows[request.path.size] += count
-        for request in candidates:
-            guessing[request.path.size] += 1
+        """Guesses per candidate in this step; 0: it does not pay. `one_guess`: seconds that one of each takes."""
+        rows = self.rows((request.path.size, count) for request, count in scheduled)
+        guessing = self.rows((request.path.size, 1) for request in candidates)
         plain = decode_seconds(rows)
-        if plain is None:
+        if plain is None or one_guess is None:
             return self.max_guesses
         measured = {size: self.acceptance.get(size, _HOPE) for size in np.flatnonzero(guessing).tolist()}
 
@@ -61,7 +64,7 @@ class Payoff:
             assert seconds is not None, "what predicts one step predicts all"
             return seconds
 
-        best = self._best(plain, rows, guessing, measured, predicted)
+        best = self._best(plain, one_guess, rows, guessing, measured, predicted)
         if best:
             self._quiet_steps = 0
             return best
@@ -70,20 +73,18 @@ class Payoff:
             return 0
         self._quiet_steps = 0
         always = dict.fromkeys(measured, 1.0)
-        return min(self._best(plain, rows, guessing, always, predicted), 1)
+        return min(self._best(plain, one_guess, rows, guessing, always, predicted), 1)
 
     def _best(
         self,
         plain: float,
+        one_guess: float,
         rows: np.ndarray,
         guessing: np.ndarray,
         acceptance: dict[int, float],
         predicted: Callable[[np.ndarray], float],
     ) -> int:
         """The depth with the most tokens per second, if that beats a plain step."""
-        drafting = np.zeros_like(rows)
-        drafting[self.draft_size] = guessing.sum()
-        one_guess = predicted(drafting)
         others = rows.sum() - guessing.sum()
         best, most = 0, rows.sum() / plain * _MARGIN
         for depth in range(1, self.max_guesses + 1):

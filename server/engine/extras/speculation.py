@@ -1,6 +1,8 @@
-"""Cross-size speculation: a smaller size of the same pair guesses, the requested size verifies several guesses at once.
+"""Speculation within a pair: less of the same weights (fewer layers, fewer bits) guesses, the requested size and
+precision verify several guesses at once.
 
-Lossless. Where the text must not depend on anything else (greedy, a seed of the request's own) and where a nucleus cuts
+Lossless. A guess is a row of the step like any other, and executors give rows the same numbers beside others as alone
+(the native one to the last bit, where few rows decode). Where the text must not depend on anything else (greedy, a seed of the request's own) and where a nucleus cuts
 the distribution, the guess is drawn with the very random number that the requested size will use, and stands if that
 size draws the same token: the text is the one without speculation. Otherwise rejection sampling accepts more: a guess x
 drawn from q stands with probability min(1, p(x) / q(x)), else a token is drawn from what p has above q (Leviathan et
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from functools import partial
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,7 +25,7 @@ import numpy as np
 from model_store.arrays import Array
 from server.core.batch import ForwardBatch, Scheduled
 from server.core.request import LiveRequest, SampledToken
-from server.engine.extras.drafts import DraftPool
+from server.engine.extras.drafts import Drafts
 from server.engine.extras.payoff import Payoff
 from server.engine.sampler import Sampler, SamplerState, needs_processing
 from server.engine.scheduler import Scheduler, SchedulerOutput
@@ -56,15 +59,14 @@ class Speculator:
     """Plans, draws and verifies guesses. Owned by the engine thread."""
 
     def __init__(
-        self, runner: StepRunner, scheduler: Scheduler, sampler: Sampler, pool: DraftPool, max_guesses: int
+        self, runner: StepRunner, scheduler: Scheduler, sampler: Sampler, pool: Drafts, max_guesses: int
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.sampler = sampler
         self.pool = pool
         self.max_guesses = max_guesses
-        self.size = pool.path.size
-        self.payoff = Payoff(self.size, scheduler.elasticity.num_teacher_layers, max_guesses)
+        self.payoff = Payoff(scheduler.elasticity.num_teacher_layers, max_guesses)
         self.stats = SpeculationStats()
         self._probs: dict[str, list[Array]] = {}  # request -> q of each guess, where rejection sampling wants it
 
@@ -76,7 +78,11 @@ class Speculator:
         candidates = [request for request, count in planned.scheduled if count == 1 and self._can(request)]
         if not candidates:
             return
-        depth = self.payoff.depth(planned.scheduled, candidates, self.scheduler.policy.decode_seconds)
+        seconds = self.scheduler.policy.decode_seconds
+        drafting = self.payoff.rows((self.pool.size_of(request), 1) for request in candidates)
+        one_guess = seconds(drafting, max(map(self.pool.width_of, candidates)))
+        width = max(request.width for request, _ in planned.scheduled)
+        depth = self.payoff.depth(planned.scheduled, candidates, partial(seconds, width=width), one_guess)
         room = self.scheduler.config.max_num_batched_tokens - sum(count for _, count in planned.scheduled)
         depth = min(depth, room // len(candidates))
         if depth <= 0:
@@ -105,7 +111,7 @@ class Speculator:
     def _can(self, request: LiveRequest) -> bool:
         """Whether its next tokens can be guessed: nothing may depend on the tokens in between but the model."""
         return (
-            request.path.size > self.size
+            self.pool.serves(request)
             and bool(request.output_token_ids)
             and request.num_computed_tokens + 1 == request.num_tokens
             and not request.size_schedule
@@ -115,7 +121,7 @@ class Speculator:
 
     def _ready(self, candidates: list[LiveRequest], depth: int) -> list[tuple[LiveRequest, LiveRequest, int]]:
         """(request, draft, guesses) of those whose draft is level; the others' drafts catch up."""
-        kv_cache, config = self.pool.kv_cache, self.scheduler.config
+        kv_cache, config = self.scheduler.kv_cache, self.scheduler.config
         ready, behind = [], []
         for request in candidates:
             draft = self.pool.draft_of(request)
@@ -129,12 +135,12 @@ class Speculator:
             elif (
                 limit > 0
                 and kv_cache.allocate(request, request.num_tokens + limit)
-                and kv_cache.allocate(draft, draft.num_tokens + limit)
+                and self.pool.allocate(draft, draft.num_tokens + limit)
             ):
                 self._prepare_draws(request, draft)
                 ready.append((request, draft, limit))
         for draft, count in behind:
-            if kv_cache.allocate(draft, draft.num_computed_tokens + count):
+            if self.pool.allocate(draft, draft.num_computed_tokens + count):
                 self._run([(draft, count)])
                 draft.num_computed_tokens += count
         return ready

@@ -1,6 +1,8 @@
 // The one kernel: a block of sums, some rows of activations times one panel of weights.
 //
 // out[row][32] = sum over terms of x[row] . panel. Several terms add up in registers: the pages of an attention block.
+// Without tiles a row's sums are those that it has alone, whatever rows are with it: one sum per output, from the first input
+// to the last. So a guess is verified by the very numbers of a step without guesses.
 #pragma once
 #include <algorithm>
 
@@ -129,14 +131,13 @@ inline void add_line(F16 (&acc)[R][H], const Lines<W>& lines, const char* from, 
         for (int h = 0; h < H; h++) acc[r][h] = w[h].fma(acc[r][h], x + r * ldx + index * kPerUnit<W>);
 }
 
-// R rows; S sums per output, so that enough of them are on their way at once; H halves of the panel at a time.
-template <class W, int R, int S, int H>
+// R rows, H halves of the panel at a time.
+template <class W, int R, int H>
 void block_rows(const Term<W>* terms, int num_terms, int first_half, float* out, long ld, bool add) {
-    constexpr int L = std::max(S, kLinesTogether<W>);
-    F16 acc[S][R][H];
-    for (int s = 0; s < S; s++)
-        for (int r = 0; r < R; r++)
-            for (int h = 0; h < H; h++) acc[s][r][h] = zero16();
+    constexpr int L = kLinesTogether<W>;
+    F16 acc[R][H];
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < H; h++) acc[r][h] = zero16();
     for (const Term<W>* t = terms; t < terms + num_terms; t++) {
         const char *line = t->panel, *next = t->ahead.from;
         const Act<W>* x = t->x;
@@ -149,47 +150,40 @@ void block_rows(const Term<W>* terms, int num_terms, int first_half, float* out,
             else
                 for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
             next += share;
-            if constexpr (S == 1) {  // gcc keeps sums in memory that two lines of a loop share
-                add_line<W, R, H>(acc[0], lines, line, 0, first_half, x, t->ldx);
-                if constexpr (L == 2) add_line<W, R, H>(acc[0], lines, line, 1, first_half, x, t->ldx);
-            } else {
-#pragma GCC unroll 4
-                for (int l = 0; l < L; l++) add_line<W, R, H>(acc[l], lines, line, l, first_half, x, t->ldx);
-            }
+            add_line<W, R, H>(acc, lines, line, 0, first_half, x, t->ldx);  // no loop: gcc keeps sums in memory that two lines of one share
+            if constexpr (L == 2) add_line<W, R, H>(acc, lines, line, 1, first_half, x, t->ldx);
         }
     }
     for (int r = 0; r < R; r++)
         for (int h = 0; h < H; h++) {
-            F16 sum = acc[0][r][h];
             float* to = out + r * ld + 16 * (first_half + h);
-            for (int s = 1; s < S; s++) sum = sum + acc[s][r][h];
-            store16(to, add ? sum + load16(to) : sum);
+            store16(to, add ? acc[r][h] + load16(to) : acc[r][h]);
         }
 }
 
-template <class W, int R, int S>
+template <class W, int R>
 void block_of(const Term<W>* terms, int num_terms, float* out, long ld, bool add) {
-    block_rows<W, R, S, kHalves>(terms, num_terms, 0, out, ld, add);
-    if constexpr (kHalves == 1) block_rows<W, R, S, kHalves>(terms, num_terms, 1, out, ld, add);
+    block_rows<W, R, kHalves>(terms, num_terms, 0, out, ld, add);
+    if constexpr (kHalves == 1) block_rows<W, R, kHalves>(terms, num_terms, 1, out, ld, add);
 }
 
 // Up to kRegisterRows rows without tiles.
 template <class W>
 void block_in_registers(const Term<W>* terms, int num_terms, int rows, float* out, long ld, bool add) {
     switch (rows) {
-        case 1: return block_of<W, 1, kHalves == 2 ? 4 : 2>(terms, num_terms, out, ld, add);
-        case 2: return block_of<W, 2, kHalves == 2 ? 2 : 1>(terms, num_terms, out, ld, add);
-        case 3: return block_of<W, 3, kHalves == 2 ? 2 : 1>(terms, num_terms, out, ld, add);
-        case 4: return block_of<W, 4, kHalves == 2 ? 2 : 1>(terms, num_terms, out, ld, add);
+        case 1: return block_of<W, 1>(terms, num_terms, out, ld, add);
+        case 2: return block_of<W, 2>(terms, num_terms, out, ld, add);
+        case 3: return block_of<W, 3>(terms, num_terms, out, ld, add);
+        case 4: return block_of<W, 4>(terms, num_terms, out, ld, add);
 #ifdef __AVX512F__
-        case 5: return block_of<W, 5, 2>(terms, num_terms, out, ld, add);
-        case 6: return block_of<W, 6, 1>(terms, num_terms, out, ld, add);
-        case 7: return block_of<W, 7, 1>(terms, num_terms, out, ld, add);
-        case 8: return block_of<W, 8, 1>(terms, num_terms, out, ld, add);
-        case 9: return block_of<W, 9, 1>(terms, num_terms, out, ld, add);
-        case 10: return block_of<W, 10, 1>(terms, num_terms, out, ld, add);
-        case 11: return block_of<W, 11, 1>(terms, num_terms, out, ld, add);
-        default: return block_of<W, 12, 1>(terms, num_terms, out, ld, add);
+        case 5: return block_of<W, 5>(terms, num_terms, out, ld, add);
+        case 6: return block_of<W, 6>(terms, num_terms, out, ld, add);
+        case 7: return block_of<W, 7>(terms, num_terms, out, ld, add);
+        case 8: return block_of<W, 8>(terms, num_terms, out, ld, add);
+        case 9: return block_of<W, 9>(terms, num_terms, out, ld, add);
+        case 10: return block_of<W, 10>(terms, num_terms, out, ld, add);
+        case 11: return block_of<W, 11>(terms, num_terms, out, ld, add);
+        default: return block_of<W, 12>(terms, num_terms, out, ld, add);
 #endif
     }
 }
@@ -206,9 +200,8 @@ constexpr int kBlockRows = kHasTiles<W> ? 32 : kRegisterRows;
 
 // Rows of the next block when `rows` are left: equal blocks rather than a full one and a sliver.
 template <class W>
-inline int block_size(int rows) {
-    const int blocks = (rows + kBlockRows<W> - 1) / kBlockRows<W>;
-    return kHasTiles<W> ? std::min(rows, 32) : (rows + blocks - 1) / blocks;
+inline int block_size(int rows, bool in_registers = false) {
+    return kHasTiles<W> && !in_registers ? std::min(rows, 32) : chunks_for(rows, chunks_for(rows, kRegisterRows));
 }
 
 struct Nothing {
@@ -219,11 +212,11 @@ struct Nothing {
 // units idle; never where there are no tiles.
 template <bool add, class W, class Between = Nothing>
 inline void block(const Term<W>* terms, int num_terms, int rows, float* out, long ld, TileState& tiles, Between&& between = {}) {
-    if constexpr (kHasTiles<W> && sizeof(W) == 2) {  // narrower ones come here for single rows only (kDirectRows)
-        if (rows >= kTileRows) return block_in_tiles<add>(terms, num_terms, rows, out, ld, tiles, between);
-    }
-    block_in_registers<W>(terms, num_terms, rows, out, ld, add);
-    if constexpr (kIsCompressed<W>)
+    bool is_done = false;
+    if constexpr (kHasTiles<W> && sizeof(W) == 2)  // narrower ones come here for single rows only (kDirectRows)
+        if ((is_done = rows >= kTileRows && !tiles.are_off)) block_in_tiles<add>(terms, num_terms, rows, out, ld, tiles, between);
+    if (!is_done) block_in_registers<W>(terms, num_terms, rows, out, ld, add);
+    if constexpr (sizeof(W) < 4)
         for (int i = 0; i < num_terms; i++) add_rest(terms[i].beside, terms[i].x, terms[i].ldx, rows, out, ld);
 }
 

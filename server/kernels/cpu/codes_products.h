@@ -78,16 +78,16 @@ inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySin
             if (kernels && x.exact)
                 multiply_exactly(*kernels, x, w.data, w.K, mine, one);
 #ifdef __AMX_BF16__
-            else if (w.type == BS_INT8 && x.plain && part.row1 - part.row0 >= kTileCodeRows)
+            else if (w.type == BS_INT8 && x.plain && !x.in_registers && part.row1 - part.row0 >= kTileCodeRows)
                 multiply_in_tiles(x, w.data, w.K, mine, one);
 #endif
             else if (kernels)
                 multiply_codes(*kernels, x.rounded, w.data, w.K, part.row0, part.row1, part.panel0, last, one);
             else {
-                const Rows<bf16> plain = {x.plain, x.ld_plain, x.M};
+                const Rows<bf16> plain = {x.plain, x.ld_plain, x.M, x.in_registers};
                 if (w.type == BS_FLOAT) multiply_panels<float>({x.x, x.ldx, x.M}, w, mine, one);
                 if (w.type == BS_BF16) multiply_panels<bf16>(plain, w, mine, one);
-                if (w.type == BS_BF12) multiply_panels<bf12>({x.plain, x.ld_plain, x.M}, w, mine, one);
+                if (w.type == BS_BF12) multiply_panels<bf12>({x.plain, x.ld_plain, x.M, x.in_registers}, w, mine, one);
             }
         }
         if (!w.more || part.panel1 <= here) return;

@@ -29,14 +29,17 @@ constexpr bool kIsCompressed<bf12> = true;
 template <class W>
 constexpr int kLinesTogether = kIsCompressed<W> ? 2 : 1;
 
-// What a panel needs beside its lines; nothing but for compressed weights.
+// What a panel needs beside its lines; nothing but for compressed weights, and `rest` for what they were widened to.
 template <class W>
 struct Beside {};
 template <>
-struct Beside<bf12> {
-    const uint8_t* exponents = nullptr;                // [64], in the order of a line
+struct Beside<bf16> {
     const BsRest *rest = nullptr, *rest_end = nullptr;  // of the inputs that the block takes
     int first_input = 0;                               // of the block, where `rest` counts from the panel's
+};
+template <>
+struct Beside<bf12> : Beside<bf16> {
+    const uint8_t* exponents = nullptr;  // [64], in the order of a line
 };
 
 // Of `units` units of a panel, from `unit` on.
@@ -50,7 +53,7 @@ inline Beside<W> beside(const Weights& w, int panel, int unit, int units) {
             begin = std::lower_bound(begin, end, first, before);
             end = std::lower_bound(begin, end, last, before);
         }
-        return {w.exponents + panel * kLineWeights, begin, end, first};
+        return {{begin, end, first}, w.exponents + panel * kLineWeights};
     }
     return {};
 }
@@ -111,16 +114,15 @@ inline void store_wide(char* to, const WideLine& wide) {
 
 #endif
 
-// `units` units of a panel as bfloat16, with what is in `rest`.
+// `units` units of a panel as bfloat16, but for what is in `rest`.
 inline void widen_panel(const char* lines, int units, const Beside<bf12>& beside, bf16* to) {
     const Bases base(beside.exponents);
     for (int u = 0; u < units; u++) store_wide(reinterpret_cast<char*>(to) + long(u) * kLine<bf16>, widen_bf12(lines, u, base));
-    for (const BsRest* rest = beside.rest; rest != beside.rest_end; rest++) to[panel_offset<bf16>(rest->channel, rest->input - beside.first_input, units)].bits = rest->bits;
 }
 
 // Adds the products of what is in `rest`; out [rows, ld] are the block's sums.
 template <class X>
-inline void add_rest(const Beside<bf12>& beside, const X* x, long ldx, int rows, float* out, long ld) {
+inline void add_rest(const Beside<bf16>& beside, const X* x, long ldx, int rows, float* out, long ld) {
     for (const BsRest* rest = beside.rest; rest != beside.rest_end; rest++) {
         const float weight = to_float(bf16{rest->bits});
         for (int r = 0; r < rows; r++) out[r * ld + rest->channel] += weight * to_float(x[r * ldx + rest->input - beside.first_input]);

@@ -186,9 +186,11 @@ class Engine {
             rows.widths = widths;
             return rows;
         } else {
-            return {x, ldx, M};
+            return {x, ldx, M, in_registers(M)};
         }
     }
+    // Whether so many rows are few enough to do without tiles where each is to get the sums that it has alone.
+    bool in_registers(int M) const { return s_.rows_alone && M <= 32; }
     const uint8_t* widths_from(int token) const { return step_->widths ? step_->widths + token : nullptr; }
 
     template <class In>
@@ -218,7 +220,7 @@ class Engine {
             pool_.run(chunks_for(M, 8), [&](int c, int) { rows(8 * c, std::min(M, 8 * c + 8)); });
         const float* wide = floats;
         if constexpr (is_float) wide = x;
-        return {wide, is_float ? ldx : ldf, M, {codes, ldc, blocks, ldb}, plain, ldp, bool(s_.exact_activations)};
+        return {wide, is_float ? ldx : ldf, M, {codes, ldc, blocks, ldb}, plain, ldp, bool(s_.exact_activations), in_registers(M)};
     }
 
     template <class Out>
@@ -298,9 +300,9 @@ class Engine {
         } else if constexpr (sizeof(T) == 4) {
             product_of<float, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
         } else if constexpr (kCoded) {
-            product_of<bf16, add>({x.plain, x.ld_plain, x.M}, f, K, y, ldy);
+            product_of<bf16, add>({x.plain, x.ld_plain, x.M, x.in_registers}, f, K, y, ldy);
         } else {
-            product_of<bf16, add>({x.x, x.ldx, x.M}, f, K, y, ldy);
+            product_of<bf16, add>({x.x, x.ldx, x.M, x.in_registers}, f, K, y, ldy);
         }
     }
 
@@ -327,7 +329,7 @@ class Engine {
         if constexpr (std::is_same<V, Codes>::value)
             between = rounded(low, rank, x.M, rank, rounded_low_);
         else
-            between = {low, rank, x.M};
+            between = {low, rank, x.M, x.in_registers};
         // All terms in one go: their panels one after the other.
         const int chunk = std::max(1, std::min(8, panels / (8 * pool_.num_threads())));
         pool_.run(chunks_for(panels, chunk), [&](int c, int) {
@@ -480,7 +482,7 @@ class Engine {
     void place(int id, const BsLayer& w, int r0, int r1);
     void place_heads(int id, const BsLayer& w, int from, int to, int first, int h0, int h1, float* rows, long ld);
     void attention(int id, const BsLayer& w, int r0, int r1);
-    int pages_in_part(int r0, int r1) const;
+    int pages_in_part(int pages) const;
 
     // Queries of a KV head's group for token t: [kv head][token][group][padded_dim].
     A* q_row(int kv_head, int t) { return q_.data() + (long(kv_head) * step_->num_tokens + t) * group() * pages_.padded_dim; }

@@ -14,10 +14,11 @@ void Engine<T, W>::find_requests(int r0, int r1) {
 }
 
 // Back from token t to the first one of this step on the same page. `first`: of tokens_. A page belongs to one thread: its
-// first token clears it, and tokens share units of V.
+// first token clears it, and tokens share units of V. Requests of one slot are rows of one: its guesses.
 template <class T, class W>
 int Engine<T, W>::page_start(int t, int first) const {
-    while (t > first && t - first < int(tokens_.size()) && tokens_[t - first] == tokens_[t - 1 - first] && step_->positions[t] % s_.page_size) t--;
+    auto slot = [&](int token) { return step_->slots[tokens_[token - first]]; };
+    while (t > first && t - first < int(tokens_.size()) && slot(t) == slot(t - 1) && step_->positions[t] % s_.page_size) t--;
     return t;
 }
 
@@ -123,12 +124,11 @@ void Engine<T, W>::attention(int id, const BsLayer& w, int r0, int r1) {
     items_.clear();
     merges_.clear();
     int num_parts = 0;
-    const int part_pages = pages_in_part(r0, r1);
     for (int r = r0; r < r1; r++) {
         const int from = step_->query_start[r], to = step_->query_start[r + 1], page0 = to - from == 1 ? first_seen(step_->positions[from]) : 0;
         const int pages = chunks_for(step_->positions[to - 1] + 1, P) - page0;
-        if (to - from == 1 && pages > part_pages) {
-            const int parts = chunks_for(pages, part_pages);
+        if (const int most = pages_in_part(pages); to - from == 1 && pages > most) {
+            const int parts = chunks_for(pages, most);
             for (int h = 0; h < s_.num_kv_heads; h++) {
                 merges_.push_back({from, h, num_parts, parts});
                 for (int i = 0; i < parts; i++) items_.push_back({r, h, from, to, page0 + pages * i / parts, page0 + pages * (i + 1) / parts, num_parts++});
@@ -177,13 +177,12 @@ void Engine<T, W>::attention(int id, const BsLayer& w, int r0, int r1) {
     count(kAttention);
 }
 
-// Pages of one part of a one-token row: whole contexts while they are work enough for every thread.
+// Pages of one part of a one-token row with so many: whole contexts while they are work enough for every thread. Rows beside
+// it do not count, so that its sums are those that it has alone.
 template <class T, class W>
-int Engine<T, W>::pages_in_part(int r0, int r1) const {
+int Engine<T, W>::pages_in_part(int pages) const {
     if (pool_.num_threads() == 1) return 1 << 30;
-    long pages = 0;
-    for (int r = r0; r < r1; r++) pages += chunks_for(step_->positions[step_->query_start[r + 1] - 1] + 1, s_.page_size);
-    return std::max<long>(kPagesInBlock, pages * s_.num_kv_heads / (4 * pool_.num_threads()));
+    return std::max(kPagesInBlock, pages * s_.num_kv_heads / (4 * pool_.num_threads()));
 }
 
 }  // namespace boomerang

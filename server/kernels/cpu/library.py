@@ -63,7 +63,7 @@ class Spec(ctypes.Structure):
         *((name, c_int32) for name in (
             "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "layer_norm", "activation",
             "gated", "parallel_residual", "rotary_dim", "page_size", "type", "weight_type",
-            "factor_type", "exact_activations", "kv_type", "wide_qk_norm",
+            "factor_type", "exact_activations", "kv_type", "wide_qk_norm", "rows_alone",
         )),
         *((name, c_float) for name in ("eps", "stream_eps", "scale", "norm_offset", "input_scale")),
     ]  # fmt: skip

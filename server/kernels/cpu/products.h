@@ -22,6 +22,7 @@ struct Rows {
     const Act<W>* x;
     long ldx;
     int M;
+    bool in_registers = false;  // no tiles: each row gets the sums that it has alone
 };
 
 // Activations for codes: rounded, and as they were where a matrix of the model is no codes or codes are multiplied exactly.
@@ -34,6 +35,7 @@ struct Rows<Codes> {
     const Act<bf16>* plain;
     long ld_plain;
     bool exact;
+    bool in_registers = false;
     const uint8_t* widths = nullptr;  // [M], or null: all BS_EXACT
 };
 
@@ -97,7 +99,7 @@ struct Walk {
     int units, depth, group;
 
     Walk(const Rows<W>& x, const Weights& w, const Part& part, bool in_pieces) : x(x), w(w), part(part), units(part.unit1 ? part.unit1 - part.unit0 : units_of<W>(w.K)) {
-        const bool cut = in_pieces && kHasTiles<W> && part.row1 - part.row0 > kBlockRows<W>;
+        const bool cut = in_pieces && kHasTiles<W> && !x.in_registers && part.row1 - part.row0 > kBlockRows<W>;
         depth = cut ? piece_of(units) : units;
         const long row_bytes = cut ? depth * kPerUnit<W> * sizeof(Act<W>) : x.ldx * sizeof(Act<W>);
         group = std::max<int>(1, kGroupBytes / row_bytes / kBlockRows<W>) * kBlockRows<W>;
@@ -117,7 +119,7 @@ struct Walk {
         const char* data = w.data + part.unit0 * long(kLine<W>);
         for (int m0 = part.row0; m0 < part.row1; m0 += group) {
             const int m1 = std::min(part.row1, m0 + group), blocks = chunks_for(m1 - m0, kBlockRows<W>);
-            tiles.panel_stays = blocks > 1;
+            tiles.panel_stays = blocks > 1, tiles.are_off = x.in_registers;
             for (int from = 0; from < units; from += depth) {
                 const int length = std::min(depth, units - from);
                 for (int p = part.panel0; p < part.panel1; p++) {
@@ -131,12 +133,12 @@ struct Walk {
                     if constexpr (kDirectRows<W> < kAllRows)
                         if (m1 - m0 > kDirectRows<W>) wide = widened(panel, length, side);
                     for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
-                        rows = block_size<W>(m1 - m);
+                        rows = block_size<W>(m1 - m, x.in_registers);
                         const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index) : Ahead{};
                         const Act<W>* of = x.x + m * x.ldx + from * kPerUnit<W>;
                         if constexpr (kDirectRows<W> < kAllRows)
                             if (wide) {
-                                body(Term<bf16>{of, x.ldx, reinterpret_cast<const char*>(wide), length, ahead}, rows, m, p, from);
+                                body(Term<bf16>{of, x.ldx, reinterpret_cast<const char*>(wide), length, ahead, side}, rows, m, p, from);
                                 continue;
                             }
                         body(Term<W>{of, x.ldx, panel, length, ahead, side}, rows, m, p, from);

@@ -79,7 +79,7 @@ struct BsEnd {
 
 struct BsSpec {
     int32_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations, kv_type, wide_qk_norm;  // exact_activations: codes times floats, slowly, to compare with; kv_type: BS_INT8 (attention_int8.h), else `type`; wide_qk_norm: over all heads together
+    int32_t layer_norm, activation, gated, parallel_residual, rotary_dim, page_size, type, weight_type, factor_type, exact_activations, kv_type, wide_qk_norm, rows_alone;  // exact_activations: codes times floats, slowly, to compare with; kv_type: BS_INT8 (attention_int8.h), else `type`; wide_qk_norm: over all heads together; rows_alone: few rows get the sums that each has alone, on tiles too
     // stream_eps: of norms of the hidden state; norm_offset: added to the weights of all norms; input_scale: of the embedding.
     float eps, stream_eps, scale, norm_offset, input_scale;
 };

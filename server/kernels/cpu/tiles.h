@@ -17,6 +17,7 @@ constexpr int kTileRows = 2;  // fewer rows are left to registers
 struct TileState {
     int rows = -1;
     bool panel_stays = false;  // several blocks of rows use a panel: it is what the first-level cache should hold
+    bool are_off = false;      // rows are to get the sums that they have alone
 
     // Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights. Tiles have no more rows than there are.
     void configure(int wanted) {
@@ -116,7 +117,7 @@ constexpr int kTileRows = 0;
 template <bool add, class... Anything>
 void block_in_tiles(Anything&&...);  // never called
 struct TileState {
-    bool panel_stays = false;
+    bool panel_stays = false, are_off = false;
 };
 
 #endif
