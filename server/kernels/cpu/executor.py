@@ -91,8 +91,9 @@ class NativeExecutor(Executor):
             type=TYPES[self.dtype], weight_type=weight_type,
             factor_type=TYPES[self._differences.dtype], exact_activations=config.exact_activations,
             kv_type=library.INT8 if config.kv_cache_dtype == "int8" else TYPES[self.dtype],
-            wide_qk_norm=spec.qk_norm_of_all, rows_alone=config.speculates, eps=spec.norm_eps, stream_eps=spec.stream_eps,
-            scale=spec.attention_scale, norm_offset=spec.norm_offset, input_scale=spec.input_scale,
+            wide_qk_norm=spec.qk_norm_of_all, rows_alone=config.speculates,
+            eps=spec.norm_eps, stream_eps=spec.stream_eps, scale=spec.attention_scale, norm_offset=spec.norm_offset,
+            input_scale=spec.input_scale,
         )  # fmt: skip
         num_layers = pair.elasticity.num_global_layers
         self._engine = library.create_engine(
