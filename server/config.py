@@ -208,8 +208,8 @@ class Settings:
     enforce_eager: bool = option(False, "record no CUDA graphs", group="engine")
     speculative_size: str = option(
         "off",
-        "what guesses tokens for larger sizes: a size, auto (the smallest), a precision of the request's own layers (q4, "
-        "with --precision-dial) or both (24L-q4), or off; the server guesses only where it predicts that guessing pays",
+        "what guesses tokens for larger sizes: a size, auto (the smallest), a precision of the request's own layers "
+        "(q4, with --precision-dial), both (24L-q4), or off; the server guesses only where it predicts that it pays",
         group="engine",
     )
     num_speculative_tokens: int = option(3, "tokens guessed ahead, at most", group="engine", minimum=1, maximum=16)

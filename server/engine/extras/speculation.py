@@ -2,11 +2,11 @@
 precision verify several guesses at once.
 
 Lossless. A guess is a row of the step like any other, and executors give rows the same numbers beside others as alone
-(the native one to the last bit, where few rows decode). Where the text must not depend on anything else (greedy, a seed of the request's own) and where a nucleus cuts
-the distribution, the guess is drawn with the very random number that the requested size will use, and stands if that
-size draws the same token: the text is the one without speculation. Otherwise rejection sampling accepts more: a guess x
-drawn from q stands with probability min(1, p(x) / q(x)), else a token is drawn from what p has above q (Leviathan et
-al. 2023, arXiv 2211.17192).
+(the native one to the last bit, where few rows decode). Where the text must not depend on anything else (greedy, a seed
+of the request's own) and where a nucleus cuts the distribution, the guess is drawn with the very random number that the
+requested size will use, and stands if that size draws the same token: the text is the one without speculation.
+Otherwise rejection sampling accepts more: a guess x drawn from q stands with probability min(1, p(x) / q(x)), else a
+token is drawn from what p has above q (Leviathan et al. 2023, arXiv 2211.17192).
 
 S = rows, V = vocabulary.
 """
@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from functools import partial
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
