@@ -97,7 +97,8 @@ def main() -> None:
     names = [name.strip() for name in arguments.only.split(";")] if arguments.only else list(SHAPES)
     for name in names:
         count, tokens, context = SHAPES[name]
-        (batch,) = batches(engine.runner, [[(count, tokens, context, "t" if size == engine.sizes[-1] else "s")]])
+        step = [(count, tokens, context, "t" if size == engine.sizes[-1] else "s")]
+        (batch,) = batches(engine.runner, [(executor.widths[-1], step)])
         engine.runner.run(batch)
         executor.times()
         walls, parts = [], []
