@@ -161,6 +161,9 @@ def serve(settings: Settings) -> int:
     if probes is not None:
         probes.close()
     if server.failure is None:
+        if app.state.server.model is None:  # stopped while a thread loads, which native code keeps from ending
+            logging.shutdown()
+            os._exit(0)
         return 0
     logger.error(
         "%s: %s",

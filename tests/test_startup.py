@@ -43,6 +43,18 @@ def test_sigterm_is_heard_while_modules_are_still_imported(tmp_path) -> None:
         assert process.wait(30) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_sigterm_ends_a_server_that_is_still_loading(tmp_path) -> None:
+    pair = make_served_pair(tmp_path)
+    weights = pair[1] / "model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)  # whoever opens it waits for a writer
+    server = RunningServer(pair)
+    server.wait_listening()
+    assert server.stop(timeout=20) == 0
+    assert not any("Traceback" in line for line in server.log)
+
+
 def test_a_probe_that_hangs_up_leaves_no_traceback(capsys) -> None:
     server = ProbeServer(("127.0.0.1", 0), None)  # type: ignore[arg-type]
     try:

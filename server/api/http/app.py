@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -107,13 +109,28 @@ async def _watch_lag(metrics: Metrics) -> None:
         metrics.observe_lag(max(0.0, loop.time() - due))
 
 
+async def _in_daemon_thread(call: Callable[[], ServedModel]) -> ServedModel:
+    """`asyncio.to_thread`, but the loop's end does not wait for it: loading may take minutes, a signal may not."""
+    outcome: Future[ServedModel] = Future()
+    outcome.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="loading", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
+
+
 async def _load(
     state: ServerState, load: Callable[[MetricsSink], ServedModel], on_failure: Callable[[BaseException], None] | None
 ) -> None:
     from server.engine.async_engine import AsyncEngine
 
     try:
-        model = await asyncio.to_thread(load, state.metrics)
+        model = await _in_daemon_thread(lambda: load(state.metrics))
         # Smallest and largest size together run every layer: weights that yield no number are found out now.
         for size in {model.engine.sizes[0], model.engine.sizes[-1]}:
             await asyncio.to_thread(model.engine.probe, size)
