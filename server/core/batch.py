@@ -212,12 +212,13 @@ class BatchBuilder:
         self._seen, self._widths = b"", np.zeros(0, np.uint8)  # widths of the rows of the last step
 
     def __call__(self, scheduled: Scheduled) -> ForwardBatch:
-        decodes = all(count == 1 and _is_decode(request) for request, count in scheduled)
-        if not decodes:
-            self._last = None
-            return build_batch(scheduled, *self._arguments)
+        lanes = []
+        for request, count in scheduled:
+            if count != 1 or not _is_decode(request):
+                self._last = None
+                return build_batch(scheduled, *self._arguments)
+            lanes.append((request, request.path, request.slot))
         last = self._last
-        lanes = [(request, request.path, request.slot) for request, _ in scheduled]
         if last is None or lanes != self._lanes:
             last = self._last = build_batch(scheduled, *self._arguments)
             self._lanes = lanes
@@ -262,10 +263,10 @@ class BatchBuilder:
 
 def _is_decode(request: LiveRequest) -> bool:
     """Whether the request's next token is its last one, and nothing else is to be done for it."""
-    computed = request.num_computed_tokens
+    computed, num_output = request.num_computed_tokens, len(request.output_token_ids)
     return (
-        bool(request.output_token_ids)
-        and computed + 1 == request.num_tokens
+        num_output > 0
+        and computed + 1 == len(request.prompt_token_ids) + num_output
         and not request.draft_token_ids
         and not request.keep_station
         and request.resume_stop <= computed

@@ -73,18 +73,14 @@ class Load:
                 elif limit == self._tightest[request.tenant]:
                     self._tightest[request.tenant] = min(limits)
 
-    def advance(self, request: LiveRequest, count: int) -> None:
+    def advance(self, request: LiveRequest, count: int, num_new: int) -> None:
+        """`count` more of its tokens hold KV, and it gets `num_new`, which are now to be computed."""
         size = request.path.size
         self.context[size] += count
-        self.pending[size] -= count
         self.layer_context += size * count
-        self.layer_pending -= size * count
-
-    def append(self, request: LiveRequest) -> None:
-        """It got a token, which is now to be computed."""
-        size = request.path.size
-        self.pending[size] += 1
-        self.layer_pending += size
+        if count != num_new:  # equal in most calls: while it decodes
+            self.pending[size] += num_new - count
+            self.layer_pending += size * (num_new - count)
 
     def _count(self, size: int, context: int, pending: int, rows: int = 0) -> None:
         self.context[size] += context

@@ -226,8 +226,8 @@ class Engine:
         """Book a computed step; what clients should hear of it."""
         outputs = self.scheduler.update(planned, sampled)
         self.runner.prompt_scores.attach(outputs)
-        self.runner.pooled_states.attach(outputs, [request for request, _ in planned.scheduled])
-        self._forget([request for request, _ in planned.scheduled if request.is_finished])
+        self.runner.pooled_states.attach(outputs, planned.scheduled)
+        self._forget(planned.finished)
         self._count_decisions(outputs)
         return outputs
 
@@ -237,7 +237,9 @@ class Engine:
         self.scheduler.policy.observe_step(batch, seconds, step.end)
         if self.metrics is None:
             return
-        num_first = 0
+        num_first, num_generated = 0, len(step.sampled)
+        if self.speculator is not None:
+            num_generated += sum(len(token.following) for token in step.sampled.values())
         if not batch.layout:  # with one, everybody had a token before
             for request, _ in planned.scheduled:
                 if len(request.output_token_ids) == 1 and request.request_id in step.sampled:
@@ -247,7 +249,7 @@ class Engine:
             StepStats(
                 num_scheduled_tokens=batch.num_tokens,
                 num_prompt_tokens=num_prompt,
-                num_generation_tokens=sum(1 + len(token.following) for token in step.sampled.values()),
+                num_generation_tokens=num_generated,
                 step_time=time.monotonic() - started,
                 model_time=step.drafting + seconds,
                 gap=step.gap,

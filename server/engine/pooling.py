@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from model_store.arrays import Array, float32, to_numpy
-from server.core.batch import ForwardBatch
+from server.core.batch import ForwardBatch, Scheduled
 from server.core.request import LiveRequest, RequestOutput
 
 
@@ -31,11 +31,11 @@ class PooledStates:
                 faulty.append(request)
         return faulty
 
-    def attach(self, outputs: list[RequestOutput], requests: list[LiveRequest]) -> None:
+    def attach(self, outputs: list[RequestOutput], scheduled: Scheduled) -> None:
         """Give each finished request's mean, float32 [E], to its last output."""
         if not self._sums:
             return
-        lengths = {request.request_id: request.num_prompt_tokens for request in requests}
+        lengths = {request.request_id: request.num_prompt_tokens for request, _ in scheduled}
         for output in outputs:
             if output.is_finished and output.request_id in self._sums:
                 sums = self._sums.pop(output.request_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,10 +32,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SchedulerOutput:
-    """One step's plan. `scheduled`: (request, tokens it advances by); `outputs`: admissions and refusals to report."""
+    """One step's plan. `scheduled`: (request, tokens it advances by); `outputs`: admissions and refusals to report;
+    `finished`: once the step is booked, whom it brought to an end."""
 
     scheduled: Scheduled = field(default_factory=list)
     outputs: list[RequestOutput] = field(default_factory=list)
+    finished: list[LiveRequest] = field(default_factory=list)
     num_preempted: int = 0
 
 
@@ -168,40 +171,48 @@ class Scheduler:
         for request in list(self.running):
             if request.num_tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
-            elif request.status == RequestStatus.RUNNING and budget >= request.path.num_layers:
+            elif request.slot >= 0 and budget >= request.path.size:  # else preempted for the sake of another
                 budget = self._advance(request, budget, output)
-        # Those who decode are on time for their next token only if the prompts beside them leave room.
-        prefill = self.policy.prefill_budget(self, now)
-        if prefill is not None and output.scheduled:
-            budget = min(budget, prefill.layer_tokens)
-        for request in prompts:
-            if request.status == RequestStatus.RUNNING:  # else preempted for the sake of another
-                budget = self._advance(request, budget, output)
-        if not output.num_preempted:
-            self._admit(output, budget, now, prefill)
-        self._set_widths(output)
+        if prompts or self.waiting:
+            # Those who decode are on time for their next token only if the prompts beside them leave room.
+            prefill = self.policy.prefill_budget(self, now)
+            if prefill is not None and output.scheduled:
+                budget = min(budget, prefill.layer_tokens)
+            for request in prompts:
+                if request.slot >= 0:
+                    budget = self._advance(request, budget, output)
+            if not output.num_preempted:
+                self._admit(output, budget, now, prefill)
+        if len(self.widths) > 1:
+            self._set_widths(output)
         return output
 
     def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
         """Book a finished step: advance, append sampled tokens, stop, free. Returns what clients should hear."""
         now = self.clock()
         results = []
+        served: defaultdict[str, float] = defaultdict(float)  # by tenant
         for request, count in output.scheduled:
-            if request.is_finished:  # aborted while the step ran
+            if request.slot < 0:  # aborted while the step ran
                 continue
-            # Guesses count as computed only once they have become tokens.
-            self._book(request, count - len(request.draft_token_ids))
-            request.draft_token_ids = []
+            if request.draft_token_ids:  # guesses count as computed only once they have become tokens
+                count -= len(request.draft_token_ids)
+                request.draft_token_ids = []
             token = sampled.get(request.request_id)
+            served[request.tenant] += self._book(request, count, 0 if token is None else 1)
             if token is not None:
                 results.append(self._append(request, token, now))
                 for another in token.following:
-                    if request.is_finished:
+                    if request.slot < 0:
                         break
-                    self._book(request, 1)
+                    served[request.tenant] += self._book(request, 1, 1)
                     results.append(self._append(request, another, now))
             elif request.sampling.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
                 results.append(self._finish(request, RequestStatus.FINISHED_LENGTH))
+            if request.slot < 0:
+                output.finished.append(request)
+        for tenant, layer_tokens in served.items():
+            self.waiting.charge(tenant, layer_tokens)
         return results
 
     # --- parts
@@ -220,8 +231,6 @@ class Scheduler:
 
     def _set_widths(self, output: SchedulerOutput) -> None:
         """What each row of the step reads: the policy's width within the request's limits, or more where it is paid."""
-        if len(self.widths) == 1:
-            return
         now = widest = self._width
         for request, _ in output.scheduled:  # at every step, for up to hundreds of rows: without calls
             if request.min_width <= now <= request.max_width:
@@ -234,30 +243,39 @@ class Scheduler:
             for request, _ in output.scheduled:
                 request.width = max(request.width, min(widest, request.max_width))
 
-    def _book(self, request: LiveRequest, count: int) -> None:
-        """`count` more tokens of the request hold KV."""
-        is_decode = count == 1 and bool(request.output_token_ids)
+    def _book(self, request: LiveRequest, count: int, num_new: int) -> float:
+        """`count` more tokens of the request hold KV, and it is about to get `num_new`.
+
+        Returns what its tenant is charged for that, in layer-tokens.
+        """
+        before, page_size = request.num_computed_tokens, self.kv_cache.page_size
+        request.num_computed_tokens = computed = before + count
         if request.width < request.kv_width:
             request.kv_width = request.width
-        request.num_computed_tokens += count
-        self.load.advance(request, count)
-        self.kv_cache.cache_full_blocks(request)
-        if request.resume_stop and request.num_computed_tokens >= request.resume_stop:
+        self.load.advance(request, count, num_new)
+        if computed // page_size > before // page_size:
+            self.kv_cache.cache_full_blocks(request)
+        if request.resume_stop and computed >= request.resume_stop:
             self.kv_cache.finish_resuming(request)
-        weight = OUTPUT_TOKEN_COST if is_decode else 1.0
+        weight = OUTPUT_TOKEN_COST if count == 1 and request.output_token_ids else 1.0
         if request.min_width > self._width:  # the step reads more for this request's sake
             weight *= bits_read(request.min_width) / bits_read(self._width)
-        self.waiting.charge(request.tenant, count * request.path.num_layers * weight)
+        return count * request.path.size * weight
 
     def _advance(self, request: LiveRequest, budget: int, output: SchedulerOutput) -> int:
         """Plan a running request's tokens for this step; returns what is left of the layer-token budget."""
-        # A step's tokens stay bounded, however few layers each of them runs.
-        width = max(self.kv_cache.depth(request), self.elasticity.sizes[0])
-        count = min(request.num_tokens - request.num_computed_tokens, budget // width)
-        if count <= 0 or not self._make_room(request, request.num_computed_tokens + count, output):
+        computed, depth = request.num_computed_tokens, request.path.size
+        if computed < request.resume_stop:
+            # A step's tokens stay bounded, however few layers each of them runs.
+            depth = max(self.kv_cache.depth(request), self.elasticity.sizes[0])
+        count = min(request.num_tokens - computed, budget // depth)
+        if count <= 0:
+            return budget
+        has_room = computed + count <= len(request.blocks) * self.kv_cache.page_size
+        if not has_room and not self._make_room(request, computed + count, output):
             return budget
         output.scheduled.append((request, count))
-        return budget - count * width
+        return budget - count * depth
 
     def _admit(self, output: SchedulerOutput, budget: int, now: float, prefill: PrefillBudget | None) -> None:
         held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
@@ -352,13 +370,12 @@ class Scheduler:
         self.waiting.push_front(request)
 
     def _append(self, request: LiveRequest, token: SampledToken, now: float) -> RequestOutput:
-        if not request.widths or request.widths[-1][0] != request.width:
-            request.widths.append((request.width, len(request.output_token_ids)))
-        request.output_token_ids.append(token.token_id)
-        self.load.append(request)
         is_first = request.first_token_time is None
         if is_first:
             request.first_token_time = now
+        if is_first or request.widths[-1][0] != request.width:
+            request.widths.append((request.width, len(request.output_token_ids)))
+        request.output_token_ids.append(token.token_id)
         request.last_token_time = now
         status = stop_status(request, token.token_id, self.config.max_model_len)
         if status is None:

@@ -39,9 +39,13 @@ def stop_status(request: LiveRequest, token_id: int, max_model_len: int) -> Requ
             return RequestStatus.FINISHED_STOP
     if grammar is not None and grammar.is_terminated():
         return RequestStatus.FINISHED_STOP
-    is_looked_at = num_output % _LOOK_EVERY == 0 and num_output >= sampling.min_tokens
-    if is_looked_at and sampling.repetition is not None and is_looping(request.output_token_ids, sampling.repetition):
+    if (
+        sampling.repetition is not None
+        and num_output % _LOOK_EVERY == 0
+        and num_output >= sampling.min_tokens
+        and is_looping(request.output_token_ids, sampling.repetition)
+    ):
         return RequestStatus.FINISHED_REPETITION
-    if num_output >= sampling.max_tokens or request.num_tokens >= max_model_len:
+    if num_output >= sampling.max_tokens or num_output + request.num_prompt_tokens >= max_model_len:
         return RequestStatus.FINISHED_LENGTH
     return None

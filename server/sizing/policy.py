@@ -89,7 +89,8 @@ class BudgetPolicy(SizePolicy):
         self._levels: OrderedDict[tuple, tuple[float, float]] = OrderedDict()
         self.valve = Valve(self)
         self._last_end: float | None = None
-        self._unlearned: list[tuple[ForwardBatch, float]] = []  # steps and what they took
+        # Steps, what they took, and the time between each and the one before (negative: nobody knows)
+        self._unlearned: list[tuple[ForwardBatch, float, float]] = []
         self._unlearned_seconds = 0.0
         self._pressed: dict[str, float] = {}  # tenant -> when no size held for it the last time
 
@@ -326,20 +327,18 @@ class BudgetPolicy(SizePolicy):
         Short steps are learned from some at a time: after a step's weights have passed through the caches the first
         one costs 0.15 ms, the others a tenth of that.
         """
-        self._unlearned.append((batch, seconds))
+        gap = -1.0 if end is None or self._last_end is None else end - seconds - self._last_end
+        self._last_end = end
+        self._unlearned.append((batch, seconds, gap))
         self._unlearned_seconds += seconds
         if len(self._unlearned) >= 32 or self._unlearned_seconds >= 0.1:
             self._learn()
-        if end is not None:
-            if self._last_end is not None:
-                gap = end - seconds - self._last_end
-                if 0.0 <= gap < 0.25:
-                    self.cost.observe_overhead(gap, len(batch.sizes))
-            self._last_end = end
 
     def _learn(self) -> None:
-        for batch, seconds in self._unlearned:
+        for batch, seconds, gap in self._unlearned:
             self.cost.observe(self.cost.shape(batch), seconds)
+            if 0.0 <= gap < 0.25:
+                self.cost.observe_overhead(gap, len(batch.sizes))
         self._unlearned.clear()
         self._unlearned_seconds = 0.0
 
