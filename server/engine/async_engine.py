@@ -37,7 +37,7 @@ class OutputStream:
         self.request_id = request_id
         self._abort = abort
         self._pending: RequestOutput | None = None
-        self._ready = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # what the reader waits for
         self._finished = False
 
     def put(self, output: RequestOutput) -> None:
@@ -45,7 +45,8 @@ class OutputStream:
         if self._finished:
             return
         self._pending = output if self._pending is None else merge(self._pending, output)
-        self._ready.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> OutputStream:
         return self
@@ -53,10 +54,11 @@ class OutputStream:
     async def __anext__(self) -> RequestOutput:
         if self._finished:
             raise StopAsyncIteration
-        await self._ready.wait()
-        self._ready.clear()
+        if self._pending is None:  # one future a token, where an `asyncio.Event` takes a coroutine and a queue too
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         output, self._pending = self._pending, None
-        assert output is not None, "ready without an output"
+        assert output is not None, "woken without an output"
         self._finished = output.is_finished
         return output
 

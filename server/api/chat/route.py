@@ -102,8 +102,7 @@ class ChatCall(ChunkWriter):
     # --- a stream
 
     def events(self, generation: Generation) -> AsyncGenerator[bytes]:
-        pieces = self.conversation.pieces(generation)
-        return chunk_events(self, generation, pieces, self.body, self.state.settings)
+        return chunk_events(self, generation, self.conversation.read, self.body, self.state.settings)
 
     def envelope(self, generation: Generation) -> dict[str, Any]:
         return self._envelope(generation, "chat.completion.chunk")

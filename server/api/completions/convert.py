@@ -8,7 +8,7 @@ from server.api.completions.protocol import CompletionRequest
 from server.api.generate.answer_parts import Text
 from server.api.generate.conversation import Piece
 from server.api.generate.detokenizer import Detokenizer
-from server.api.generate.generation import Generation
+from server.api.generate.generation import Delta, Generation
 from server.api.generate.grammar import grammar_factory
 from server.api.generate.serving import read_prompts, truncate
 from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
@@ -49,7 +49,10 @@ class Continuation:
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
         """The answer as it comes."""
         async for delta in generation.deltas():
-            yield Piece(delta.index, [Text(delta.text)] if delta.text else [], delta, delta.finish_reason)
+            yield self.read(delta)
+
+    def read(self, delta: Delta) -> Piece:
+        return Piece(delta.index, [Text(delta.text)] if delta.text else [], delta, delta.finish_reason)
 
     @property
     def _num_scored(self) -> int | None:

@@ -111,8 +111,7 @@ class CompletionCall(ChunkWriter):
     # --- a stream
 
     def events(self, generation: Generation) -> AsyncGenerator[bytes]:
-        pieces = self.continuation.pieces(generation)
-        return chunk_events(self, generation, pieces, self.body, self.state.settings)
+        return chunk_events(self, generation, self.continuation.read, self.body, self.state.settings)
 
     def plain_text(self, piece: Piece) -> str | None:
         return piece.delta.text if self.is_plain and piece.finish_reason is None else None

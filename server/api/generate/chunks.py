@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from server.api.generate.conversation import Piece
-from server.api.generate.generation import Generation
+from server.api.generate.generation import Delta, Generation
 from server.api.generate.protocol import SamplingFields
 from server.api.http.sse import DONE, dumps, event
 from server.config import Settings
@@ -43,11 +43,14 @@ class ChunkWriter(ABC):
 async def chunk_events(
     writer: ChunkWriter,
     generation: Generation,
-    pieces: AsyncIterator[Piece],
+    read: Callable[[Delta], Piece | None],
     body: SamplingFields,
     settings: Settings,
 ) -> AsyncGenerator[bytes]:
-    """The stream. A change of size or precision shows in the chunk where it happens and in all that follow."""
+    """The stream. A change of size or precision shows in the chunk where it happens and in all that follow.
+
+    `read` makes of what is new what is to be written: a function, for another generator on the way costs each token.
+    """
     options = body.stream_options
     with_usage = settings.enable_force_include_usage or bool(options and options.include_usage)
     every_usage = bool(options and options.continuous_usage_stats) and with_usage
@@ -62,7 +65,10 @@ async def chunk_events(
             usage = {"usage": writer.usage(generation) if every_usage else None}
         return event(envelope | {"choices": [choice]} | usage)
 
-    async for piece in pieces:
+    async for delta in generation.deltas():
+        piece = read(delta)
+        if piece is None:
+            continue
         if written_for != (now := (len(generation.changes), generation.width)):
             written_for = now
             envelope = writer.envelope(generation)

@@ -12,7 +12,7 @@ from typing import Any
 
 from server.api.chat.protocol import ChatCompletionRequest
 from server.api.generate.answer_parts import CallPart, Part, Reasoning, Text
-from server.api.generate.answer_reader import THINK, THOUGHT
+from server.api.generate.answer_reader import THINK, THOUGHT, AnswerReader
 from server.api.generate.chat_template import ChatTemplate, TemplateError
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.grammar import grammar_factory
@@ -123,6 +123,7 @@ class Conversation:
         )
         self.default_max_tokens = state.sampling_defaults.max_new_tokens or None  # None: what the context holds
         self._has_thought_begun = False
+        self._readers: dict[int, AnswerReader | None] = {}  # by choice
         self.num_reasoning_tokens = 0
 
     async def generation(self, caller: Caller, answer_id: str) -> Generation:
@@ -176,24 +177,30 @@ class Conversation:
     # --- the answer
 
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
-        """The answer as it comes. Text that may yet turn out to be a call is held back."""
-        readers = [self.tools.reader(self._has_thought_begun) for _ in generation.sequences]
+        """The answer as it comes."""
         async for delta in generation.deltas():
-            if not (delta.text or delta.token_ids or delta.finish_reason):
-                continue
-            reader, finish_reason = readers[delta.index], delta.finish_reason
-            if reader is None:
-                parts: list[Part] = [Text(delta.text)] if delta.text else []
-            else:
-                if reader.is_thinking:
-                    self.num_reasoning_tokens += len(delta.token_ids)
-                parts = reader.push(delta.text)
-                if finish_reason:
-                    is_cut = finish_reason != "stop" or isinstance(delta.stop_reason, str)
-                    parts += reader.finish(is_cut)
-                    if finish_reason == "stop" and reader.num_calls and not reader.is_partial:
-                        finish_reason = "tool_calls"
-            yield Piece(delta.index, parts, delta, finish_reason)
+            if (piece := self.read(delta)) is not None:
+                yield piece
+
+    def read(self, delta: Delta) -> Piece | None:
+        """What a delta says; None if nothing. Text that may yet turn out to be a call is held back."""
+        if not (delta.text or delta.token_ids or delta.finish_reason):
+            return None
+        if delta.index not in self._readers:
+            self._readers[delta.index] = self.tools.reader(self._has_thought_begun)
+        reader, finish_reason = self._readers[delta.index], delta.finish_reason
+        if reader is None:
+            parts: list[Part] = [Text(delta.text)] if delta.text else []
+        else:
+            if reader.is_thinking:
+                self.num_reasoning_tokens += len(delta.token_ids)
+            parts = reader.push(delta.text)
+            if finish_reason:
+                is_cut = finish_reason != "stop" or isinstance(delta.stop_reason, str)
+                parts += reader.finish(is_cut)
+                if finish_reason == "stop" and reader.num_calls and not reader.is_partial:
+                    finish_reason = "tool_calls"
+        return Piece(delta.index, parts, delta, finish_reason)
 
     async def answers(self, generation: Generation) -> list[Answer]:
         """All choices, finished."""

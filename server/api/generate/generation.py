@@ -28,13 +28,13 @@ _serial = itertools.count()
 
 @dataclass(slots=True)
 class Delta:
-    """What is new for one choice. `logprobs` and `offsets` are parallel to `token_ids`."""
+    """What is new for one choice. `logprobs` and `offsets` are parallel to `token_ids`, if logprobs were asked for."""
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
-    offsets: list[int]
+    offsets: list[int]  # where the text of each token begins
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -74,7 +74,8 @@ class Sequence:
     def feed(self, output: RequestOutput) -> Delta:
         """Turn engine output into text. Sets `is_finished` when a stop string ends the sequence early."""
         sampling, detokenizer = self.request.sampling, self.detokenizer
-        token_ids, offsets = output.new_token_ids, []
+        token_ids = output.new_token_ids
+        offsets: list[int] = []
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
@@ -83,7 +84,8 @@ class Sequence:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         last = len(token_ids) - 1
         for position, token_id in enumerate(token_ids):
-            offsets.append(self.text_start + detokenizer.offset(token_id))
+            if output.new_logprobs is not None:
+                offsets.append(self.text_start + detokenizer.offset(token_id))
             ended_by_token = (
                 position == last
                 and finish_reason == "stop"
@@ -193,15 +195,16 @@ class Generation:
         assert self._first is not None  # `start` has come first
         if len(self.sequences) == 1:
             sequence = self.sequences[0]
-            output = self._first
+            output, outputs = self._first, sequence.outputs
             while True:
-                self._raise_if_failed(output)
+                if output.finish_reason is not None:
+                    self._raise_if_failed(output)
                 delta = sequence.feed(output)
                 yield delta
                 if sequence.is_finished:
                     await self._retire(sequence, delta)
                     return
-                output = await anext(sequence.outputs)
+                output = await anext(outputs)
                 self._note(sequence, output)
         else:
             async for delta in self._interleaved():
@@ -262,7 +265,8 @@ class Generation:
         sequence.stream = self.state.async_engine.submit(sequence.request)
 
     def _note(self, sequence: Sequence, output: RequestOutput) -> None:
-        self._leave_queue(sequence)
+        if sequence.is_queued:
+            self._leave_queue(sequence)
         if output.scheduled_time is not None:
             sequence.scheduled_time = output.scheduled_time
         if output.first_token_time is not None:

@@ -30,8 +30,9 @@ def dumps(data: Any) -> bytes:
         text = orjson.dumps(data)
     except TypeError:  # a caller's schema that is handed back may hold integers of any length
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
-    for raw, escaped in _LINE_ENDS:
-        text = text.replace(raw, escaped)
+    if not text.isascii():
+        for raw, escaped in _LINE_ENDS:
+            text = text.replace(raw, escaped)
     return text
 
 
