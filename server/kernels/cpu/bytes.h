@@ -24,6 +24,7 @@ inline Bytes times_power(Bytes x) { return _mm512_slli_epi32(x, n); }
 inline Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 inline Bytes with(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes flip(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+inline Bytes chosen(Bytes mask, Bytes a, Bytes b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }  // bits of a where the mask has them, else of b
 inline Bytes minus32(Bytes a, Bytes b) { return _mm512_sub_epi32(a, b); }
 inline Bytes plus32(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
 inline Bytes plus8(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
@@ -58,6 +59,7 @@ inline Bytes times_power(Bytes x) { return _mm256_slli_epi32(x, n); }
 inline Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
 inline Bytes with(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 inline Bytes flip(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
+inline Bytes chosen(Bytes mask, Bytes a, Bytes b) { return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b)); }
 inline Bytes minus32(Bytes a, Bytes b) { return _mm256_sub_epi32(a, b); }
 inline Bytes plus32(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
 inline Bytes plus8(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }

@@ -101,9 +101,12 @@ struct Packed {
         for (int i = 0; i < F::record; i += 64) _mm_prefetch(reinterpret_cast<const char*>(record + ahead + i), _MM_HINT_NTA);
     }
 
+    struct Lower {};  // what vector v of all lines has in common
+    template <int v>
+    Lower lower() const { return {}; }
     // Codes of line i, vector v of the panel's.
     template <int i, int v>
-    Bytes code() const {
+    Bytes code(Lower = {}) const {
         constexpr int half = v * kLanes / 16, at = v * kLanes % 16 * 4;
         const uint8_t* codes = record + F::scale_bytes + at;
         if constexpr (F::bits == 8) return load_bytes(codes + (2 * i + half) * 64);
@@ -152,8 +155,11 @@ struct Widened {
     void next() { record += kRecord; }
     void fetch(long) const {}
 
+    struct Lower {};
+    template <int v>
+    Lower lower() const { return {}; }
     template <int i, int v>
-    Bytes code() const { return load_bytes(record + (2 * i + v * kLanes / 16) * 64 + v * kLanes % 16 * 4); }
+    Bytes code(Lower = {}) const { return load_bytes(record + (2 * i + v * kLanes / 16) * 64 + v * kLanes % 16 * 4); }
     Floats scale(int part, int v) const {
         if constexpr (F::scales == kChannel) return every_float(1.0f);
         return load_floats(reinterpret_cast<const float*>(record + 1024) + part * kPanel + v * kLanes);
@@ -170,9 +176,10 @@ void widen_codes(const char* panel, int groups, uint8_t* to) {
     constexpr int vectors = kPanel / kLanes, shift = F::centre < 0 ? 0 : (1 << WideForm<F>::centre) - (1 << F::centre);
     Packed<F> from(panel, groups);
     for (int g = 0; g < groups; g++, from.next(), to += W::kRecord) {
-        each_line<0, kGroupLines>([&](auto i) {
-            each_line<0, vectors>([&](auto v) {
-                Bytes codes = from.template code<i, v>();
+        each_line<0, vectors>([&](auto v) {
+            const auto low = from.template lower<v>();
+            each_line<0, kGroupLines>([&](auto i) {
+                Bytes codes = from.template code<i, v>(low);
                 if constexpr (shift != 0) codes = plus8(codes, every_byte(shift));
                 store_bytes(to + (2 * i + v * kLanes / 16) * 64 + v * kLanes % 16 * 4, codes);
             });

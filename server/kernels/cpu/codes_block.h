@@ -76,6 +76,8 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
         for (int v = 0; v < V; v++) total[r][v] = no_floats();
     for (int g = 0; g < groups; g++, from.next(), codes += kGroup, blocks++) {
         if (ahead) from.fetch(ahead);
+        typename Source::Lower low[V];
+        each_line<0, V>([&](auto v) { low[v] = from.template lower<v0 + v>(); });
         each_line<0, F::parts>([&](auto part) {
             Bytes sum[R][V];
             for (int r = 0; r < R; r++) {
@@ -90,7 +92,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
             if constexpr (kFours) {
                 each_line<part * part_lines, (part + 1) * part_lines>([&](auto i) {
                     Bytes w[V];
-                    each_line<0, V>([&](auto v) { w[v] = from.template code<i, v0 + v>(); });
+                    each_line<0, V>([&](auto v) { w[v] = from.template code<i, v0 + v>(low[v]); });
                     for (int r = 0; r < R; r++) {
                         int32_t four;
                         std::memcpy(&four, codes + r * x.ldc + 4 * i, 4);
@@ -106,7 +108,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
                         constexpr int i = part * part_lines + turn * lines + l;
                         Bytes w[V];
                         each_line<0, V>([&](auto v) {
-                            w[v] = from.template code<i, v0 + v>();
+                            w[v] = from.template code<i, v0 + v>(low[v]);
                             if constexpr (is_signed) w[v] = flip(w[v], every_byte(0x80));
                         });
                         for (int r = 0; r < R; r++) {

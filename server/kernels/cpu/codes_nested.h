@@ -47,13 +47,39 @@ struct Packed<Form<bits, kNested, centre>> {
         for (int p = 0; p < more; p++) lines(later.plane(p), kPlaneBytes);
     }
 
-    template <int i, int v>
-    Bytes code() const {
+    // The bits below the nibbles of vector v, of all lines of the group. Where there are two planes or four their bits are
+    // brought together once for all lines, not plane by plane for each.
+    struct Lower {
+        Bytes of[more ? more : 1];
+    };
+    template <int v>
+    Lower lower() const {
         constexpr int half = v * kLanes / 16, at = v * kLanes % 16 * 4;
-        Bytes code = both(shifted<half ? more - 4 : more>(load_bytes(nibbles() + at + i * 64)), every_byte(15 << more));
+        Lower low;
+        each_line<0, more>([&](auto p) { low.of[p] = load_bytes(plane(p) + half * 64 + at); });
+        if constexpr (more % 2 == 0)
+            each_line<0, more / 2>([&](auto pair) {  // of even lines, then of odd ones: two bits of a line side by side
+                const Bytes high = low.of[2 * pair], low_bit = low.of[2 * pair + 1], upper = every_byte(0xaa);
+                low.of[2 * pair] = chosen(upper, shifted<1>(high), low_bit);
+                low.of[2 * pair + 1] = chosen(upper, high, shifted<-1>(low_bit));
+            });
+        if constexpr (more == 4) {  // four bits: lines 0 and 4, 1 and 5, 2 and 6, 3 and 7
+            const Bytes a0 = low.of[0], a1 = low.of[1], b0 = low.of[2], b1 = low.of[3], upper = every_byte(0xcc);
+            low = {{chosen(upper, shifted<2>(a0), b0), chosen(upper, shifted<2>(a1), b1), chosen(upper, a0, shifted<-2>(b0)), chosen(upper, a1, shifted<-2>(b1))}};
+        }
+        return low;
+    }
+
+    template <int i, int v>
+    Bytes code(const Lower& low) const {
+        constexpr int half = v * kLanes / 16, at = v * kLanes % 16 * 4;
+        const Bytes high = shifted<half ? more - 4 : more>(load_bytes(nibbles() + at + i * 64)), mask = every_byte(15 << more);
+        if constexpr (more == 4) return chosen(mask, high, shifted<-(i / 4 * 4)>(low.of[i % 4]));
+        if constexpr (more == 2) return chosen(mask, high, both(shifted<-(i / 2 * 2)>(low.of[i % 2]), every_byte(3)));
+        Bytes code = both(high, mask);
         each_line<0, more>([&](auto p) {
             constexpr int bit = more - 1 - p;
-            code = with(code, both(shifted<bit - i>(load_bytes(plane(p) + half * 64 + at)), every_byte(1 << bit)));
+            code = with(code, both(shifted<bit - i>(low.of[p]), every_byte(1 << bit)));
         });
         return code;
     }
