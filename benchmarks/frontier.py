@@ -1,16 +1,20 @@
 """The two dials of a pair on this machine: step times of every point against its KL, and which points nothing beats.
 
     python -m benchmarks.frontier --server-args "--quantization none" [--sizes 16,22,28,30] [--plot frontier.svg]
+        [--gguf FILE]
 
 Decode of one and of sixteen requests and a prompt of 256 tokens are timed on the engine, the median of some
 repetitions, interleaved over the points. KL is what the pair keeps (`boomerang evaluate --kind ... --precisions ...`),
 on the kind of text on which a point is worst. `~` before a KL: not measured there but added up, or guessed.
+`--gguf`: llama.cpp on this file beside them, over HTTP; its KL is that of the file's weights, which are the default
+teacher's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import random
 import statistics
 from pathlib import Path
@@ -36,7 +40,9 @@ def main() -> None:
     parser.add_argument("--sizes", help="layers, separated by commas [all]")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="KL against step time, one panel for each regime (SVG)")
+    parser.add_argument("--gguf", type=Path)
     args = parser.parse_args()
+    peer = time_peer(args.gguf) if args.gguf else {}
     flags = argparse.ArgumentParser()
     add_arguments(flags)
     settings = load_settings(flags.parse_args(["--precision-dial", "on", *args.server_args.split()]))
@@ -52,8 +58,10 @@ def main() -> None:
         times = " | ".join(f"{1e3 * seconds[name][point]:.2f}" for name in REGIMES)
         where = ", ".join(name for name, best in fronts.items() if point in best) or "-"
         print(f"| {size_name(*point)} | {'' if is_measured else '~'}{value:.4f} | {times} | {where} |")
+    if peer:
+        print(f"| llama.cpp, the file | 0 | {' | '.join(f'{1e3 * peer[name]:.2f}' for name in REGIMES)} | |")
     if args.plot:
-        args.plot.write_text(plot(seconds, {point: kl[point][0] for point in points}, fronts))
+        args.plot.write_text(plot(seconds, {point: kl[point][0] for point in points}, fronts, peer))
 
 
 def load(settings: Settings) -> tuple[Engine, dict[Point, tuple[float, bool]]]:
@@ -86,7 +94,32 @@ def time_points(engine: Engine, points: list[Point], repeats: int) -> dict[str, 
     return {name: {point: statistics.median(taken) for point, taken in rows.items()} for name, rows in found.items()}
 
 
-def plot(seconds: dict[str, dict[Point, float]], kl: dict[Point, float], fronts: dict[str, set[Point]]) -> str:
+def time_peer(gguf: Path) -> dict[str, float]:
+    """Seconds of llama.cpp by regime: of a token, of a token of each of sixteen, to a first token. Medians of five."""
+    from benchmarks.vs_llamacpp import HERE, ROOT, Engine, python_of
+
+    command = [python_of("xllamacpp"), str(HERE / "server_llamacpp.py"), str(gguf), "16", "512"]
+    server = Engine("llama.cpp", [*command, str(len(os.sched_getaffinity(0)))], ROOT, {})
+    rng = random.Random(0)
+    found: dict[str, list[float]] = {name: [] for name in REGIMES}
+    try:
+        for _ in range(6):
+            for name, (rows, length, tokens) in REGIMES.items():
+                prompts = [rng.choices(range(100, 40000), k=length) for _ in range(rows)]
+                if rows > 1:
+                    found[name].append(rows / server.many(prompts, 4 * tokens))
+                else:
+                    first, rate = server.one(prompts[0], tokens)
+                    found[name].append(1 / rate if tokens > 1 else first)
+    finally:
+        server.close()
+    return {name: statistics.median(taken[1:]) for name, taken in found.items()}
+
+
+def plot(
+    seconds: dict[str, dict[Point, float]], kl: dict[Point, float], fronts: dict[str, set[Point]],
+    peer: dict[str, float],
+) -> str:  # fmt: skip
     pyplot = svg_pyplot()
     figure, axes = pyplot.subplots(1, len(seconds), figsize=(4.6 * len(seconds), 3.8), squeeze=False)
     for axis, (name, taken) in zip(axes.flat, seconds.items(), strict=True):
@@ -103,6 +136,9 @@ def plot(seconds: dict[str, dict[Point, float]], kl: dict[Point, float], fronts:
             )
         best = sorted(fronts[name], key=lambda point: taken[point])
         axis.step([1e3 * taken[p] for p in best], [kl[p] for p in best], where="post", color="black", linewidth=1.4)
+        if peer:
+            axis.plot([1e3 * peer[name]], [0.0], marker="*", linestyle="none", color="black", label="llama.cpp, Q4_1")
+            axis.set_xscale("log")
         axis.set(xlabel="ms", title=name)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("KL to the teacher, nats per token")
