@@ -49,6 +49,11 @@ class LayerPath:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it runs nothing of the student's."""
+        return all(self.teacher_stations)
+
     def first_difference(self, other: LayerPath) -> int:
         """The station at which two paths of a pair part: all before it is computed alike. 0: they share nothing."""
         if self.embed_from != other.embed_from:

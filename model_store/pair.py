@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from model_store import lowrank, published
+from model_store import lowrank, made, published
 from model_store.arrays import FLOAT32, in_torch
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.errors import BoomerangError
@@ -41,6 +41,7 @@ DEFAULT_PAIR_DIR = Path(__file__).parent / "default_pair"
 _LOAD_THREADS = 2  # each holds one layer beside the result
 PATCH_ORDERS = ("last_to_first", "first_to_last")
 NO_STUDENT = "none"  # in the place of a student: the teacher alone
+MAKE = "make"  # the newest that was made here, and the teacher alone as long as there is none
 
 
 class PairError(BoomerangError, ValueError):
@@ -64,6 +65,10 @@ class Pair:
     kinds: dict[str, dict[str, dict[str, dict[str, Any]]]] = field(default_factory=dict)
     student_spec: ModelSpec | None = None  # None: a low-rank student, whose ends are the teacher's, or no student
     store: Path | str | None = None
+    # Of an ordinary student, where its config says so: it has the teacher's ends, and only these layers of its own.
+    # What the file has beside them is not read.
+    shares_ends: bool = False
+    own_layers: frozenset[int] | None = None  # None: any may be
 
     @property
     def tokenizer_path(self) -> Path:
@@ -110,9 +115,11 @@ class Pair:
     def _footprint(self) -> Footprint:
         if not self.is_low_rank:
             # Equal layers of an ordinary student are only found when it is loaded.
-            ends = self._equal_ends() if self.student_spec else END_PARTS
+            ends = self._equal_ends() if self.student_spec and not self.shares_ends else END_PARTS
             spec = self.student_spec or self.spec
-            return Footprint(self.elasticity, self.spec, spec, {}, ends, code_bytes=self._code_bytes())
+            kept, num_layers = self.elasticity.kept, self.spec.num_layers
+            same = {num_layers + i: t for i, t in enumerate(kept) if not self.may_own(i)}
+            return Footprint(self.elasticity, self.spec, spec, same, ends, code_bytes=self._code_bytes())
         student, num_teacher = self.low_rank_student, self.spec.num_layers
         shared = {num_teacher + i: t for i, t in enumerate(student.kept) if not student.has_own_layer(i)}
         return Footprint(self.elasticity, self.spec, self.spec, shared, END_PARTS, code_bytes=self._code_bytes())
@@ -176,15 +183,19 @@ class Pair:
         assert self.student_path is not None
         return LowRankStudent(self.student_path / LOW_RANK_FILE, self.elasticity.kept)
 
+    def may_own(self, index: int) -> bool:
+        """Whether layer `index` of an ordinary student may differ from the teacher's."""
+        return self.own_layers is None or index in self.own_layers
+
     # --- loading
 
     def read_layer(self, layer: int, form: WeightForm) -> LayerWeights:
         """One layer by its global id (teacher t is t, student s is N + s), low-rank ones expanded, from the file."""
         index, kept = layer - self.spec.num_layers, self.elasticity.kept
-        if index >= 0 and self.student_spec is not None:
+        if index >= 0 and self.student_spec is not None and self.may_own(index):
             return self._student().layer(index, form)
         teacher = Checkpoint(self.teacher_path, self.store)
-        if index < 0 or not self.low_rank_student.has_own_layer(index):
+        if index < 0 or self.student_spec is not None or not self.low_rank_student.has_own_layer(index):
             return teacher.layer(layer if index < 0 else kept[index], form)
         # From the file in float32, so that rounding happens once even where the pair is bfloat16.
         return self.low_rank_student.layer(index, teacher.layer(kept[index], _exact(form)), form)
@@ -225,14 +236,20 @@ class Pair:
         else:
             student = self._student()
             for i in student_ids:
-                own = place(student.layer(i - num_teacher, form))
                 origin = self.elasticity.kept[i - num_teacher]
+                if not self.may_own(i - num_teacher):
+                    layers[i] = layers[origin] if origin in layers else place(teacher.layer(origin, form))
+                    continue
+                own = place(student.layer(i - num_teacher, form))
                 is_teachers = origin in layers and is_same_layer(own, layers[origin])
                 layers[i] = layers[origin] if is_teachers else own
-            ends = join_ends(
-                teacher.end_tensors(form, parts["teacher"]),
-                student.end_tensors(form, parts["student"]),
-            )
+            if self.shares_ends:
+                ends = join_ends(teacher.end_tensors(form), {})
+            else:
+                ends = join_ends(
+                    teacher.end_tensors(form, parts["teacher"]),
+                    student.end_tensors(form, parts["student"]),
+                )
         return LoadedPair(self.name, self.spec, self.elasticity, sizes, layers, place(ends), missing, factors)
 
     def _load_low_rank(
@@ -283,17 +300,21 @@ def open_pair(
     """Open a teacher and a student; with neither, the default pair.
 
     Each is a folder, a hub id or a GGUF file. `teacher` alone may be the name of a known pair (published.py) or the
-    teacher of one; any other teacher is opened without a student, and so is a known one with the student "none".
+    teacher of one; any other teacher is opened with the newest student that was made for it here (`made.py`), as with
+    the student "make", or alone, as with the student "none".
     The patch order is, in this order: `thresholds`, `patch_order`, what the student's pair.json says, the known
     pair's, last-to-first. Raises PairError if they do not interlock, StoreError if one cannot be had.
     """
     from model_store.sources import resolve
 
     without_student = str(student) == NO_STUDENT and not Path(NO_STUDENT).is_dir()
-    known = _known_pair(teacher, None if without_student else student)
+    wants_made = str(student) == MAKE and not Path(MAKE).is_dir()
+    known = _known_pair(teacher, None if without_student or wants_made else student)
     if known and (teacher is None or published.find(str(teacher))):
         teacher = known.teacher
-    if without_student or (student is None and known is None):
+    if wants_made or (student is None and known is None):
+        student = _newest_made(teacher or published.DEFAULT_TEACHER, store)
+    if without_student or (student is None and (wants_made or known is None)):
         if patch_order is not None or thresholds is not None:
             raise PairError("a teacher without a student has no patch order: name a student, or leave the order out")
         return _alone(teacher or published.DEFAULT_TEACHER, name, store)
@@ -332,6 +353,8 @@ def open_pair(
         kinds=_kinds(notes / "quality.json") if is_recorded else {},
         student_spec=student_spec,
         store=store,
+        shares_ends=kept_layers.get("ends") == "teacher",
+        own_layers=_own_layers(kept_layers, len(kept)),
     )
 
 
@@ -341,8 +364,7 @@ def _alone(teacher: Path | str, name: str | None, store: Path | str | None) -> P
         raise PairError(f"{path} has no config.json: it is not a checkpoint folder")
     spec = _spec_of(path, store)
     name = name or _name_of(path)
-    stamps = [str(path.resolve()), *(file.stat().st_ctime_ns for file in weight_files(path))]
-    notes = store_root(store) / "notes" / f"{name}-{hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}"
+    notes = store_root(store) / "notes" / f"{name}-{_stamp(path)}"
     return Pair(
         name=name,
         teacher_path=path,
@@ -355,6 +377,32 @@ def _alone(teacher: Path | str, name: str | None, store: Path | str | None) -> P
         kinds=_kinds(notes / "quality.json"),
         store=store,
     )
+
+
+def made_folder(teacher: Path | str, store: Path | str | None) -> Path:
+    """Where the store keeps students that were made for a teacher, there or not (`made.py`)."""
+    path = _teacher_path(teacher, store)
+    return store_root(store) / "students" / f"{_name_of(path)}-{_stamp(path)}"
+
+
+def _newest_made(teacher: Path | str, store: Path | str | None) -> Path | None:
+    # Without the folder of them all there is none, and the teacher need not be looked at.
+    return made.newest(made_folder(teacher, store)) if (store_root(store) / "students").is_dir() else None
+
+
+def _stamp(path: Path) -> str:
+    """The same as long as a checkpoint's files are not touched; without reading them."""
+    stamps = [str(path.resolve()), *(file.stat().st_ctime_ns for file in weight_files(path))]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+def _own_layers(config: dict[str, Any], num_layers: int) -> frozenset[int] | None:
+    found = config.get("own_layers")
+    if found is not None and not (isinstance(found, list) and all(i in range(num_layers) for i in found)):
+        raise PairError(
+            f"student_config.json: own_layers is {found!r}, not a list of the student's {num_layers} layers"
+        )
+    return None if found is None else frozenset(found)
 
 
 def _teacher_path(teacher: Path | str, store: Path | str | None) -> Path:

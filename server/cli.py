@@ -21,7 +21,7 @@ _MODULES = {
 }
 # Commands of the model store that our engine speaks for: functions of server.offline that are their further arguments.
 _GENERATORS = {
-    "distill": ("teacher_generator",),
+    "distill": ("teacher_generator", "nested_codes"),
     "evaluate": ("pair_generator", "nested_codes"),
     "export": ("nested_codes",),
 }

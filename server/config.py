@@ -87,8 +87,14 @@ class Settings:
     teacher: str | None = option(None, "teacher: store name, hub id, folder or GGUF file", group="model")
     student: str | None = option(
         None,
-        "student: hub id or folder [a known pair's, else the teacher alone]; none: the teacher alone",
+        "student: hub id or folder; none: the teacher alone; make: made here in idle cycles, its sizes appear as they "
+        "come [a known pair's, else the newest that was made here, else the teacher alone]",
         group="model",
+    )
+    max_kl: float = option(1.0, "--student make: the most KL of a size that is offered, nats per token", group="model")
+    make_minutes: float = option(20.0, "--student make: how long it may keep the machine busy", group="model")
+    make_tokens: int = option(
+        150_000, "--student make: of the teacher's own text to make it from", group="model", minimum=1000
     )
     patch_order: str | None = option(
         None,

@@ -10,9 +10,10 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model_store.arrays import dtype_of, need_torch
+from model_store.store import store_root
 from server.api.generate.catalog import Catalog, size_infos
 from server.api.generate.sampling_defaults import read_sampling_defaults
 from server.api.generate.tokenizer import ServingTokenizer
@@ -24,18 +25,22 @@ from server.core.width import EXACT
 from server.engine.queue import WaitingQueue
 from server.kernels.threads import available_threads
 from server.observe.startup import StartupClock
-from server.sizing.points import PointInfo, points_of, write_points
+from server.sizing.points import points_of, write_points
 from server.sizing.spec import SizeError, SizeSpec, describe_widths, parse_precision
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy as np
 
     from model_store.loaded import LoadedPair
     from model_store.pair import Pair
     from model_store.weight_form import WeightForm
     from server.core.config import EngineConfig
+    from server.core.executor import Executor
     from server.core.size_policy import SizePolicy
+    from server.cost.frontier import QualityTable
     from server.engine.runner import StepRunner
     from server.engine.stats import MetricsSink
 
@@ -92,7 +97,6 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
     """
     from model_store.nested import WIDTHS
     from model_store.nested_store import has_nested
-    from model_store.store import store_root
     from model_store.weight_form import Storage
     from model_store.width import EXACT
 
@@ -157,7 +161,6 @@ def _base_form(settings: Settings, pair: Pair) -> WeightForm:
 def nested_codes(pair: Pair, store: Path | str | None) -> Path:
     """The file of a pair's nested codes. They are made first if the store has none: a minute for 135M parameters."""
     from model_store import nested_store
-    from model_store.store import store_root
 
     file = nested_store.nested_file(pair, store_root(store))
     if not nested_store.is_current(file):
@@ -300,7 +303,6 @@ def load_model(
     `metrics` hears of the engine's steps and requests.
     """
     clock = clock or StartupClock()
-    from model_store.nested import bytes_read
     from server.engine.engine import Engine
     from server.engine.runner import StepRunner
 
@@ -318,38 +320,17 @@ def load_model(
         vocab_size=pair.spec.vocab_size,
         store=settings.store,
     )
-    lies = dataclasses.replace(runner.executor.weight_form, kv_cache_dtype=form.kv_cache_dtype)
-    infos = size_infos(pair.size_table(lies, runner.executor.matrix_bytes))
     folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
     defaults = read_sampling_defaults(folders, settings.override_generation_config)
     if settings.default_max_tokens is not None:
         defaults = dataclasses.replace(defaults, max_new_tokens=settings.default_max_tokens)
     if text := defaults.described():
         logger.info("sampling defaults: %s", text)
-    names = settings.served_model_name or (pair.name,)
-    catalog = Catalog(
-        names=tuple(dict.fromkeys(names)),
-        infos=infos,
-        sizes=runner.sizes,
-        widths=runner.executor.widths,
-        bytes_per_weight={
-            width: runner.executor.bytes_per_weight_at(width)
-            or (float(form.dtype.itemsize) if width == EXACT else bytes_read(width))
-            for width in runner.executor.widths
-        },
-        missing=loaded.missing_sizes,
-        max_model_len=config.max_model_len,
-        page_size=config.page_size,
-        root=str(settings.teacher or pair.name),
-        total_bytes=pair.union_bytes(runner.sizes, runner.executor.weight_form, runner.executor.matrix_bytes),
-    )
-    resolve = lambda size: catalog.resolve(SizeSpec.parse(size), "--api-key-file")  # noqa: E731
-    tenants = KeyRing.from_settings(settings).sizing(resolve)
+    catalog = make_catalog(settings, pair, loaded, runner.executor, form, config)
+    tenants = KeyRing.from_settings(settings).sizing(resolver(catalog))
     clock.mark("tokenizer and tables")
     policy = make_policy(runner, loaded, pair, settings, tenants)
-    catalog = dataclasses.replace(catalog, points=point_infos(pair, runner, policy))
-    if len(catalog.widths) > 1:
-        write_points(points_file(settings.store, pair), catalog.points)
+    catalog = with_points(settings, pair, catalog, policy)
     queue = WaitingQueue(tenants.weight, tenants.rank)
     engine = Engine(loaded, config, policy=policy, queue=queue, runner=runner, metrics=metrics)
     clock.mark("cost model")
@@ -364,7 +345,58 @@ def load_model(
         config.kv_cache_bytes / GiB,
     )
     clock.report()
-    return ServedModel(engine, tokenizer, catalog, _fingerprint(pair, form), tenants, resolve, defaults)
+    model = ServedModel(engine, tokenizer, catalog, fingerprint(pair, form), tenants, resolver(catalog), defaults)
+    model.pair, model.loaded = pair, loaded
+    return model
+
+
+def resolver(catalog: Catalog) -> Callable[[Any], int]:
+    """Sizes that API keys name, in layers."""
+    return lambda size: catalog.resolve(SizeSpec.parse(size), "--api-key-file")
+
+
+def make_catalog(
+    settings: Settings, pair: Pair, loaded: LoadedPair, executor: Executor, form: WeightForm, config: EngineConfig
+) -> Catalog:
+    """What a pair offers as this executor runs it; `with_points` adds what each point is worth."""
+    from model_store.nested import bytes_read
+
+    lies = dataclasses.replace(executor.weight_form, kv_cache_dtype=form.kv_cache_dtype)
+    return Catalog(
+        names=tuple(dict.fromkeys(settings.served_model_name or (pair.name,))),
+        infos=size_infos(pair.size_table(lies, executor.matrix_bytes)),
+        sizes=tuple(loaded.sizes),
+        widths=executor.widths,
+        bytes_per_weight={
+            width: executor.bytes_per_weight_at(width)
+            or (float(form.dtype.itemsize) if width == EXACT else bytes_read(width))
+            for width in executor.widths
+        },
+        missing=loaded.missing_sizes,
+        max_model_len=config.max_model_len,
+        page_size=config.page_size,
+        root=str(settings.teacher or pair.name),
+        total_bytes=pair.union_bytes(loaded.sizes, executor.weight_form, executor.matrix_bytes),
+    )
+
+
+def with_points(settings: Settings, pair: Pair, catalog: Catalog, policy: SizePolicy | None) -> Catalog:
+    """The catalog with what is known of every point that is served; left in the store, too, where width is a dial."""
+    from server.sizing.policy import BudgetPolicy
+
+    quality = quality_of(pair, catalog.widths)
+    best = policy.table.best_in(catalog.sizes) if isinstance(policy, BudgetPolicy) else {}
+    catalog = dataclasses.replace(catalog, points=points_of(quality, best, catalog.sizes, catalog.widths))
+    if len(catalog.widths) > 1:
+        write_points(points_file(settings.store, pair), catalog.points)
+    return catalog
+
+
+def quality_of(pair: Pair, widths: Sequence[int]) -> QualityTable:
+    """KL by size and width."""
+    from server.sizing.quality import quality_table
+
+    return quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, widths)
 
 
 def make_policy(
@@ -373,29 +405,15 @@ def make_policy(
     """Lets load and latency choose among the sizes a request allows; None (the largest) if the settings say so."""
     if settings.size_policy == "largest":
         return None
-    from model_store.store import store_root
     from server.cost.calibrate import cost_model_for, keep
     from server.sizing.policy import BudgetPolicy
-    from server.sizing.quality import quality_table
 
     cost = cost_model_for(runner, loaded, store_root(settings.store) / "calibration")
-    quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, runner.executor.widths)
-    return BudgetPolicy(cost, tenants=tenants, quality=quality, keep=keep)
-
-
-def point_infos(pair: Pair, runner: StepRunner, policy: SizePolicy | None) -> tuple[PointInfo, ...]:
-    """What is known of every point that is served."""
-    from server.sizing.policy import BudgetPolicy
-    from server.sizing.quality import quality_table
-
-    quality = quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, runner.executor.widths)
-    best = policy.table.best_in(runner.sizes) if isinstance(policy, BudgetPolicy) else {}
-    return points_of(quality, best, runner.sizes, runner.executor.widths)
+    return BudgetPolicy(cost, tenants=tenants, quality=quality_of(pair, runner.executor.widths), keep=keep)
 
 
 def points_file(store: Path | str | None, pair: Pair) -> Path:
     """Where a server leaves what it found of the points of a pair, for `boomerang sizes`."""
-    from model_store.store import store_root
 
     return store_root(store) / "points" / f"{pair.name.replace('/', '--')}.json"
 
@@ -407,7 +425,7 @@ def read_template(value: str | None) -> str | None:
     return Path(value).read_text(encoding="utf-8")
 
 
-def _fingerprint(pair: Pair, form: WeightForm) -> str:
+def fingerprint(pair: Pair, form: WeightForm) -> str:
     """The same for servers that give the same answers: pair, order, precision."""
     text = f"{pair.name}|{pair.patch_order}|{pair.elasticity.thresholds}|{form}"
     return "bm_" + hashlib.sha256(text.encode()).hexdigest()[:12]

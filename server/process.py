@@ -23,7 +23,7 @@ from server.api.http.connection import guarded_protocol
 from server.api.http.probes import ProbeServer
 from server.api.http.state import ServerState
 from server.config import Settings
-from server.loading import load_model
+from server.growing import load_growing_model
 from server.observe.startup import StartupClock
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,9 @@ def serve(settings: Settings) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until keys can be read again
     clock = StartupClock()
     listener = bind(settings)
-    app = create_app(settings, lambda metrics: load_model(settings, clock, metrics), lambda error: server.fail(error))
+    app = create_app(
+        settings, lambda metrics: load_growing_model(settings, clock, metrics), lambda error: server.fail(error)
+    )
     config = uvicorn.Config(
         app,
         loop="uvloop" if sys.platform != "win32" else "asyncio",

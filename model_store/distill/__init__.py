@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from model_store.distill.elastic import ElasticModel
     from model_store.distill.recipe import Preset
     from model_store.evaluate.chat import Generate
+    from model_store.pair import Pair
 
 __all__ = ["DistillJob", "add_arguments", "run"]
 
 
-def run(args: argparse.Namespace, generator: Callable[[DistillJob], Generate] | None = None) -> int:
+def run(
+    args: argparse.Namespace, generator: Callable[[DistillJob], Generate] | None = None,
+    nested: Callable[[Pair], Path] | None = None,
+) -> int:  # fmt: skip
     """Distil and write the pair. `generator` makes the teacher in an engine (--self-generate), else transformers'.
+    `nested`: as `run_quick` has it.
 
     Started by torchrun, every process does this on a share of each step's rows, and the first one writes.
     """
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace, generator: Callable[[DistillJob], Generate] | 
     if job.quick:
         from model_store.distill.quick import run_quick
 
-        return run_quick(job, generator)
+        return run_quick(job, generator, nested)
     preset = job.preset
     arguments = training_arguments(job, preset)
     device = arguments.device
@@ -116,7 +121,7 @@ def _train(
     from model_store.distill.warm_start import fit_by_least_squares
     from model_store.distill.write import write_config
 
-    checkpoints = job.out / "checkpoints"
+    checkpoints = job.folder / "checkpoints"
     order_file = checkpoints / "order.json"
 
     def found() -> tuple[str | None, list[int] | None]:
@@ -147,7 +152,7 @@ def _train(
         sampler=SizeSampler(model.elasticity, preset, job.seed),
         weights=LossWeights(preset.ce, preset.kl, preset.align, preset.position_share, preset.unlikelihood),
         matrix_optimizer=preset.optimizer == "muon", factors=factors,
-        callbacks=[CurveFile(job.out / "training_curve.jsonl")],
+        callbacks=[CurveFile(job.folder / "training_curve.jsonl")],
     )  # fmt: skip
     model.compile_layers(job.compile)
     compile_head_loss(job.compile)
@@ -161,7 +166,7 @@ def _note_text(job: DistillJob, documents: list) -> None:
     from model_store.distill.start import source_name
     from model_store.evaluate.overlap import FINGERPRINT_FILE, Fingerprint, fingerprint_of
 
-    text, checkpoints = Fingerprint.of(documents), job.out / "checkpoints"
+    text, checkpoints = Fingerprint.of(documents), job.folder / "checkpoints"
     for folder in dict.fromkeys(job.start_from):
         text.merge(fingerprint_of(folder) or Fingerprint.of_unknown(source_name(folder)))
     if job.resume and (earlier := fingerprint_of(checkpoints)):
@@ -241,9 +246,9 @@ def _write(
     from model_store.evaluate.overlap import FINGERPRINT_FILE
 
     model.eval()
-    job.out.mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     manifest = {
-        "name": job.out.name, "teacher": job.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "name": job.folder.name, "teacher": job.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
         "patch_order": ORDERS.get(job.order, job.order), "command": "boomerang distill", "options": job.options,
         "recipe": dataclasses.asdict(preset), "data": [path.name for path in job.data],
         "start_from": [source_name(path) for path in job.start_from],
@@ -254,14 +259,14 @@ def _write(
     if rank := job.rank or job.store_rank:
         # A student trained in this rank loses nothing by the cut, whatever the moments.
         moments = None if job.rank else _moments(model, held)
-        write_low_rank(job.out, model, lambda name: rank, moments, job.int8)
+        write_low_rank(job.folder, model, lambda name: rank, moments, job.int8)
     else:
-        write_full(job.out, model)
-        tokenizer.save_pretrained(job.out)
-    shutil.copyfile(job.out / "checkpoints" / FINGERPRINT_FILE, job.out / FINGERPRINT_FILE)
-    write_manifest(job.out, model, manifest)
+        write_full(job.folder, model)
+        tokenizer.save_pretrained(job.folder)
+    shutil.copyfile(job.folder / "checkpoints" / FINGERPRINT_FILE, job.folder / FINGERPRINT_FILE)
+    write_manifest(job.folder, model, manifest)
     teacher = job.teacher or teacher_path
-    print(f"wrote {job.out}\nserve it: boomerang serve --teacher {teacher} --student {job.out}")
+    print(f"wrote {job.folder}\nserve it: boomerang serve --teacher {teacher} --student {job.folder}")
 
 
 def _say(line: str) -> None:

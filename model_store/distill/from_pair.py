@@ -48,7 +48,7 @@ def load_elastic(pair: Pair, dtype: torch.dtype, device: torch.device | str = "c
         student = dict(enumerate(other_body.layers))
         own_ends = other_body.ends
     model = ElasticModel(teacher, pair.elasticity, student)
-    if own_ends is not None:
+    if own_ends is not None and not pair.shares_ends:
         model.set_ends(own_ends)
     return model.eval().requires_grad_(False)
 

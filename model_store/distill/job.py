@@ -23,7 +23,9 @@ class DistillJob:
     data: tuple[Path, ...]
     quick: bool
     max_kl: float
-    out: Path
+    minutes: float
+    background: bool
+    out: Path | None
     start_from: tuple[Path, ...]
     start_weights: tuple[float, ...]
     recipe: str
@@ -73,6 +75,10 @@ class DistillJob:
         job = cls(**frozen)
         if not job.data and not job.quick:
             raise ValueError("--data: name files to train on, or ask for --quick")
+        if job.out is None and not job.quick:
+            raise ValueError("--out: name the folder of the new pair")
+        if not job.minutes >= 0:
+            raise ValueError(f"--minutes {job.minutes:g}: 0 or more")
         if not job.max_kl > 0:
             raise ValueError(f"--max-kl {job.max_kl:g}: above 0")
         if job.preset.train_ends and (job.rank or job.store_rank):
@@ -84,6 +90,12 @@ class DistillJob:
         if job.start_weights and not job.start_from:
             raise ValueError("--start-weights: there is no --start-from whose weights they would be")
         return job
+
+    @property
+    def folder(self) -> Path:
+        """--out, where it must be given."""
+        assert self.out is not None, "`of` refuses to do without"
+        return self.out
 
     @property
     def preset(self) -> Preset:
@@ -103,10 +115,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep", default="every-2nd", help="every-2nd, a list 0,2,4,..., or a number of layers (default %(default)s)")
     add("--data", type=Path, nargs="+", default=[], help=".txt, .jsonl or .jsonl.gz files or folders of them (--quick: "
         "left out, the teacher's own text)")  # fmt: skip
-    add("--quick", action="store_true", help="no training: blocks of two layers that are missed least, fitted by least "
-        "squares in minutes; only sizes that held-out text shows to be worth it")  # fmt: skip
+    add("--quick", action="store_true", help="blocks of two layers that are missed least, fitted by least squares, "
+        "then trained; only sizes that held-out text shows to be worth it")  # fmt: skip
+    add("--minutes", type=float, default=20.0, help="of --quick: how long it may keep the machine busy; 0: no training "
+        "[%(default)g]")  # fmt: skip
+    add("--background", action="store_true", help="of --quick: at the lowest priority, until the process that started "
+        "it ends")  # fmt: skip
     add("--max-kl", type=float, default=1.0, help="of --quick: the most KL of a size that is offered [%(default)s]")
-    add("--out", type=Path, required=True, help="folder of the new pair (and of checkpoints, in checkpoints/)")
+    add("--out", type=Path, help="folder of the new pair, and of what a run goes on from (--quick: left out, its place "
+        "in the store, where servers of the teacher find it)")  # fmt: skip
     add("--start-from", type=Path, nargs="+", default=[], metavar="FOLDER", help="students to start from: their mean")
     add("--start-weights", type=float, nargs="+", default=[], metavar="W", help="or their sum with these weights, 1 in "
         "all; a negative one leads away from that student")  # fmt: skip

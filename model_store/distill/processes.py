@@ -64,7 +64,7 @@ def training_arguments(job: DistillJob, preset: Preset) -> TrainingArguments:
     if job.schedule == "warmup_stable_decay":
         schedule = {"num_decay_steps": max(1, round(steps * job.decay_share)), "decay_type": "linear"}
     arguments = TrainingArguments(
-        output_dir=str(job.out / "checkpoints"), max_steps=steps, per_device_train_batch_size=job.batch_rows,
+        output_dir=str(job.folder / "checkpoints"), max_steps=steps, per_device_train_batch_size=job.batch_rows,
         gradient_accumulation_steps=job.accumulate, max_grad_norm=1.0 if preset.optimizer == "adamw" else 0.0,
         learning_rate=job.lr or (1e-3 if matrices and not job.rank else 3e-4), weight_decay=job.weight_decay,
         adam_beta2=0.95, lr_scheduler_type=job.schedule, lr_scheduler_kwargs=schedule,

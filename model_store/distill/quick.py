@@ -1,14 +1,18 @@
-"""`boomerang distill --quick`: a student in minutes, without training.
+"""`boomerang distill --quick`: a student in minutes.
 
 Some blocks of two layers become one, where that is measured to cost least; their layers are fitted by least squares to
-what the block did (warm_start.py); and only sizes that held-out text has shown to be worth it are offered.
+what the block did (warm_start.py), then trained for as long as there is time (polish.py); and only sizes that held-out
+text has shown to be worth it are offered. A run goes on from where an earlier one of the same job was ended.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
+import shutil
+import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,83 +23,270 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from model_store import made
 from model_store.assembly import Elasticity
 from model_store.distill.elastic import ElasticModel
+from model_store.distill.polish import Clock, train
 from model_store.distill.warm_start import fit_by_least_squares, fit_layer
 
 if TYPE_CHECKING:
     from model_store.distill.job import DistillJob
     from model_store.evaluate.chat import Generate
+    from model_store.pair import Pair
 
-_TOKENS = 50_000  # of text that is enough for a fit, where --tokens asks for more
-_CHOICE_ROWS, _SCORED_ROWS, _ORDER_ROWS, _GATE_SHARE = 16, 4, 4, 8  # the gate gets one row of so many
+_FIT_TOKENS, _TOKENS = 50_000, 150_000  # of text that is enough for a fit, and for minutes of training
+_CHOICE_ROWS, _SCORED_ROWS, _ORDER_ROWS = 16, 4, 4
+_GATE_SHARE, _GATE_ROWS = 8, 16  # the gate gets one row of so many, and at most so many
 _SHARE = 0.2  # of the layers that are taken away by default
 _CALIBRATION = Path(__file__).parents[1] / "calibration.txt"
 _PROMPT, _AT_ONCE = 24, 32  # tokens of that text that the teacher goes on from, and how many at once
-_FITTED = ("self_attn.o_proj", "mlp.down_proj")  # of families whose students can be differences
+_FITTED = ("self_attn.o_proj", "mlp.down_proj")  # what a fit changes in families whose students can be differences
 _RANK = 256
+_SHARES = {"text": 0.1, "blocks": 0.2, "fit": 0.25, "training": 0.97}  # of the work, when each is done
 
 
-def run_quick(job: DistillJob, generator: Callable[[DistillJob], Generate] | None = None) -> int:
-    """Make the student and write the pair. ValueError if no size passes the gate."""
-    from transformers import AutoTokenizer
-
-    from model_store import lowrank
-    from model_store.distill.from_pair import load_transformers
-    from model_store.distill.write import write_full, write_low_rank, write_manifest
-    from model_store.evaluate import store_quality
-    from model_store.pair import open_pair
-    from model_store.sources import default_teacher, resolve
-
-    started = time.monotonic()
-    teacher_path = resolve(job.teacher, job.store) if job.teacher else default_teacher(job.store)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path, local_files_only=True)
-    rows = _text(job, tokenizer, teacher_path, generator)
-    num_gate = max(1, len(rows) // _GATE_SHARE)
-    fitted, gate = rows[:-num_gate], rows[-num_gate:]
-    if len(fitted) < 4:
-        raise ValueError(f"--data gives {len(rows)} rows of {job.row_tokens} tokens: too few to fit and to measure on")
-    teacher = load_transformers(teacher_path, torch.float32, job.store)
-    num_layers = teacher.config.num_hidden_layers
-    kept = _kept(job, num_layers, lambda: block_costs(teacher, fitted[:_CHOICE_ROWS], _say))
-    _say(f"the student keeps {len(kept)} of {num_layers} layers; fitting on {fitted.numel():,} tokens")
-    model = ElasticModel(teacher, Elasticity.last_to_first(num_layers, kept))
-    fit_by_least_squares(model, list(fitted.split(8)), progress=_say, fits_attention=True)
-    is_low_rank = teacher.config.model_type in lowrank.FAMILIES
-    rank = job.rank or job.store_rank or _RANK
-    if is_low_rank:
-        round_to_rank(model, rank)
-    model, figures = gated(order_by_kl(model, fitted[:_ORDER_ROWS]), gate, job.max_kl, _say)
-    model.eval()
-    job.out.mkdir(parents=True, exist_ok=True)
-    if is_low_rank:
-        write_low_rank(job.out, model, lambda name: rank if name in _FITTED else 1, None, True)
-    else:
-        write_full(job.out, model)
-        tokenizer.save_pretrained(job.out)
-    seconds = round(time.monotonic() - started)
-    manifest = {
-        "name": job.out.name, "teacher": job.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "patch_order": "thresholds", "command": "boomerang distill --quick", "data": [path.name for path in job.data],
-        "tokens": fitted.numel(), "max_kl": job.max_kl, "seconds": seconds,
-    }  # fmt: skip
-    if job.licence:
-        manifest["licence"] = job.licence
-    write_manifest(job.out, model, manifest)
-    pair = open_pair(teacher_path, job.out, store=job.store)
-    text = f"held back from the fit, {len(gate)} rows of {job.row_tokens} tokens"
-    store_quality(pair, {size: {"kl": kl} for size, kl in figures.items()}, {"text": text})
-    sizes = ", ".join(f"{size}L {kl:.3f}" for size, kl in figures.items())
-    name = job.teacher or teacher_path
-    print(f"wrote {job.out} in {seconds} s: KL {sizes}\nserve it: boomerang serve --teacher {name} --student {job.out}")
+def run_quick(
+    job: DistillJob, generator: Callable[[DistillJob], Generate] | None = None,
+    nested: Callable[[Pair], Path] | None = None,
+) -> int:  # fmt: skip
+    """Make the student and write the pair, to --out or to its place in the store. ValueError if no size passes the
+    gate. `nested` makes nested codes of a pair, where the store has those of the teacher."""
+    if job.background:
+        _retire()
+    making = _Making(job, nested)
+    if making.place is None:
+        making.run(generator)
+        return 0
+    before = made.newest(making.place)
+    with made.only_one(making.place):
+        if made.newest(making.place) == before or (making.work / "state.pt").is_file():
+            making.run(generator)
     return 0
+
+
+def _retire() -> None:
+    """The lowest priority there is, and no longer life than the process that started this one."""
+    os.nice(19)
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: holds for stopped processes, too
+
+
+class _Making:
+    """One student in the making. What is done is kept in `work`, for a run that goes on from it."""
+
+    def __init__(self, job: DistillJob, nested: Callable[[Pair], Path] | None) -> None:
+        from transformers import AutoTokenizer
+
+        from model_store import lowrank
+        from model_store.pair import made_folder
+        from model_store.published import DEFAULT_TEACHER
+        from model_store.sources import default_teacher, resolve
+
+        self.job, self.nested = job, nested
+        self.teacher_path = resolve(job.teacher, job.store) if job.teacher else default_teacher(job.store)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.teacher_path, local_files_only=True)
+        self.config = AutoConfig.from_pretrained(self.teacher_path)
+        self.is_low_rank = self.config.model_type in lowrank.FAMILIES
+        self.rank = job.rank or job.store_rank or _RANK
+        self.place = None if job.out else made_folder(job.teacher or DEFAULT_TEACHER, job.store)
+        self.work = made.work_folder(self.place) if self.place else Path(job.out or "") / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.clock = Clock()
+        self.kl: dict[int, float] = {}
+
+    def tell(self, stage: str, share: float) -> None:
+        """Let others know how far it is."""
+        if self.place is not None:
+            made.write_progress(self.place, made.Progress(stage, share, self.kl))
+
+    def run(self, generator: Callable[[DistillJob], Generate] | None) -> None:
+        job, state = self.job, self._saved()
+        self.tell("the teacher's own text", state.get("share", 0.0))
+        if "rows" not in state:
+            state["rows"] = _text(job, self.tokenizer, self.teacher_path, generator)
+            self._save(state, _SHARES["text"])
+        rows = state["rows"]
+        num_gate = min(_GATE_ROWS, max(1, len(rows) // _GATE_SHARE))
+        rows, gate = rows[:-num_gate], rows[-num_gate:]
+        if len(rows) < 4:
+            raise ValueError(
+                f"--data gives {len(rows)} rows of {job.row_tokens} tokens: too few to fit and to measure on"
+            )
+        model = self._fitted(state, rows)
+        seconds = 60 * job.minutes - state["seconds"]
+        if seconds > 0:
+            if not (self.work / "training.pt").is_file():
+                self._first(model, gate, state)
+            self._train(model, rows, gate, seconds)
+        self._publish(model, gate, rows.numel(), job.minutes > 0 and seconds > 0)
+        self.tell("finished", 1.0)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    # --- steps
+
+    def _teacher(self) -> Any:
+        from model_store.distill.from_pair import load_transformers
+
+        return load_transformers(self.teacher_path, torch.float32, self.job.store)
+
+    def _fitted(self, state: dict[str, Any], rows: torch.Tensor) -> ElasticModel:
+        """The student as the closed form has it, in its patch order."""
+        teacher, num_layers = self._teacher(), self.config.num_hidden_layers
+        if "kept" not in state:
+            self.tell("choosing blocks", _SHARES["text"])
+            state["kept"] = _kept(self.job, num_layers, lambda: block_costs(teacher, rows[:_CHOICE_ROWS], _say))
+            self._save(state, _SHARES["blocks"])
+        kept = state["kept"]
+        model = ElasticModel(teacher, Elasticity.last_to_first(num_layers, kept))
+        if "student" in state:
+            model.student.load_state_dict(state["student"])
+            model.elasticity = Elasticity(num_layers, kept, state["thresholds"])
+            return model
+        self.tell("fitting", _SHARES["blocks"])
+        enough = rows[: max(1, _FIT_TOKENS // rows.shape[1])]
+        _say(f"the student keeps {len(kept)} of {num_layers} layers; fitting on {enough.numel():,} tokens")
+        fit_by_least_squares(model, list(enough.split(8)), progress=_say, fits_attention=True)
+        if self.is_low_rank:
+            round_to_rank(model, self._rank_of(is_trained=False))
+        order_by_kl(model, rows[:_ORDER_ROWS])
+        state["student"], state["thresholds"] = model.student.state_dict(), list(model.elasticity.thresholds)
+        self._save(state, _SHARES["fit"])
+        return model
+
+    def _first(self, model: ElasticModel, gate: torch.Tensor, state: dict[str, Any]) -> None:
+        """Offer what the fit alone is worth, while the training goes on from it."""
+        if self.place is None or state.get("is_published"):
+            return
+        try:
+            self._publish(model, gate, _FIT_TOKENS, is_trained=False)
+        except ValueError as error:
+            _say(f"before training, {error}")
+        state["is_published"] = True
+        self._save(state, _SHARES["fit"])
+
+    def _train(self, model: ElasticModel, rows: torch.Tensor, gate: torch.Tensor, seconds: float) -> None:
+        """Train in bfloat16 where that is worth it; the model is left as it was, but for the student."""
+        from model_store.distill.cpu_attention import use_matmul_attention
+        from model_store.distill.order import kl_of_paths
+        from model_store.distill.processes import has_bf16
+
+        teacher = self._teacher().to(torch.bfloat16 if has_bf16(on_cpu=True) else torch.float32)
+        use_matmul_attention(teacher, rows.shape[1])
+        trained = ElasticModel(teacher, model.elasticity, dict(_layers(model)))
+        own, first = model.elasticity, _SHARES["fit"]
+        with tqdm(total=100, desc="training", unit="%", file=sys.stderr) as bar:
+
+            def report(phase: str, share: float) -> None:
+                divergence = kl_of_paths(trained, [gate[:_SCORED_ROWS]])
+                self.kl = {size: divergence(own.path(size).teacher_stations) for size in own.sizes[:-1]}
+                self.tell(f"training {phase}", first + share * (_SHARES["training"] - first))
+                bar.set_postfix_str("KL " + ", ".join(f"{size}L {kl:.3f}" for size, kl in self.kl.items()))
+                bar.update(round(100 * share) - bar.n)
+
+            train(trained, rows, self.rank, seconds, self.work / "training.pt", report, self.job.seed)
+            bar.update(100 - bar.n)
+        if self.is_low_rank:
+            round_to_rank(model, self._rank_of(is_trained=True))
+
+    def _rank_of(self, is_trained: bool) -> Callable[[str], int]:
+        return lambda name: self.rank if is_trained or name in _FITTED else 1
+
+    def _publish(self, model: ElasticModel, gate: torch.Tensor, num_tokens: int, is_trained: bool) -> None:
+        """Write the pair of the sizes that pass. ValueError if none does."""
+        from model_store.distill.write import write_full, write_low_rank, write_manifest
+        from model_store.evaluate import store_quality
+        from model_store.pair import open_pair
+
+        job = self.job
+        self.tell("measuring", _SHARES["training" if is_trained else "fit"])
+        model, figures = gated(model, gate, job.max_kl, _say)
+        self.kl = {size: kl for size, kl in figures.items() if kl}
+        model.eval()
+        out = self.work / "pair" if self.place else Path(job.out or "")
+        if self.place:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if self.is_low_rank:
+            write_low_rank(out, model, self._rank_of(is_trained), None, True)
+        else:
+            write_full(out, model)
+            self.tokenizer.save_pretrained(out)
+        seconds = round(self.clock.spent)
+        manifest = {
+            "name": _name_of(self.teacher_path) if self.place else out.name,
+            "teacher": job.teacher or "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "patch_order": "thresholds", "command": "boomerang distill --quick",
+            "data": [path.name for path in job.data], "tokens": num_tokens, "is_trained": is_trained,
+            "max_kl": job.max_kl, "seconds": seconds,
+        }  # fmt: skip
+        if job.licence:
+            manifest["licence"] = job.licence
+        write_manifest(out, model, manifest)
+        pair = open_pair(self.teacher_path, out, store=job.store)
+        text = f"held back from the fit, {len(gate)} rows of {job.row_tokens} tokens"
+        store_quality(pair, {size: {"kl": kl} for size, kl in figures.items()}, {"text": text})
+        sizes = ", ".join(f"{size}L {kl:.3f}" for size, kl in figures.items())
+        name = job.teacher or self.teacher_path
+        if self.place is None:
+            print(f"wrote {out} in {seconds} s: KL {sizes}\nserve it: boomerang serve --teacher {name} --student {out}")
+            return
+        self._nest(out)
+        out = made.publish(self.place, out)
+        print(f"wrote {out}: KL {sizes}\nserve it: boomerang serve --teacher {name} --student make", flush=True)
+
+    def _nest(self, student: Path) -> None:
+        """Codes of the pair, where the store has those of the teacher: a server that reads them needs the student's."""
+        from model_store.nested_store import has_nested
+        from model_store.pair import NO_STUDENT, open_pair
+        from model_store.store import store_root
+
+        store = self.job.store
+        if self.nested and has_nested(open_pair(self.teacher_path, NO_STUDENT, store=store), store_root(store)):
+            self.nested(open_pair(self.teacher_path, student, store=store))
+
+    # --- what is kept
+
+    @property
+    def _key(self) -> str:
+        """What a state must have been made for."""
+        job = self.job
+        data = [(str(path), path.stat().st_mtime_ns) for path in job.data]
+        asked = (job.tokens, job.row_tokens, job.keep, job.seed, job.temperature, self.rank, job.minutes > 0)
+        return repr((str(self.teacher_path), data, asked))
+
+    def _saved(self) -> dict[str, Any]:
+        file = self.work / "state.pt"
+        state = torch.load(file, weights_only=True) if file.is_file() else {}
+        if state.get("key") == self._key:
+            _say(f"going on from {self.work}")
+            return state
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        return {"key": self._key, "seconds": 0.0}
+
+    def _save(self, state: dict[str, Any], share: float) -> None:
+        state["seconds"], state["share"] = state["seconds"] + self.clock.spent, share
+        self.clock = Clock()
+        part = self.work / "state.part"
+        torch.save(state, part)
+        os.replace(part, self.work / "state.pt")
+
+
+def _layers(model: ElasticModel) -> list[tuple[int, nn.Module]]:
+    """The student's layers by station: the same modules, so that whoever trains them trains these."""
+    return [(int(key), layer) for key, layer in model.student.items()]
+
+
+def _name_of(path: Path) -> str:
+    return path.name.rsplit("--", 1)[-1].lower()
 
 
 def _text(
     job: DistillJob, tokenizer: Any, teacher_path: Path, generator: Callable[[DistillJob], Generate] | None
 ) -> torch.Tensor:
     """Rows of token ids [rows, row_tokens]: of --data, else what the teacher says itself."""
-    wanted = int(min(job.tokens, _TOKENS))
+    wanted = int(min(job.tokens, _TOKENS if job.minutes else _FIT_TOKENS))
     if job.data:
         from model_store.distill.data import pack, read_documents
 
@@ -182,15 +373,17 @@ def block_costs(teacher: Any, rows: torch.Tensor, say: Callable[[str], None] = l
     return costs
 
 
-def round_to_rank(model: ElasticModel, rank: int) -> None:
+def round_to_rank(model: ElasticModel, rank: Callable[[str], int]) -> None:
     """Make the student's layers what write_low_rank stores of them, so that what is measured is what is served."""
     from model_store.distill.write import low_rank_factors, quantise_rows
 
     for key, layer in model.student.items():
         base = model.body.layers[model.elasticity.stations[int(key)].start]
-        for name in _FITTED:
-            ours, theirs = (part.get_submodule(name).get_parameter("weight") for part in (layer, base))
-            factors = low_rank_factors(ours.detach().float() - theirs.detach().float(), rank)
+        for name, linear in layer.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            ours, theirs = linear.weight, base.get_submodule(name).get_parameter("weight")
+            factors = low_rank_factors(ours.detach().float() - theirs.detach().float(), rank(name))
             a, b = (values.float() * scale[:, None] for values, scale in map(quantise_rows, factors))
             with torch.no_grad():
                 ours.copy_(theirs.float() + b @ a)
@@ -229,7 +422,11 @@ def gated(
 
 
 def offered_sizes(kl: Mapping[int, float], max_kl: float) -> list[int]:
-    """Sizes, ascending, whose KL is at most `max_kl` and below that of every smaller one among them."""
+    """Sizes, ascending, whose KL is at most `max_kl` and below that of every smaller one among them.
+
+    Fewer bits need no look: at the narrowest width that a server offers only smaller sizes are cheaper, and what bits
+    cost is added to the KL of every size alike. At other widths the server's choice passes over what is beaten.
+    """
     offered: list[int] = []
     for size in sorted(kl):
         if kl[size] <= max_kl and all(kl[size] < kl[smaller] for smaller in offered):

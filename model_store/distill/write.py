@@ -26,10 +26,14 @@ def write_manifest(folder: Path, model: ElasticModel, manifest: dict[str, Any]) 
 
 
 def write_config(folder: Path, model: ElasticModel) -> None:
-    """student_config.json: which layers of the teacher the student keeps, in the published format."""
+    """student_config.json: which layers of the teacher the student keeps, in the published format; which of them are
+    its own, and that it has no embedding, norm and head of its own."""
     kept = [station.start for station in model.elasticity.stations]
     pruned = sorted(set(range(model.elasticity.num_teacher_layers)) - set(kept))
-    config = {"copied_teacher_layers": kept, "pruned_teacher_layers": pruned}
+    config: dict[str, Any] = {"copied_teacher_layers": kept, "pruned_teacher_layers": pruned}
+    if model.ends is None:
+        config["ends"] = "teacher"
+    config["own_layers"] = sorted(map(int, model.student))
     (folder / "student_config.json").write_text(json.dumps(config) + "\n")
 
 

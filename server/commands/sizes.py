@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from model_store import made
+from model_store.pair import made_folder
 from server.config import Settings
 from server.loading import open_settings_pair, points_file, weight_form
 
@@ -54,8 +57,9 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
         row["speed"] = speeds.get("sizes", {}).get(str(row["size"]))
     file = points_file(settings.store, pair)
     points: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    progress = made.read_progress(made_folder(pair.teacher_path, settings.store))
     if as_json:
-        kinds = {"kinds": pair.kinds, "points": points}
+        kinds = {"kinds": pair.kinds, "points": points, "making": progress and dataclasses.asdict(progress)}
         print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows, **kinds}, indent=1))
         return 0
     student = ", low-rank student as a difference" if form.low_rank else ""
@@ -87,6 +91,8 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
         console.print(f"the file's own codes: {pair.code_kinds()}")
     if points:
         console.print(_points_table(points))
+    if progress is not None and not progress.is_done:
+        console.print(f"a student is being made: {progress}")
     if not speeds:
         console.print("speeds: not measured here yet (boomerang bench latency)")
     return 0

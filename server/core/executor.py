@@ -18,8 +18,10 @@ from server.core.width import EXACT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from model_store.loaded import LoadedPair
     from model_store.weight_form import WeightForm
     from server.core.batch import ForwardBatch
+    from server.core.config import EngineConfig
     from server.core.request import LiveRequest, TokenLogprobs
     from server.core.seen_tokens import SeenTokens
 
@@ -191,6 +193,18 @@ class Executor:
 
     def allocate_states(self, num_pages: int) -> None:
         """Memory for so many pages of states, which batches number. Called once at most, if a page takes any bytes."""
+        raise NotImplementedError
+
+    # --- another student, while it serves
+
+    can_change_student = False  # whether there is a `beside`; if not, another student takes another process
+
+    def beside(self, pair: LoadedPair, config: EngineConfig) -> Executor:
+        """One for the same teacher beside another student (`model_store.beside`), at the same widths.
+
+        The teacher's weights, KV and states stay where they are; this one may run steps until the new one does. Called
+        by the thread that loads the student.
+        """
         raise NotImplementedError
 
     # --- for the operator and after a fault

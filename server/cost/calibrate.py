@@ -39,6 +39,8 @@ from server.cost.profile import CostProfile
 
 if TYPE_CHECKING:
     from model_store.pair import LoadedPair
+    from model_store.spec import ModelSpec
+    from server.core.executor import Executor
     from server.engine.runner import StepRunner
 
 logger = logging.getLogger(__name__)
@@ -231,13 +233,12 @@ def prior_from(profile: CostProfile, features: np.ndarray, seconds: np.ndarray) 
 # --- from one start to the next
 
 
-def calibration_key(runner: StepRunner, profile: CostProfile) -> str:
+def calibration_key(spec: ModelSpec, executor: Executor, profile: CostProfile, page_size: int) -> str:
     """Hex digest of what decides a step's time."""
-    config = runner.config
     facts = [
-        FORMAT, repr(runner.spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
+        FORMAT, repr(spec), profile.layer_bytes, profile.elasticity.thresholds, profile.head_bytes,
         sorted(profile.shared_stations), profile.widths, profile.width_bytes,
-        profile.kv_bytes, runner.executor.describe(), config.page_size,
+        profile.kv_bytes, executor.describe(), page_size,
         processor_name(), os.cpu_count(), os.environ.get("OMP_NUM_THREADS"),
     ]  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
@@ -314,11 +315,7 @@ def cost_model_for(runner: StepRunner, pair: LoadedPair, folder: Path | None, *,
 
     `folder` is where calibrations are kept (None: nowhere).
     """
-    executor = runner.executor
-    read = {width: executor.bytes_per_weight_at(width) for width in executor.widths}
-    kv_bytes = executor.page_bytes() // runner.config.page_size
-    profile = profile_of(pair, executor.shared_stations, read, kv_bytes)
-    path = None if folder is None else folder / f"{calibration_key(runner, profile)}.json"
+    profile, path = place_of(pair, runner.executor, runner.config.page_size, folder)
     model = load(profile, path) if path is not None else None
     if model is not None:
         ratio = _check(runner, model)
@@ -338,6 +335,17 @@ def cost_model_for(runner: StepRunner, pair: LoadedPair, folder: Path | None, *,
     model.path = path
     keep(model)
     return model
+
+
+def place_of(
+    pair: LoadedPair, executor: Executor, page_size: int, folder: Path | None
+) -> tuple[CostProfile, Path | None]:
+    """The profile of a pair as this executor runs it, and the file in `folder` where its cost model is kept."""
+    read = {width: executor.bytes_per_weight_at(width) for width in executor.widths}
+    profile = profile_of(pair, executor.shared_stations, read, executor.page_bytes() // page_size)
+    if folder is None:
+        return profile, None
+    return profile, folder / f"{calibration_key(pair.spec, executor, profile, page_size)}.json"
 
 
 def _check(runner: StepRunner, model: CostModel) -> float:

@@ -73,6 +73,19 @@ class CostModel:
         own.overhead, own.overhead_per_request = self.overhead, self.overhead_per_request
         return own
 
+    def beside(self, profile: CostProfile) -> CostModel:
+        """What is known of this machine, for the same teacher beside another student."""
+        # The weight of a layer is its share of the heaviest one, which may be another now.
+        scale = np.ones(self.at.size)
+        for layers in (self.at.layers, *(layers for layers, _ in self.at.narrow.values())):
+            scale[layers] = profile.reference_bytes / self.profile.reference_bytes
+        own = CostModel(profile, self.coefficients * scale)
+        own.correction.update(self.correction)
+        own.overhead, own.overhead_per_request = self.overhead, self.overhead_per_request
+        own.best = BestEver.from_json(self.best.to_json())
+        own.best.coefficients *= scale
+        return own
+
     def at_best(self) -> CostModel:
         """What this machine has been measured to be able to do, as a model of its own."""
         own = CostModel(self.profile, self.best.coefficients)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from server.core.request import Abort, Request, RequestOutput
 from server.core.size_policy import RequestRefused
@@ -24,6 +24,16 @@ if TYPE_CHECKING:  # the engine brings torch, which the port need not wait for
     from server.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+class _Call(NamedTuple):
+    """Something to be done on the engine's thread."""
+
+    function: Callable[[Engine], Any]
+    future: asyncio.Future
 
 
 class OutputStream:
@@ -99,7 +109,7 @@ class AsyncEngine:
         """`on_failure` is told, on the event loop, when the engine thread dies."""
         self.engine = engine
         self._streams: dict[str, OutputStream] = {}
-        self._inbox: deque[Request | Abort] = deque()
+        self._inbox: deque[Request | Abort | _Call] = deque()
         self._unsent: list[RequestOutput] = []
         self._outbox: deque[list[RequestOutput]] = deque()  # on their way to the event loop
         self._bell: int | None = None  # an eventfd on which the event loop waits
@@ -149,6 +159,16 @@ class AsyncEngine:
         if self._streams.pop(request_id, None) is not None:
             self._send(Abort(request_id, stop_string))
 
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """What `function` returns or raises, called on the engine's thread between two steps. RuntimeError if the
+        engine has stopped."""
+        assert self._loop is not None, "started"
+        if not self.is_alive:
+            raise RuntimeError("the engine has stopped")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._send(_Call(function, future))
+        return await future
+
     @property
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -161,7 +181,7 @@ class AsyncEngine:
 
     # --- engine thread
 
-    def _send(self, item: Request | Abort) -> None:
+    def _send(self, item: Request | Abort | _Call) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()
@@ -214,11 +234,14 @@ class AsyncEngine:
         else:
             logger.info("engine stopped: all %d pages are free", pages)
 
-    def _drain(self, inbox: deque[Request | Abort]) -> list[RequestOutput]:
+    def _drain(self, inbox: deque[Request | Abort | _Call]) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         aborts = [item for item in inbox if isinstance(item, Abort)]
         aborted = {abort.request_id for abort in aborts}
         for item in inbox:
+            if isinstance(item, _Call):
+                self._answer_call(item)
+                continue
             if isinstance(item, Abort) or item.request_id in aborted:
                 continue
             try:
@@ -233,6 +256,14 @@ class AsyncEngine:
         for abort in aborts:
             outputs += self.engine.abort([abort.request_id], abort.stop_string)
         return outputs
+
+    def _answer_call(self, call: _Call) -> None:
+        try:
+            value = call.function(self.engine)
+        except Exception as error:
+            self._loop_call(_settle, call.future, None, error)
+        else:
+            self._loop_call(_settle, call.future, value, None)
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         """Hand outputs over when the next model call begins, or at once if none is due.
@@ -292,8 +323,20 @@ class AsyncEngine:
     def _fail_all(self) -> None:
         """Whatever ended the thread, nobody may wait for it."""
         streams, self._streams = self._streams, {}
+        for item in self._inbox:
+            if isinstance(item, _Call):
+                _settle(item.future, None, RuntimeError("the engine has stopped"))
         for request_id, stream in streams.items():
             stream.put(_error(request_id, "The engine stopped before this request was finished.", 503))
+
+
+def _settle(future: asyncio.Future[T], value: T, error: Exception | None) -> None:
+    if future.done():  # nobody waits any more
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
 
 
 def _error(request_id: str, message: str, status: int, param: str | None = None) -> RequestOutput:

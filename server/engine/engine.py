@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch, Scheduled
 from server.core.config import EngineConfig
+from server.core.executor import Executor
 from server.core.request import LiveRequest, Request, RequestOutput, SampledToken, SamplingParams
 from server.core.size_policy import RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool, Drafts, OwnDrafts
@@ -129,6 +130,16 @@ class Engine:
         outputs = self.scheduler.abort([request.request_id for request in finished], stop_string)
         self._forget(finished)
         return outputs
+
+    def change_student(self, pair: LoadedPair, executor: Executor, policy: SizePolicy) -> None:
+        """From the next step on serve `pair`, the same teacher beside another student, with the executor that
+        `Executor.beside` made for it. Every size that was served is served on; requests go on (`Scheduler`)."""
+        assert set(self.sizes) <= set(pair.sizes), "somebody may be running a size, or have been promised it"
+        assert self.speculator is None and self.lookahead is None, "they know paths of the old student"
+        self.scheduler.change_student(pair.elasticity, policy)
+        self.runner.change_student(pair, executor, self.scheduler.running)
+        self.elasticity, self.sizes, self.executor = self.runner.elasticity, self.runner.sizes, executor
+        self.missing_sizes = dict(pair.missing_sizes)
 
     @property
     def has_work(self) -> bool:

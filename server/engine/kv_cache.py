@@ -55,6 +55,7 @@ class KVCacheManager:
         self._evictable: OrderedDict[bytes, Block] = OrderedDict()  # cached and unreferenced, oldest first
         self.states = KeptStates(num_state_pages)
         self._layer_index: dict[int, np.ndarray] = {}  # path size -> its global layer ids as an index array
+        self._student = 0  # counts the pair's students: what was computed with an earlier one is never found
         self.prefix_queries = 0  # tokens asked for / found, as vLLM counts them
         self.prefix_hits = 0
 
@@ -126,7 +127,8 @@ class KVCacheManager:
     def _root(self, request: LiveRequest, path: LayerPath) -> bytes:
         """What decides KV beside the tokens. An answer that is to be the same again takes nothing from wider widths."""
         pinned = request.max_width if request.max_width < self.widest and request.is_repeatable else 0
-        return b"%d|%d|" % (path.size, pinned) + request.cache_salt.encode()
+        student = 0 if path.is_teacher else self._student
+        return b"%d|%d|%d|" % (path.size, student, pinned) + request.cache_salt.encode()
 
     def _chain(self, parent: bytes, request: LiveRequest, index: int) -> bytes:
         start = index * self.page_size
@@ -243,6 +245,18 @@ class KVCacheManager:
     def reset_prefix_cache(self) -> None:
         while self._evictable:
             self._evict_oldest()
+
+    def change_student(self, num_layers: int, held: list[LiveRequest]) -> None:
+        """The teacher has another student, `num_layers` global layer ids in all. `held` are the requests with blocks:
+        they run the teacher alone. States go: stations are others now."""
+        tables = np.zeros((num_layers, *self.block_tables.shape[1:]), np.int32)
+        both = min(len(tables), len(self.block_tables))
+        tables[:both] = self.block_tables[:both]  # the teacher's layers have the ids that they had
+        self.block_tables = tables
+        self._layer_index.clear()
+        self._student += 1
+        for block in [*self._cached.values(), *(block for request in held for block in request.blocks)]:
+            self.states.take(block)
 
     # Blocks of one list never share pages: they hold different tokens.
 

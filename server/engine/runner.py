@@ -25,6 +25,7 @@ from server.engine.sampler import Sampler, is_plain_greedy
 from server.model.executor import allocate_states, create_executor
 
 if TYPE_CHECKING:
+    from server.core.executor import Executor
     from server.engine.extras.speculation import Speculator
 
 _NO_NUMBER = "the logits hold no finite number to choose"
@@ -68,8 +69,19 @@ class StepRunner:
         self.sampler = Sampler(config.seed, draw, self.executor.logit_ops)
         self.prompt_scores = PromptScores()
         self.pooled_states = PooledStates()
+        self.build_batch = self._batch_builder()
+
+    def _batch_builder(self) -> BatchBuilder:
         tables, shared = self.kv_cache.block_tables, self.executor.shared_stations
-        self.build_batch = BatchBuilder(self.elasticity, tables, shared, config.page_size)
+        return BatchBuilder(self.elasticity, tables, shared, self.config.page_size)
+
+    def change_student(self, pair: LoadedPair, executor: Executor, held: list[LiveRequest]) -> None:
+        """Go on with `executor`, which `Executor.beside` made for `pair`. `held`: as `KVCacheManager` has it."""
+        self.elasticity, self.sizes, self.executor = pair.elasticity, tuple(pair.sizes), executor
+        self.kv_cache.change_student(pair.elasticity.num_global_layers, held)
+        if executor.can_draw:
+            self.sampler.draw_tokens = executor.draw
+        self.build_batch = self._batch_builder()
 
     def run(self, batch: ForwardBatch, speculator: Speculator | None = None) -> tuple[dict[str, SampledToken], Faults]:
         """Forward pass, logits and sampling of one step; books nothing. `speculator` settles guesses in the batch."""

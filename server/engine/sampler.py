@@ -45,7 +45,7 @@ class Sampler:
         """`draw`: an executor's own way to draw, which follows the same rules faster. `ops`: what works where its
         logits lie, if they are no numpy arrays."""
         self._random = random.Random(seed)
-        self._draw_tokens: DrawTokens = draw or host_logits.draw
+        self.draw_tokens: DrawTokens = draw or host_logits.draw
         self.ops: LogitOps = ops or HostLogits()
 
     def sample(self, logits: Array, requests: list[LiveRequest]) -> list[SampledToken]:
@@ -59,7 +59,7 @@ class Sampler:
         scored = [row for _, row in wanted]
         raw = self.ops.take(logits, scored) if scored else None
         self._process(logits, requests)
-        tokens = self._draw_tokens(logits, [self.next_draw(request) for request in requests])
+        tokens = self.draw_tokens(logits, [self.next_draw(request) for request in requests])
         sampled = [SampledToken(token) for token in tokens]
         if scored:
             scores = self.ops.token_logprobs(raw, [tokens[row] for row in scored], [number for number, _ in wanted])
@@ -134,7 +134,7 @@ class Sampler:
     def race(self, weights: Array, request: LiveRequest) -> int:
         """A token by weights [V], which need not sum to 1, and the request's next random number."""
         plain = Draw(temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, uniform=self.uniform(request))
-        return self._draw_tokens(self.ops.log(weights)[None], [plain])[0]
+        return self.draw_tokens(self.ops.log(weights)[None], [plain])[0]
 
     def probabilities(self, logits: Array, requests: list[LiveRequest]) -> Array:
         """Of all tokens, [S, V]: temperature and min_p alone."""

@@ -155,6 +155,19 @@ class Scheduler:
         """Whether somebody waits and a slot is free (there may still be no pages)."""
         return bool(self.waiting) and bool(self._free_slots)
 
+    def change_student(self, elasticity: Elasticity, policy: SizePolicy) -> None:
+        """Choose among the sizes of `elasticity` from now on: the same teacher beside another student.
+
+        What runs the teacher alone goes on as it is. Anything else has KV of the old student's: it is queued again, as
+        after a preemption, and its text so far is computed anew.
+        """
+        for request in list(self.running):
+            if request.path.is_teacher and request.num_computed_tokens >= request.resume_stop:
+                request.path, request.keep_station = elasticity.path(request.path.size), 0
+            else:
+                self._preempt(request, SchedulerOutput())
+        self.elasticity, self.policy = elasticity, policy
+
     # --- one step
 
     def schedule(self) -> SchedulerOutput:

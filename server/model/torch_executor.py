@@ -19,6 +19,7 @@ from model_store.spec import Rope
 from model_store.weight_form import Storage
 from model_store.weights import EndWeights
 from server.core.batch import ForwardBatch, Segment
+from server.core.config import EngineConfig
 from server.core.executor import Executor
 from server.model.attention import Lane, TorchAttention
 from server.model.decoder_layer import Rows, decoder_layer, stream_norm
@@ -30,6 +31,7 @@ class TorchExecutor(Executor):
     """Runs the step's program layer by layer with torch operations."""
 
     name = "torch"
+    can_change_student = True
 
     def __init__(self, pair: LoadedPair, *, page_size: int, kv_cache_dtype: str = "auto") -> None:
         pair = pair.in_torch()
@@ -53,6 +55,11 @@ class TorchExecutor(Executor):
         self.states = torch.empty(0)  # [state pages * page_size, E] once allocated
         ropes: set[Rope] = {layer.rope for layer in pair.layers.values()} - {"none"} if self.spec.rotary_dim else set()
         self._frequencies = {rope: self.spec.rope_inv_freq(rope) for rope in ropes}
+
+    def beside(self, pair: LoadedPair, config: EngineConfig) -> TorchExecutor:
+        own = TorchExecutor(pair, page_size=self.page_size, kv_cache_dtype=config.kv_cache_dtype)
+        own.attention, own.states = self.attention, self.states
+        return own
 
     def describe(self) -> str:
         kinds = f" ({self._kinds})" if self.weight_form.storage is Storage.CODES else ""

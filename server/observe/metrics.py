@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     GCCollector,
     Histogram,
     PlatformCollector,
@@ -203,6 +204,11 @@ class Metrics:
         self._declare_sizes()
 
     def _declare_sizes(self) -> None:
+        names = ("model_name", "size")
+        text = "Work done on the student that is being made, 0 to 1"
+        self.student_progress = Gauge("boomerang:student_progress", text, names[:1], registry=self.registry)
+        text = "KL of its sizes so far, nats per token"
+        self.student_kl = Gauge("boomerang:student_kl", text, names, registry=self.registry)
         by_size = lambda name, text, *more: Counter(  # noqa: E731
             f"boomerang:{name}", text, ("model_name", "size", *more), registry=self.registry
         )
@@ -277,6 +283,13 @@ class Metrics:
 
     def observe_lag(self, seconds: float) -> None:
         self._lag.observe(seconds)
+
+    def set_student_progress(self, share: float, kl_by_size: Mapping[int, float]) -> None:
+        """How far the student is that is made for this server."""
+        name = self._labels["model_name"]
+        self.student_progress.labels(name).set(share)
+        for size, kl in kl_by_size.items():
+            self.student_kl.labels(name, str(size)).set(kl)
 
     # --- engine thread
 

@@ -33,8 +33,11 @@ from server.sizing.tenants import Tenants
 from server.sizing.valve import Valve
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from server.core.batch import ForwardBatch, Scheduled
     from server.core.load import LoadView
+    from server.cost.profile import CostProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ class BudgetPolicy(SizePolicy):
         quality: QualityTable | None = None,
         config: PolicyConfig | None = None,
         keep: Callable[[CostModel], None] | None = None,
+        demand: Demand | None = None,
     ) -> None:
         """`quality`: the KL that is to be least, by size and width. Left out: a guess that grows with what is missing.
 
@@ -81,7 +85,7 @@ class BudgetPolicy(SizePolicy):
         self.tenants = tenants or Tenants()
         self.price = StepPrice(cost)
         self.table = CandidateTable(self.price, quality)
-        self.demand = Demand(self.config.window)
+        self.demand = demand or Demand(self.config.window)
         self.forecaster = Forecaster(cost, self.price, self.table, self.demand, self.tenants, self.config.sigmas)
         self.outlook = Outlook(cost, self.price, self.demand, self.tenants, self.config.min_chunk)
         self.num_decisions = 0
@@ -93,6 +97,15 @@ class BudgetPolicy(SizePolicy):
         self._unlearned: list[tuple[ForwardBatch, float, float]] = []
         self._unlearned_seconds = 0.0
         self._pressed: dict[str, float] = {}  # tenant -> when no size held for it the last time
+
+    def beside(self, profile: CostProfile, quality: QualityTable, path: Path | None) -> BudgetPolicy:
+        """A policy for the same teacher beside another student, which knows what this one knows of the machine and of
+        what arrives. `path`: where its cost model is kept."""
+        cost = self.cost.beside(profile)
+        cost.path = path
+        return BudgetPolicy(
+            cost, tenants=self.tenants, quality=quality, config=self.config, keep=self._keep, demand=self.demand
+        )
 
     # --- before the queue
 

@@ -98,14 +98,15 @@ class RunningServer:
 
     def __init__(
         self,
-        pair: tuple[Path, Path],
+        pair: tuple[Path, Path | None],
         *flags: str,
         env: dict[str, str] | None = None,
         module: str = "server",
         preexec_fn: Callable[[], None] | None = None,
     ) -> None:
         base: Sequence[str] = (
-            *("--teacher", str(pair[0]), "--student", str(pair[1]), "--host", "127.0.0.1", "--port", "0"),
+            *("--teacher", str(pair[0]), *([] if pair[1] is None else ["--student", str(pair[1])])),
+            *("--host", "127.0.0.1", "--port", "0"),
             *("--dtype", "float32", "--executor", "torch", "--kv-cache-memory", "16MiB", "--page-size", "8"),
             *("--max-num-seqs", "16", "--max-num-batched-tokens", "64", "--device", "cpu", "--num-threads", "1"),
             *("--served-model-name", NAME, "--size-policy", "largest"),

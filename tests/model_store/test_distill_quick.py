@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from model_store.assembly import Elasticity
+from model_store.beside import load_beside
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import load_elastic
 from model_store.distill.quick import block_costs, cheapest_blocks, offered_sizes, only_sizes
 from model_store.distill.warm_start import fit_by_least_squares
-from model_store.pair import open_pair
+from model_store.distill.write import write_full, write_manifest
+from model_store.pair import PairError, open_pair
+from model_store.weight_form import WeightForm
 from server.cli import main
 from tests.api import tiny
 from tests.tiny_pairs import make_model
@@ -80,7 +83,8 @@ def kl_of(model, size, ids):
 def test_the_command_makes_a_pair_whose_sizes_were_measured(data, text, tmp_path, capsys):
     teacher = tiny.make_pair(tmp_path)[0]
     command = ["distill", "--quick", "--teacher", str(teacher), "--out", str(tmp_path / "out"), "--max-kl", "100",
-               "--tokens", "4000", "--row-tokens", "64", "--keep", "4", "--store", str(tmp_path / "store")]  # fmt: skip
+               "--tokens", "4000", "--row-tokens", "64", "--keep", "4", "--store", str(tmp_path / "store"),
+               "--minutes", "0.05" if data else "0"]  # fmt: skip
     assert main(command + (["--data", str(text)] if data else [])) == 0
     assert "serve it" in capsys.readouterr().out
     pair = open_pair(teacher, tmp_path / "out", store=tmp_path / "store")
@@ -97,8 +101,62 @@ def test_the_command_makes_a_pair_whose_sizes_were_measured(data, text, tmp_path
 def test_no_size_is_promised_that_does_not_pass(text, tmp_path, capsys):
     teacher = tiny.make_pair(tmp_path)[0]
     common = ["distill", "--teacher", str(teacher), "--out", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
-    strict = ["--quick", "--data", str(text), "--tokens", "4000", "--row-tokens", "64", "--max-kl", "0.000001"]
+    strict = [
+        "--quick",
+        "--minutes",
+        "0",
+        "--data",
+        str(text),
+        "--tokens",
+        "4000",
+        "--row-tokens",
+        "64",
+        "--max-kl",
+        "0.000001",
+    ]
     assert main(common + strict) == 1
     assert "no size is below --max-kl 1e-06: the best has" in capsys.readouterr().err
     assert not (tmp_path / "out" / "pair.json").exists()
     assert main(common) == 1 and "--data: name files to train on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2"])
+def test_what_is_not_the_students_own_is_there_once(family, tmp_path):
+    teacher = make_model(family, 6, seed=1, tied=True)
+    teacher.save_pretrained(tmp_path / "teacher")
+    model = ElasticModel(teacher, Elasticity.from_order(6, (0, 2, 3, 4), [3, 0]))
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.add_(0.01)
+    (tmp_path / "student").mkdir()
+    write_full(tmp_path / "student", model)
+    write_manifest(tmp_path / "student", model, {})
+    pair = open_pair(tmp_path / "teacher", tmp_path / "student", store=tmp_path)
+    assert pair.shares_ends and pair.own_layers == {0, 3}
+    form = WeightForm(torch.bfloat16)
+    loaded = pair.load(form)
+    assert loaded.ends["teacher"] is loaded.ends["student"]
+    assert loaded.layers[6 + 1] is loaded.layers[2] and loaded.layers[6 + 3] is not loaded.layers[4]
+    assert pair.union_bytes(pair.elasticity.sizes, form) == loaded.num_bytes()
+    alone = open_pair(tmp_path / "teacher", "none", store=tmp_path).load(form)
+    beside = load_beside(pair, alone, form)
+    assert beside.layers[6 + 1] is alone.layers[2] and beside.ends is alone.ends
+    assert load_elastic(pair, torch.float32).ends is None
+    config = tmp_path / "student" / "student_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"own_layers": [9]}))
+    with pytest.raises(PairError, match="own_layers is"):
+        open_pair(tmp_path / "teacher", tmp_path / "student", store=tmp_path)
+
+
+def test_a_run_goes_on_where_it_was(text, tmp_path, capsys):
+    teacher = tiny.make_pair(tmp_path)[0]
+    out = tmp_path / "out"
+    command = ["distill", "--quick", "--teacher", str(teacher), "--out", str(out), "--max-kl", "100", "--data",
+               str(text), "--tokens", "4000", "--row-tokens", "64", "--store", str(tmp_path / "store")]  # fmt: skip
+    assert main([*command, "--max-kl", "1e-9", "--minutes", "0.1"]) == 1
+    assert (out / "work" / "training.pt").is_file()
+    assert main([*command, "--minutes", "0.1"]) == 0
+    said = capsys.readouterr().err
+    assert "going on from" in said and said.count("the student keeps") == 1
+    assert not (out / "work").exists()
+    assert json.loads((out / "pair.json").read_text())["is_trained"]

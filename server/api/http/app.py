@@ -60,6 +60,8 @@ def create_app(
             yield
         finally:
             watching.cancel()
+            if state.growing is not None:
+                state.growing.cancel()
             if not loading.done():
                 loading.cancel()
             await state.stop()
@@ -139,6 +141,8 @@ async def _load(
         state.metrics.attach(model.engine, catalog.name, catalog.max_model_len, state.settings.gpu_memory_utilization)
         await async_engine.start()
         state.attach(model, async_engine)
+        if model.grow is not None:
+            state.growing = asyncio.ensure_future(model.grow(state))
     except Exception as error:
         state.load_error = f"{type(error).__name__}: {error}" if not isinstance(error, APIError) else error.message
         if on_failure is None:

@@ -83,7 +83,7 @@ class Gateway:
                 if is_inference:
                     self.limits.enter(carried["tenant"])
                     tenant = carried["tenant"]
-                    self.state.num_active += 1
+                    self.state.count_active(1)
             except APIError as error:
                 await error.response(path, "anthropic-version" in headers)(scope, receive, send_noting)
                 return
@@ -91,7 +91,7 @@ class Gateway:
         finally:
             if tenant is not None:
                 self.limits.leave(tenant)
-                self.state.num_active -= 1
+                self.state.count_active(-1)
             seconds, generation = time.monotonic() - started, carried.get("generation")
             self._report(scope, path, status, seconds, headers, num_bytes, request_id)
             if is_inference and self.state.telemetry is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from server.options import SettingsError
 from server.sizing.tenants import Tenants
 
 if TYPE_CHECKING:
+    from model_store.loaded import LoadedPair
+    from model_store.pair import Pair
     from server.api.http.tracing import Telemetry
     from server.engine.async_engine import AsyncEngine
     from server.engine.engine import Engine
@@ -43,6 +46,9 @@ class ServedModel:
     tenants: Tenants = field(default_factory=Tenants)
     resolve_size: Callable[[Any], int] | None = None  # "24L", "75%"... into layers
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    pair: Pair | None = None
+    loaded: LoadedPair | None = None
+    grow: Callable[[ServerState], Awaitable[None]] | None = None  # runs beside the server, and adds sizes to it
 
 
 class ServerState:
@@ -59,9 +65,11 @@ class ServerState:
         self.telemetry: Telemetry | None = None
         self.load_error: str | None = None
         self.num_active = 0  # inference requests between first byte in and last byte out
+        self.on_activity: Callable[[bool], None] | None = None  # is told when there are some, and when there are none
         self.body_bytes = 0  # of request bodies that are still arriving
         self.model: ServedModel | None = None  # until it is loaded
         self._async_engine: AsyncEngine | None = None
+        self.growing: asyncio.Task[None] | None = None  # `ServedModel.grow`
         # Set by `attach`; routes run only after that (`Gateway` sees to it).
         self.chooser: SizeChooser
         self.grammars: Compiler
@@ -75,6 +83,22 @@ class ServerState:
         self.grammars = Compiler(model.tokenizer, self.settings)
         self.sampling_defaults = model.sampling_defaults
         self._async_engine = async_engine
+
+    def change_model(self, model: ServedModel) -> None:
+        """The engine serves another student by now: offer its sizes. Every size that was offered still is."""
+        self.chooser = SizeChooser(model.catalog, self.settings, model.tenants)
+        self.model = model
+        if model.resolve_size is not None:
+            try:
+                model.tenants.take(self.keys.sizing(model.resolve_size))
+            except APIError as error:
+                logger.error("sizes of the API keys stay as they were: %s", error.message)
+
+    def count_active(self, change: int) -> None:
+        """An inference request comes (1) or goes (-1)."""
+        self.num_active += change
+        if self.on_activity is not None and self.num_active == max(change, 0):
+            self.on_activity(self.num_active > 0)
 
     def reload_keys(self) -> None:
         """Read the API keys again, with what they stand for. If anything is wrong with them the old ones stay."""

@@ -178,7 +178,10 @@ async function poll() {
         $("live-note").textContent = "This page's own requests in the last two minutes (/metrics is not reachable from here).";
       }
       live.limits = { ttft: Number($("slo-ttft").value), tpot: Number($("slo-tpot").value) };
-      live.push(performance.now(), text === null ? structuredClone(own) : parseMetrics(text));
+      const totals = text === null ? structuredClone(own) : parseMetrics(text);
+      live.push(performance.now(), totals);
+      // A student that came while the page was open has brought sizes.
+      if (state.name && !state.running && Object.keys(totals.running).some((size) => !(size in live.fractions))) connect();
     } catch { /* the server is away: the chart stands still */ }
   }
   setTimeout(poll, 1000);

@@ -56,12 +56,14 @@ class NativeExecutor(Executor):
     """Takes over the pair: its matrices are packed in their place."""
 
     name = "native"
-    can_draw = can_ring = True
+    can_draw = can_ring = can_change_student = True
     _engine: int | None = None  # the library's own
 
     def __init__(
-        self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str]
-    ) -> None:
+        self, pair: LoadedPair, config: EngineConfig, variant: str, lib: ctypes.CDLL, passed_over: list[str],
+        beside: NativeExecutor | None = None,
+    ) -> None:  # fmt: skip
+        """`beside`: one for the same teacher, whose packed weights it refers to."""
         spec = self.spec = pair.spec
         self.dtype = pair.dtype
         self.page_size = config.page_size
@@ -71,14 +73,17 @@ class NativeExecutor(Executor):
         self.num_threads = config.num_threads or available_threads()
         self._lib, self._pair = lib, pair  # norms and biases are used where they lie
         self._has_two_ends = pair.ends["teacher"] is not pair.ends["student"]
-        self.weight_form, self._kinds = pair.form, pair.kinds()
-        self._weights = PackedWeights(pair, lib, self.num_threads, config.compress_weights)
+        self.weight_form, self._kinds = pair.form, pair.kinds() if beside is None else beside._kinds
+        self._weights = PackedWeights(
+            pair, lib, self.num_threads, config.compress_weights, beside=None if beside is None else beside._weights
+        )
         self.bytes_per_weight = self._weights.bytes_per_weight
         if self._weights.is_compressed:
             self.weight_form = pair.form.stored_as(Storage.TWELVE_BITS)
         self.widths, weight_type = pair.widths, self._weights.type
         if len(self.widths) > 1:
-            self._nested, weight_type = self._weights.attach_nested(pair), library.CODES
+            nested = None if beside is None else beside._nested
+            self._nested, weight_type = self._weights.attach_nested(pair, nested), library.CODES
         self._differences = PackedDifferences(pair, lib, self.dtype, self.num_threads)
         self.shared_stations = pair.shared_stations
         self._num_teacher_layers = pair.elasticity.num_teacher_layers
@@ -109,6 +114,11 @@ class NativeExecutor(Executor):
         if self._engine is not None:
             self._lib.bs_destroy(self._engine)
             self._engine = None
+
+    def beside(self, pair: LoadedPair, config: EngineConfig) -> NativeExecutor:
+        own = NativeExecutor(pair, config, self.variant, self._lib, self._passed_over, self)
+        own.k_pages, own.v_pages, own.states = self.k_pages, self.v_pages, self.states
+        return own
 
     def describe(self) -> str:
         kind = str(self.weight_form)

@@ -63,33 +63,40 @@ class PackedWeights:
 
     def __init__(
         self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int, compress: bool = False,
-        form: Callable[[Matrix], Matrix | None] = exact_of,
+        form: Callable[[Matrix], Matrix | None] = exact_of, beside: PackedWeights | None = None,
     ) -> None:  # fmt: skip
         """`compress` keeps bfloat16 matrices in twelve bits; others are packed as they are. `form`: of a matrix, what
-        is packed here; matrices without it are left out."""
+        is packed here; matrices without it are left out. What `beside` packed stays there and counts as packed."""
+        self._beside_of = beside  # whose arena some of it lies in
         self._lib, self._num_threads, self._compress = lib, num_threads, compress
         self._keep_alive: list[list[library.Weights]] = []  # `of` hands out copies whose `more` point here
         self._beside: list[np.ndarray] = []  # what lies outside the arena: exponents and rest of compressed matrices
-        self._where: dict[int, library.Weights] = {}  # by address of the tensor's (packed) storage
-        self._num_weights: dict[int, int] = {}  # likewise
+        # By address of the tensor's (packed) storage
+        self._where: dict[int, library.Weights] = {} if beside is None else dict(beside._where)
+        self._num_weights: dict[int, int] = {} if beside is None else dict(beside._num_weights)
         layers = [layer for _, layer in sorted(pair.layers.items())]
         groups = [[form(getattr(layer, name)) for name in MATRICES] for layer in layers]
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
         groups.append([form(pair.ends[side].head) for side in ("teacher", "student")])
         # Embeddings in codes, of a head that no size needs or of none.
         groups.append([form(end.embed) for end in pair.ends.values() if not is_plain(end.embed)])
-        seen: set[int] = set()
+        seen: set[int] = {*self._where}
         matrices: list[list[tuple[Matrix, list[_Source]]]] = []
         for group in groups:
             distinct = [m for m in group if m is not None and not (_start(m) in seen or seen.add(_start(m)))]
             matrices.append([(matrix, self._sources(matrix, id(matrix) in gated)) for matrix in distinct])
         sources = [source for group in matrices for _, parts in group for source in parts]
-        types = {source.type for source in sources}
+        types = {source.type for source in sources} | (set() if beside is None else {beside.type})
         self.type = types.pop() if types <= _PLAIN and len(types) == 1 else library.CODES
         self.is_compressed = self.type == library.BF12
         num_weights = sum(math.prod(source.shape) for source in sources)
-        self.bytes_per_weight = sum(source.num_read for source in sources) / num_weights
+        num_read: float = sum(source.num_read for source in sources)
         self._num_nested = dict.fromkeys((False, True), 0)  # weights that have nested codes: of layers, of heads
+        if beside is not None:
+            packed = sum(self._num_weights.values())
+            num_weights, num_read = num_weights + packed, num_read + packed * beside.bytes_per_weight
+            self._num_nested = dict(beside._num_nested)
+        self.bytes_per_weight = num_read / num_weights
         self._arena = huge_pages(sum(source.num_bytes for source in sources))
         self._scales = np.zeros(sum(s.num_channels for s in sources if s.type == library.INT8), np.float32)
         self._offset = self._channel = 0
@@ -102,15 +109,17 @@ class PackedWeights:
         """The packed form of a matrix, None if it was not packed."""
         return self._where.get(_start(matrix))
 
-    def attach_nested(self, pair: LoadedPair) -> PackedWeights:
+    def attach_nested(self, pair: LoadedPair, beside: PackedWeights | None = None) -> PackedWeights:
         """Have every matrix with nested codes point to them, packed into an arena of their own if they lie beside it.
 
-        Returns what holds them.
+        Returns what holds them. `beside`: what an earlier call returned, whose codes stay where they are.
         """
         matrices = [(getattr(layer, name), False) for layer in pair.layers.values() for name in MATRICES]
         matrices += [(end.head, True) for end in pair.ends.values()]
         is_dual = any(isinstance(matrix, DualMatrix) for matrix, _ in matrices)
-        nested = PackedWeights(pair, self._lib, self._num_threads, form=nested_of) if is_dual else self
+        nested = self
+        if is_dual:
+            nested = PackedWeights(pair, self._lib, self._num_threads, form=nested_of, beside=beside)
         for matrix, is_head in matrices:
             codes, own = nested_of(matrix), self.of(matrix)
             if codes is not None and own is not None and not own.nested:
@@ -178,6 +187,8 @@ class PackedWeights:
 
     def _pack(self, group: list[tuple[Matrix, list[_Source]]], users: _Users) -> None:
         """Pack the matrices of a layer; whoever has one gets the packed bytes in its place."""
+        if not group:
+            return
         sources = [source for _, parts in group for source in parts]
         items = (library.Pack * len(sources))()
         scales: dict[int, np.ndarray] = {}  # of int8, by address of the source
