@@ -177,7 +177,8 @@ class Maker:
         arguments += ["--tokens", str(settings.make_tokens)]
         if self.settings.store:
             arguments += ["--store", str(self.settings.store)]
-        log = made.work_folder(self.folder) / "log.txt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / "making.log"
         with log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "server", "distill", *arguments,

@@ -126,9 +126,12 @@ class _Making:
     # --- steps
 
     def _teacher(self) -> Any:
+        from model_store.distill.cpu_attention import use_matmul_attention
         from model_store.distill.from_pair import load_transformers
 
-        return load_transformers(self.teacher_path, torch.float32, self.job.store)
+        teacher = load_transformers(self.teacher_path, torch.float32, self.job.store)
+        use_matmul_attention(teacher, self.job.row_tokens)
+        return teacher
 
     def _fitted(self, state: dict[str, Any], rows: torch.Tensor) -> ElasticModel:
         """The student as the closed form has it, in its patch order."""
@@ -167,12 +170,10 @@ class _Making:
 
     def _train(self, model: ElasticModel, rows: torch.Tensor, gate: torch.Tensor, seconds: float) -> None:
         """Train in bfloat16 where that is worth it; the model is left as it was, but for the student."""
-        from model_store.distill.cpu_attention import use_matmul_attention
         from model_store.distill.order import kl_of_paths
         from model_store.distill.processes import has_bf16
 
         teacher = self._teacher().to(torch.bfloat16 if has_bf16(on_cpu=True) else torch.float32)
-        use_matmul_attention(teacher, rows.shape[1])
         trained = ElasticModel(teacher, model.elasticity, dict(_layers(model)))
         own, first = model.elasticity, _SHARES["fit"]
         with tqdm(total=100, desc="training", unit="%", file=sys.stderr) as bar:
