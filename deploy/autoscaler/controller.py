@@ -32,7 +32,8 @@ class Controller:
 
     Times in seconds. Nothing that may hold streams is ended before it had `drain_timeout` to finish them. One that is
     not ready `start_timeout` after its start, or that turned unhealthy, is drained and replaced, one at a time; while
-    most are unhealthy at once the host is overloaded and none is. Stale ones are replaced likewise, the new one first.
+    most are unhealthy at once the host is overloaded and none is. Stale ones are replaced likewise, the new one first;
+    one that serves without keys goes first if its replacement, which has keys, cannot start.
     What was learned and who drains since when is kept in `state_path`. In a dry run decisions are made, logged and
     exported, and nothing is touched.
     """
@@ -141,6 +142,11 @@ class Controller:
             self.metrics.actions.labels("replace").inc()
             self._drain(failed, now)
             live.remove(failed)
+        for replica in [replica for replica in live if replica.is_open]:
+            log.warning("%s serves without keys, and what has keys cannot start: draining it", replica.id[:20])
+            self.metrics.actions.labels("drain").inc()
+            self._drain(replica, now)
+            live.remove(replica)
         # While there is a stale one there is one more than wanted: the new one is ready before the old one goes.
         is_stale = any(replica.is_stale for replica in live)
         for _ in range(target + is_stale - len(live)):

@@ -7,6 +7,7 @@ container that Compose made, field by field from the two lists below.
 from __future__ import annotations
 
 import datetime
+import re
 import secrets
 import socket
 from typing import Any
@@ -61,6 +62,7 @@ class DockerDriver:
         # None: gone between the two calls.
         found = [details for summary in self._containers() if (details := self._inspect(summary["Id"])) is not None]
         template = max((d for d in found if not _is_managed(d)), key=lambda d: d["Created"], default=None)
+        keys_failed = template is not None and _has_keys(template) and _has_failed(template)
         replicas = [
             Replica(
                 details["Id"],
@@ -69,6 +71,7 @@ class DockerDriver:
                 is_managed=_is_managed(details),
                 address=_address(details),
                 is_stale=template is not None and _is_managed(details) and _origin(details) != _origin(template),
+                is_open=keys_failed and not _has_keys(details),
             )
             for details in found
         ]
@@ -174,6 +177,17 @@ def _is_managed(details: dict[str, Any]) -> bool:
 def _origin(details: dict[str, Any]) -> tuple[str | None, ...]:
     """What Compose made a container from: the hash of its configuration, and the image itself rather than its tag."""
     return (details["Config"].get("Labels") or {}).get(_CONFIG_HASH), details.get("Image")
+
+
+def _has_keys(details: dict[str, Any]) -> bool:
+    return any(re.match("BOOMERANG_API_KEY(_FILE)?=.", variable) for variable in details["Config"].get("Env") or ())
+
+
+def _has_failed(details: dict[str, Any]) -> bool:
+    """It was not even started (a secret is missing), or it exits and is restarted (a secret is unreadable)."""
+    state = details["State"]
+    is_healthy = (state.get("Health") or {}).get("Status") == "healthy"
+    return not is_healthy and bool(state.get("Error") or state.get("ExitCode") or details.get("RestartCount"))
 
 
 def _started(details: dict[str, Any]) -> float:

@@ -33,6 +33,7 @@ class Replica:
 
     `started`: seconds since the epoch, of its latest start. `is_managed`: started by the autoscaler (these go first).
     `is_stale`: made from a template that has been replaced since (an update, new keys).
+    `is_open`: serves without keys although what is to replace it has some, and that could not start.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Replica:
     is_managed: bool = True
     address: str = ""
     is_stale: bool = False
+    is_open: bool = False
 
 
 class Driver(Protocol):

@@ -33,33 +33,39 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 PROJECT = "boomerang-test"
 IMAGE = os.environ.get("BOOMERANG_IMAGE", "boomerang-serve:cpu")
+UPDATED = "boomerang-test:cpu"  # the name that the project runs: the image, and later one made after it
 URL = "http://127.0.0.1:18000"
 STREAM = {"prompt": "The quick", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": True}
 
 
-def docker(*command: str, check: bool = True) -> str:
-    result = subprocess.run(["docker", *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+def docker(*command: str, check: bool = True, stdin: str | None = None) -> str:
+    result = subprocess.run(
+        ["docker", *command], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=600, check=False
+    )
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result.stdout + ("" if result.returncode == 0 else result.stderr)
 
 
 class Project:
-    def __init__(self, secrets: Path) -> None:
-        self.secrets = secrets
+    """A project of its own, whose ports on loopback end in `port`."""
+
+    def __init__(self, secrets: Path, name: str = PROJECT, port: int = 0) -> None:
+        self.secrets, self.name = secrets, name
         self.overlays: tuple[str, ...] = ()
         self.more: tuple[str, ...] = ()  # further files, in tests/compose
         self.variables = {
-            "COMPOSE_PROJECT_NAME": PROJECT,
+            "COMPOSE_PROJECT_NAME": name,
+            "BOOMERANG_IMAGE": UPDATED,
             "BOOMERANG_TEACHER": "/store/tiny",
             "BOOMERANG_STUDENT": "/store/student",
             "BOOMERANG_NUM_THREADS": "1",
             "BOOMERANG_MIN_REPLICAS": "1",
             "BOOMERANG_MAX_REPLICAS": "3",
             "BOOMERANG_SECRETS": str(secrets),
-            "BOOMERANG_PUBLISH": "127.0.0.1:18000",
-            "BOOMERANG_PUBLISH_STATS": "127.0.0.1:18404",
-            "BOOMERANG_PUBLISH_PROMETHEUS": "127.0.0.1:19090",
-            "BOOMERANG_PUBLISH_GRAFANA": "127.0.0.1:13000",
+            "BOOMERANG_PUBLISH": f"127.0.0.1:{18000 + port}",
+            "BOOMERANG_PUBLISH_STATS": f"127.0.0.1:{18404 + port}",
+            "BOOMERANG_PUBLISH_PROMETHEUS": f"127.0.0.1:{19090 + port}",
+            "BOOMERANG_PUBLISH_GRAFANA": f"127.0.0.1:{13000 + port}",
         }
 
     def compose(self, *command: str, check: bool = True) -> str:
@@ -71,9 +77,18 @@ class Project:
         ]
         return docker("compose", *(part for name in files for part in ("-f", name)), *command, check=check)
 
+    def create(self, pair: Path) -> None:
+        """The first container and its store, with `pair` in it."""
+        self.compose("create", "--no-build", "server")
+        (container,) = self.compose("ps", "--all", "-q", "server").split()
+        docker("cp", f"{pair}/.", f"{container}:/store/")
+
+    def down(self) -> None:
+        self.compose("down", "--remove-orphans", "--volumes", "--timeout", "5", check=False)
+
     def replicas(self) -> dict[str, dict]:
         """Container id -> what `docker inspect` says, of all containers of the service that run."""
-        labels = [f"com.docker.compose.project={PROJECT}", "com.docker.compose.service=server"]
+        labels = [f"com.docker.compose.project={self.name}", "com.docker.compose.service=server"]
         ids = docker("ps", "-q", "--no-trunc", *(part for label in labels for part in ("--filter", f"label={label}")))
         return {item["Id"]: item for item in json.loads(docker("inspect", *ids.split()))} if ids.split() else {}
 
@@ -104,12 +119,11 @@ def project(tmp_path_factory) -> Iterator[Project]:
     project = Project(folder / "secrets")
     make_pair(folder / "pair")
     subprocess.run(["chmod", "-R", "a+rX", str(folder / "pair")], check=True)  # for the user in the image
-    project.compose("create", "--no-build", "server")
-    (container,) = project.compose("ps", "--all", "-q", "server").split()
-    docker("cp", f"{folder}/pair/.", f"{container}:/store/")
+    docker("tag", IMAGE, UPDATED)
+    project.create(folder / "pair")
     yield project
-    project.compose("logs", "--no-color", "--tail", "50", check=False)
-    project.compose("down", "--remove-orphans", "--volumes", "--timeout", "5", check=False)
+    project.down()
+    docker("image", "rm", UPDATED, check=False)
 
 
 @contextlib.contextmanager
@@ -175,28 +189,64 @@ def under_streams(ledger: Ledger, fault: Callable[[], object]) -> None:
         thread.join()
 
 
-def test_up_and_scaled_by_the_autoscaler(project):
-    """One replica; a second one by a setting of the autoscaler, which leaves everything else alone."""
+def test_the_image_is_small_and_names_the_licence_of_everything_inside():
+    (image,) = json.loads(docker("image", "inspect", IMAGE))
+    assert image["Size"] <= 450e6
+    lines = "open('/usr/share/doc/boomerang-serve/PACKAGES').read().splitlines()"
+    script = f"import os; print([os.path.isfile(line.split('\t')[2]) for line in {lines}])"
+    found = json.loads(docker("run", "--rm", "--entrypoint", "python", IMAGE, "-c", script).lower())
+    assert len(found) > 100 and all(found)
+
+
+def test_up(project):
     project.compose("up", "-d", "--no-build")
     project.wait_replicas(1)
     until(lambda: "200" in probe_once(), 60)
+    services = [json.loads(line) for line in project.compose("ps", "--format", "json").splitlines()]
+    assert {s["Service"] for s in services} >= {"gate", "autoscaler", "haproxy", "prometheus", "grafana"}
+    assert httpx.get(URL + "/metrics").status_code == 404
+    assert httpx.get("http://127.0.0.1:18404/health").status_code == 200
+
+
+def test_one_replica_is_updated_and_refuses_nobody(project):
+    """A new image under the same name. A second replica serves while Compose makes its own anew, and leaves again."""
+    before = tuple(project.replicas())
+    docker("build", "-t", UPDATED, "-", stdin=f"FROM {IMAGE}\nLABEL updated=yes\n")
+    with probing() as seen:
+        project.variables["BOOMERANG_MIN_REPLICAS"] = "2"
+        project.compose("up", "-d", "--no-build", "autoscaler")
+        before += tuple(project.wait_replicas(2))
+        project.compose("up", "-d", "--no-build")
+        project.wait_replicas(2, 240, without=before)
+        project.variables["BOOMERANG_MIN_REPLICAS"] = "1"
+        project.compose("up", "-d", "--no-build", "autoscaler")
+        project.wait_replicas(1)
+    assert not seen.told, seen.told
+    (item,) = project.replicas().values()
+    assert item["Config"]["Labels"]["updated"] == "yes" and not is_clone(item)
+    seen.record("update of the only replica: a new image", "the new one serves, alone")
+
+
+def test_scaled_by_the_autoscaler(project):
+    """A second replica by a setting of the autoscaler, which leaves everything else alone."""
     project.variables["BOOMERANG_MIN_REPLICAS"] = "2"
     with probing() as seen:
         project.compose("up", "-d", "--no-build", "autoscaler")
         project.wait_replicas(2)  # one that Compose made, one that the autoscaler added through the gate
     assert sorted(map(is_clone, project.replicas().values())) == [False, True]
     assert not seen.told
-    services = [json.loads(line) for line in project.compose("ps", "--format", "json").splitlines()]
-    assert {s["Service"] for s in services} >= {"gate", "autoscaler", "haproxy", "prometheus", "grafana"}
-    assert httpx.get(URL + "/metrics").status_code == 404
-    assert httpx.get("http://127.0.0.1:18404/health").status_code == 200
-    query = {"query": 'count(up{job="boomerang"} == 1)'}
-    until(lambda: '"2"]' in httpx.get("http://127.0.0.1:19090/api/v1/query", params=query).text, 30)
+    until(lambda: prometheus('count(up{job="boomerang"} == 1)') == 2, 30)
 
 
-def probe_once() -> str:
+def prometheus(query: str) -> float | None:
+    """The value of the first series."""
+    answer = httpx.get("http://127.0.0.1:19090/api/v1/query", params={"query": query}).json()
+    return next((float(series["value"][1]) for series in answer["data"]["result"]), None)
+
+
+def probe_once(url: str = URL) -> str:
     with contextlib.suppress(httpx.HTTPError):
-        return str(httpx.post(URL + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=10).status_code)
+        return str(httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=10).status_code)
     return ""
 
 
@@ -267,6 +317,23 @@ def test_a_frozen_replica_holds_up_only_what_it_was_serving(project):
     seen.record("one replica of two frozen", "the autoscaler replaced it")
 
 
+def test_while_all_are_frozen_none_is_replaced(project):
+    """A host that stands still: what looks unhealthy is not, and its answers come when it goes on."""
+    made, clone = sorted(project.replicas().items(), key=lambda entry: is_clone(entry[1]))
+    before = set(project.replicas())
+    with probing() as seen:
+        time.sleep(2)
+        docker("pause", made[0])  # first: that one alone is not the autoscaler's to replace
+        docker("pause", clone[0])
+        time.sleep(10)
+        docker("unpause", made[0], clone[0])
+        until(lambda: probe_once() == "200", 40)
+    assert set(seen.told) <= {"503"}, seen.told
+    project.wait_replicas(2)
+    assert set(project.replicas()) == before
+    seen.record("both replicas frozen for 10 s", "none is replaced")
+
+
 def test_a_stop_under_load_waits_for_its_answers(project):
     """A clone that is told to go finishes the streams that it has; new requests go elsewhere."""
     (clone,) = [id for id, item in project.replicas().items() if is_clone(item)]
@@ -275,6 +342,33 @@ def test_a_stop_under_load_waits_for_its_answers(project):
     assert not seen.told
     project.wait_replicas(2, without=(clone,))
     seen.record("one replica of two told to stop under 16 streams", "it left when they had ended, and was replaced")
+
+
+@pytest.mark.parametrize("fault", ["missing", "unreadable"])
+def test_a_failed_update_to_keys_leaves_none_without(project, fault):
+    """Also not the autoscaler's, which nothing would replace."""
+    project.overlays = ("keys",)
+    file = project.secrets / "api_keys"
+    if fault == "unreadable":
+        file.write_text("first\n")
+        file.chmod(0o600)
+    try:
+        said = project.compose("up", "-d", "--no-build", check=False)
+        assert fault == "unreadable" or "api_keys" in said
+        until(lambda: probe_once() != "200", 60, project.replicas)
+        until(lambda: not open_replicas(project), 60, project.replicas)
+    finally:
+        file.unlink(missing_ok=True)
+    project.overlays = ()
+    project.compose("up", "-d", "--no-build")
+    project.wait_replicas(2, 240)
+    Ledger().record(f"update to keys, the file {fault}", "no replica without keys is left, so none")
+
+
+def open_replicas(project: Project) -> list[str]:
+    return [
+        id for id, item in project.replicas().items() if not any("API_KEY_FILE" in e for e in item["Config"]["Env"])
+    ]
 
 
 def test_an_update_to_keys_replaces_every_replica_and_refuses_nobody(project):
@@ -315,6 +409,31 @@ def test_the_autoscalers_absence_changes_nothing(project):
         time.sleep(3)
         assert set(project.replicas()) == before
         seen.record(fault, "replicas stay")
+
+
+def test_what_the_autoscaler_learned_survives_it(project, tmp_path):
+    project.compose("stop", "autoscaler")
+    (container,) = project.compose("ps", "--all", "-q", "autoscaler").split()
+    (tmp_path / "state.json").write_text('{"capacity": 7.5, "draining": {}}')
+    docker("cp", str(tmp_path / "state.json"), f"{container}:/decisions/state.json")
+    project.compose("start", "autoscaler")
+    capacity = lambda: prometheus("boomerang_autoscaler_replica_capacity_requests") or 0  # noqa: E731
+    until(lambda: 7.5 <= capacity() < 8, 30, capacity)  # in calm times it grows
+
+
+def test_a_second_project_on_this_host(project, tmp_path):
+    make_pair(tmp_path / "pair")
+    subprocess.run(["chmod", "-R", "a+rX", str(tmp_path / "pair")], check=True)
+    before = set(project.replicas())
+    other = Project(project.secrets, f"{PROJECT}-2", port=1)
+    try:
+        other.create(tmp_path / "pair")
+        other.compose("up", "-d", "--no-build", "server", "haproxy")
+        other.wait_replicas(1)
+        until(lambda: probe_once(url="http://127.0.0.1:18001") == "200", 40)
+    finally:
+        other.down()
+    assert probe_once() == "401" and set(project.replicas()) == before
 
 
 def test_a_store_that_cannot_be_written_serves(project):

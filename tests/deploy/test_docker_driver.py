@@ -228,6 +228,28 @@ def test_an_update_replaces_the_clones_one_by_one_the_new_one_first(engine):
     assert not [r for r in controller.driver.replicas() if r.is_stale]
 
 
+@pytest.mark.parametrize(
+    "failed",
+    [
+        {"State": {"Status": "created", "ExitCode": 127, "Error": "bind source path does not exist: api_keys"}},
+        {"State": {"Status": "restarting", "ExitCode": 1}, "RestartCount": 2},
+        {"State": {"Status": "running", "ExitCode": 0, "Health": {"Status": "starting"}}, "RestartCount": 2},
+    ],
+)
+def test_a_failed_update_to_keys_leaves_no_replica_without(engine, failed):
+    controller, _ = settled(engine, 3)
+    old = clones(engine)
+    del engine.containers[engine.first]
+    new = container("boomerang-server-1", SERVICE_LABELS | {"com.docker.compose.config-hash": "bbbb"}, "created")
+    new["Config"]["Env"] = ["BOOMERANG_API_KEY_FILE=/run/secrets/api_keys"]
+    engine.containers[new["Id"]] = new
+    controller.tick()  # it may still come up
+    assert not [id for id in old if "signal" in engine.containers[id]]
+    engine.containers[new["Id"]] |= failed
+    controller.tick()
+    assert all(engine.containers[id]["signal"] == "SIGTERM" for id in old)
+
+
 def test_it_says_nothing_while_there_is_nothing_to_do(engine, caplog):
     controller, now = settled(engine, 1)
     caplog.clear()
