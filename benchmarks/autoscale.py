@@ -15,11 +15,14 @@ import argparse
 import asyncio
 import json
 import math
+import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -73,15 +76,13 @@ def plot(run: Run, phases: Sequence[Phase], slo: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     done = [r for r in run.records if r.is_complete]
-    figure, axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=(2, 2, 1.2))
+    figure, axes = plt.subplots(4, 1, figsize=(9, 7.6), sharex=True, height_ratios=(2, 2, 1.2, 0.6))
     times, ready, target, in_flight = zip(*run.samples, strict=True)
     axes[0].scatter([r.at for r in done], [r.size for r in done], s=9, alpha=0.5, color="#2b3fa8", linewidths=0)
-    failed = [r for r in run.records if not r.is_complete]
-    if failed:
-        axes[0].scatter(
-            [r.at for r in failed], [r.size for r in failed], s=30, marker="x", color="#c02020", label="cut"
-        )
-        axes[0].legend(loc="lower right", frameon=False)
+    failed = sorted(r.at for r in run.records if not r.is_complete)
+    axes[3].step([0.0, *failed, times[-1]], [*range(len(failed) + 1), len(failed)], where="post", color="#c02020")
+    axes[3].set_ylim(-0.1, max(1, len(failed)) * 1.2)
+    axes[3].set_ylabel("refused\nor broken")
     axes[0].set_ylabel("layers served")
     axes[1].scatter([r.at for r in done if r.tpot], [1000 * r.tpot for r in done if r.tpot], s=9, alpha=0.5,
                     color="#b3470a", linewidths=0)  # fmt: skip
@@ -98,7 +99,7 @@ def plot(run: Run, phases: Sequence[Phase], slo: dict, path: Path) -> None:
     load.plot(times, in_flight, color="#888", linewidth=1)
     load.set_ylabel("in flight", color="#888")
     axes[2].legend(loc="upper left", frameon=False, fontsize=8)
-    axes[2].set_xlabel("seconds")
+    axes[3].set_xlabel("seconds")
     start = 0.0
     for end, rate in ends(phases):
         axes[0].annotate(f"{rate:g} requests/s", ((start + end) / 2, 1.02), xycoords=("data", "axes fraction"),
@@ -134,6 +135,38 @@ def timeline(run: Run, phases: Sequence[Phase], ceiling: int) -> str:
     return "\n".join("- " + line for line in lines)
 
 
+def measured(rate: float, tpot: float, ttft: float) -> str:
+    return f"{rate:.2f} requests/s, {1000 * tpot:.1f} ms per token, first token after {1000 * ttft:.0f} ms"
+
+
+def report(run: Run, phases: Sequence[Phase], slo: dict, ceiling: int, decisions: str, one: str) -> None:
+    """Prints what one replica can do (`one`), a line per phase, when what happened, failures, and all decisions."""
+    print(f"One replica, {one}. Limits: {slo}\n")
+    print(table(run, phases, slo))
+    print("\n" + timeline(run, phases, ceiling))
+    failed = [r for r in run.records if not r.is_complete]
+    print(f"\n{len(run.records)} requests, {len(failed)} not completed")
+    for record in failed[:20]:
+        print(asdict(record))
+    print("\nDecisions:")
+    for line in decisions.splitlines():
+        entry = json.loads(line)
+        print(f"  {entry['target']} replicas, {entry['reason']}: {entry['detail']}")
+
+
+def counts(stack: LocalStack) -> tuple[int, int]:
+    """(replicas ready, target)."""
+    target = stack.controller.state.target if stack.controller.state else 0
+    return stack.num_ready(), target
+
+
+def kill_one(stack: LocalStack) -> str:
+    """SIGKILL for one ready replica; its name."""
+    victim = next(replica for replica in stack.driver.replicas() if replica.status == "ready")
+    os.kill(stack.driver.pid(victim.id), signal.SIGKILL)
+    return victim.id
+
+
 def server_command(*flags: str) -> list[str]:
     return [sys.executable, "-m", "server", "serve", "--host", "{host}", "--port", "{port}", *flags]
 
@@ -167,29 +200,18 @@ def main() -> None:
         slo = {"tpot_ms": round(1500 * tpot, 1), "ttft_ms": round(5000 * ttft)}
         shares = [tuple(map(float, part.split(":"))) for part in args.phases.split(",")]
         phases = [Phase(seconds, round(share * rate, 2)) for seconds, share in shares]
-        kill_at = None
-        if args.kill:
-            busiest = max(range(len(phases)), key=lambda i: phases[i].rate)
-            kill_at = sum(phase.seconds for phase in phases[:busiest]) + phases[busiest].seconds * 0.7
-        run = asyncio.run(drive(stack, phases, body_maker(model, slo, (low, high)), args.seed, kill_at))
+        busiest = max(range(len(phases)), key=lambda i: phases[i].rate)
+        kill_at = sum(phase.seconds for phase in phases[:busiest]) + phases[busiest].seconds * 0.7
+        kill = partial(kill_one, stack) if args.kill else None
+        make_body = body_maker(model, slo, (low, high))
+        run = asyncio.run(
+            drive(stack.api_url, phases, make_body, partial(counts, stack), args.seed, kill=kill, kill_at=kill_at)
+        )
         args.out.mkdir(parents=True, exist_ok=True)
         draw(stack.prometheus_url, args.out / f"{name.replace('autoscale', 'dashboard')}.png", begin, time.time())
         decisions = (Path(folder) / "decisions.jsonl").read_text()
     plot(run, phases, slo, args.out / f"{name}.png")
-    print(
-        f"One replica, {args.batch} at once, full size: {rate:.2f} requests/s, {1000 * tpot:.1f} ms per token, "
-        f"first token after {1000 * ttft:.0f} ms. Limits: {slo}\n"
-    )
-    print(table(run, phases, slo))
-    print("\n" + timeline(run, phases, ceiling))
-    failed = [r for r in run.records if not r.is_complete]
-    print(f"\n{len(run.records)} requests, {len(failed)} not completed")
-    for record in failed[:20]:
-        print(asdict(record))
-    print("\nDecisions:")
-    for line in decisions.splitlines():
-        entry = json.loads(line)
-        print(f"  {entry['target']} replicas, {entry['reason']}: {entry['detail']}")
+    report(run, phases, slo, ceiling, decisions, f"{args.batch} at once, full size: {measured(rate, tpot, ttft)}")
 
 
 if __name__ == "__main__":

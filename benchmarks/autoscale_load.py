@@ -1,20 +1,16 @@
-"""Clients of a local stack: what one request saw, load in phases, and what one replica can carry."""
+"""Clients of a load balancer: what one request saw, load in phases, and what one replica can carry."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
 import httpx
-
-from deploy.local.stack import LocalStack
 
 __all__ = ["Phase", "Record", "Run", "body_maker", "capacity", "drive", "ends", "send"]
 
@@ -95,13 +91,20 @@ async def send(client: httpx.AsyncClient, record: Record, body: dict, started: f
 
 
 async def drive(
-    stack: LocalStack,
+    url: str,
     phases: Sequence[Phase],
     make_body: Callable[[random.Random], dict],
+    counts: Callable[[], tuple[int, int]],
     seed: int = 0,
-    kill_at: float | None = None,
+    every: float = 0.5,
+    kill: Callable[[], str] | None = None,
+    kill_at: float = 0.0,
 ) -> Run:
-    """Open-loop arrivals through the load balancer. `kill_at`: seconds after which one ready replica gets SIGKILL."""
+    """Open-loop arrivals through the load balancer at `url`.
+
+    `counts` gives (replicas ready, target), asked `every` so many seconds. `kill` ends one replica after `kill_at`
+    seconds and says which.
+    """
     rng, run = random.Random(seed), Run()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
     started = time.monotonic()
@@ -110,22 +113,18 @@ async def drive(
 
     async def watch() -> None:
         while not is_over.is_set():
-            replicas = await asyncio.to_thread(stack.driver.replicas)
-            ready = sum(replica.status == "ready" for replica in replicas)
-            target = stack.controller.state.target if stack.controller.state else 0
+            ready, target = await asyncio.to_thread(counts)
             run.samples.append((time.monotonic() - started, ready, target, len(in_flight)))
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(every)
 
-    async def kill() -> None:
+    async def kill_one() -> None:
         await asyncio.sleep(kill_at)
-        victim = next(r for r in await asyncio.to_thread(stack.driver.replicas) if r.status == "ready")
-        os.kill(stack.driver.pid(victim.id), signal.SIGKILL)
-        run.events.append((time.monotonic() - started, f"SIGKILL {victim.id}"))
+        run.events.append((time.monotonic() - started, f"SIGKILL {await asyncio.to_thread(kill)}"))
 
-    async with httpx.AsyncClient(base_url=stack.api_url, timeout=120, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as client:
         helpers = [asyncio.create_task(watch())]
-        if kill_at is not None:
-            helpers.append(asyncio.create_task(kill()))
+        if kill is not None:
+            helpers.append(asyncio.create_task(kill_one()))
         due = 0.0
         for end, rate in ends(phases):
             while True:

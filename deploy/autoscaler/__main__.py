@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ from prometheus_client import start_http_server
 from deploy.autoscaler.controller import Controller
 from deploy.autoscaler.decision import ScalingPolicy
 from deploy.autoscaler.drivers import Driver, GateDriver, ProcessDriver
+from deploy.autoscaler.environment import check_environment
 from deploy.autoscaler.signals import PrometheusSource
 
 POLICY_HELP = {
@@ -68,11 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    prefix = "BOOMERANG_AUTOSCALER_"
-    known = {prefix + action.dest.upper() for action in parser._actions}
-    for name in sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
-        close = difflib.get_close_matches(name, known, 1)
-        parser.error(f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    check_environment(parser, "BOOMERANG_AUTOSCALER_")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -27,6 +27,7 @@ from typing import Any
 
 from deploy.autoscaler.docker_driver import DockerDriver
 from deploy.autoscaler.drivers import DriverUnavailable
+from deploy.autoscaler.environment import check_environment
 
 __all__ = ["Gate"]
 
@@ -100,8 +101,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=environ("BOOMERANG_GATE_PORT") or 2380)
     parser.add_argument("--service", default=environ("BOOMERANG_GATE_SERVICE") or "server")
     parser.add_argument("--project", default=environ("BOOMERANG_GATE_PROJECT") or "", help="empty: this container's")
-    parser.add_argument("--docker-url", default=environ("DOCKER_HOST") or "unix:///var/run/docker.sock")
+    socket = environ("BOOMERANG_GATE_DOCKER_URL") or environ("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    parser.add_argument("--docker-url", default=socket)
     parser.add_argument("--max-replicas", type=int, default=environ("BOOMERANG_GATE_MAX_REPLICAS") or 16)
+    check_environment(parser, "BOOMERANG_GATE_")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     gate = Gate((args.host, args.port), DockerDriver(args.service, args.project, args.docker_url), args.max_replicas)

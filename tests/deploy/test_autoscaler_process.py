@@ -117,8 +117,10 @@ def test_it_outlives_docker_and_prometheus(autoscaler):
     engine.close()
 
 
-def test_a_variable_that_nobody_knows_is_an_error_with_a_suggestion():
-    environment = {**os.environ, "BOOMERANG_AUTOSCALER_MAX_REPLICA": "3"}
-    command = [sys.executable, "-m", "deploy.autoscaler"]
+@pytest.mark.parametrize("program", ["deploy.autoscaler", "deploy.autoscaler.gate"])
+def test_a_variable_that_nobody_knows_is_an_error_with_a_suggestion(program):
+    known = f"BOOMERANG_{program.rpartition('.')[2].upper()}_MAX_REPLICAS"
+    environment = {**os.environ, known[:-1]: "3"}
+    command = [sys.executable, "-m", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
-    assert result.returncode == 2 and "did you mean BOOMERANG_AUTOSCALER_MAX_REPLICAS?" in result.stderr
+    assert result.returncode == 2 and f"did you mean {known}?" in result.stderr
