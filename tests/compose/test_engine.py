@@ -35,6 +35,7 @@ PROJECT = "boomerang-test"
 IMAGE = os.environ.get("BOOMERANG_IMAGE", "boomerang-serve:cpu")
 UPDATED = "boomerang-test:cpu"  # the name that the project runs: the image, and later one made after it
 URL = "http://127.0.0.1:18000"
+KEYS = "/run/secrets/boomerang/api_keys"
 STREAM = {"prompt": "The quick", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": True}
 
 
@@ -344,25 +345,31 @@ def test_a_stop_under_load_waits_for_its_answers(project):
     seen.record("one replica of two told to stop under 16 streams", "it left when they had ended, and was replaced")
 
 
-@pytest.mark.parametrize("fault", ["missing", "unreadable"])
+FAULTS = {"missing": "No such file", "unreadable": "Permission denied"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_failed_update_to_keys_leaves_none_without(project, fault):
-    """Also not the autoscaler's, which nothing would replace."""
+    """Also not the autoscaler's, which nothing replaces."""
     project.overlays = ("keys",)
     file = project.secrets / "api_keys"
     if fault == "unreadable":
         file.write_text("first\n")
-        file.chmod(0o600)
-    try:
-        said = project.compose("up", "-d", "--no-build", check=False)
-        assert fault == "unreadable" or "api_keys" in said
-        until(lambda: probe_once() != "200", 60, project.replicas)
-        until(lambda: not open_replicas(project), 60, project.replicas)
-    finally:
-        file.unlink(missing_ok=True)
+        file.chmod(0o600)  # the server is another user
+    project.compose("up", "-d", "--no-build")
+    until(lambda: names_the_file(project, fault), 60)
+    until(lambda: not open_replicas(project), 60, project.replicas)
+    assert probe_once() == "503"
+    file.unlink(missing_ok=True)
     project.overlays = ()
     project.compose("up", "-d", "--no-build")
     project.wait_replicas(2, 240)
-    Ledger().record(f"update to keys, the file {fault}", "no replica without keys is left, so none")
+    Ledger().record(f"update to keys, the secret {fault}", "no replica without keys is left, so none; the log says why")
+
+
+def names_the_file(project: Project, fault: str) -> bool:
+    log = project.compose("logs", "--no-color", "--no-log-prefix", "server", check=False)
+    return any(KEYS in line and FAULTS[fault] in line for line in log.splitlines())
 
 
 def open_replicas(project: Project) -> list[str]:
@@ -382,13 +389,14 @@ def test_an_update_to_keys_replaces_every_replica_and_refuses_nobody(project):
     assert not seen.told
     assert probe_once() == "401"
     for item in project.replicas().values():
-        assert "BOOMERANG_API_KEY_FILE=/run/secrets/api_keys" in item["Config"]["Env"]
+        assert f"BOOMERANG_API_KEY_FILE={KEYS}" in item["Config"]["Env"]
     seen.record("update of both replicas: keys added", "no replica without keys is left")
 
 
 def test_a_key_is_rotated_without_a_restart(project):
     before = set(project.replicas())
-    (project.secrets / "api_keys").write_text("second\n")  # the same file: a new one would not be seen in the container
+    (project.secrets / "new").write_text("second\n")
+    (project.secrets / "new").rename(project.secrets / "api_keys")  # as an editor does
     for id in before:
         docker("kill", "-s", "HUP", id)
     headers = {"authorization": "Bearer second"}
@@ -446,29 +454,24 @@ def test_a_store_that_cannot_be_written_serves(project):
     seen.record("update of both replicas: the store read-only", "they serve")
 
 
-@pytest.mark.parametrize("fault", ["missing", "unreadable"])
-def test_without_its_secret_nothing_keyless_serves(project, fault):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_restart_without_its_secret_serves_nobody_without_keys(project, fault):
+    """The other replica, which had read them, goes on with them."""
     file = project.secrets / "api_keys"
     if fault == "missing":
         file.rename(project.secrets / "away")
     else:
-        file.chmod(0o600)  # the server is another user
-    try:
-        said = project.compose("up", "-d", "--no-build", "--force-recreate", "server", check=False)
-        if fault == "unreadable":
-            logs = lambda: project.compose("logs", "--no-color", "--no-log-prefix", "server", check=False)  # noqa: E731
-            until(lambda: "/run/secrets/api_keys" in logs() and "Permission denied" in logs(), 60, logs)
-        else:
-            assert "api_keys" in said
-        assert probe_once() in ("401", "503")
-    finally:
-        if fault == "missing":
-            (project.secrets / "away").rename(file)
-        else:
-            file.chmod(0o644)
+        file.chmod(0o600)
+    project.compose("up", "-d", "--no-build", "--force-recreate", "server")
+    until(lambda: names_the_file(project, fault), 60)
+    assert probe_once() in ("401", "503")
+    if fault == "missing":
+        (project.secrets / "away").rename(file)
+    else:
+        file.chmod(0o644)
     project.compose("up", "-d", "--no-build", "--force-recreate", "server")
     project.wait_replicas(2, 240)
-    Ledger().record(f"a secret is {fault}", "`up` or the log names the file; no replica without keys serves")
+    Ledger().record(f"restart of a replica, its secret {fault}", "the log names the file; none without keys serves")
 
 
 def run_alone(*options: str, seconds: float = 90) -> tuple[int | None, str]:

@@ -101,21 +101,29 @@ def test_compose(overlays, profiles):
     for service in servers:
         assert ("BOOMERANG_API_KEY_FILE" in service["environment"]) == ("keys" in overlays)
         assert ("HF_TOKEN_PATH" in service["environment"]) == ("hub" in overlays)
-        assert len(service.get("secrets", ())) == len({"keys", "hub"} & set(overlays))
+        assert len(service.get("secrets", ())) == ("hub" in overlays)
+        folders = key_folders(service)
+        assert len(folders) == ("keys" in overlays) and all(volume["read_only"] for volume in folders)
     if "gpu" in overlays:
         devices = [s["deploy"]["resources"]["reservations"]["devices"][0] for s in servers]
         assert [device["device_ids"] for device in devices] == [["0"], ["1"]]
         assert services["autoscaler"]["environment"]["BOOMERANG_AUTOSCALER_DRY_RUN"] == "true"
 
 
+def key_folders(service: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compose v1 leaves volumes of the short kind as the text that they are; these are of the long kind."""
+    return [v for v in service["volumes"] if isinstance(v, dict) and v["target"] == "/run/secrets/boomerang"]
+
+
 @pytest.mark.parametrize("folder", [None, "secrets", "./secrets", "../secrets", "/srv/secrets"])
 def test_secrets_are_found_from_any_working_directory(folder, tmp_path):
     environment = {} if folder is None else {"BOOMERANG_SECRETS": folder}
     for cwd in (ROOT, tmp_path):
-        found = compose("keys", "hub", cwd=cwd, **environment)["secrets"]
+        found = compose("keys", "hub", cwd=cwd, **environment)
+        (keys,) = key_folders(found["services"]["server"])
         expected = (ROOT / (folder or "deploy/secrets")).resolve()
-        assert Path(found["api_keys"]["file"]).resolve() == expected / "api_keys", cwd
-        assert Path(found["hf_token"]["file"]).resolve() == expected / "hf_token", cwd
+        assert Path(keys["source"]).resolve() == expected, cwd
+        assert Path(found["secrets"]["hf_token"]["file"]).resolve() == expected / "hf_token", cwd
 
 
 def test_two_projects_can_run_on_one_host():
