@@ -75,7 +75,7 @@ def main() -> None:
         compose("create", "--no-build", "server")
         if args.store:
             (container,) = compose("ps", "--all", "-q", "server").split()
-            docker("cp", f"{args.store}/.", f"{container}:/store/")
+            docker("cp", "-a", f"{args.store}/.", f"{container}:/store/")
         compose("up", "-d", "--no-build")
         wait(API + "/health")
         begin = time.time()

@@ -142,8 +142,9 @@ class Controller:
             self.metrics.actions.labels("replace").inc()
             self._drain(failed, now)
             live.remove(failed)
-        for replica in [replica for replica in live if replica.is_open]:
-            log.warning("%s serves without keys, and what has keys cannot start: draining it", replica.id[:20])
+        for replica in [r for r in live if r.is_open or (r.is_stale and r.status == "starting")]:
+            why = "serves without keys, and what has keys cannot start" if replica.is_open else "is stale already"
+            log.warning("%s %s: draining it", replica.id[:20], why)
             self.metrics.actions.labels("drain").inc()
             self._drain(replica, now)
             live.remove(replica)

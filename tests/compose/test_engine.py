@@ -36,7 +36,8 @@ IMAGE = os.environ.get("BOOMERANG_IMAGE", "boomerang-serve:cpu")
 UPDATED = "boomerang-test:cpu"  # the name that the project runs: the image, and later one made after it
 URL = "http://127.0.0.1:18000"
 KEYS = "/run/secrets/boomerang/api_keys"
-STREAM = {"prompt": "The quick", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": True}
+# Seconds long: what comes in the middle of it does.
+STREAM = {"prompt": "The quick", "max_tokens": 3000, "ignore_eos": True, "temperature": 0, "stream": True}
 
 
 def docker(*command: str, check: bool = True, stdin: str | None = None) -> str:
@@ -98,7 +99,11 @@ class Project:
             found = self.replicas()
             return {id: item for id, item in found.items() if item["State"]["Health"]["Status"] == "healthy"}
 
-        until(lambda: len(healthy()) == number and not set(without) & set(self.replicas()), seconds, self.replicas)
+        until(
+            lambda: len(healthy()) == len(self.replicas()) == number and not set(without) & set(self.replicas()),
+            seconds,
+            lambda: {id: item["State"] for id, item in self.replicas().items()},
+        )
         return healthy()
 
 
@@ -118,7 +123,7 @@ def project(tmp_path_factory) -> Iterator[Project]:
     folder = tmp_path_factory.mktemp("compose")
     (folder / "secrets").mkdir()
     project = Project(folder / "secrets")
-    make_pair(folder / "pair")
+    make_pair(folder / "pair", 4096)
     subprocess.run(["chmod", "-R", "a+rX", str(folder / "pair")], check=True)  # for the user in the image
     docker("tag", IMAGE, UPDATED)
     project.create(folder / "pair")
@@ -161,7 +166,7 @@ def stream(ledger: Ledger, after_four: Callable[[], object] = lambda: None, key:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     lines: list[str] = []
     try:
-        with httpx.stream("POST", URL + "/v1/completions", json=STREAM, headers=headers, timeout=60) as answer:
+        with httpx.stream("POST", URL + "/v1/completions", json=STREAM, headers=headers, timeout=120) as answer:
             if answer.status_code != 200:
                 return ledger.tell(str(answer.status_code))
             for line in answer.iter_lines():
@@ -430,7 +435,7 @@ def test_what_the_autoscaler_learned_survives_it(project, tmp_path):
 
 
 def test_a_second_project_on_this_host(project, tmp_path):
-    make_pair(tmp_path / "pair")
+    make_pair(tmp_path / "pair", 4096)
     subprocess.run(["chmod", "-R", "a+rX", str(tmp_path / "pair")], check=True)
     before = set(project.replicas())
     other = Project(project.secrets, f"{PROJECT}-2", port=1)

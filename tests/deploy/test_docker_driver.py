@@ -250,6 +250,16 @@ def test_a_failed_update_to_keys_leaves_no_replica_without(engine, failed):
     assert all(engine.containers[id]["signal"] == "SIGTERM" for id in old)
 
 
+def test_one_that_is_stale_before_it_is_ready_leaves_at_once(engine):
+    controller, _ = settled(engine, 3)
+    first, second = clones(engine)
+    set_state(engine, "starting", first)
+    engine.containers[first]["Config"]["Labels"] |= {"com.docker.compose.config-hash": "bbbb"}
+    controller._was_ready.clear()
+    controller.tick()
+    assert engine.containers[first]["signal"] == "SIGTERM" and "signal" not in engine.containers[second]
+
+
 def test_it_says_nothing_while_there_is_nothing_to_do(engine, caplog):
     controller, now = settled(engine, 1)
     caplog.clear()
