@@ -91,8 +91,11 @@ class Project:
     def replicas(self) -> dict[str, dict]:
         """Container id -> what `docker inspect` says, of all containers of the service that run."""
         labels = [f"com.docker.compose.project={self.name}", "com.docker.compose.service=server"]
-        ids = docker("ps", "-q", "--no-trunc", *(part for label in labels for part in ("--filter", f"label={label}")))
-        return {item["Id"]: item for item in json.loads(docker("inspect", *ids.split()))} if ids.split() else {}
+        filters = [part for label in labels for part in ("--filter", f"label={label}")]
+        found = (docker("inspect", id, check=False) for id in docker("ps", "-q", *filters).split())
+        # One that has gone between the two calls is an empty list and a message.
+        items = [json.loads(text)[0] for text in found if not text.startswith("[]")]
+        return {item["Id"]: item for item in items}
 
     def wait_replicas(self, number: int, seconds: float = 120, without: tuple[str, ...] = ()) -> dict[str, dict]:
         def healthy() -> dict[str, dict]:
@@ -100,7 +103,7 @@ class Project:
             return {id: item for id, item in found.items() if item["State"]["Health"]["Status"] == "healthy"}
 
         until(
-            lambda: len(healthy()) == len(self.replicas()) == number and not set(without) & set(self.replicas()),
+            lambda: not set(without) & set(self.replicas()) and len(healthy()) == len(self.replicas()) == number,
             seconds,
             lambda: {id: item["State"] for id, item in self.replicas().items()},
         )
