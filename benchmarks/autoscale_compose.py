@@ -1,7 +1,7 @@
 """The compose file at its default settings under load that rises and falls, on a real Docker engine.
 
     docker compose build server autoscaler
-    python -m benchmarks.autoscale_compose     # twelve minutes; prints tables, draws the plot and the dashboard
+    python -m benchmarks.autoscale_compose     # eleven minutes; prints tables, draws the plot and the dashboard
 
 Nothing is set but the project's name: the default pair, one replica at first and four at most, and the autoscaler as
 it is. The limits come with the requests, relative to what one replica does on this machine with `--batch` requests at
@@ -62,9 +62,9 @@ def wait(url: str, seconds: float = 900) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phases", default="60:0.25,180:1.5,420:0.25", help="seconds:load (1 = one replica), ...")
+    parser.add_argument("--phases", default="60:0.1,120:1.6,400:0.1", help="seconds:load (1 = one replica), ...")
     parser.add_argument("--batch", type=int, default=8, help="requests at once for which the limits are made")
-    parser.add_argument("--limit", type=float, default=1.25, help="limit per token, x what these take")
+    parser.add_argument("--limit", type=float, default=1.5, help="limit per token, x what these take")
     parser.add_argument("--tokens", default="32:96", help="output tokens, lowest:highest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="copy this store into the volume first")
