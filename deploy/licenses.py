@@ -7,6 +7,7 @@ standard one if this folder has it; the command fails if none does.
 from __future__ import annotations
 
 import importlib.metadata as metadata
+import json
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 _TEXT = re.compile(r"(licen[cs]e|copying|notice|copyright)(?!.*\.pyc?$)", re.IGNORECASE)
 _APACHE = re.compile(r"Apache", re.IGNORECASE)
+_PAGE = Path(__file__).parents[1] / "server/api/playground/vendor"
 _DPKG, _DOC = Path("/var/lib/dpkg/status"), Path("/usr/share/doc")
 
 
@@ -48,10 +50,20 @@ def of_debian(status: Path = _DPKG, doc: Path = _DOC) -> list[tuple[str, str, st
     return rows
 
 
+def of_page(folder: Path = _PAGE) -> list[tuple[str, str, str]]:
+    """The same of the libraries that come with the server's own page; none in an image without a server."""
+    file = folder / "vendor.json"
+    entries = json.loads(file.read_text()) if file.is_file() else {}
+    return [
+        (f"{name} {entry['version']}", entry["licence"], str(folder / f"LICENSE.{name}.txt"))
+        for name, entry in entries.items()
+    ]
+
+
 def main(folder: str) -> int:
     """0, or 1 if the text of a licence is missing."""
     target = Path(folder)
-    rows = of_python(target / "LICENSE") + of_debian()
+    rows = of_python(target / "LICENSE") + of_page() + of_debian()
     interpreter = Path(sys.base_prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "LICENSE.txt")
     if interpreter.is_file():  # one that is not Debian's
         rows.append((f"Python {sys.version.split()[0]}", "PSF-2.0", str(shutil.copy(interpreter, target / "PYTHON"))))

@@ -385,8 +385,10 @@ def with_points(settings: Settings, pair: Pair, catalog: Catalog, policy: SizePo
     from server.sizing.policy import BudgetPolicy
 
     quality = quality_of(pair, catalog.widths)
-    best = policy.table.best_in(catalog.sizes) if isinstance(policy, BudgetPolicy) else {}
-    catalog = dataclasses.replace(catalog, points=points_of(quality, best, catalog.sizes, catalog.widths))
+    table = policy.table if isinstance(policy, BudgetPolicy) else None
+    best, seconds = (table.best_in(catalog.sizes), table.seconds_in(catalog.sizes)) if table else ({}, {})
+    points = points_of(quality, best, catalog.sizes, catalog.widths, seconds)
+    catalog = dataclasses.replace(catalog, points=points)
     if len(catalog.widths) > 1:
         write_points(points_file(settings.store, pair), catalog.points)
     return catalog

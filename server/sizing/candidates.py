@@ -93,9 +93,13 @@ class CandidateTable:
     def _seconds(self, points: Iterable[Point], rows: int, tokens: int = 0) -> dict[Point, float]:
         return {point: self.price.point_seconds(point.depth, point.width, rows, tokens) for point in points}
 
+    def seconds_in(self, sizes: Sequence[int]) -> dict[str, dict[Point, float]]:
+        """What a step is expected to take now at each point of `sizes`, by regime."""
+        points = [Point(size, width) for size in sizes for width in self.widths]
+        return {name: self._seconds(points, *regime) for name, regime in REGIMES.items()}
+
     def best_in(self, sizes: Sequence[int]) -> dict[Point, tuple[str, ...]]:
         """The regimes in which nothing beats a point, for each point of `sizes`; () for one that is never the best."""
-        points = {Point(size, width): self.candidate(size, width) for size in sizes for width in self.widths}
-        kl = {point: found.kl for point, found in points.items()}
-        fronts = {name: set(front(self._seconds(points, *regime), kl)) for name, regime in REGIMES.items()}
-        return {point: tuple(name for name, best in fronts.items() if point in best) for point in points}
+        kl = {Point(size, width): self.candidate(size, width).kl for size in sizes for width in self.widths}
+        fronts = {name: set(front(seconds, kl)) for name, seconds in self.seconds_in(sizes).items()}
+        return {point: tuple(name for name, best in fronts.items() if point in best) for point in kl}

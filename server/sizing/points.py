@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from server.core.width import EXACT
@@ -24,22 +25,30 @@ class PointInfo:
     kl: Mapping[str, float]  # to the teacher as loaded, in nats per token, by kind of text
     best_in: tuple[str, ...]  # regimes (decode of one request, of sixteen, prompts) in which nothing beats it
     is_measured: bool  # False: additive, or guessed for a pair that nobody has measured
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of a step when the server started, by regime
 
     def card(self) -> dict[str, Any]:
         kl = {kind: round(value, 4) for kind, value in self.kl.items()}
-        return {"expected_kl": kl, "kl_is_measured": self.is_measured, "best_in": list(self.best_in)}
+        card = {"expected_kl": kl, "kl_is_measured": self.is_measured, "best_in": list(self.best_in)}
+        taken = {name: round(1000 * value, 3) for name, value in self.seconds.items()}
+        return card | {"expected_step_ms": taken} if taken else card
 
 
 def points_of(
-    quality: QualityTable, best: Mapping[Point, tuple[str, ...]], sizes: Sequence[int], widths: Sequence[int]
+    quality: QualityTable,
+    best: Mapping[Point, tuple[str, ...]],
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    seconds: Mapping[str, Mapping[Point, float]] = MappingProxyType({}),
 ) -> tuple[PointInfo, ...]:
-    """Every point of `sizes` and `widths`; `best` as `CandidateTable.best_in` has it."""
+    """Every point of `sizes` and `widths`; `best` and `seconds` as `CandidateTable` has them."""
     found = []
     for point in (Point(size, width) for size in sizes for width in widths):
         kl = {kind: quality.kl(point, kind) for kind in quality.by_depth}
         alone = point.width == EXACT and GUESS not in kl
         is_measured = all(alone or point in quality.measured.get(kind, {}) for kind in kl)
-        found.append(PointInfo(*point, kl, best.get(point, ()), is_measured))
+        taken = {regime: of_points[point] for regime, of_points in seconds.items()}
+        found.append(PointInfo(*point, kl, best.get(point, ()), is_measured, taken))
     return tuple(found)
 
 

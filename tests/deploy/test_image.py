@@ -57,7 +57,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_has_everything_that_a_server_reads(site):
-    for name in ("index.html", "app.js", "app.css", "icon.svg"):
+    for name in ("index.html", "app.js", "app.css", "icon.svg", "vendor/marked.umd.js", "vendor/LICENSE.marked.txt"):
         assert (site / "server/api/playground" / name).is_file()
     default = ROOT / "model_store/default_pair"
     stays_behind = (".jsonl", "__pycache__")  # the training curve, and bytecode

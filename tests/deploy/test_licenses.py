@@ -1,11 +1,14 @@
 """What the images list: the licence of everything inside."""
 
+import json
 import re
 from importlib.metadata import requires
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from deploy.licenses import of_debian, of_python
+from deploy import vendor
+from deploy.licenses import of_debian, of_page, of_python
 
 
 def test_every_package_that_serving_needs_has_the_text_of_its_licence(tmp_path):
@@ -35,3 +38,23 @@ def test_debians_packages(tmp_path):
     rows = of_debian(status, tmp_path / "doc")
     assert rows == [("told 1", "see text", str(tmp_path / "doc/told/copyright")), ("silent 2-1", "see text", "")]
     assert of_debian(tmp_path / "none") == []
+
+
+def test_the_libraries_of_the_page(tmp_path):
+    rows = of_page()
+    assert [name.split()[0] for name, _, _ in rows] == ["uplot", "marked", "dompurify"] == list(vendor.FILES)
+    for name, licence, place in rows:
+        text = Path(place).read_text()
+        assert {"MIT": "Permission is hereby granted, free of charge"}.get(licence, "Apache License") in text, name
+    assert of_page(tmp_path) == []  # the autoscaler's image
+
+
+def test_the_libraries_are_those_that_the_record_names():
+    entries = json.loads((vendor.FOLDER / "vendor.json").read_text())
+    kept = {path.name for path in vendor.FOLDER.iterdir()} - {"vendor.json"}
+    assert kept == {name for entry in entries.values() for name in entry["files"]} | {
+        f"LICENSE.{n}.txt" for n in entries
+    }
+    for name, entry in entries.items():
+        script = next(file for file in entry["files"] if file.endswith(".js"))
+        assert entry["version"] in (vendor.FOLDER / script).read_text()[:4000], name

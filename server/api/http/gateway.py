@@ -23,9 +23,10 @@ from server.api.http.state import ServerState
 
 access_logger = logging.getLogger("boomerang.access")
 
-# Reachable without a key: probes and scrapers rarely have one, and the page itself holds no data.
-PUBLIC = frozenset({"/health", "/live", "/ping", "/version", "/metrics", "/", "/favicon.ico"})
-PUBLIC_PREFIXES = ("/playground/",)
+# Reachable without a key: probes and scrapers rarely have one, and the page's own files hold no data.
+PUBLIC = frozenset(
+    {"/health", "/live", "/ping", "/version", "/metrics", "/", "/favicon.ico", "/playground/{name:path}"}
+)
 _NO_ROUTE = "none"
 _MOST_LOGGED = 1000  # characters of a path
 # Routes that answer without a model.
@@ -110,7 +111,7 @@ class Gateway:
     def _authenticate(self, path: str, method: str, headers: Headers) -> Key:
         keys = self.state.keys
         # A browser's CORS preflight cannot carry a key.
-        if keys.is_open or path in PUBLIC or path.startswith(PUBLIC_PREFIXES) or method == "OPTIONS":
+        if keys.is_open or path in PUBLIC or method == "OPTIONS":
             return ANONYMOUS
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -122,7 +123,7 @@ class Gateway:
         return tenant
 
     def _check(self, path: str, is_inference: bool, headers: Headers) -> None:
-        if path not in _PROBES and path != _NO_ROUTE and not path.startswith(PUBLIC_PREFIXES):
+        if path not in _PROBES and path != _NO_ROUTE:
             problem = self.state.problem()
             # While draining, what needs no engine is still answered.
             if problem and (is_inference or self.state.model is None):

@@ -1,14 +1,19 @@
 """The page at `/`: plain HTML, CSS and JavaScript served from this folder. No build step, no external network.
 
 `router` is included by the application; it adds `/` and `/playground/*` and nothing to the OpenAPI schema.
+Libraries lie in `vendor` as they were published (`python -m deploy.vendor`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+
+from server.api.http.state import state_of
+from server.core.width import precision_name
 
 __all__ = ["router"]
 
@@ -17,7 +22,8 @@ _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/
 _HEADERS = {
     # Only this server, and no inline script: text of a model that ends up as markup could still do nothing.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # revalidated by ETag: an upgraded server never runs with yesterday's script
@@ -38,20 +44,27 @@ async def index() -> Response:
 
 @router.get("/playground/pair.json")
 async def pair(request: Request) -> Response:
-    """How teacher and student interlock, for the picture of the layers: no more than `boomerang sizes` prints."""
-    model = request.app.state.server.model
-    if model is None:
-        return JSONResponse({"stations": []}, headers=_HEADERS)
-    elasticity = model.engine.elasticity
+    """How teacher and student interlock, and every point of depth and precision: no more than `boomerang sizes` prints.
+
+    Not public, other than the files: a key that may ask may also know what it can ask for.
+    """
+    state = state_of(request)
+    elasticity, catalog = state.served.engine.elasticity, state.catalog
     stations = zip(elasticity.stations, elasticity.thresholds, strict=True)
+    points: list[dict[str, Any]] = [
+        {"layers": point.size, "precision": precision_name(point.width)}
+        | {"bytes": catalog.weight_bytes(point.size, point.width)}
+        | point.card()
+        for point in catalog.points
+    ]
     rows = [{"start": station.start, "stop": station.stop, "threshold": threshold} for station, threshold in stations]
-    return JSONResponse({"stations": rows}, headers=_HEADERS)
+    return JSONResponse({"stations": rows, "points": points}, headers=_HEADERS)
 
 
-@router.get("/playground/{name}")
+@router.get("/playground/{name:path}")
 async def asset(name: str) -> Response:
     """One of the files that exist; a name from the URL never becomes a path."""
-    if name not in {path.name for path in FOLDER.iterdir() if path.suffix in _TYPES}:
+    if name not in {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.suffix in _TYPES}:
         message = f"There is no {name[:100]!r} here."
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": 404}
         return JSONResponse({"error": error}, status_code=404)

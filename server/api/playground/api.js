@@ -11,7 +11,8 @@ let apiKey = sessionStorage.getItem("boomerang-key") || "";
 
 export function setKey(key) {
   apiKey = key.trim();
-  sessionStorage.setItem("boomerang-key", apiKey);
+  if (apiKey) sessionStorage.setItem("boomerang-key", apiKey);
+  else sessionStorage.removeItem("boomerang-key");
 }
 
 export const hasKey = () => apiKey !== "";
@@ -25,31 +26,28 @@ async function refuse(response) {
   try {
     message = (await response.json()).error.message || message;
   } catch { /* not our JSON: the status says it */ }
-  if (response.status === 401) message += " (set the API key above)";
   throw new ApiError(message, response.status);
 }
 
-export async function getModels() {
-  const response = await fetch("v1/models", { headers: headers() });
+async function getJSON(path) {
+  const response = await fetch(path, { headers: headers() });
   if (!response.ok) await refuse(response);
-  return (await response.json()).data;
+  return response.json();
 }
 
-// How the pair interlocks: [{start, stop, threshold}] by station. Empty where the server does not tell.
-export async function getStations() {
-  const response = await fetch("playground/pair.json");
-  return response.ok ? (await response.json()).stations : [];
-}
+export const getModels = async () => (await getJSON("v1/models")).data;
+export const getModel = (name) => getJSON(`v1/models/${name}`);
+// How the pair interlocks, [{start, stop, threshold}] by station, and every point of layers and precision.
+export const getPair = () => getJSON("playground/pair.json");
 
 export async function getMetrics() {
   const response = await fetch("metrics", { headers: headers() });
   return response.ok ? response.text() : null;
 }
 
-export function requestOf({ mode, prompt, body }) {
-  return mode === "chat"
-    ? { path: "v1/chat/completions", body: { ...body, messages: [{ role: "user", content: prompt }] } }
-    : { path: "v1/completions", body: { ...body, prompt } };
+export async function wake() {
+  const response = await fetch("wake", { method: "POST", headers: headers() });
+  if (!response.ok) await refuse(response);
 }
 
 // Streams one answer. Calls onEvent for each JSON event with the time (ms) since the request was sent.
@@ -79,12 +77,5 @@ export async function stream({ path, body }, signal, onEvent) {
       onEvent(event, performance.now() - started);
     }
   }
-  throw new ApiError("the stream ended early: the replica went away");
-}
-
-export function curlOf({ path, body }) {
-  const url = new URL(path, document.baseURI);
-  const json = JSON.stringify({ ...body, stream: true }).replaceAll("'", "'\\''");
-  const auth = apiKey ? ' \\\n  -H "Authorization: Bearer $BOOMERANG_API_KEY"' : "";
-  return `curl -N ${url} \\\n  -H 'Content-Type: application/json'${auth} \\\n  -d '${json}'`;
+  throw new ApiError("The answer broke off: the server went away.");
 }

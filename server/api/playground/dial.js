@@ -1,28 +1,23 @@
-// The dial: one slider over all sizes, what the chosen size is made of, what it costs and what it is worth.
+// The two dials, layers and precision: what the chosen point is made of, what it costs and what it is worth.
 
-import { colour, element, mib, millions, percent, qualityOf, svgElement, swatch } from "./format.js";
+import { colour, facts, megabytes, millions, percent, plural, svgElement, swatch, element } from "./format.js";
+import { Frontier } from "./frontier.js";
 
 const $ = (id) => document.getElementById(id);
+const worst = (kl) => (kl && Object.keys(kl).length ? Math.max(...Object.values(kl)) : null); // over kinds of text
 
 export class Dial {
-  constructor() {
-    this.cards = [];
-    this.stations = []; // {start, stop, threshold}, from the student's point of view
-    this.chosen = new Set();
-    this.points = new Map(); // "24 q6" -> card: those that auto may choose, and every size as loaded
-    this.precisions = ["exact"]; // the widest first
-    $("size").addEventListener("input", () => this.show());
-    $("precision").addEventListener("change", () => this.show());
-    $("add").addEventListener("click", () => this.toggle(this.current.layers, true));
+  // `changed`: called when other sizes are to answer.
+  constructor(changed) {
+    Object.assign(this, { changed, model: "", cards: [], stations: [], precisions: ["exact"], points: new Map(), chosen: new Map() });
+    this.frontier = new Frontier($("frontier"), (point) => this.select(point));
+    for (const id of ["size", "precision"]) $(id).addEventListener("input", () => this.show());
+    $("add").addEventListener("click", () => this.toggle(this.current, true));
     new ResizeObserver(() => this.cards.length && this.show()).observe($("strip"));
   }
 
-  get current() { return this.cards[$("size").value]; }
-
-  // What a request at a named size says of precision.
-  get precision() {
-    const chosen = $("precision").value;
-    return chosen && chosen !== this.precisions[0] ? { precision: chosen } : {};
+  get current() {
+    return { layers: this.cards[$("size").value].layers, precision: this.precisions.at(-1 - $("precision").value) };
   }
 
   // Where a size lies between student and teacher, 0 to 1: its colour everywhere on this page.
@@ -31,127 +26,114 @@ export class Dial {
     return high > low ? (layers - low) / (high - low) : 1;
   }
 
-  card(layers) { return this.cards.find((card) => card.layers === layers); }
+  // The widest precision is what a size means that names none.
+  name({ layers, precision }) {
+    return precision === this.precisions[0] ? `${layers}L` : `${layers}L-${precision}`;
+  }
 
-  set(cards, stations, points, precisions) {
-    [this.cards, this.stations, this.precisions] = [cards, stations, precisions];
-    this.points = new Map(points.map((card) => [`${card.layers} ${card.precision}`, card]));
-    $("precision").replaceChildren(...precisions.map((name) => element("option", { value: name }, name)));
+  id(point) { return `${this.model}:${this.name(point)}`; }
+
+  // All that is known of a point: its size's card and what was measured of it.
+  card({ layers, precision }) {
+    const card = this.cards.find((found) => found.layers === layers) ?? {};
+    const isWidest = precision === this.precisions[0];
+    return { ...card, quality: isWidest ? card.quality : null, ...this.points.get(this.name({ layers, precision })) };
+  }
+
+  // `cards`: each size in its widest precision, ascending; `precisions`: the widest first.
+  set(model, cards, { stations, points }, precisions) {
+    Object.assign(this, { model, cards, stations, precisions });
+    this.points = new Map(points.map((point) => [this.name(point), point]));
+    for (const [id, count] of [["size", cards.length], ["precision", precisions.length]]) {
+      $(id).max = count - 1;
+      $(id).value = count - 1;
+    }
     $("bits").hidden = precisions.length < 2;
-    $("size").max = cards.length - 1;
-    $("size").value = cards.length - 1;
-    this.chosen = new Set([cards[0], cards[Math.floor(cards.length / 2)], cards.at(-1)].map((card) => card.layers));
+    const [low, high] = [cards[0].layers, cards.at(-1).layers];
+    const middle = precisions.length > 1 ? [high, precisions.at(-1)] : [cards[Math.floor(cards.length / 2)].layers, precisions[0]];
+    this.chosen.clear();
+    for (const [layers, precision] of [[low, precisions[0]], middle, [high, precisions[0]]]) this.chosen.set(this.name({ layers, precision }), { layers, precision });
+    this.showFrontier();
     this.show();
     this.showChips();
   }
 
-  toggle(layers, isIn) {
-    if (isIn) this.chosen.add(layers);
-    else this.chosen.delete(layers);
+  select({ layers, precision }) {
+    $("size").value = this.cards.findIndex((card) => card.layers === layers);
+    $("precision").value = this.precisions.length - 1 - this.precisions.indexOf(precision);
+    this.show();
+  }
+
+  toggle(point, isIn) {
+    if (isIn) this.chosen.set(this.name(point), point);
+    else this.chosen.delete(this.name(point));
     this.showChips();
-    this.drawCurve();
+    this.changed();
+  }
+
+  // How close a point is to the teacher, in words: [name, figure, how it is known].
+  worth(card) {
+    const top = card.quality?.top1_agreement, kl = worst(card.expected_kl) ?? card.quality?.kl;
+    if (typeof top === "number") return ["Same as the teacher", percent(top), "of next tokens"];
+    if (typeof kl === "number") return ["Distance to the teacher", kl.toFixed(3), card.kl_is_measured === false ? "estimated" : "measured"];
+    return ["Distance to the teacher", "–", "not measured"];
   }
 
   show() {
-    const card = this.current;
+    const point = this.current, card = this.card(point);
     const share = `${percent(card.fraction)} of the teacher`;
-    const [quality, meaning, second] = qualityOf(card);
-    $("size-name").replaceChildren(swatch(this.place(card.layers)), `${card.layers} layers`, element("small", {}, share));
-    const facts = [
-      ["Parameters", millions(card.parameters), ""], ["Weights", mib(card.bytes), ""],
-      ["KV per token", `${(card.kv_bytes_per_token / 1024).toFixed(1)} KiB`, ""], ["Quality", quality, `${meaning}${second && `, ${second}`}`],
+    const bits = point.precision === "exact" ? "weights as loaded" : `${point.precision.slice(1)} bits a weight`;
+    $("point-name").replaceChildren(swatch(this.place(point.layers)), this.name(point), element("small", {}, `${plural(point.layers, "layer")}, ${bits}`));
+    const step = card.expected_step_ms?.decode_1, kl = worst(card.expected_kl);
+    const rows = [
+      ["Parameters", millions(card.parameters), share], ["Weights", megabytes(card.bytes), ""],
+      ["1,000 tokens", megabytes(1000 * card.kv_bytes_per_token), "of memory, for text"], this.worth(card),
     ];
-    if (!$("bits").hidden) facts.push(this.worth(card.layers, $("precision").value));
-    $("size-facts").replaceChildren(...facts.map(([name, value, more]) =>
-      element("div", {}, element("dt", {}, name), element("dd", {}, value, ...(more ? [element("small", {}, more)] : [])))));
-    $("size").setAttribute("aria-valuetext", `${card.layers} layers, ${share}`);
-    $("size").style.accentColor = colour(this.place(card.layers));
-    drawStrip($("strip"), this.stations, card.layers);
-    const whole = this.stations.filter((station) => station.threshold <= card.layers).length;
-    $("strip-text").textContent = this.stations.length
-      ? `${whole} of ${this.stations.length} stations run their block of teacher layers, ${this.stations.length - whole} the student's one layer for it.`
-      : "";
-    this.drawCurve();
-    this.drawGrid();
+    if (step) rows.push(["A token, alone", `${step.toPrecision(3)} ms`, "expected"]);
+    if (typeof card.quality?.top1_agreement === "number" && kl !== null) rows.push(["Distance", kl.toFixed(3), card.kl_is_measured ? "measured" : "estimated"]);
+    $("facts").replaceChildren(...facts(rows));
+    $("size").setAttribute("aria-valuetext", `${plural(point.layers, "layer")}, ${share}`);
+    $("precision").setAttribute("aria-valuetext", bits);
+    $("size").style.accentColor = $("precision").style.accentColor = colour(this.place(point.layers));
+    drawStrip($("strip"), this.stations, point.layers);
+    const whole = this.stations.filter((station) => station.threshold <= point.layers).length;
+    $("strip-text").textContent = `${whole} of ${plural(this.stations.length, "block")} run all the teacher's layers, the others the student's one layer.`;
+    this.frontier.mark(this.name(point), new Set(this.chosen.keys()));
   }
 
-  // What a point is expected to lose, on the kind of text on which it is worst.
-  worth(layers, precision) {
-    const point = this.points.get(`${layers} ${precision}`);
-    const best = point?.best_in ?? [];
-    const where = best.length ? `nothing beats it in ${best.join(", ")}` : "never the best: another point is as fast and nearer";
-    const kl = Object.values(point?.expected_kl ?? {});
-    return ["Expected KL", kl.length ? Math.max(...kl).toFixed(3) : "–", where];
-  }
-
-  // Every point of layers and bits. Pointer users choose here; slider and list do the same by keys.
-  drawGrid() {
-    if ($("bits").hidden) return;
-    const side = 14, width = side * this.cards.length, height = side * this.precisions.length;
-    $("grid").setAttribute("viewBox", `0 0 ${width} ${height}`);
-    $("grid").setAttribute("width", width);
-    const nodes = this.cards.flatMap((card, column) => this.precisions.map((precision, row) => {
-      const isBest = this.points.get(`${card.layers} ${precision}`)?.best_in?.length > 0;
-      const isCurrent = card === this.current && precision === $("precision").value;
-      const paint = colour(this.place(card.layers));
-      const node = svgElement("circle", {
-        cx: (column + 0.5) * side, cy: (row + 0.5) * side, r: isCurrent ? 6 : 4,
-        fill: isBest ? paint : "transparent", stroke: paint, "stroke-width": isCurrent ? 3 : 1,
-      });
-      const title = svgElement("title");
-      title.textContent = `${card.layers}L ${precision}: ${this.worth(card.layers, precision)[2]}`;
-      node.append(title);
-      node.addEventListener("click", () => {
-        $("size").value = column;
-        $("precision").value = precision;
-        this.show();
-      });
-      return node;
-    }));
-    $("grid").replaceChildren(...nodes);
+  // Time if the server expects one, else bytes; nothing if no point's distance is known.
+  showFrontier() {
+    const all = this.cards.flatMap((card) => this.precisions.map((precision, i) => {
+      const point = { layers: card.layers, precision }, known = this.card(point);
+      return { ...point, known, name: this.name(point), fraction: this.place(card.layers), weight: 1 - i / this.precisions.length, y: worst(known.expected_kl) ?? known.quality?.kl ?? null };
+    })).filter((point) => point.y !== null && point.known.bytes);
+    const isTimed = all.length > 0 && all.every((point) => point.known.expected_step_ms);
+    $("frontier").parentElement.hidden = all.length < 2;
+    if (all.length < 2) return;
+    for (const point of all) {
+      point.x = isTimed ? point.known.expected_step_ms.decode_1 : point.known.bytes / 1e6;
+      point.isBest = isTimed ? point.known.best_in.includes("decode_1") : true;
+    }
+    this.frontier.set(all, isTimed ? "ms for a token, alone" : "weights, MB", "distance to the teacher");
+    const number = all.filter((point) => point.isBest).length;
+    $("frontier-text").textContent = this.precisions.length > 1
+      ? `Each dot is a size: colour for layers, width for precision. The line joins the ${number} of ${all.length} that nothing beats.`
+      : `Each dot is a size: further right costs more, further down is closer to the teacher.`;
   }
 
   showChips() {
-    const chips = [...this.chosen].sort((a, b) => a - b).map((layers) => {
-      const remove = element("button", { type: "button", "aria-label": `Remove ${layers} layers` }, "×");
+    const order = [...this.chosen.values()].sort((a, b) => a.layers - b.layers || this.precisions.indexOf(b.precision) - this.precisions.indexOf(a.precision));
+    this.chosen = new Map(order.map((point) => [this.name(point), point]));
+    const chips = order.map((point) => {
+      const remove = element("button", { type: "button", "aria-label": `Remove ${this.name(point)}` }, "×");
       remove.addEventListener("click", () => {
-        this.toggle(layers, false);
+        this.toggle(point, false);
         $("add").focus();
       });
-      return element("li", {}, swatch(this.place(layers)), `${layers}L`, remove);
+      return element("li", {}, swatch(this.place(point.layers)), this.name(point), remove);
     });
     $("chips").replaceChildren(...chips);
-  }
-
-  // Measured agreement with the teacher over layers. Pointer users choose sizes on it; the slider does the same by keys.
-  drawCurve() {
-    const known = this.cards.filter((card) => typeof card.quality?.top1_agreement === "number");
-    const svg = $("curve");
-    svg.parentElement.hidden = known.length < 2;
-    if (svg.parentElement.hidden) return;
-    const box = svg.getBoundingClientRect();
-    const [width, height] = [Math.max(120, box.width), Math.max(60, box.height)];
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    const x = (layers) => 8 + (width - 16) * this.place(layers);
-    const y = (value) => height - 8 - (height - 16) * value;
-    const line = known.map((card, i) => `${i ? "L" : "M"}${x(card.layers)} ${y(card.quality.top1_agreement)}`).join("");
-    svg.replaceChildren(svgElement("path", { d: `M8 ${y(0)}H${width - 8}M8 ${y(1)}H${width - 8}`, class: "grid" }), svgElement("path", { d: line, class: "line" }));
-    for (const card of known) {
-      const isCurrent = card === this.current;
-      const dot = svgElement("circle", {
-        cx: x(card.layers), cy: y(card.quality.top1_agreement), r: isCurrent ? 6.5 : this.chosen.has(card.layers) ? 5 : 3,
-        fill: colour(this.place(card.layers)), class: isCurrent ? "dot current" : "dot",
-      });
-      const title = svgElement("title");
-      title.textContent = `${card.layers}L: ${qualityOf(card).join(" ")}`;
-      dot.append(title);
-      dot.addEventListener("click", () => {
-        $("size").value = this.cards.indexOf(card);
-        this.show();
-      });
-      svg.append(dot);
-    }
-    $("curve-text").textContent = `Next token as the teacher's: ${percent(known[0].quality.top1_agreement)} at ${known[0].layers}L to ${percent(known.at(-1).quality.top1_agreement)} at ${known.at(-1).layers}L`;
+    this.frontier.mark(this.name(this.current), new Set(this.chosen.keys()));
   }
 }
 

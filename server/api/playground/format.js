@@ -1,9 +1,10 @@
 // How numbers and sizes are written and coloured, everywhere on the page.
 
-export const millions = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)}B` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)}M`);
-export const mib = (n) => (n >= 2 ** 30 ? `${(n / 2 ** 30).toFixed(2)} GiB` : `${(n / 2 ** 20).toFixed(n < 2 ** 23 ? 1 : 0)} MiB`);
+export const millions = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} M`);
+export const megabytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : `${(n / 1e6).toFixed(n < 1e7 ? 1 : 0)} MB`);
 export const ms = (n) => (n >= 1000 ? `${(n / 1000).toFixed(n >= 10000 ? 1 : 2)} s` : `${n.toFixed(0)} ms`);
 export const percent = (x) => `${(100 * x).toFixed(x >= 0.995 || x < 0.1 ? 0 : 1)} %`;
+export const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
 // From amber (student) through green and teal to violet (teacher): lightness falls steadily, so the order survives
 // colour blindness and greyscale.
@@ -15,6 +16,8 @@ export function colour(fraction) {
   const mix = STOPS[i].map((a, c) => Math.round(a + (STOPS[i + 1][c] - a) * (x - i)));
   return `rgb(${mix.join(",")})`;
 }
+
+export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 export function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -35,13 +38,15 @@ export function swatch(fraction) {
   return node;
 }
 
-// What was measured of a size, as far as it was: [main figure, its meaning, a second figure].
-export function qualityOf(card) {
-  const quality = card?.quality ?? {};
-  const kl = typeof quality.kl === "number" ? `KL ${quality.kl.toFixed(2)}` : "";
-  const top1 = quality.top1_agreement ?? quality.top1;
-  if (typeof top1 === "number") return [percent(top1), "next token as the teacher's", kl];
-  const perplexity = quality.perplexity ?? quality.ppl;
-  if (typeof perplexity === "number") return [perplexity.toFixed(2), "perplexity", kl];
-  return kl ? [kl, "to the teacher", ""] : ["–", "not measured", ""];
-}
+export const facts = (rows) => rows.map(([name, value, more]) =>
+  element("div", {}, element("dt", {}, name), element("dd", {}, value, ...(more ? [element("small", {}, more)] : []))));
+
+// Why a size was given, as the server names it, in a sentence.
+const REASONS = {
+  requested: "as asked for", default: "the server's usual size", auto: "the best there is: nothing stood against it",
+  slo_ttft: "a larger one would be late with the first word", slo_tpot: "a larger one would be too slow for each token",
+  slo_e2e: "a larger one would not finish in time", kv_pressure: "memory for texts is short", load: "others are being served",
+  floor: "the smallest allowed: even this may miss a limit", memory_budget: "the largest within the memory limit",
+  kv_capacity: "a larger one has no room for this text", tenant_ceiling: "the largest that this key may use",
+};
+export const reasonOf = (reason) => REASONS[reason] ?? reason;
