@@ -9,7 +9,7 @@ import { Live, noTotals, parseMetrics } from "./live.js";
 import { codeOf } from "./snippet.js";
 
 const $ = (id) => document.getElementById(id);
-const state = { name: "", running: null, crowd: null, asked: null, lanes: [] };
+const state = { name: "", running: null, crowd: null, asked: null, watching: null };
 const dial = new Dial(() => formChanged());
 const conversation = new Conversation($("transcript"));
 const chart = (name) => ({ node: $(`chart-${name}`), text: $(`${name}-text`) });
@@ -86,7 +86,8 @@ function watchSleep(sleep) {
   $("sleep-text").textContent = isAsleep
     ? `Sizes above ${sleep.largest} are asleep to save memory. ${sleep.largest} answers at once; a larger one wakes up first${seconds}.`
     : "Larger sizes are waking up…";
-  setTimeout(async () => watchSleep((await getModel(state.name).catch(() => null))?.sleep ?? sleep), isAsleep ? 4000 : 1000);
+  clearTimeout(state.watching);
+  state.watching = setTimeout(async () => watchSleep((await getModel(state.name).catch(() => null))?.sleep ?? sleep), isAsleep ? 4000 : 1000);
 }
 
 // --- what is asked
@@ -174,7 +175,7 @@ async function run(isAgain) {
     $("prompt").value = "";
   }
   const running = new AbortController();
-  Object.assign(state, { running, lanes, asked: { circumstances: circumstances(), prompt } });
+  Object.assign(state, { running, asked: { circumstances: circumstances(), prompt } });
   for (const id of ["run", "again", "new"]) $(id).disabled = true;
   $("stop").disabled = false;
   $("results").replaceChildren(...lanes.map((lane) => lane.node));
