@@ -20,13 +20,13 @@ import statistics
 from pathlib import Path
 
 from model_store.evaluate.report import svg_pyplot, svg_text
+from server.cli import settings_of
 from server.commands.bench import measure
 from server.config import Settings
 from server.core.width import precision_name
 from server.cost.frontier import Point, front
 from server.engine.engine import Engine
 from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
-from server.options import add_arguments, load_settings
 from server.sizing.points import points_of
 from server.sizing.quality import quality_table
 from server.sizing.spec import size_name
@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path)
     args = parser.parse_args()
     peer = time_peer(args.gguf) if args.gguf else {}
-    flags = argparse.ArgumentParser()
-    add_arguments(flags)
-    settings = load_settings(flags.parse_args(["--precision-dial", "on", *args.server_args.split()]))
+    settings = settings_of(["--precision-dial", "on", *args.server_args.split()])
     engine, kl = load(settings)
     sizes = [int(size) for size in args.sizes.split(",")] if args.sizes else list(engine.sizes)
     points = [Point(size, width) for size in sizes for width in engine.executor.widths]

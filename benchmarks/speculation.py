@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 from server.api.generate.tokenizer import ServingTokenizer
+from server.cli import settings_of
 from server.core.config import EngineConfig
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
 from server.engine.extras.drafts import DraftPool, Drafts, OwnDrafts
 from server.engine.extras.speculation import Speculator
 from server.loading import load_weights, open_settings_pair, pick_device, weight_form
-from server.options import add_arguments, load_settings
 from server.sizing.spec import SizeSpec
 
 PROMPTS = Path(__file__).with_name("quality_chat_prompts.txt")
@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--server-args", default="--quantization none --precision-dial on", help="in one string")
     args = parser.parse_args()
-    flags = argparse.ArgumentParser()
-    add_arguments(flags)
-    settings = load_settings(flags.parse_args(args.server_args.split()))
+    settings = settings_of(args.server_args.split())
     pair = open_settings_pair(settings)
     form, device = weight_form(settings, pair), pick_device(settings)
     loaded = load_weights(settings, pair, form, device)

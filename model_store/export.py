@@ -1,18 +1,19 @@
 """`boomerang export --size 24L` (or `24L-q6`): one size as an ordinary checkpoint folder, and as GGUF.
 
-Offers `add_arguments(parser)` and `run(args)` to the command line; torch is imported when it runs.
+Offers `ExportJob` and `run(job)` to the command line; torch is imported when it runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from model_store.errors import BoomerangError
 from model_store.files import read_json, read_json_if_there
@@ -34,28 +35,35 @@ class ExportError(BoomerangError, ValueError):
     """A size that cannot be written in the asked form, or that does not compute what the pair computes."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add = parser.add_argument
-    add("--teacher", help="folder, GGUF file or hub id (default: the default pair's)")
-    add("--student", help="folder or hub id of the student")
-    add("--patch-order", choices=("last_to_first", "first_to_last"), help="use this order, not the pair's own")
-    add("--size", required=True, help="layers, as 24L or 24; 24L-q6: with weights rounded to what 6 bits read")
-    add("--out", type=Path, required=True, help="folder to write; it must not exist or be empty")
-    add("--gguf", type=Path, help="also write this GGUF file (llama, qwen2, qwen3)")
-    add("--gguf-pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
-        help="of the tensors; in GGUF too unless a precision is named (Q8_0, Q5_1, Q4_1) [bfloat16]")  # fmt: skip
-    add("--no-verify", action="store_true", help="skip loading the result and comparing its logits")
-    add("--store", help="folder of the local model store")
+class ExportJob(BaseModel):
+    """One export; the fields are the command's options."""
+
+    model_config = ConfigDict(frozen=True)
+
+    teacher: str | None = Field(None, description="folder, GGUF file or hub id [the default pair's]")
+    student: str | None = Field(None, description="folder or hub id of the student")
+    patch_order: Literal["last_to_first", "first_to_last"] | None = Field(
+        None, description="use this order, not the pair's own"
+    )
+    size: str = Field(description="as 24L; 24L-q6: with weights rounded to what 6 bits read")
+    out: Path = Field(description="folder to write; it must not exist or be empty")
+    gguf: Path | None = Field(None, description="also write this GGUF file (llama, qwen2, qwen3)")
+    gguf_pre: str | None = Field(None, description="llama.cpp's name of the pre-tokenizer, where it is not recognised")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="of the tensors; in GGUF too unless a precision is named (Q8_0, Q5_1, Q4_1)"
+    )
+    no_verify: bool = Field(False, description="skip loading the result and comparing its logits")
+    store: str | None = Field(None, description="folder of the local model store")
 
 
-def run(args: argparse.Namespace, nested: Callable[[Pair], Path] | None = None) -> int:
+def run(job: ExportJob, nested: Callable[[Pair], Path] | None = None) -> int:
     """Write, compare, report. `nested` makes the file of a pair's nested codes; a precision cannot do without."""
     from model_store.pair import open_pair
 
-    pair = open_pair(args.teacher, args.student, patch_order=args.patch_order, store=args.store)
-    size, width = parse_point(args.size, pair)
+    pair = open_pair(job.teacher, job.student, patch_order=job.patch_order, store=job.store)
+    size, width = parse_point(job.size, pair)
+    if job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
+        raise ExportError(f"--out: {job.out} exists and is not an empty folder")
     codes = None
     if width is not None:
         if nested is None:
@@ -63,20 +71,18 @@ def run(args: argparse.Namespace, nested: Callable[[Pair], Path] | None = None) 
         from model_store.export_point import PointCodes
 
         codes = PointCodes(nested(pair), width)
-    if args.out.exists() and any(args.out.iterdir()):
-        raise ExportError(f"--out: {args.out} exists and is not empty")
-    export_size(pair, size, args.out, args.dtype, codes)
-    print(f"wrote {args.out}: {size} layers, {pair.parameters(size):,} parameters")
-    if not args.no_verify:
-        difference = verify(pair, size, args.out, dtype=args.dtype, codes=codes)
-        print(f"logits equal the pair's at {size} layers (largest difference {difference:.2e})")
-    if args.gguf:
+    export_size(pair, size, job.out, job.dtype, codes)
+    print(f"wrote {job.out}: {size}L, {pair.parameters(size):,} parameters")
+    if not job.no_verify:
+        difference = verify(pair, size, job.out, dtype=job.dtype, codes=codes)
+        print(f"logits equal the pair's at {size}L (largest difference {difference:.2e})")
+    if job.gguf:
         from model_store.export_gguf import verify_gguf, write_gguf
 
-        write_gguf(args.out, args.gguf, args.gguf_pre, None if codes is None else point_grids(pair, size, codes))
-        verify_gguf(args.out, args.gguf, rounded=codes is not None)
+        write_gguf(job.out, job.gguf, job.gguf_pre, None if codes is None else point_grids(pair, size, codes))
+        verify_gguf(job.out, job.gguf, rounded=codes is not None)
         how = "equal" if codes is None else "within rounding"
-        print(f"wrote {args.gguf} ({args.gguf.stat().st_size / 1e6:.0f} MB), read back {how}")
+        print(f"wrote {job.gguf} ({job.gguf.stat().st_size / 1e6:.0f} MB), read back {how}")
     return 0
 
 
@@ -266,7 +272,7 @@ def model_card(pair: Pair, size: int, width: int | None = None) -> str:
     point = "" if width is None else f", {width} bits"
     lines = [
         "---", f"license: {str(licence).lower()}", f"base_model: {teacher}", "---", "",
-        f"# {pair.name}, {size} layers{point}", "",
+        f"# {pair.name}, {size}L{point}", "",
         f"One size of an elastic pair: {size} of the {num_teacher} layers of `{teacher}`, some of them replaced by "
         "distilled student layers that stand for several (Boomerang distillation, arXiv 2510.05064). "
         "Written by `boomerang export`; any size of the same pair can be served from one copy of the tensors."

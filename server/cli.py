@@ -1,44 +1,129 @@
-"""The `boomerang` command. Imports are lazy, so that `--help` answers at once."""
+"""The `boomerang` command. Imports are lazy: a command loads what it needs, and no more than its own flags."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import gc
+import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from inspect import Parameter
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, Field
+from typer.core import TyperCommand
 
 from model_store.errors import BoomerangError
-from server.options import SettingsError, add_arguments, load_settings
+from server.config import Settings
+from server.options import SettingsError, flags, load_settings, read_options
 
-# command -> (help, module that offers add_arguments(parser) and run(args) -> int)
-_MODULES = {
-    "distill": ("make a student for a teacher", "model_store.distill"),
-    "evaluate": ("measure what every size is worth", "model_store.evaluate"),
-    "export": ("write one size as an ordinary checkpoint", "model_store.export"),
-    "simulate": ("replay a trace against a simulated cluster", "server.commands.simulate"),
-}
-# Commands of the model store that our engine speaks for: functions of server.offline that are their further arguments.
-_GENERATORS = {
-    "distill": ("teacher_generator", "nested_codes"),
-    "evaluate": ("pair_generator", "nested_codes"),
-    "export": ("nested_codes",),
-}
-_MODEL_GROUPS = ("model", "engine")
+_OF_MODEL = ("model", "engine")
+_SETTINGS = (
+    ". Every setting is also an environment variable (--max-num-seqs: BOOMERANG_MAX_NUM_SEQS) and a key of the YAML "
+    "file of --config"
+)
+
+# What a command is: a function that is called with the values of its flags, and those flags.
+Given = dict[str, Any]
+Declared = tuple[Callable[[Given], int | None], list[Parameter]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(argv[0] if argv else None)
-    arguments = parser.parse_args(argv)
-    run: Callable[[argparse.Namespace], int] | None = getattr(arguments, "run", None)
-    if run is None:
-        parser.print_help()
-        return 2
     try:
-        return run(arguments) or 0
+        typer.main.get_command(_app(argv[:1])).main(argv, prog_name="boomerang")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def settings_of(argv: Sequence[str]) -> Settings:
+    """What `serve` would run with. SettingsError, or SystemExit for flags that do not exist."""
+    command = typer.main.get_command(_app(["serve"])).commands["serve"]  # type: ignore[attr-defined]
+    given = command.make_context("serve", list(argv)).params
+    return load_settings({name: value for name, value in given.items() if name != "model" and value not in (None, ())})
+
+
+def _app(called: Sequence[str]) -> typer.Typer:
+    """Only the called command's flags are declared in full; the others are one line of help."""
+    app = typer.Typer(
+        help="Serve every size between a student and its teacher from one copy of their tensors.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_top)
+    is_completing = "_BOOMERANG_COMPLETE" in os.environ
+    for name, (text, declare) in _COMMANDS.items():
+        group, _, own = name.rpartition(" ")
+        part = app
+        if group:
+            app.add_typer(part := typer.Typer(no_args_is_help=True, help="measure this machine"), name=group)
+        is_called = is_completing or called == [group or own]
+        run, parameters = declare() if is_called else (lambda given: None, [])
+        part.command(
+            own,
+            short_help=text,
+            help=text + _SETTINGS * any(parameter.name == "config" for parameter in parameters),
+            cls=_Command,
+        )(_as_function(run, parameters))
+    return app
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from server.version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+class _Command(TyperCommand):
+    """An option of several values takes all that follow it: `--data a.txt b.txt`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {
+            name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts
+        }
+        spread: list[str] = []
+        option, is_first = "", False
+        for arg in args:
+            if arg.startswith("-") and not re.match(r"-$|-\.?\d", arg):
+                option, is_first = arg if arg in several else "", True
+                spread.append(arg)
+            else:
+                spread += [arg] if is_first or not option else [option, arg]
+                is_first = False
+        return super().parse_args(ctx, spread)
+
+
+def _as_function(run: Callable[[Given], int | None], parameters: list[Parameter]) -> Callable[..., None]:
+    """A function with these parameters, as typer reads them. It ends with `run`'s status; what users did wrong is one
+    line for them."""
+
+    def command(**values: Any) -> None:
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        raise typer.Exit(_status(lambda: run(given)))
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _status(run: Callable[[], int | None]) -> int:
+    try:
+        return run() or 0
     except SettingsError as error:
         print(f"boomerang: {error}", file=sys.stderr)
         return 2
@@ -49,160 +134,127 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        print(
-            "boomerang: this needs torch, which is not installed: pip install 'boomerang-serve[torch]'", file=sys.stderr
-        )
+        text = "this needs torch, which is not installed: pip install 'boomerang-serve[torch]'"
+        print(f"boomerang: {text}", file=sys.stderr)
         return 1
-    except Exception as error:
-        if not isinstance(error, BoomerangError | ValueError | OSError):
-            raise
+    except (BoomerangError, ValueError, OSError) as error:
         print(f"boomerang: {error}", file=sys.stderr)
         return 1
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """Only the chosen command's own arguments are declared in full; the others are one line of help."""
-    from server.version import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="boomerang",
-        description="Serve every size between a student and its teacher from one copy of their tensors.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    serve = commands.add_parser("serve", help="run the server", formatter_class=_Formatter)
-    serve.add_argument("model", nargs="?", help="the teacher, as --teacher")
-    add_arguments(serve)
-    serve.set_defaults(run=_serve)
-
-    pull = commands.add_parser("pull", help="fetch models into the local store", formatter_class=_Formatter)
-    pull.add_argument(
-        "models",
-        nargs="*",
-        help="owner/name, owner/name@revision, owner/name:Q4_K_M, GGUF files; none: the default pair",
-    )
-    pull.add_argument("--store", help="folder of the local model store [env: BOOMERANG_STORE]")
-    pull.add_argument("--force", action="store_true", help="fetch again what is there")
-    pull.set_defaults(run=_pull)
-
-    sizes = commands.add_parser("sizes", help="list the sizes of a pair", formatter_class=_Formatter)
-    add_arguments(sizes, ("model",))
-    sizes.add_argument("--json", action="store_true", help="print JSON")
-    sizes.set_defaults(run=_sizes)
-
-    chat = commands.add_parser("chat", help="talk to a model in the terminal", formatter_class=_Formatter)
-    chat.add_argument("--url", help="a running server; without one, the pair is loaded here")
-    chat.add_argument("--key", help="API key for --url [env: OPENAI_API_KEY]")
-    chat.add_argument("--system", help="system message")
-    chat.add_argument("--temperature", type=float, default=0.7)
-    chat.add_argument("--max-tokens", type=int, default=512)
-    add_arguments(chat, (*_MODEL_GROUPS, "sizes"))
-    chat.set_defaults(run=_chat)
-
-    bench = commands.add_parser("bench", help="measure this machine")
-    kinds = bench.add_subparsers(title="benchmarks", metavar="KIND", required=True)
-    latency = kinds.add_parser("latency", help="decode and prefill speed of every size", formatter_class=_Formatter)
-    latency.add_argument("--sizes", help="sizes to measure, comma-separated (16L,30L) [all]")
-    latency.add_argument("--batch-sizes", default="1,16", help="requests at once [1,16]")
-    latency.add_argument("--input-len", type=int, default=128, help="prompt tokens")
-    latency.add_argument("--output-len", type=int, default=64, help="tokens decoded")
-    latency.add_argument("--repeats", type=int, default=3, help="the median is reported")
-    latency.add_argument("--json", metavar="FILE", help="write the result as JSON (- for standard output)")
-    latency.add_argument("--no-save", action="store_true", help="do not keep the figures for `boomerang sizes`")
-    add_arguments(latency, _MODEL_GROUPS)
-    latency.set_defaults(run=_bench_latency)
-
-    for name, (text, module) in _MODULES.items():
-        sub = commands.add_parser(name, help=text, formatter_class=_Formatter)
-        if command == name:
-            try:
-                implementation = importlib.import_module(module)
-            except ModuleNotFoundError as error:
-                if error.name != module:
-                    raise
-                sub.set_defaults(run=_missing(name, module))
-                continue
-            implementation.add_arguments(sub)
-            sub.set_defaults(run=_with_engine(name, implementation.run))
-    return parser
+# --- commands: each says what runs and which flags it has
 
 
-class _Formatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=120)
+def _serve() -> Declared:
+    def run(given: Given) -> int:
+        if "model" in given:
+            given.setdefault("teacher", given.pop("model"))
+        settings = load_settings(given)
+        gc.disable()  # what a start imports stays; looking through it for garbage would be a tenth of the time
+        from server.observe.log import configure
+
+        configure(settings.uvicorn_log_level, settings.log_format)
+        # Until the server has its own handler: the first process of a container has no default for SIGTERM, and would
+        # be killed at the end of the grace period.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        from server.process import serve
+
+        return serve(settings)
+
+    model = Annotated[str | None, typer.Argument(help="the teacher, as --teacher")]
+    return run, [Parameter("model", Parameter.KEYWORD_ONLY, default=None, annotation=model), *flags(Settings)]
 
 
-def _with_engine(name: str, run: Callable[..., int]) -> Callable[[argparse.Namespace], int]:
-    if name not in _GENERATORS:
-        return run
+class PullOptions(BaseModel):
+    """Flags of `pull`."""
 
-    def run_with_engine(arguments: argparse.Namespace) -> int:
-        from server import offline
-
-        return run(arguments, *(getattr(offline, function) for function in _GENERATORS[name]))
-
-    return run_with_engine
+    store: str | None = Field(None, description="folder of the local model store [env: BOOMERANG_STORE]")
+    force: bool = Field(False, description="fetch again what is there")
 
 
-def _missing(name: str, module: str) -> Callable[[argparse.Namespace], int]:
-    def run(arguments: argparse.Namespace) -> int:
-        print(f"boomerang: {name} is not part of this installation ({module} is missing)", file=sys.stderr)
-        return 1
+def _pull() -> Declared:
+    def run(given: Given) -> None:
+        from model_store.sources import DEFAULT_TEACHER, pull
+        from server.observe.log import configure
 
-    return run
+        configure()
+        options = read_options(PullOptions, given)
+        for model in given.get("models", [DEFAULT_TEACHER]):
+            print(pull(model, options.store, force=options.force))
 
-
-# --- commands
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    if arguments.model and not arguments.teacher:
-        arguments.teacher = arguments.model
-    settings = load_settings(arguments)
-    from server.observe.log import configure
-
-    configure(settings.uvicorn_log_level, settings.log_format)
-    # Until the server has its own handler: the first process of a container has no default for SIGTERM, and would be
-    # killed at the end of the grace period.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    from server.process import serve
-
-    return serve(settings)
+    text = "owner/name, owner/name@revision, owner/name:Q4_K_M, GGUF files; none: the default pair"
+    models = Annotated[list[str] | None, typer.Argument(help=text)]
+    return run, [Parameter("models", Parameter.KEYWORD_ONLY, default=None, annotation=models), *flags(PullOptions)]
 
 
-def _pull(arguments: argparse.Namespace) -> int:
-    from model_store.sources import DEFAULT_TEACHER, pull
-    from server.observe.log import configure
+def _sizes() -> Declared:
+    from server.commands.sizes import SizesOptions, print_sizes
 
-    configure()
-    for model in arguments.models or [DEFAULT_TEACHER]:
-        print(pull(model, arguments.store, force=arguments.force))
-    return 0
+    return _with_settings(print_sizes, SizesOptions, "model")
 
 
-def _sizes(arguments: argparse.Namespace) -> int:
-    from server.commands.sizes import print_sizes
-    from server.observe.log import configure
+def _chat() -> Declared:
+    from server.commands.chat import ChatOptions, run_chat
 
-    settings = load_settings(arguments)
-    configure("warning")
-    return print_sizes(settings, as_json=arguments.json)
+    return _with_settings(run_chat, ChatOptions, *_OF_MODEL, "sizes")
 
 
-def _chat(arguments: argparse.Namespace) -> int:
-    from server.commands.chat import run_chat
-    from server.observe.log import configure
+def _latency() -> Declared:
+    from server.commands.bench import LatencyOptions, run_latency
 
-    settings = load_settings(arguments)
-    configure("warning")
-    return run_chat(arguments, settings)
+    return _with_settings(run_latency, LatencyOptions, *_OF_MODEL)
 
 
-def _bench_latency(arguments: argparse.Namespace) -> int:
-    from server.commands.bench import run_latency
-    from server.observe.log import configure
+def _distill() -> Declared:
+    from model_store.distill import DistillJob, run
+    from server.offline import nested_codes, teacher_generator
 
-    settings = load_settings(arguments)
-    configure("warning")
-    return run_latency(arguments, settings)
+    return lambda given: run(read_options(DistillJob, given), teacher_generator, nested_codes), flags(DistillJob)
+
+
+def _evaluate() -> Declared:
+    from model_store.evaluate import EvaluateJob, run
+    from server.offline import nested_codes, pair_generator
+
+    return lambda given: run(read_options(EvaluateJob, given), pair_generator, nested_codes), flags(EvaluateJob)
+
+
+def _export() -> Declared:
+    from model_store.export import ExportJob, run
+    from server.offline import nested_codes
+
+    return lambda given: run(read_options(ExportJob, given), nested_codes), flags(ExportJob)
+
+
+def _simulate() -> Declared:
+    from server.commands.simulate import SimulateOptions, run
+
+    return lambda given: run(read_options(SimulateOptions, given)), flags(SimulateOptions)
+
+
+def _with_settings(run: Callable[[Any, Settings], int], options: type[BaseModel], *groups: str) -> Declared:
+    """A command with flags of its own beside those of some settings. It prints answers, so the log says only what is
+    wrong."""
+
+    def command(given: Given) -> int:
+        from server.observe.log import configure
+
+        own = read_options(options, given)
+        settings = load_settings({name: value for name, value in given.items() if name not in options.model_fields})
+        configure("warning")
+        return run(own, settings)
+
+    return command, [*flags(options), *flags(Settings, groups)]
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[], Declared]]] = {
+    "serve": ("run the server", _serve),
+    "pull": ("fetch models into the local store", _pull),
+    "sizes": ("list the sizes of a pair", _sizes),
+    "chat": ("talk to a model in the terminal", _chat),
+    "bench latency": ("decode and prefill speed of every size", _latency),
+    "distill": ("make a student for a teacher", _distill),
+    "evaluate": ("measure what every size is worth", _evaluate),
+    "export": ("write one size as an ordinary checkpoint", _export),
+    "simulate": ("replay a trace against a simulated cluster", _simulate),
+}

@@ -308,6 +308,10 @@ def load_model(
 
     clock.mark("engine's modules")
     pair = open_settings_pair(settings)
+    check_sizes(settings, pair)
+    template = read_template(settings.chat_template)
+    folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
+    defaults = read_sampling_defaults(folders, settings.override_generation_config)
     form, device = weight_form(settings, pair), pick_device(settings)
     loaded = load_weights(settings, pair, form, device)
     clock.mark("weights")
@@ -316,12 +320,10 @@ def load_model(
     clock.mark("executor and KV cache")
     tokenizer = ServingTokenizer.from_folder(
         pair.tokenizer_path,
-        chat_template=read_template(settings.chat_template),
+        chat_template=template,
         vocab_size=pair.spec.vocab_size,
         store=settings.store,
     )
-    folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
-    defaults = read_sampling_defaults(folders, settings.override_generation_config)
     if settings.default_max_tokens is not None:
         defaults = dataclasses.replace(defaults, max_new_tokens=settings.default_max_tokens)
     if text := defaults.described():
@@ -344,7 +346,6 @@ def load_model(
         config.max_model_len,
         config.kv_cache_bytes / GiB,
     )
-    clock.report()
     model = ServedModel(engine, tokenizer, catalog, fingerprint(pair, form), tenants, resolver(catalog), defaults)
     model.pair, model.loaded = pair, loaded
     return model
@@ -420,11 +421,36 @@ def points_file(store: Path | str | None, pair: Pair) -> Path:
     return store_root(store) / "points" / f"{pair.name.replace('/', '--')}.json"
 
 
+def check_sizes(settings: Settings, pair: Pair) -> None:
+    """ValueError for a size or precision that this pair has in no form: said before anything is loaded."""
+    from model_store.pair import MAKE
+
+    sizes, found = pair.elasticity.sizes, {}
+    for name in ("size", "min_size", "max_size"):
+        try:
+            spec = SizeSpec.parse(getattr(settings, name) or "auto")
+            if not spec.is_auto and settings.student != MAKE:  # whose sizes come later
+                found[name] = spec.resolve(sizes, {size: pair.parameters(size) for size in sizes})
+        except SizeError as error:
+            raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+    if found.get("min_size", sizes[0]) > found.get("max_size", sizes[-1]):
+        raise ValueError(f"--min-size: {found['min_size']}L is above --max-size, {found['max_size']}L")
+    for name in ("precision", "min_precision", "max_precision"):
+        try:
+            parse_precision(getattr(settings, name) or "auto")
+        except SizeError as error:
+            raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+    speculation(settings, pair)
+
+
 def read_template(value: str | None) -> str | None:
     """`--chat-template` is a file, the template itself, or the name of one that the model brings."""
     if value is None or "{" in value or "\n" in value or (value.isidentifier() and not Path(value).exists()):
         return value
-    return Path(value).read_text(encoding="utf-8")
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--chat-template: cannot read {value}: {error.strerror}") from None
 
 
 def fingerprint(pair: Pair, form: WeightForm) -> str:

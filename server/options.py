@@ -1,181 +1,181 @@
-"""Flags, environment variables and YAML keys for `Settings`, generated from its fields."""
+"""Where `Settings` come from (flags, environment variables, a YAML file), and flags for any model of options."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import math
+import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
-from server.config import GROUPS, Settings, setting_fields
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from server.config import GROUPS, Bytes, Settings, extras, kind_of
+
+Options = TypeVar("Options", bound=BaseModel)
 
 ENV_PREFIX = "BOOMERANG_"
-
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[_letter] = _UNITS[f"{_letter}IB"] = 1024**_power
-    _UNITS[f"{_letter}B"] = 1000**_power
+_METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", Bytes: "BYTES"}
 
 
 class SettingsError(ValueError):
     """A setting has a value that cannot be used; the message names the setting and where it came from."""
 
 
-def parse_bytes(text: str | int) -> int:
-    """`2GiB`, `512M` (binary), `1GB` (decimal), `4096` -> bytes. ValueError otherwise."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a number of bytes (like 2GiB, 512MiB or 1000000)")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def flag_name(name: str) -> str:
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
-def parse_bool(value: str | bool) -> bool:
-    if isinstance(value, bool):
-        return value
-    lowered = value.strip().lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off", ""):
-        return False
-    raise ValueError(f"{value!r} is not true or false")
+def flag_names(name: str, field: FieldInfo) -> list[str]:
+    return [flag_name(name), *extras(field).get("aliases", ())]
 
 
-def _parse_list(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, Sequence):
-        raise ValueError(f"{value!r} is not a list")
-    return tuple(str(item).strip() for item in value if str(item).strip())
+def env_name(name: str) -> str:
+    return ENV_PREFIX + name.upper()
 
 
-def _as_list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [value]
+# --- flags
 
 
-def _parse_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError(f"{value!r} is not a whole number")
-    return int(value)
+def flags(model: type[BaseModel], groups: Sequence[str] | None = None) -> list[inspect.Parameter]:
+    """A parameter for typer per field of these groups (all fields). Values stay text until the model reads them."""
+    import typer
+
+    parameters = []
+    if model is Settings:
+        config = typer.Option(help="YAML file whose keys are the names of the flags below (env: BOOMERANG_CONFIG)")
+        parameters.append(_parameter("config", Annotated[str | None, config]))
+    for name, field in model.model_fields.items():
+        extra = extras(field)
+        if field.exclude or (groups is not None and extra.get("group") not in groups):
+            continue
+        kind, names = kind_of(field), flag_names(name, field)
+        if kind is bool:
+            shown: Any = bool
+            names = [f"{each}/--no-{each[2:]}" if not each.startswith("--no-") else each for each in names]
+        else:
+            shown = list[str] if get_origin(kind) is tuple else kind if get_origin(kind) is Literal else str
+        option = typer.Option(
+            *names,
+            help=_help(field),
+            rich_help_panel=GROUPS.get(extra.get("group", ""), extra.get("group")),
+            show_default=False,
+            metavar=extra.get("metavar") or _METAVARS.get(kind),
+        )
+        if field.is_required():
+            parameters.append(_parameter(name, Annotated[shown, option], inspect.Parameter.empty))
+        else:
+            parameters.append(_parameter(name, Annotated[shown | None, option]))
+    return parameters
 
 
-def _parse_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a finite number")
-    return number
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "bool": parse_bool,
-    "bytes": parse_bytes,
-    "list": _parse_list,
-    "int": _parse_int,
-    "float": _parse_float,
-    "str": str,
-}
-
-
-def convert(item: Field, value: Any, source: str) -> Any:
-    """Parse and check one raw value from a flag, the environment or YAML; SettingsError names `source`."""
-    metadata = item.metadata
-    if metadata.get("guards") and value is not None and not any(map(str.strip, map(str, _as_list(value)))):
-        # Taken as "none", it would open the server without a word.
-        raise SettingsError(f"{source}: given, but empty")
-    if value is None or (value == "" and item.default is None):
-        return item.default
+def read_options(model: type[Options], given: Mapping[str, Any]) -> Options:
+    """The model of what was given as flags. SettingsError names the flags that cannot be used."""
     try:
-        parsed = _PARSERS[metadata["kind"]](value)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"{source}: {error}") from None
-    if metadata["choices"] and parsed not in metadata["choices"]:
-        raise SettingsError(f"{source}: {parsed!r} is not one of {', '.join(metadata['choices'])}")
-    low, high = metadata.get("minimum"), metadata.get("maximum")
-    if (low is not None and parsed < low) or (high is not None and parsed > high):
-        raise SettingsError(f"{source}: {parsed} is out of range ({low} .. {high if high is not None else ''})")
-    return parsed
+        return model(**{name: value for name, value in given.items() if name in model.model_fields})
+    except ValidationError as error:
+        raise SettingsError(explain(error, flag_name)) from None
 
 
-def flag_name(item: Field) -> str:
-    return "--" + item.name.replace("_", "-")
+def explain(error: ValidationError, where: Callable[[str], str]) -> str:
+    """One line per mistake; `where` says how a field was given."""
+    lines = []
+    for item in error.errors(include_url=False):
+        if item["type"] == "extra_forbidden":
+            text = f"there is no such setting{suggestion(str(item['loc'][0]), Settings.model_fields)}"
+        elif item["type"] == "value_error":
+            text = str(item["ctx"]["error"])
+        else:
+            text = f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
+        lines.append(f"{where(str(item['loc'][0]))}: {text}" if item["loc"] else text)
+    return "\n".join(lines)
 
 
-def env_name(item: Field) -> str:
-    return ENV_PREFIX + item.name.upper()
+def suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def default_text(item: Field) -> str:
-    """The default as help and documentation show it."""
-    value: Any = item.default
-    if value is None or value == ():
+def _help(field: FieldInfo) -> str:
+    default = default_text(field)
+    text = (field.description or "") + f" [{default}]" * bool(default)
+    return text.replace("[", "(").replace("]", ")")  # what stands in square brackets rich would take for markup
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as help shows it."""
+    value: Any = field.default
+    if field.is_required() or value is None or value == () or value is False:
         return ""
     if isinstance(value, tuple):
-        return ",".join(value)
-    if item.metadata["kind"] == "bytes":
+        return ",".join(map(str, value))
+    if kind_of(field) == Bytes:
         for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
             if value % size == 0:
                 return f"{value // size}{unit}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_arguments(parser: argparse.ArgumentParser, groups: Sequence[str] = tuple(GROUPS)) -> None:
-    """Add `--config` and a flag for every field of the given groups. Values stay raw until `load_settings`."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the flag names below")
-    for group in groups:
-        section = parser.add_argument_group(GROUPS[group])
-        for item in setting_fields():
-            if item.metadata["group"] == group:
-                _add_argument(section, item)
+# --- settings
 
 
-def _add_argument(section: argparse._ArgumentGroup, item: Field) -> None:
-    metadata = item.metadata
-    default = default_text(item)
-    text = f"{metadata['help']} [env: {env_name(item)}]" + (f" [default: {default}]" if default else "")
-    text = text.replace("%", "%%")
-    names = (flag_name(item), *metadata.get("aliases", ()))
-    if metadata["kind"] == "bool":
-        section.add_argument(*names, dest=item.name, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif metadata["kind"] == "list":
-        section.add_argument(*names, dest=item.name, action="append", nargs="+", metavar="VALUE", help=text)
-    else:
-        metavar = "|".join(metadata["choices"]) or metadata["kind"].upper()
-        section.add_argument(*names, dest=item.name, default=None, metavar=metavar, help=text)
+def load_settings(given: Mapping[str, Any] | None = None) -> Settings:
+    """Merge flags, environment and the YAML file into one `Settings`. SettingsError says which value is wrong.
 
+    `given`: values of flags by field, and under `config` the YAML file.
+    """
+    from pydantic_settings import BaseSettings, SettingsConfigDict, YamlConfigSettingsSource
 
-def load_settings(
-    arguments: argparse.Namespace | Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
-) -> Settings:
-    """Merge flags, environment and the YAML file into one `Settings`. SettingsError says which value is wrong."""
-    environ = os.environ if environ is None else environ
-    flags = vars(arguments) if isinstance(arguments, argparse.Namespace) else dict(arguments or {})
-    config_file = flags.get("config") or environ.get(ENV_PREFIX + "CONFIG")
-    from_file = read_yaml(config_file) if config_file else {}
-    check_environment(environ)
-    values: dict[str, Any] = {}
-    for item in setting_fields():
-        if flags.get(item.name) is not None:
-            value = flags[item.name]
-            if item.metadata["kind"] == "list":  # argparse hands over a list of lists
-                value = [part for entry in value for part in ([entry] if isinstance(entry, str) else entry)]
-                value = [piece for part in value for piece in str(part).split(",")]
-            values[item.name] = convert(item, value, flag_name(item))
-        elif env_name(item) in environ:
-            values[item.name] = convert(item, environ[env_name(item)], env_name(item))
-        elif item.name in from_file:
-            values[item.name] = convert(item, from_file[item.name], f"{config_file}: {item.name}")
-    settings = Settings(**values)
-    if bool(settings.ssl_keyfile) != bool(settings.ssl_certfile):
-        raise SettingsError("--ssl-keyfile and --ssl-certfile are needed together")
-    return settings
+    check_environment(os.environ)
+    values: dict[str, Any] = {
+        name: ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        for name, value in (given or {}).items()
+        if value is not None
+    }
+    file = values.pop("config", None) or os.environ.get(ENV_PREFIX + "CONFIG")
+    keys: dict[str, str] = {}  # of the file, by field
+
+    class Yaml(YamlConfigSettingsSource):
+        """Keys are names of flags, with dashes or underscores."""
+
+        def __call__(self) -> dict[str, Any]:
+            names = {flag: name for name, field in Settings.model_fields.items() for flag in flag_names(name, field)}
+            keys.update({names.get(flag_name(key), key): key for key in map(str, self.init_kwargs)})
+            return {name: self.init_kwargs[key] for name, key in keys.items()}
+
+    class Loaded(BaseSettings, Settings):
+        model_config = SettingsConfigDict(
+            env_prefix=ENV_PREFIX, enable_decoding=False, validate_default=False, defer_build=False
+        )
+
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]  # of the library's five, those that we read
+            cls, settings_cls: Any, init_settings: Any, env_settings: Any, **_: Any
+        ) -> Any:
+            return init_settings, env_settings, *([Yaml(settings_cls, yaml_file=file)] if file else [])
+
+    def where(name: str) -> str:
+        if name in values:
+            return flag_name(name)
+        return env_name(name) if env_name(name) in os.environ else f"{file}: {keys.get(name, name)}"
+
+    if file and not Path(file).is_file():  # which the library would pass over
+        raise SettingsError(f"--config: there is no file {file}")
+    try:
+        return Loaded(**values)
+    except ValidationError as error:
+        raise SettingsError(explain(error, where)) from None
+    except Exception as error:
+        if not file or isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"--config: cannot read {file}: {error}") from None
 
 
 # Variables that start like a setting and are read by something else: the compose file, HAProxy, the autoscaler and its
@@ -190,7 +190,7 @@ _SERVICE_LINK = re.compile(r"BOOMERANG_(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_
 
 def check_environment(environ: Mapping[str, str]) -> None:
     """SettingsError for a BOOMERANG_* variable that nobody reads: a misspelt setting must not pass silently."""
-    known = {env_name(item) for item in setting_fields()}
+    known = set(map(env_name, Settings.model_fields))
     for name in sorted(environ):
         is_link = _SERVICE_LINK.fullmatch(name) and (name not in known or "://" in environ[name])
         if is_link:
@@ -199,33 +199,4 @@ def check_environment(environ: Mapping[str, str]) -> None:
                 "`enableServiceLinks: false` into the pod's spec"
             )
         if name.startswith(ENV_PREFIX) and name not in known and not _OTHERS.fullmatch(name):
-            close = difflib.get_close_matches(name, known, 1)
-            raise SettingsError(f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else ""))
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Keys are flag names with dashes or underscores. An unknown key is an error: a typo must not pass silently."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"--config: cannot read {path}: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SettingsError(f"--config: {path} is not a mapping of settings")
-    names = {item.name for item in setting_fields()}
-    names_of_aliases = {
-        alias.lstrip("-").replace("-", "_"): item.name
-        for item in setting_fields()
-        for alias in item.metadata.get("aliases", ())
-    }
-    result = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        name = names_of_aliases.get(name, name)
-        if name not in names:
-            raise SettingsError(f"--config: {path}: there is no setting {key!r}")
-        result[name] = value
-    return result
+            raise SettingsError(f"there is no setting {name}{suggestion(name, known)}")

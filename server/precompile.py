@@ -15,6 +15,7 @@ from pathlib import Path
 # What brings in the libraries that a start needs; tests/test_startup.py notices when one is missing.
 MODULES = (
     "server.cli",
+    "pydantic_settings",
     "server.process",
     "server.api.generate.serving",
     "server.engine.engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import ipaddress
 import logging
 import os
@@ -28,6 +29,7 @@ from server.observe.startup import StartupClock
 
 logger = logging.getLogger(__name__)
 
+_HAS_SIGHUP = hasattr(signal, "SIGHUP")  # not on Windows
 _WATCH_SECONDS = 1.0
 _LAST_WORDS_SECONDS = 10.0  # for answers that can still be sent
 _BACKLOG = 2048  # connections that the system holds until they are accepted
@@ -45,7 +47,8 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.add_signal_handler(signal.SIGHUP, self.state.reload_keys)
+        if _HAS_SIGHUP:
+            self._loop.add_signal_handler(signal.SIGHUP, self.state.reload_keys)
         watching = asyncio.ensure_future(self._watch_steps())
         await super().serve(sockets)
         watching.cancel()
@@ -122,11 +125,22 @@ def bind(settings: Settings) -> socket.socket:
 def serve(settings: Settings) -> int:
     """Run until a signal ends it. Returns the exit status."""
     faulthandler.enable()  # a crash in native code says where
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until keys can be read again
+    if _HAS_SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until keys can be read again
     clock = StartupClock()
     listener = bind(settings)
+    where = settings.uds or link(settings, listener.getsockname()[1])
+
+    def on_ready() -> None:
+        clock.mark("first step")
+        clock.report(where)
+        gc.freeze()
+
     app = create_app(
-        settings, lambda metrics: load_growing_model(settings, clock, metrics), lambda error: server.fail(error)
+        settings,
+        lambda metrics: load_growing_model(settings, clock, metrics),
+        lambda error: server.fail(error),
+        on_ready,
     )
     config = uvicorn.Config(
         app,
@@ -146,10 +160,7 @@ def serve(settings: Settings) -> int:
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
     )
     server = Server(config, app.state.server)
-    where = settings.uds or "{}://{}:{}".format(
-        "https" if settings.ssl_certfile else "http", settings.host, listener.getsockname()[1]
-    )
-    logger.info("listening on %s", where)
+    logger.info("listening on %s", where.removesuffix("/"))
     if app.state.server.keys.is_open and not settings.uds and not is_loopback(settings.host):
         logger.warning(
             "no API keys are set, and %s is not loopback: whoever reaches this port may use it", settings.host
@@ -159,6 +170,8 @@ def serve(settings: Settings) -> int:
         probes = ProbeServer((settings.host, settings.metrics_port), app.state.server)
         logger.info("metrics on port %d", probes.server_address[1])
     clock.mark("port")
+    gc.freeze()  # what a start has made stays: looking through it for garbage would only stop everything for a while
+    gc.enable()
     server.run(sockets=[listener])
     if probes is not None:
         probes.close()
@@ -174,6 +187,13 @@ def serve(settings: Settings) -> int:
         exc_info=None if _is_expected(server.failure) else server.failure,
     )
     return 1
+
+
+def link(settings: Settings, port: int) -> str:
+    """An address that a browser on this machine opens, whatever the server listens on."""
+    host = "localhost" if settings.host in ("0.0.0.0", "::", "") else settings.host
+    name = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.ssl_certfile else 'http'}://{name}:{port}/"
 
 
 def is_loopback(host: str) -> bool:

@@ -2,11 +2,28 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+from prompt_toolkit.input import DummyInput, create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
+from model_store.evaluate.report import meanings, uses, write_report
+from server.cli import main, settings_of
+from server.commands.chat import COMMANDS
+from server.commands.prompt import make_session
+from server.config import Settings
+from server.loading import load_model
+from server.observe.metrics import Metrics
+from server.observe.throughput import ThroughputLog
+from server.options import SettingsError, flag_name, load_settings
 from tests.api.tiny import ROOT, RunningServer, make_pair
 
 
@@ -55,7 +72,7 @@ def check_chat(answer: subprocess.CompletedProcess) -> None:
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "4L 5L 6L" in answer.stdout
     assert "[6L, " in answer.stdout and "[5L, " in answer.stdout
-    assert "there is no size of 99 layers" in answer.stdout
+    assert "there is no size 99L" in answer.stdout
     assert "no such command: /nonsense" in answer.stdout
 
 
@@ -76,9 +93,227 @@ def test_chat_without_a_server(url):
     assert not answer.stderr
 
 
-def test_help_and_mistakes(pair):
-    assert "bench" in boomerang("--help").stdout
-    answer = boomerang("serve", "--max-num-seqs", "many")
-    assert answer.returncode == 2 and "max-num-seqs" in answer.stderr
+MISTAKES = {
+    "a command": (["serv"], "Did you mean 'serve'?"),
+    "a flag": (["serve", "--max-num-seq", "4"], "--max-num-seqs"),
+    "a flag of distill": (["distill", "--row-token", "4"], "--row-tokens"),
+    "no number": (["serve", "--max-num-seqs", "many"], "--max-num-seqs: input should be a valid integer"),
+    "out of range": (["serve", "--port", "70000"], "--port: input should be less than or equal to 65535, not '70000'"),
+    "two at once": (["serve", "--port", "x", "--max-num-seqs", "0"], "--max-num-seqs: "),
+    "no choice": (["serve", "--dtype", "int3"], "'--dtype'"),
+    "half of a pair of files": (["serve", "--ssl-keyfile", "key.pem"], "--ssl-keyfile and --ssl-certfile"),
+    "no file": (["evaluate", "--text", "/nowhere"], "--text: there is no /nowhere"),
+    "no data": (["distill", "--out", "x", "--data", "/nowhere"], "--data: there is no /nowhere"),
+    "nothing asked for": (["distill", "--out", "x"], "--data: name files"),
+    "no trace": (["simulate", "--trace", "/nowhere"], "--trace: there is no file /nowhere"),
+    "missing": (["export", "--out", "x"], "Missing option '--size'"),
+    "no benchmark": (["bench"], "latency"),
+    "a list of nothing": (["bench", "latency", "--batch-sizes", "1,x"], "--batch-sizes: "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named(name, capsys):
+    arguments, expected = MISTAKES[name]
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert expected in " ".join((said.out + said.err).split()), said
+    assert "Traceback" not in said.err
+
+
+def test_help_names_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["serve", "--help"]) == 0
+    text = capsys.readouterr().out
+    missing = [name for name in Settings.model_fields if f"{flag_name(name)} " not in re.sub("[│,]", " ", text)]
+    assert not missing and "Usage: boomerang serve [OPTIONS] [model]" in text and "Size choice" in text
+    assert main(["--help"]) == 0 and "bench" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+
+
+def test_completion_knows_commands_flags_and_choices():
+    def complete(words: str) -> set[str]:
+        environment = {"_BOOMERANG_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-m", "server"]
+        answer = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+        return set(answer.stdout.split())
+
+    assert complete("boomerang s") == {"serve", "sizes", "simulate"}
+    assert {"--max-num-seqs", "--max-num-queued-reqs"} <= complete("boomerang serve --max-num")
+    assert complete("boomerang serve --dtype b") == {"bfloat16"}
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    """Sets variables; none of the tests' own are there."""
+    for name in list(os.environ):
+        if name.startswith("BOOMERANG_"):
+            monkeypatch.delenv(name)
+    return monkeypatch.setenv
+
+
+def test_flags_go_before_variables_before_the_file(environ, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("port: 1\nblock-size: 8\nsize: 24\nprecision-dial: on\nspeculative_size: off\napi_key: [a, 'b']\n")
+    environ("BOOMERANG_PORT", "2")
+    environ("BOOMERANG_MAX_BODY_BYTES", "2MiB")
+    environ("BOOMERANG_ALLOWED_ORIGINS", "x, y")
+    environ("BOOMERANG_ACCESS_LOG", "")
+    environ("BOOMERANG_KV_CACHE_MEMORY", "")
+    found = load_settings({"config": str(file), "max_num_seqs": "3", "served_model_name": ["m", "n,o"]})
+    expected = {
+        "port": 2, "page_size": 8, "size": "24", "precision_dial": "on",
+        "api_key": ("a", "b"), "max_body_bytes": 2 << 20, "allowed_origins": ("x", "y"), "access_log": False,
+        "max_num_seqs": 3, "served_model_name": ("m", "n", "o"),
+    }  # fmt: skip
+    assert found.model_dump(exclude_defaults=True) == expected
+    assert load_settings({"config": str(file), "port": "3"}).port == 3
+    assert isinstance(found, Settings) and found.speculative_size == "off"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot: 1", "settings.yaml: prot: there is no such setting; did you mean port?"),
+        ("port: true", "settings.yaml: port: True is not a number"),
+        ("port: 8.5", "settings.yaml: port: input should be a valid integer"),
+        ("block-size: 0", "settings.yaml: block-size: input should be greater"),
+        ("- port", "settings.yaml"),
+        ("port: [", "cannot read"),
+        ("api_key: []", "api_key: given, but empty"),
+    ],
+)
+def test_a_file_is_refused_by_key(text, message, environ, tmp_path):
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(SettingsError) as refused:
+        load_settings({"config": str(tmp_path / "settings.yaml")})
+    assert message in str(refused.value)
+
+
+def test_what_cannot_be_used_is_named_where_it_stands(environ):
+    environ("BOOMERANG_PORT", "70000")
+    with pytest.raises(SettingsError, match=r"^BOOMERANG_PORT: input should be less"):
+        load_settings()
+    with pytest.raises(SettingsError, match=r"^--config: there is no file"):
+        load_settings({"config": "/nowhere.yaml"})
+    with pytest.raises(SettingsError, match="--max-num-seq: there is no such setting; did you mean max_num_seqs"):
+        load_settings({"max_num_seq": 4, "port": 1})
+
+
+def test_an_option_of_several_values_takes_what_follows():
+    settings = settings_of(["--served-model-name", "a", "b", "--api-key=x", "--allowed-origins", "c,d", "e"])
+    assert settings.served_model_name == ("a", "b") and settings.api_key == ("x",)
+    assert settings.allowed_origins == ("c", "d", "e")
+
+
+def test_a_pair_that_is_not_there(pair):
     answer = boomerang("sizes", "--teacher", "/nowhere", "--student", "/nowhere")
     assert answer.returncode == 1 and "/nowhere" in answer.stderr and "Traceback" not in answer.stderr
+
+
+UNSERVABLE = {
+    "no such size": (["--size", "12L"], "--size: there is no size 12L; sizes are 4L, 5L, 6L"),
+    "no size": (["--min-size", "big"], "--min-size: 'big' is not a size"),
+    "upside down": (["--min-size", "6L", "--max-size", "4L"], "--min-size: 6L is above --max-size, 4L"),
+    "no precision": (["--precision", "q77"], "--precision: 'q77' is not a precision"),
+    "no guesser": (["--speculative-size", "9L"], "--speculative-size: there is no size 9L"),
+    "no template": (["--chat-template", "/nowhere"], "--chat-template: cannot read /nowhere"),
+    "no JSON": (["--override-generation-config", "{"], "--override-generation-config is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVABLE)
+def test_what_no_size_can_serve_is_said_before_anything_is_loaded(name, pair, monkeypatch):
+    flags, message = UNSERVABLE[name]
+    monkeypatch.setattr("server.loading.load_weights", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(settings_of([*pair_flags(pair), *flags]))
+
+
+def test_a_size_that_is_not_there_ends_the_start_with_one_line(pair):
+    answer = boomerang("serve", *pair_flags(pair), "--port", "0", "--size", "12L")
+    assert answer.returncode == 1 and "--size: there is no size 12L" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_the_log_tells_what_was_served_and_where_to_click(pair):
+    with RunningServer(pair) as server:
+        httpx.post(f"{server.url}/v1/completions", json={"prompt": "hello", "max_tokens": 3, "size": "5L"})
+        httpx.get(f"{server.url}/v1/models")
+    server.reader.join(10)
+    assert any(f"ready: {server.url}/ " in line for line in server.log)
+    asked = next(line for line in server.log if "/v1/completions" in line)
+    assert re.search(r"200 [\d.]+ ms, 5L, \d+ \+ \d tokens", asked)
+    assert re.search(r'/v1/models" 200 [\d.]+ ms( \[|$)', next(line for line in server.log if "/v1/models" in line))
+
+
+def test_a_line_every_ten_seconds_of_what_is_served(caplog):
+    metrics = Metrics()
+    engine = SimpleNamespace(stats=lambda: SimpleNamespace(**now))
+    now = {"num_running": 0, "num_waiting": 0, "kv_usage": 0.0, "running_by_size": {}}
+    log = ThroughputLog(metrics, engine)
+    caplog.set_level("INFO")
+    for _ in range(10):
+        log.sample()
+    assert not caplog.records  # nobody was there
+    for second in range(10):
+        now = {"num_running": 2, "num_waiting": 1, "kv_usage": 0.5, "running_by_size": {24: 1, 30: 1}}
+        metrics._num_generation_tokens += 40
+        metrics._num_prompt_tokens += 100 * (second == 0)
+        log.sample()
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 running, 1 waiting, prompts 10.0 tokens/s, answers 40.0 tokens/s, KV cache 50.0 %, mean size 27.0L"
+    ]
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """A function from keys to the lines that a session reads of them, and the session."""
+    with create_pipe_input() as keys:
+        session = make_session(["4L", "6L"], COMMANDS, tmp_path / "history", input=keys, output=DummyOutput())
+
+        def typed(text: str) -> str:
+            keys.send_text(text)
+            return session.prompt("> ")
+
+        yield typed, session
+
+
+def test_chat_reads_several_lines_and_remembers_them(terminal, tmp_path):
+    typed, _ = terminal
+    assert typed("one\r") == "one"
+    assert typed("two\\\rthree\x1b\rfour\r") == "two\nthree\nfour"
+    assert typed("\x1b[A\r") == "two\nthree\nfour"  # the arrow up
+    assert (tmp_path / "history").stat().st_mode & 0o777 == 0o600
+    again = make_session([], COMMANDS, tmp_path / "history", input=DummyInput(), output=DummyOutput())
+    assert list(again.history.load_history_strings())[-1] == "one"
+    nowhere = make_session([], COMMANDS, Path("/proc/none/history"), input=DummyInput(), output=DummyOutput())
+    assert not list(nowhere.history.load_history_strings())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("/s", ["/size", "/sizes", "/system"]), ("/size ", ["auto", "student", "teacher", "4L", "6L"]),
+     ("/size 4", ["4L"]), ("/size S", ["student"]), ("/system 4", []), ("hello /s", []), ("", [])],
+)  # fmt: skip
+def test_chat_completes_commands_and_sizes(text, expected, terminal):
+    found = terminal[1].completer.get_completions(Document(text), CompleteEvent(completion_requested=True))
+    assert [item.text for item in found] == expected
+
+
+def test_the_report_says_which_size_to_use_for_what(tmp_path):
+    figures = {4: (0.9, 0.5, 0.4), 5: (0.4, 0.7, 0.0), 6: (0.08, 0.9, 0.0), 7: (0.0, 1.0, 0.0)}
+    rows = {
+        size: {"kl": kl, "top1_agreement": top1, "repetition": loops, "weight_bytes": size * 1000}
+        for size, (kl, top1, loops) in figures.items()
+    }
+    said = "\n".join(uses(rows))
+    assert "7L, the teacher" in said and "\n6L (86% of the bytes, the teacher's first choice at 90% of" in said
+    assert "\n5L (" in said and "\n4L (" in said and "Up to 4L greedy answers go round in circles" in said
+    assert "6L has 0.08: it gives what the teacher would say 0.92 times" in "\n".join(meanings(rows))
+    assert uses({7: rows[7]}) == [] and uses({4: {}, 7: {}}) == [] and meanings({4: {"weight_bytes": 1}}) == []
+    write_report(tmp_path, "<script>alert(1)</script>", ["text: a & b"], rows)
+    page, text = (tmp_path / "quality.html").read_text(), (tmp_path / "quality.md").read_text()
+    assert "<script>" not in page and "a &amp; b" in page and '<th scope="row">6L</th>' in page
+    assert "Which size for what" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "| 6L | 0.080 |" in text and "- 7L, the teacher" in text

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
 
 from model_store.pair import open_pair
 from model_store.weight_form import WeightForm
-from server.commands.bench import run_latency
+from server.commands.bench import LatencyOptions, run_latency
 from server.commands.sizes import speed_file
 from server.config import Settings
 from server.loading import speculation, weight_form
@@ -71,8 +70,8 @@ def test_speculative_size(pairs):
 
 def test_bench_latency_measures_the_form_that_was_asked_for(pairs, tmp_path):
     ordinary, low_rank = pairs
-    arguments = Namespace(
-        sizes="5L", batch_sizes="1", input_len=4, output_len=2, repeats=1, json=str(tmp_path / "out"), no_save=False
+    arguments = LatencyOptions(
+        sizes="5L", batch_sizes="1", input_len=4, output_len=2, repeats=1, json_=str(tmp_path / "out")
     )
 
     def settings_of(pair, **changes):

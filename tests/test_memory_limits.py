@@ -27,35 +27,32 @@ GROUPS = {
 def test_limits_of_containers(name, tmp_path):
     files, group, expected = GROUPS[name]
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {4096 * 1024} kB\n")
     (tmp_path / "proc/self/cgroup").write_text(group + "\n")
     for file, size in files.items():
         (tmp_path / "sys/fs/cgroup" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sys/fs/cgroup" / file).write_text(f"{size * MiB}\n")
-    assert available_memory(root=tmp_path) == expected * MiB
+    assert available_memory(root=tmp_path, machine=4096 * MiB) == expected * MiB
 
 
 def test_max_is_no_limit(tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemAvailable: 1024 kB\n")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("5\n")
-    assert available_memory(root=tmp_path) == MiB
+    assert available_memory(root=tmp_path, machine=MiB) == MiB
 
 
 def write(root, files: dict[str, str]) -> None:
-    for name, text in ({"proc/meminfo": f"MemAvailable: {4096 * 1024} kB\n"} | files).items():
+    for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
 
 
 def test_replicas_share_the_machine_but_not_the_limit_of_a_container(tmp_path):
     write(tmp_path, {})
-    assert available_memory(4, tmp_path) == 1024 * MiB
+    assert available_memory(4, tmp_path, 4096 * MiB) == 1024 * MiB
     write(tmp_path, {"sys/fs/cgroup/memory.max": str(1200 * MiB), "sys/fs/cgroup/memory.current": str(300 * MiB)})
-    assert available_memory(4, tmp_path) == 900 * MiB
-    assert available_memory(8, tmp_path) == 512 * MiB
+    assert available_memory(4, tmp_path, 4096 * MiB) == 900 * MiB
+    assert available_memory(8, tmp_path, 4096 * MiB) == 512 * MiB
 
 
 @pytest.mark.parametrize(
@@ -67,7 +64,7 @@ def test_the_weights_files_in_the_page_cache_do_not_count_as_used(folder, limit,
     base = f"sys/fs/cgroup/{folder}"
     stat = f"anon 5\n{name} {700 * MiB}"
     write(tmp_path, {base + limit: str(1000 * MiB), base + used: str(1000 * MiB), base + "memory.stat": stat})
-    assert available_memory(root=tmp_path) == 700 * MiB
+    assert available_memory(root=tmp_path, machine=4096 * MiB) == 700 * MiB
 
 
 QUOTAS = {

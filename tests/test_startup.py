@@ -20,11 +20,11 @@ def test_phases_add_up_from_the_process_start(caplog: pytest.LogCaptureFixture) 
     clock = StartupClock()
     clock.mark("weights")
     with caplog.at_level(logging.INFO):
-        clock.report()
+        clock.report("http://localhost:8000/")
     phases = caplog.records[-1].startup
     assert list(phases) == ["interpreter and imports", "weights"]
     assert phases["interpreter and imports"] > 0  # this process did not start just now
-    assert "after the process started" in caplog.text
+    assert "ready: http://localhost:8000/ " in caplog.text and "after the process started" in caplog.text
 
 
 def test_the_port_answers_before_torch_is_imported() -> None:

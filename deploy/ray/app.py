@@ -107,13 +107,9 @@ def _app_builder(settings: dict[str, Any]):
     def build_app() -> FastAPI:
         """Runs on the replica. The pair is loaded before Serve sends the first request."""
         from server.api.http.app import create_app
-        from server.config import setting_fields
         from server.growing import load_growing_model
-        from server.options import SettingsError, load_settings
+        from server.options import load_settings
 
-        known = {item.name for item in setting_fields()}
-        if unknown := sorted(set(settings) - known):
-            raise SettingsError(f"there is no setting {', '.join(unknown)}")
         resolved = load_settings(settings)
         app = create_app(resolved, lambda metrics: load_growing_model(resolved, metrics=metrics))
         inner = app.router.lifespan_context

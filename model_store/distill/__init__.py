@@ -1,11 +1,10 @@
 """`boomerang distill`: make a student for a teacher and write the pair that `serve` takes.
 
-Offers `add_arguments(parser)` and `run(args)` to the command line; torch is imported when it runs.
+Offers `DistillJob` and `run(job)` to the command line; torch is imported when it runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_store.distill.job import ORDERS, DistillJob, add_arguments
+from model_store.distill.job import ORDERS, DistillJob
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
     from model_store.evaluate.chat import Generate
     from model_store.pair import Pair
 
-__all__ = ["DistillJob", "add_arguments", "run"]
+__all__ = ["DistillJob", "run"]
 
 
 def run(
-    args: argparse.Namespace, generator: Callable[[DistillJob], Generate] | None = None,
+    job: DistillJob, generator: Callable[[DistillJob], Generate] | None = None,
     nested: Callable[[Pair], Path] | None = None,
 ) -> int:  # fmt: skip
     """Distil and write the pair. `generator` makes the teacher in an engine (--self-generate), else transformers'.
@@ -52,8 +51,8 @@ def run(
     from model_store.evaluate import end_tokens
     from model_store.evaluate.chat import transformers_generate
     from model_store.sources import default_teacher, resolve
+    from model_store.weights import Checkpoint
 
-    job = DistillJob.of(args)
     if job.quick:
         from model_store.distill.quick import run_quick
 
@@ -63,10 +62,10 @@ def run(
     device = arguments.device
     set_seed(job.seed)
     teacher_path = resolve(job.teacher, job.store) if job.teacher else default_teacher(job.store)
+    kept = kept_layers(job.keep, Checkpoint(teacher_path, job.store).spec.num_layers)
     tokenizer = AutoTokenizer.from_pretrained(teacher_path, local_files_only=True)
     dtype = torch.bfloat16 if has_bf16(device.type == "cpu") else torch.float32
     teacher = load_transformers(teacher_path, dtype, job.store).to(device)
-    kept = kept_layers(job.keep, teacher.config.num_hidden_layers)
     first_order = "first_to_last" if job.order == "first" else "last_to_first"
     elasticity = getattr(Elasticity, first_order)(teacher.config.num_hidden_layers, kept)
     if device.type == "cpu":

@@ -67,11 +67,11 @@ def kept_layers(rule: str, num_layers: int) -> list[int]:
 
 
 def row_sizes(text: str | None) -> tuple[int, ...] | None:
-    """The sizes that --row-sizes names, as "28,28,29"; None if it is not given."""
+    """The sizes that --row-sizes names, as "28L,28L,29L"; None if it is not given."""
     try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
+        return None if text is None else tuple(int(part.strip().removesuffix("L")) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--row-sizes {text!r} is not a list of sizes, as 28,28,29") from error
+        raise ValueError(f"--row-sizes {text!r} is not a list of sizes, as 28L,28L,29L") from error
 
 
 def with_overrides(preset: Preset, values: dict[str, Any]) -> Preset:

@@ -1,11 +1,10 @@
 """`boomerang evaluate`: what every size of a pair is worth, measured and stored with the pair.
 
-Offers `add_arguments(parser)` and `run(args)` to the command line; torch is imported when it runs.
+Offers `EvaluateJob` and `run(job)` to the command line; torch is imported when it runs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_store.evaluate.job import EvaluateJob, add_arguments
+from model_store.evaluate.job import EvaluateJob
 from model_store.files import read_json_if_there
 
 if TYPE_CHECKING:
     from model_store.evaluate.chat import Generate
     from model_store.pair import Pair
 
-__all__ = ["EvaluateJob", "add_arguments", "end_tokens", "measure_text", "run", "store_quality"]
+__all__ = ["EvaluateJob", "end_tokens", "measure_text", "run", "store_quality"]
 
 QUALITY_FILE = "quality.json"
 
@@ -30,7 +29,7 @@ Rows = dict[int, dict[str, Any]]
 
 
 def run(
-    args: argparse.Namespace,
+    job: EvaluateJob,
     generator: Callable[[EvaluateJob], Generate] | None = None,
     nested: Callable[[Pair], Path] | None = None,
 ) -> int:
@@ -38,8 +37,6 @@ def run(
 
     `nested` makes the file of a pair's nested codes; ValueError for --precisions without it.
     """
-    import dataclasses
-
     import torch
     from transformers import AutoTokenizer
 
@@ -49,11 +46,11 @@ def run(
     from model_store.evaluate.orders import compare_orders, open_with_order, search_order
     from model_store.evaluate.overlap import read_texts
 
-    job = EvaluateJob.of(args)
     device = pick_device(job.device)
     pair, is_own = open_with_order(job)
     if (job.text or job.kind) and job.window_tokens > (longest := pair.spec.max_context):
         raise ValueError(f"--window-tokens {job.window_tokens}: the pair is served up to {longest} tokens")
+    sizes = job.chosen_sizes(pair.elasticity.sizes)
     held_out = list(read_texts(job.text, "--text")) if job.text else []
     prompts = chat_prompts(job.chat, job.chat_limit) if job.chat else []
     texts = {name: list(read_texts(path, "--kind")) for name, path in job.kind}
@@ -68,10 +65,9 @@ def run(
 
     found = search_order(model, tokenizer, job) if job.calibration else None
     if found is not None and job.patch_order == "klpatch":
-        job = dataclasses.replace(job, thresholds=tuple(found.thresholds))  # for the engine that answers, too
+        job = job.model_copy(update={"thresholds": tuple(found.thresholds)})  # for the engine that answers, too
         pair, is_own = open_with_order(job)
         model.elasticity = pair.elasticity
-    sizes = job.chosen_sizes(pair.elasticity.sizes)
     provenance["patch_order"] = pair.patch_order
     rows: Rows = {size: {} for size in sizes}
     ids = tokenizer("\n\n".join(held_out), add_special_tokens=False).input_ids if job.text else []
@@ -132,13 +128,17 @@ def _report(
 ) -> None:  # fmt: skip
     """Print the tables, and write --report."""
     from model_store.evaluate.measure import is_monotone
-    from model_store.evaluate.report import kinds_table, markdown, table, write_report
+    from model_store.evaluate.report import kinds_table, markdown, table, uses, write_report
 
     print(markdown(table(rows)))
     if job.text:
         worse = is_monotone({size: row["kl"] for size, row in rows.items()})
         falls = "KL to the teacher falls at every added layer."
-        print("\n" + (f"KL to the teacher does not fall at {', '.join(map(str, worse))} layers." if worse else falls))
+        print("\n" + "\n".join(uses(rows)))
+        print(
+            "\n"
+            + (f"KL to the teacher does not fall at {', '.join(f'{size}L' for size in worse)}." if worse else falls)
+        )
     if kinds:
         print("\n" + markdown(kinds_table(kinds)))
     for name, other in orders.items():

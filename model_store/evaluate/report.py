@@ -1,14 +1,15 @@
-"""The measured sizes as a table, a plot and one HTML page without external files."""
+"""The measured sizes as sentences, a table, a plot and one HTML page without external files."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+Rows = dict[int, dict[str, Any]]  # figures by size
 
 _COLUMNS = (
     ("perplexity", "perplexity", "{:.1f}"), ("perplexity_ratio", "x teacher's", "{:.2f}"), ("kl", "KL", "{:.3f}"),
@@ -20,12 +21,12 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def table(sizes: dict[int, dict[str, Any]], columns: Sequence[str] | None = None) -> list[list[str]]:
+def table(sizes: Rows, columns: Sequence[str] | None = None) -> list[list[str]]:
     """Header and one row of text per size; a column appears if any size has it."""
     used = [c for c in _COLUMNS if any(c[0] in row for row in sizes.values()) and (columns is None or c[0] in columns)]
-    rows = [["layers", *(title for _, title, _ in used)]]
+    rows = [["size", *(title for _, title, _ in used)]]
     for size, row in sorted(sizes.items()):
-        rows.append([str(size), *(_cell(row, key, form) for key, _, form in used)])
+        rows.append([f"{size}L", *(_cell(row, key, form) for key, _, form in used)])
     return rows
 
 
@@ -57,7 +58,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def plot_svg(series: dict[str, dict[int, dict[str, Any]]], keys: Sequence[str] = ("kl", "perplexity_ratio")) -> str:
+def plot_svg(series: dict[str, Rows], keys: Sequence[str] = ("kl", "perplexity_ratio")) -> str:
     """One panel per key, one line with its intervals per named series, as SVG text. Needs matplotlib."""
     pyplot = svg_pyplot()
     titles = {key: title for key, title, _ in _COLUMNS} | {
@@ -109,30 +110,93 @@ def svg_text(figure: Any) -> str:
     return buffer.getvalue()
 
 
-def html_page(title: str, notes: Sequence[str], rows: list[list[str]], svg: str | None) -> str:
-    """A page that stands alone: notes, plot (inlined), table."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows[1:])
-    image = ""
-    if svg:
-        data = base64.b64encode(svg.encode()).decode()
-        image = f'<img alt="Quality by size" src="data:image/svg+xml;base64,{data}">'
-    paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-        "td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}img{max-width:100%}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style><h1>{html.escape(title)}</h1>{paragraphs}{image}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></html>"
-    )
+# KL below which a size is recommended, and for what. Where they lie is a matter of taste, so the report names them.
+_CLOSE, _USEFUL = 0.1, 0.5
+
+
+def meanings(sizes: Rows) -> list[str]:
+    """What the columns of the table say, in sentences: those that were measured."""
+    known = {key for row in sizes.values() for key in row}
+    found = []
+    if "kl" in known:
+        size, row = _middle(sizes)
+        found.append(
+            "KL (Kullback-Leibler divergence, nats per token) says how far a size's probabilities for the next token "
+            f"are from the teacher's. 0 is the teacher itself. {size}L has {row['kl']:.2f}: it gives what the teacher "
+            f"would say {math.exp(-row['kl']):.2f} times the probability that the teacher gives it, on average."
+        )
+    texts = {
+        "perplexity_ratio": "Perplexity says how surprised a size is by the held-out text; 1.2 x the teacher's is as "
+        "if it chose between 1.2 times as many tokens.",
+        "top1_agreement": "Top-1 is the share of tokens at which a size's first choice is the teacher's.",
+        "repetition": "Repeats is the share of greedy answers that go round in circles, which a repetition penalty or "
+        "sampling prevents.",
+    }
+    return found + [text for key, text in texts.items() if key in known]
+
+
+def uses(sizes: Rows) -> list[str]:
+    """Which size to use for what, in sentences; none where no KL was measured."""
+    order = [size for size in sorted(sizes) if "kl" in sizes[size]]
+    if len(order) < 2:
+        return []
+    top, smallest = order[-1], order[0]
+    close = next(size for size in order if sizes[size]["kl"] <= _CLOSE or size == top)
+    useful = next(size for size in order if sizes[size]["kl"] <= _USEFUL or size == top)
+    found = [f"{top}L, the teacher: where every answer counts and there is time."]
+    if close < top:
+        found.append(
+            f"{close}L{_than(sizes, close, top)}: for answers that should read like the teacher's. It is the smallest "
+            f"with a KL of at most {_CLOSE}."
+        )
+    if useful < close:
+        found.append(
+            f"{useful}L{_than(sizes, useful, top)}: for chat, summaries and drafts under load. It is the smallest with "
+            f"a KL of at most {_USEFUL}."
+        )
+    if smallest < useful:
+        found.append(
+            f"{smallest}L{_than(sizes, smallest, top)}: for what a grammar or a short list of answers holds in place, "
+            "for guesses that a larger size checks (--speculative-size), and where nothing else fits."
+        )
+    loops = [size for size in order if sizes[size].get("repetition", 0) - sizes[top].get("repetition", 0) > 0.05]
+    if loops:
+        found.append(
+            f"Up to {loops[-1]}L greedy answers go round in circles more often than the teacher's: sample, or set a "
+            "repetition penalty."
+        )
+    return [*found, "A server picks among them by itself, by load and limits (size auto)."]
+
+
+def _middle(sizes: Rows) -> tuple[int, dict[str, Any]]:
+    measured = [(size, row) for size, row in sorted(sizes.items()) if "kl" in row]
+    return measured[len(measured) // 2]
+
+
+def _than(sizes: Rows, size: int, top: int) -> str:
+    """What the smaller size saves and keeps, as far as it was measured."""
+    row, best, parts = sizes[size], sizes[top], []
+    if "tokens_per_second" in row and best.get("tokens_per_second"):
+        parts.append(f"{row['tokens_per_second'] / best['tokens_per_second']:.2f} x the speed")
+    if "weight_bytes" in row and best.get("weight_bytes"):
+        parts.append(f"{row['weight_bytes'] / best['weight_bytes']:.0%} of the bytes")
+    if "top1_agreement" in row:
+        parts.append(f"the teacher's first choice at {row['top1_agreement']:.0%} of the tokens")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def html_page(title: str, notes: Sequence[str], sizes: Rows, rows: list[list[str]], svg: str | None) -> str:
+    """A page that stands alone: sentences, plot (inlined), table, and how it was measured."""
+    from jinja2 import Environment
+
+    template = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text())
+    image = base64.b64encode(svg.encode()).decode() if svg else ""
+    return template.render(title=title, notes=notes, uses=uses(sizes), meanings=meanings(sizes), rows=rows, image=image)
 
 
 def write_report(
-    folder: Path, title: str, notes: Sequence[str], sizes: dict[int, dict[str, Any]],
-    others: dict[str, dict[int, dict[str, Any]]] | None = None,
+    folder: Path, title: str, notes: Sequence[str], sizes: Rows,
+    others: dict[str, Rows] | None = None,
 ) -> list[Path]:  # fmt: skip
     """quality.md, quality.svg and quality.html in `folder`; without matplotlib the plot is left out.
 
@@ -145,8 +209,8 @@ def write_report(
         svg = plot_svg(series, ("kl", "perplexity_ratio", "repetition", "weight_bytes", "tokens_per_second"))
     except ImportError:
         svg = None
-    files = {"quality.md": f"# {title}\n\n" + "\n\n".join(notes) + "\n\n" + markdown(rows) + "\n"}
-    files["quality.html"] = html_page(title, notes, rows, svg)
+    parts = [f"# {title}", *(f"- {line}" for line in uses(sizes)), *meanings(sizes), markdown(rows), *notes]
+    files = {"quality.md": "\n\n".join(parts) + "\n", "quality.html": html_page(title, notes, sizes, rows, svg)}
     if svg:
         files["quality.svg"] = svg
     for name, text in files.items():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import random
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.table import Table
 
@@ -18,10 +19,26 @@ from model_store.weight_form import WeightForm
 from server.commands.sizes import speed_file
 from server.config import Settings
 from server.core.request import Request, SamplingParams
-from server.core.width import EXACT
+from server.core.width import EXACT, precision_name
 from server.engine.engine import Engine
 from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
 from server.sizing.spec import SizeError, SizeSpec, describe_widths, size_name
+
+
+class LatencyOptions(BaseModel):
+    """Flags of `bench latency`."""
+
+    sizes: str | None = Field(None, description="sizes to measure, as 16L,30L [all]")
+    batch_sizes: str = Field("1,16", description="requests at once", pattern=r"^[1-9]\d*(,[1-9]\d*)*$")
+    input_len: int = Field(128, description="prompt tokens", ge=1)
+    output_len: int = Field(64, description="tokens decoded", ge=2)
+    repeats: int = Field(3, description="the median of so many is reported", ge=1)
+    json_: str | None = Field(None, description="write the result as JSON to this file (- for standard output)")
+    no_save: bool = Field(False, description="do not keep the figures for `boomerang sizes`")
+
+
+if TYPE_CHECKING:
+    from model_store.pair import Pair
 
 
 def measure(
@@ -45,14 +62,15 @@ def measure(
     return first - start, time.perf_counter() - first
 
 
-def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_latency(arguments: LatencyOptions, settings: Settings) -> int:
     """Measure, print a table, keep the figures in the store for `boomerang sizes`. Returns the exit status."""
     pair = open_settings_pair(settings)
     form, device = weight_form(settings, pair), pick_device(settings)
     batches = sorted({int(part) for part in arguments.batch_sizes.split(",")})
     length = arguments.input_len + arguments.output_len
-    if min(batches) < 1 or arguments.input_len < 1 or arguments.output_len < 2 or length > pair.spec.max_context:
-        raise ValueError("batch sizes and lengths must be positive (output at least 2) and fit the model's context")
+    if length > pair.spec.max_context:
+        raise ValueError(f"--input-len, --output-len: {length} tokens; the pair has room for {pair.spec.max_context}")
+    named = _sizes(arguments.sizes, pair)
     loaded = load_weights(settings, pair, form, device)
     config = dataclasses.replace(
         engine_config(settings, pair, form.dtype, device),
@@ -61,7 +79,7 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
         kv_cache_bytes=int(1.1 * (length + settings.page_size) * max(batches) * _token_bytes(pair, form)),
     )
     engine = Engine(loaded, config)
-    sizes = _sizes(arguments.sizes, engine, pair)
+    sizes = _points(named, engine.executor.widths)
     rng = random.Random(settings.seed)
     vocab = range(min(100, pair.spec.vocab_size - 1), pair.spec.vocab_size)
     prompts = [rng.choices(vocab, k=arguments.input_len) for _ in range(max(batches))]
@@ -90,12 +108,12 @@ def run_latency(arguments: argparse.Namespace, settings: Settings) -> int:
         file = speed_file(settings.store, pair, form)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1))
-    if arguments.json == "-":
+    if arguments.json_ == "-":
         json.dump(report, sys.stdout, indent=1)
         print()
         return 0
-    if arguments.json:
-        with open(arguments.json, "w") as out:
+    if arguments.json_:
+        with open(arguments.json_, "w") as out:
             json.dump(report, out, indent=1)
     _print(report, batches)
     return 0
@@ -114,18 +132,20 @@ def _print(report: dict[str, Any], batches: list[int]) -> None:
     Console().print(table)
 
 
-def _sizes(text: str | None, engine: Engine, pair: Any) -> list[tuple[int, int]]:
-    """(size, width) of each name; all sizes as loaded if none is named. SizeError for what is not there."""
-    widths = engine.executor.widths
+def _sizes(text: str | None, pair: Pair) -> list[tuple[int, int | None]]:
+    """(size, width if one is named) of each name; all sizes if none is named. SizeError for what is not there."""
+    known = pair.elasticity.sizes
     if not text:
-        return [(size, widths[-1]) for size in engine.sizes]
-    parameters = {row["size"]: row["parameters"] for row in pair.size_table()}
-    points = set()
-    for spec in map(SizeSpec.parse, text.split(",")):
-        if spec.width not in (None, *widths):
-            raise SizeError(f"{spec}: this pair is loaded at {describe_widths(widths)}")
-        points.add((spec.resolve(engine.sizes, parameters), widths[-1] if spec.width is None else spec.width))
-    return sorted(points)
+        return [(size, None) for size in known]
+    parameters = {size: pair.parameters(size) for size in known}
+    return [(spec.resolve(known, parameters), spec.width) for spec in map(SizeSpec.parse, text.split(","))]
+
+
+def _points(sizes: list[tuple[int, int | None]], widths: Sequence[int]) -> list[tuple[int, int]]:
+    """The same with the width that is measured. SizeError for a width that was not loaded."""
+    if missing := {width for _, width in sizes if width is not None} - set(widths):
+        raise SizeError(f"--sizes: {precision_name(min(missing))}: this pair is loaded at {describe_widths(widths)}")
+    return sorted({(size, widths[-1] if width is None else width) for size, width in sizes})
 
 
 def _token_bytes(pair: Any, form: WeightForm) -> int:

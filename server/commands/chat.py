@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+
+from pydantic import BaseModel, Field
 
 from model_store.errors import BoomerangError
 from server.config import Settings
 from server.sizing.spec import size_name
 
-HELP = """/size SIZE    answer with this size from now on (auto, 24L, 24L-q6, 75%, student, teacher)
-/sizes        list the sizes
-/system TEXT  start over with this system message
-/reset        forget the conversation
-/quit         leave (also Ctrl-D)"""
+COMMANDS = {
+    "/size": "SIZE: answer with this size from now on (auto, 24L, 24L-q6, 75%, student, teacher)",
+    "/sizes": "list the sizes",
+    "/system": "TEXT: start over with this system message",
+    "/reset": "forget the conversation",
+    "/help": "this list",
+    "/quit": "leave (also Ctrl-D)",
+}
+HELP = "\n".join(f"{name:8} {text}" for name, text in COMMANDS.items())
+
+
+class ChatOptions(BaseModel):
+    """Flags of `chat`."""
+
+    url: str | None = Field(None, description="a running server; without one, the pair is loaded here")
+    key: str | None = Field(None, description="API key for --url [env: OPENAI_API_KEY]")
+    system: str | None = Field(None, description="system message")
+    temperature: float = Field(0.7, description="of sampling; 0 is greedy", ge=0, allow_inf_nan=False)
+    max_tokens: int = Field(512, description="longest answer", ge=1)
 
 
 class Backend(Protocol):
@@ -29,7 +45,7 @@ class Backend(Protocol):
     num_tokens: int
 
     def sizes(self) -> list[str]: ...
-    def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]: ...
+    def stream(self, messages: list[dict[str, str]], size: str, arguments: ChatOptions) -> Iterator[str]: ...
 
 
 class ChatError(BoomerangError):
@@ -61,7 +77,7 @@ class ServerBackend:
     def sizes(self) -> list[str]:
         return self._sizes
 
-    def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]:
+    def stream(self, messages: list[dict[str, str]], size: str, arguments: ChatOptions) -> Iterator[str]:
         body = {
             "model": self.model, "messages": messages, "size": size, "stream": True,
             "temperature": arguments.temperature, "max_tokens": arguments.max_tokens,
@@ -113,7 +129,7 @@ class LocalBackend:
     def sizes(self) -> list[str]:
         return [f"{size}L" for size in self._served.catalog.sizes]
 
-    def stream(self, messages: list[dict[str, str]], size: str, arguments: argparse.Namespace) -> Iterator[str]:
+    def stream(self, messages: list[dict[str, str]], size: str, arguments: ChatOptions) -> Iterator[str]:
         from server.api.generate.detokenizer import Detokenizer
         from server.api.generate.protocol import SizeFields
         from server.core.request import Request, SamplingParams
@@ -156,7 +172,7 @@ class LocalBackend:
             engine.abort([request.request_id])
 
 
-def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_chat(arguments: ChatOptions, settings: Settings) -> int:
     """Read, answer, repeat. Ctrl-C stops an answer, Ctrl-D leaves."""
     try:
         key = arguments.key or os.environ.get("OPENAI_API_KEY")
@@ -166,10 +182,11 @@ def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
         return 1
     size, system = settings.size, arguments.system
     messages = _start(system)
+    read = _reader(backend.sizes(), settings)
     print(f"{backend.sizes()[0]} to {backend.sizes()[-1]}; /help for commands")
     while True:
         try:
-            line = input(f"{size}> ").strip()
+            line = read(f"{size}> ").strip()
         except EOFError:
             print()
             return 0
@@ -194,9 +211,17 @@ def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
             _turn(backend, messages, line, size, arguments)
 
 
-def _turn(
-    backend: Backend, messages: list[dict[str, str]], line: str, size: str, arguments: argparse.Namespace
-) -> None:
+def _reader(sizes: list[str], settings: Settings) -> Callable[[str], str]:
+    """Reads a line of what is piped in, or what is typed: with history, several lines, commands and sizes completed."""
+    if not sys.stdin.isatty() or not sys.stdout.isatty():
+        return input
+    from model_store.store import store_root
+    from server.commands.prompt import make_session
+
+    return make_session(sizes, COMMANDS, store_root(settings.store) / "chat_history").prompt
+
+
+def _turn(backend: Backend, messages: list[dict[str, str]], line: str, size: str, arguments: ChatOptions) -> None:
     """One question and its answer; a question without an answer is forgotten."""
     messages.append({"role": "user", "content": line})
     pieces: list[str] = []

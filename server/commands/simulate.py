@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from model_store.nested import bytes_in_memory
+from server.config import Bytes
 from server.core.config import EngineConfig
 from server.core.request import Budget
 from server.core.size_policy import LargestSize, SizePolicy
@@ -19,7 +21,6 @@ from server.cost.devices import DEVICES, PAIRS, roofline_cost_model
 from server.cost.model import CostModel
 from server.cost.profile import CostProfile
 from server.engine.queue import WaitingQueue
-from server.options import parse_bytes
 from server.simulation.report import plot, summarise
 from server.simulation.simulator import Job, ReplicaSpec, Result, Simulator
 from server.simulation.traces import read_trace, shape_trace
@@ -30,42 +31,55 @@ from server.sizing.spec import SizeError, SizeSpec, describe_widths, parse_preci
 _DEFAULT_KV = 4 << 30  # with --calibration, as the server's own cap on a CPU
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("trace")
-    what.add_argument("--trace", required=True, help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
-    what.add_argument("--requests", type=int, help="play only so many")
-    what.add_argument("--rate", type=float, help="scale time to this many requests per second and replica")
-    what.add_argument("--max-prompt", type=int, help="clip prompts to so many tokens [the context]")
-    what.add_argument("--max-output", type=int, default=1024, help="clip answers to so many tokens")
-    what.add_argument("--ttft-ms", type=float, help="limit of every request on time to first token")
-    what.add_argument("--tpot-ms", type=float, help="limit of every request on time per output token")
-    what.add_argument("--e2e-ms", type=float, help="limit of every request on total time")
-    machine = parser.add_argument_group("cluster")
-    machine.add_argument("--pair", choices=sorted(PAIRS), default="qwen3-4b", help="published pair")
-    machine.add_argument("--device", choices=sorted(DEVICES), default="h200", help="priced by its data sheet")
-    machine.add_argument("--calibration", metavar="FILE", help="a machine measured by the server, instead of both")
-    machine.add_argument("--replicas", type=int, default=1)
-    machine.add_argument("--autoscale", type=int, metavar="MAX", help="scale between --replicas and MAX by degradation")
-    machine.add_argument("--startup", type=float, default=60.0, help="seconds until a new replica serves")
-    machine.add_argument("--size", default="auto", help="auto, or every request at this size (24L, 24L-q6)")
-    machine.add_argument("--precisions", nargs="*", default=[], metavar="q6",
-                         help="served beside exact, from nested codes; with --calibration the file's")  # fmt: skip
-    machine.add_argument("--noise", type=float, default=0.05, help="spread of a step's time (log standard deviation)")
-    machine.add_argument("--delivery-ms", type=float, default=1.0, help="from a step's end to the client, one way")
-    machine.add_argument("--max-num-seqs", type=int, help="[256; 64 with --calibration]")
-    machine.add_argument("--max-num-batched-tokens", type=int, help="[8192; 1024 with --calibration]")
-    machine.add_argument("--max-model-len", type=int, default=8192)
-    machine.add_argument("--kv-cache-memory", type=parse_bytes, help="[what the device has left]")
-    machine.add_argument(
-        "--kv-cache-dtype", choices=("auto", "int8"), default="auto", help="with --device: KV in 8 bits"
+def _of(group: str, default: Any, help: str, **more: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"group": group}, **more)
+
+
+class SimulateOptions(BaseModel):
+    """Flags of `simulate`."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    trace: Path = _of("Trace", ..., "CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    requests: int | None = _of("Trace", None, "play only so many", ge=1)
+    rate: float | None = _of("Trace", None, "scale time to this many requests per second and replica", gt=0)
+    max_prompt: int | None = _of("Trace", None, "clip prompts to so many tokens [the context]", ge=1)
+    max_output: int = _of("Trace", 1024, "clip answers to so many tokens", ge=1)
+    ttft_ms: float | None = _of("Trace", None, "limit of every request on time to first token", gt=0)
+    tpot_ms: float | None = _of("Trace", None, "limit of every request on time per output token", gt=0)
+    e2e_ms: float | None = _of("Trace", None, "limit of every request on total time", gt=0)
+    pair: Literal[tuple(sorted(PAIRS))] = _of("Cluster", "qwen3-4b", "published pair")  # type: ignore[valid-type]
+    device: Literal[tuple(sorted(DEVICES))] = _of(  # type: ignore[valid-type]
+        "Cluster", "h200", "priced by its data sheet"
     )
-    machine.add_argument("--seed", type=int, default=0)
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", metavar="FILE", help="write summary and samples (- for standard output)")
-    out.add_argument("--plot", metavar="FILE", help="load, sizes, limits met and replicas over time (SVG or PNG)")
+    calibration: Path | None = _of("Cluster", None, "a machine measured by the server, instead of both")
+    replicas: int = _of("Cluster", 1, "at the start", ge=1)
+    autoscale: int | None = _of("Cluster", None, "scale between --replicas and so many by degradation", ge=1)
+    startup: float = _of("Cluster", 60.0, "seconds until a new replica serves", ge=0)
+    size: str = _of("Cluster", "auto", "auto, or every request at this size (24L, 24L-q6)")
+    precisions: tuple[str, ...] = _of(
+        "Cluster", (), "served beside exact, from nested codes (q6 q4); with --calibration the file's"
+    )
+    noise: float = _of("Cluster", 0.05, "spread of a step's time (log standard deviation)", ge=0)
+    delivery_ms: float = _of("Cluster", 1.0, "from a step's end to the client, one way", ge=0)
+    max_num_seqs: int | None = _of("Cluster", None, "sequences at once [256; 64 with --calibration]", ge=1)
+    max_num_batched_tokens: int | None = _of("Cluster", None, "of a step [8192; 1024 with --calibration]", ge=1)
+    max_model_len: int = _of("Cluster", 8192, "longest prompt plus output, in tokens", ge=2)
+    kv_cache_memory: Bytes | None = _of("Cluster", None, "bytes of KV cache [what the device has left]", ge=1)
+    kv_cache_dtype: Literal["auto", "int8"] = _of("Cluster", "auto", "with --device: KV in 8 bits")
+    seed: int = _of("Cluster", 0, "of noise")
+    json_: str | None = _of("Output", None, "write summary and samples to this file (- for standard output)")
+    plot: Path | None = _of("Output", None, "draw load, sizes, limits met and replicas over time (SVG or PNG)")
+
+    @field_validator("trace", "calibration")
+    @classmethod
+    def _is_there(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        return path
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: SimulateOptions) -> int:
     """Simulate, print a summary, write what was asked for. ValueError for what does not fit together."""
     machine, config, num_pages = build_machine(args)
     profile = machine.profile
@@ -91,11 +105,14 @@ def run(args: argparse.Namespace) -> int:
          "kv_usage": round(s.kv_usage, 4)}
         for s in result.samples
     ]  # fmt: skip
-    if args.json != "-":
+    if args.json_ != "-":
         print_summary(summary)
-    if args.json:
-        text = json.dumps({"arguments": _plain(args), "summary": summary, "samples": samples}, indent=1) + "\n"
-        sys.stdout.write(text) if args.json == "-" else Path(args.json).write_text(text)
+    if args.json_:
+        text = (
+            json.dumps({"arguments": args.model_dump(mode="json"), "summary": summary, "samples": samples}, indent=1)
+            + "\n"
+        )
+        sys.stdout.write(text) if args.json_ == "-" else Path(args.json_).write_text(text)
     if args.plot:
         span = max((job.arrival for job in jobs), default=1.0)
         plot(
@@ -105,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_machine(args: argparse.Namespace) -> tuple[CostModel, EngineConfig, int]:
+def build_machine(args: SimulateOptions) -> tuple[CostModel, EngineConfig, int]:
     """(cost model, limits, KV pages) of one replica. ValueError if the calibration is unusable or nothing fits."""
     is_measured = args.calibration is not None
     config = EngineConfig(
@@ -114,10 +131,10 @@ def build_machine(args: argparse.Namespace) -> tuple[CostModel, EngineConfig, in
         max_num_batched_tokens=args.max_num_batched_tokens or (1024 if is_measured else 8192),
         page_size=32,
     )
-    if is_measured:
+    if args.calibration is not None:
         if args.kv_cache_dtype != "auto":
             raise ValueError("--kv-cache-dtype: --calibration says itself in what KV was measured")
-        machine = load(None, Path(args.calibration))
+        machine = load(None, args.calibration)
         if machine is None:
             raise ValueError(f"--calibration: {args.calibration} is no calibration that this version wrote")
         kv_bytes = args.kv_cache_memory or _DEFAULT_KV
@@ -166,7 +183,7 @@ def pinned_width(size: str, profile: CostProfile) -> int | None:
 
 
 def read_jobs(
-    args: argparse.Namespace, max_model_len: int, sizes: tuple[int, ...] | None, width: int | None = None
+    args: SimulateOptions, max_model_len: int, sizes: tuple[int, ...] | None, width: int | None = None
 ) -> list[Job]:
     seconds = [None if ms is None else ms / 1000 for ms in (args.ttft_ms, args.tpot_ms, args.e2e_ms)]
     max_output = min(args.max_output, max_model_len // 2)
@@ -181,7 +198,7 @@ def read_jobs(
     )
 
 
-def simulate(spec: ReplicaSpec, jobs: list[Job], args: argparse.Namespace) -> Result:
+def simulate(spec: ReplicaSpec, jobs: list[Job], args: SimulateOptions) -> Result:
     from tqdm import tqdm
 
     autoscaler = None
@@ -221,10 +238,6 @@ def print_summary(summary: dict[str, Any]) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def describe(args: argparse.Namespace) -> str:
-    where = Path(args.calibration).stem if args.calibration else f"{args.pair} on {args.device}"
-    return f"{where}, {args.replicas} replicas, size {args.size}, {Path(args.trace).name}"
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if key != "run" and not callable(value)}
+def describe(args: SimulateOptions) -> str:
+    where = args.calibration.stem if args.calibration else f"{args.pair} on {args.device}"
+    return f"{where}, {args.replicas} replicas, size {args.size}, {args.trace.name}"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,12 @@ from server.loading import open_settings_pair, points_file, weight_form
 if TYPE_CHECKING:
     from model_store.pair import Pair
     from model_store.weight_form import WeightForm
+
+
+class SizesOptions(BaseModel):
+    """Flags of `sizes`."""
+
+    json_: bool = Field(False, description="print JSON")
 
 
 def speed_file(store: str | None, pair: Pair, form: WeightForm) -> Path:
@@ -46,7 +53,7 @@ def _points_table(points: list[dict[str, Any]]) -> Table:
     return table
 
 
-def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
+def print_sizes(options: SizesOptions, settings: Settings) -> int:
     """Print the table (or JSON) without loading a tensor. Speeds are those of the last `bench latency` here."""
     pair = open_settings_pair(settings)
     form = weight_form(settings, pair)
@@ -58,7 +65,7 @@ def print_sizes(settings: Settings, *, as_json: bool = False) -> int:
     file = points_file(settings.store, pair)
     points: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     progress = made.read_progress(made_folder(pair.teacher_path, settings.store))
-    if as_json:
+    if options.json_:
         kinds = {"kinds": pair.kinds, "points": points, "making": progress and dataclasses.asdict(progress)}
         print(json.dumps({"pair": pair.name, "patch_order": pair.patch_order, "sizes": rows, **kinds}, indent=1))
         return 0

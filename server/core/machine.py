@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 _ROOT = Path("/")
 
 
-def available_memory(replicas: int = 1, root: Path = _ROOT) -> int:
+def available_memory(replicas: int = 1, root: Path = _ROOT, machine: int | None = None) -> int:
     """Bytes that can be had without swapping: a share of the machine's, which `replicas` processes divide, within the
-    limits of this container (cgroup v2 or v1), which are its own.
+    limits of this container (cgroup v2 or v1), which are its own. psutil knows the machine's, not the container's.
 
     Of what a container uses, files that were not read again lately do not count: the kernel gives them up first
     (`working set` in Kubernetes' words). Without that, reading the weights would seem to fill it.
     """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    available //= replicas
+    available = (psutil.virtual_memory().available if machine is None else machine) // replicas
     for folder, is_v2 in _groups("memory", root):
         limit, used = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"

@@ -18,8 +18,11 @@ def available_threads(replicas: int = 1, system: Path = _SYSTEM) -> int:
     """
     with contextlib.suppress(ValueError, KeyError):
         return max(int(os.environ["OMP_NUM_THREADS"].split(",")[0]), 1)
-    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
+        import psutil
+
+        return share_of_cores(psutil.cpu_count(logical=False) or 1, replicas)
+    processors, cores = os.sched_getaffinity(0), set()
     for number in processors:
         try:
             cores.add((system / f"cpu{number}/topology/thread_siblings_list").read_text())

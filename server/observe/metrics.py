@@ -115,6 +115,12 @@ class Metrics:
         self._booking = threading.Lock()
         self._declare_http()
         self._labels: dict[str, str] = {}
+        self._num_prompt_tokens = self._num_generation_tokens = 0
+
+    def token_totals(self) -> tuple[int, int]:
+        """Tokens of prompts whose answers have begun, and of answers, so far."""
+        self._book_steps()
+        return self._num_prompt_tokens, self._num_generation_tokens
 
     def attach(self, engine: Engine, model_name: str, max_model_len: int, gpu_memory_utilization: float = 0.9) -> None:
         """The model is known: declare what carries its name, and read gauges from this engine from now on."""
@@ -312,6 +318,7 @@ class Metrics:
 
     def _book_step(self, stats: StepStats) -> None:
         self.generation_tokens.inc(stats.num_generation_tokens)
+        self._num_generation_tokens += stats.num_generation_tokens
         self.iteration.observe(stats.num_scheduled_tokens)
         self.step_time.observe(stats.step_time)
         self.model_time.observe(stats.model_time)
@@ -334,6 +341,7 @@ class Metrics:
         """A prompt counts once, when its answer begins: where it came from adds up to all of it, as for vLLM."""
         num_cached = max(request.num_cached_tokens, 0)
         self.prompt_tokens.inc(request.num_prompt_tokens)
+        self._num_prompt_tokens += request.num_prompt_tokens
         self.cached_tokens.inc(num_cached)
         self.by_source["local_cache_hit"].inc(num_cached)
         self.by_source["local_compute"].inc(request.num_prompt_tokens - num_cached)

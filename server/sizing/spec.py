@@ -102,7 +102,7 @@ class SizeSpec:
         if self.kind == "layers":
             layers = int(self.value)
             if layers not in sizes:
-                raise SizeError(f"there is no size of {layers} layers; sizes are {describe_sizes(sizes)}")
+                raise SizeError(f"there is no size {layers}L; sizes are {describe_sizes(sizes)}")
             return layers
         limit = self.value * (parameters[sizes[-1]] if self.kind == "fraction" else 1)
         # The slack keeps products like 0.7 * 30 = 21.000000000000004 and their mirror images on the right side.

@@ -228,7 +228,9 @@ def test_kv_cache_is_what_utilization_leaves_beside_weights_and_workspace(monkey
     some = engine_config(settings, pair, BFLOAT16, "cuda").kv_cache_bytes
     # 20 GiB are in use and 8 stay free; the estimate of the workspace is what is missing.
     assert 50 * GiB < some < 52 * GiB - (512 << 20)
-    less = engine_config(replace(settings, gpu_memory_utilization=0.5), pair, BFLOAT16, "cuda").kv_cache_bytes
+    less = engine_config(
+        settings.model_copy(update={"gpu_memory_utilization": 0.5}), pair, BFLOAT16, "cuda"
+    ).kv_cache_bytes
     assert some - less == 32 * GiB
     with pytest.raises(ValueError, match="--gpu-memory-utilization"):
-        engine_config(replace(settings, gpu_memory_utilization=0.25), pair, BFLOAT16, "cuda")
+        engine_config(settings.model_copy(update={"gpu_memory_utilization": 0.25}), pair, BFLOAT16, "cuda")

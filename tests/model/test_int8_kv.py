@@ -1,6 +1,5 @@
 """KV in 8 bits through the engine: near the oracle whatever else happens, counted in bytes, served with the flag."""
 
-import argparse
 import random
 
 import httpx
@@ -70,15 +69,13 @@ def test_everything_that_counts_bytes_counts_it(tmp_path):
 
 
 def test_the_simulator_has_more_pages():
-    parser = argparse.ArgumentParser()
-    simulate.add_arguments(parser)
+    options = simulate.SimulateOptions(trace=__file__)
     pages = [
-        simulate.build_machine(parser.parse_args(["--trace", "none", "--kv-cache-dtype", kind]))[2]
-        for kind in ("auto", "int8")
+        simulate.build_machine(options.model_copy(update={"kv_cache_dtype": kind}))[2] for kind in ("auto", "int8")
     ]
     assert pages[1] == pytest.approx(pages[0] * 512 / (256 + 10), rel=1e-3)  # heads of 128 channels
     with pytest.raises(ValueError, match="--kv-cache-dtype"):
-        simulate.build_machine(parser.parse_args(["--trace", "none", "--calibration", "x", "--kv-cache-dtype", "int8"]))
+        simulate.build_machine(options.model_copy(update={"calibration": "x", "kv_cache_dtype": "int8"}))
 
 
 def test_a_server_with_the_flag(tmp_path):

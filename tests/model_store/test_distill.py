@@ -84,14 +84,14 @@ def test_row_sizes_train_the_layers_of_these_sizes_alone(teacher, text, tmp_path
     assert main([*common, "--tokens", "0", "--order", "last", "--out", str(tmp_path / "a")]) == 0
     common += ["--start-from", str(tmp_path / "a"), "--order", "start", "--tokens", "1500"]
     changed = {}
-    for sizes in ("5", "5,4"):
+    for sizes in ("5L", "5L,4"):
         out = tmp_path / sizes
         assert main([*common, "--row-sizes", sizes, "--out", str(out)]) == 0
         before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "a", out))
         changed[sizes] = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
-    assert len(changed["5"]) == 1 and changed["5"] < changed["5,4"] and len(changed["5,4"]) == 2
+    assert len(changed["5L"]) == 1 and changed["5L"] < changed["5L,4"] and len(changed["5L,4"]) == 2
     for wrong in (["--row-sizes", "6"], ["--row-sizes", "4,x"], ["--row-sizes", "4", "--small-bias", "2"]):
-        assert main([*common, *wrong, "--out", str(tmp_path / "b")]) == 1
+        assert main([*common, *wrong, "--out", str(tmp_path / "b")]) in (1, 2)
         assert "--row-sizes" in capsys.readouterr().err
 
 

@@ -114,18 +114,21 @@ def test_an_order_is_searched_on_several_files_and_in_some_places(teacher, stude
     [
         (["--search", "down"], "--search, --search-places: no order is searched without --calibration"),
         (["--search-places", "2"], "--search, --search-places: no order is searched without --calibration"),
-        (["--patch-order", "klpatch", "--calibration", "TEXT", "--search-places", "0"], "--search-places: 0 is not"),
+        (
+            ["--patch-order", "klpatch", "--calibration", "TEXT", "--search-places", "0"],
+            "--search-places: input should be",
+        ),
         (["--patch-order", "klpatch"], "--patch-order klpatch: name the text"),
         (["--calibration", "TEXT"], "--calibration: no order is searched"),
         (["--adopt-order"], "--adopt-order: name the order"),
         (["--adopt-order", "--patch-order", "last_to_first", "--no-store"], "--adopt-order: name the order"),
         (["--compare-orders", "--calibration", "TEXT"], "--text: "),  # searched on the held-out text itself
-        (["--windows", "0"], "--windows must be at least 1"),
-        (["--calibration", "TEXT", "--compare-orders", "--calibration-windows", "0"], "--calibration-windows must be"),
-        (["--window-tokens", "1"], "--window-tokens must be at least 2"),
+        (["--windows", "0"], "--windows: input should be greater than or equal to 1"),
+        (["--calibration", "TEXT", "--compare-orders", "--calibration-windows", "0"], "--calibration-windows: input"),
+        (["--window-tokens", "1"], "--window-tokens: input should be greater than or equal to 2"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, teacher, student, texts, capsys):
     arguments = ["evaluate", "--teacher", str(teacher), "--student", str(student), *WINDOWS, "--text", texts[0]]
-    assert main([*arguments, *(texts[0] if option == "TEXT" else option for option in options)]) == 1
+    assert main([*arguments, *(texts[0] if option == "TEXT" else option for option in options)]) in (1, 2)
     assert message in capsys.readouterr().err

@@ -29,6 +29,7 @@ from server.api.routes.openapi import openapi_document
 from server.api.routes.operations import add_operations, answer_head
 from server.config import Settings
 from server.observe.metrics import Metrics
+from server.observe.throughput import SAMPLE_SECONDS, ThroughputLog
 from server.version import __version__
 
 if TYPE_CHECKING:
@@ -43,10 +44,12 @@ def create_app(
     settings: Settings,
     load: Callable[[MetricsSink], ServedModel],
     on_failure: Callable[[BaseException], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The application. `load` builds the engine and runs in a thread once the application starts.
 
     If it raises, every probe answers 503 with the reason and `on_failure` is told (the command line then exits).
+    `on_ready` is called once requests are taken.
     """
     state = ServerState(settings, KeyRing.from_settings(settings), Metrics(legacy_names=settings.metrics_legacy_names))
 
@@ -54,12 +57,13 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.ensure_future(_load(state, load, on_failure))
-        watching = asyncio.ensure_future(_watch_lag(state.metrics))
+        loading = asyncio.ensure_future(_load(state, load, on_failure, on_ready))
+        watching = [asyncio.ensure_future(task) for task in (_watch_lag(state.metrics), _log_throughput(state))]
         try:
             yield
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             if state.growing is not None:
                 state.growing.cancel()
             if not loading.done():
@@ -126,8 +130,21 @@ async def _in_daemon_thread(call: Callable[[], ServedModel]) -> ServedModel:
     return await asyncio.wrap_future(outcome)
 
 
+async def _log_throughput(state: ServerState) -> None:
+    log: ThroughputLog | None = None
+    while not state.settings.disable_log_stats:
+        await asyncio.sleep(SAMPLE_SECONDS)
+        if log is not None:
+            log.sample()
+        elif state.model is not None:
+            log = ThroughputLog(state.metrics, state.model.engine)
+
+
 async def _load(
-    state: ServerState, load: Callable[[MetricsSink], ServedModel], on_failure: Callable[[BaseException], None] | None
+    state: ServerState,
+    load: Callable[[MetricsSink], ServedModel],
+    on_failure: Callable[[BaseException], None] | None,
+    on_ready: Callable[[], None] | None,
 ) -> None:
     from server.engine.async_engine import AsyncEngine
 
@@ -143,6 +160,8 @@ async def _load(
         state.attach(model, async_engine)
         if model.grow is not None:
             state.growing = asyncio.ensure_future(model.grow(state))
+        if on_ready is not None:
+            on_ready()
     except Exception as error:
         state.load_error = f"{type(error).__name__}: {error}" if not isinstance(error, APIError) else error.message
         if on_failure is None:

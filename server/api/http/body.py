@@ -126,7 +126,10 @@ class WrittenFloat(float):
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=(), populate_by_name=True)
+    # Each is built by its first request: all together would be a tenth of a start.
+    model_config = ConfigDict(
+        strict=True, extra="allow", protected_namespaces=(), populate_by_name=True, defer_build=True
+    )
     # Where a body may hold what a model once wrote as JSON itself: then its numbers must stay as they were written.
     written_mark: ClassVar[bytes | None] = None
 

@@ -152,14 +152,15 @@ class Gateway:
             path, method, status, seconds, int(length) if length.isdigit() else 0, num_bytes
         )
         if self.state.settings.access_log and path not in self.quiet:
-            client = scope.get("client") or ("-", 0)
+            client, made = scope.get("client") or ("-", 0), _generated(scope["state"].get("generation"))
             access_logger.info(
-                '%s "%s %s" %d %.1f ms',
+                '%s "%s %s" %d %.1f ms%s',
                 client[0],
                 scope["method"],
                 scope["path"][:_MOST_LOGGED],
                 status,
                 seconds * 1000,
+                ", {size}, {prompt_tokens} + {completion_tokens} tokens".format(**made) if made else "",
                 extra={
                     "request_id": request_id,
                     "method": scope["method"],
@@ -167,7 +168,7 @@ class Gateway:
                     "status": status,
                     "duration_ms": round(seconds * 1000, 3),
                     "tenant": scope["state"]["tenant"].name,
-                    **_generated(scope["state"].get("generation")),
+                    **made,
                 },
             )
 
@@ -176,11 +177,11 @@ def _generated(generation: Generation | None) -> dict[str, Any]:
     """What the log says of an answer."""
     if generation is None or not generation.size:
         return {}
-    usage = generation.usage()
+    usage, size = generation.usage(), generation.size_summary()
     return {
         "model": generation.model_id,
-        "size": generation.size,
-        "precision": generation.size_summary()["precision"],
+        "size": size["name"],
+        "precision": size["precision"],
         "size_reason": generation.reason,
         "prompt_tokens": usage["prompt_tokens"],
         "completion_tokens": usage["completion_tokens"],
