@@ -70,7 +70,8 @@ def test_order_fit_and_low_rank_factors(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it has one")
 def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
-    distill = ["distill", "--data", "x", "--out", str(tmp_path), "--device"]
+    (tmp_path / "text.txt").write_text("text")
+    distill = ["distill", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path), "--device"]
     evaluate = ["evaluate", "--speed", "--device"]
     for command in ([*distill, "cuda"], [*evaluate, "cuda"], [*evaluate, "cuda:1"], [*evaluate, "gpu"]):
         assert main(command) == 1

@@ -117,7 +117,7 @@ def test_no_size_is_promised_that_does_not_pass(text, tmp_path, capsys):
     assert main(common + strict) == 1
     assert "no size is below --max-kl 1e-06: the best has" in capsys.readouterr().err
     assert not (tmp_path / "out" / "pair.json").exists()
-    assert main(common) == 1 and "--data: name files to train on" in capsys.readouterr().err
+    assert main(common) == 2 and "--data: name files to train on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2"])
