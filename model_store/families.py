@@ -211,10 +211,10 @@ def why_not(raw: Mapping[str, Any]) -> str:
     if not family:
         return f"config.json names no model_type {known}"
     said = f"model family {family!r} is not supported"
-    types = {*(raw.get("layer_types") or ())} if isinstance(raw.get("layer_types"), list) else set()
+    types = {str(kind) for kind in raw.get("layer_types") or ()} if isinstance(raw.get("layer_types"), list) else set()
     if others := types - {"full_attention", "sliding_attention"}:
         mixes = any(word in kind for kind in others for word in ("linear", "mamba", "conv", "recurrent", "hybrid"))
-        reason = _HYBRID if mixes else f"its layers are of the types {', '.join(sorted(map(str, types)))}"
+        reason = _HYBRID if mixes else f"its layers are of the types {', '.join(sorted(types))}"
         return f"{said}: {reason} {known}"
     for keys, reason in _MARKS:
         if any(raw.get(key) for key in keys):

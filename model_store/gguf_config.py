@@ -150,9 +150,11 @@ def _granite(keys: MetadataKeys, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3(keys: MetadataKeys, config: dict[str, Any]) -> dict[str, Any]:
-    window = int(keys.number("attention.sliding_window", 0))
+    window = keys.number("attention.sliding_window", 0)
+    if window != int(window if math.isfinite(window) else -1):
+        raise GgufError(f"{keys.file.name}: the metadata key {keys.architecture}.attention.sliding_window is {window}")
     original = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
-    return {"sliding_window": window or None, "original_max_position_embeddings": original}
+    return {"sliding_window": int(window) or None, "original_max_position_embeddings": original}
 
 
 # What an architecture adds to the config.

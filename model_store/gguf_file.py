@@ -32,6 +32,7 @@ _PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
 }
 _INTEGERS = ("I8", "I16", "I32", "I64", "F64")  # that GGUF can hold and no weight of ours is
 _MAX_TENSORS, _MAX_KEYS, _MAX_DIMS = 1 << 17, 1 << 16, 4
+_MAX_ENTRIES = 1 << 24  # of an array of the metadata: each becomes an object here
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -152,6 +153,8 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY or depth > 2:
             raise GgufError(f"{self.name} is damaged: {self.what} has the unknown type {kind}")
         inner, count = self.number("I"), self.number("Q")
+        if count > _MAX_ENTRIES:
+            raise GgufError(f"{self.name} is damaged: {self.what} claims {count} entries")
         if inner in _SCALARS:
             code = _SCALARS[GGUFValueType(inner)]
             return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
@@ -199,7 +202,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[GgufTensor
             raise GgufError(f"{cursor.name} is damaged: the tensor {name} has {dims} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(dims))[::-1]
         entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
-    start = -(-cursor.at // alignment) * alignment
+    start, total = -(-cursor.at // alignment) * alignment, 0
     for name, shape, raw_kind, offset in entries:
         try:
             kind = GGMLQuantizationType(raw_kind)
@@ -223,4 +226,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> Iterator[GgufTensor
                 f"{cursor.name} is cut off: the tensor {name} ends at byte {begin + size}, the file has "
                 f"{len(cursor.data)}: download it again"
             )
+        total += size
+        if total > len(cursor.data):  # a small file would unfold to a huge model
+            raise GgufError(f"{cursor.name} is damaged: its tensors lie one over the other ({name} and others)")
         yield GgufTensor(name, kind, shape, cursor.data[begin : begin + size].view(dtype).reshape(laid))

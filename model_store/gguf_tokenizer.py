@@ -40,6 +40,7 @@ _GAPS = _GAP_ENDS | {
     "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>",
     "<|prefix|>", "<|suffix|>", "<|middle|>",
 }  # fmt: skip
+_LONGEST = 1024  # characters of a sentencepiece token, which is tried at every cut
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -51,6 +52,7 @@ class _Vocabulary:
         self.kind: str = self._get("model", str)
         tokens: list[str] = self._get("tokens", list)
         self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             token = next(token for i, token in enumerate(self.tokens) if self.ids[token] != i)
             raise GgufError(f"{self.file} has the token {token!r} twice in tokenizer.ggml.tokens")
@@ -77,10 +79,6 @@ class _Vocabulary:
         if not isinstance(value, kind) or (kind is list and not _are_texts(value)):
             raise GgufError(f"{self.file} has no tokenizer that can be read: tokenizer.ggml.{key} is missing or odd")
         return value
-
-    @property
-    def ids(self) -> dict[str, int]:
-        return {token: i for i, token in enumerate(self.tokens)}
 
     def _per_token(self, key: str, default: Any) -> list:
         values = self.metadata.get(f"tokenizer.ggml.{key}")
@@ -224,6 +222,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     for token, i in ids.items():
         if types[i] == TokenType.BYTE or len(token) < 2:
             continue
+        if len(token) > _LONGEST:
+            raise GgufError(f"{vocabulary.file}: the token {token[:20]!r}... has {len(token)} characters")
         for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token))):
             if left in ids and right in ids:
                 ranked.append((-scores[i], ids[left], ids[right], left, right))

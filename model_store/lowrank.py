@@ -25,7 +25,7 @@ from model_store.quantized import q8_0
 from model_store.spec import ModelSpec
 from model_store.tensor_file import TensorFile
 from model_store.weight_form import Storage, WeightForm
-from model_store.weights import TENSOR_FIELDS, LayerWeights, WeightError, quantise_layer
+from model_store.weights import FLOATS, TENSOR_FIELDS, LayerWeights, WeightError, quantise_layer
 
 LOW_RANK_FILE = "student_lowrank.safetensors"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite")  # whose linears and norms are those below
@@ -91,6 +91,12 @@ class LowRankStudent:
     def check(self, spec: ModelSpec) -> None:
         """WeightError if a tensor of a layer is missing, or has another shape than a layer of `spec` wants."""
         shapes = {tensor.name: tensor.shape for tensor in layer_tensors(spec)}
+        for name in sorted(self._names):
+            kind, is_factor = self._file.type(name), name.endswith((".lora_A", ".lora_B"))
+            if kind not in FLOATS and not (kind == "I8" and is_factor):
+                raise WeightError(f"{self.path.name}: {name} is of type {kind}, not of floats")
+            if is_factor and (len(self._shape(name)) != 2 or 0 in self._shape(name)):
+                raise WeightError(f"{self.path.name}: {name} is {list(self._shape(name))}, not a matrix")
         for index in sorted(self._own):
             wanted: dict[str, tuple[int | None, ...]] = {name: shapes[name] for name in _NORMS.values()}
             for parts in _PARTS.values():

@@ -20,8 +20,9 @@ from model_store.arrays import Array, address, to_numpy
 from model_store.dual import DualMatrix
 from model_store.int8 import is_plain
 from model_store.loaded import LoadedPair
-from model_store.nested import HEAD_BITS, NestedMatrix, can_nest_width, nest
+from model_store.nested import GROUP, HEAD_BITS, WIDTHS, NestedMatrix, can_nest_width, nest
 from model_store.quantized import CodedMatrix
+from model_store.store import StoreError
 from model_store.tensor_file import TensorFile
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import MATRICES, EndWeights, LayerWeights
@@ -109,7 +110,15 @@ def put(pair: LoadedPair, file: Path, form: WeightForm) -> None:
         first = shared.get(name, name)
         if first not in read:
             width = HEAD_BITS[form.bits] if field == "head" else form.bits
-            codes, zero, scales = (np.array(tensors.tensor(f"{first}.{part}")) for part in _PARTS)
+            parts = {f"{first}.{part}": part for part in _PARTS}
+            if not parts.keys() <= {*tensors.names()}:
+                raise StoreError(f"{file} lacks the codes of {first}: delete it, and it is made again")
+            codes, zero, scales = (np.array(tensors.tensor(name)) for name in parts)
+            rows, inputs = getattr(owner, field).shape
+            groups = inputs // GROUP
+            wanted = ((rows, inputs), np.uint8), ((rows, groups), np.uint8), ((len(WIDTHS), rows, groups), np.float16)
+            if any((one.shape, one.dtype) != two for one, two in zip((codes, zero, scales), wanted, strict=True)):
+                raise StoreError(f"{file}: {first} is not {rows} x {inputs} in codes: delete it, and it is made again")
             nested = read[first] = NestedMatrix(codes, zero, scales, width)
             if form.storage is not Storage.NESTED:
                 read[first] = DualMatrix(getattr(owner, field), nested)

@@ -224,7 +224,7 @@ def resolved_config(raw: Mapping[str, Any]) -> Any:
     if not isinstance(raw, Mapping):
         raise SpecError(f"config.json is a JSON {type(raw).__name__}, not an object")
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise SpecError(why_not(raw))
     if refusal := quantised_as(raw):
         raise SpecError(refusal)
@@ -259,7 +259,7 @@ def quantised_as(raw: Mapping[str, Any]) -> str | None:
 
 
 def _activation(name: Any) -> Literal["silu", "gelu", "gelu_tanh"]:
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise SpecError(f"activation {name!r} is not supported")
     return _ACTIVATIONS[name]
 
@@ -270,6 +270,8 @@ def _windows(config: Any, family: Family) -> tuple[int | None, tuple[str, ...]]:
     if family.windows == "all" or (family.windows != "by type" and not getattr(config, "layer_types", None)):
         return (None if family.windows == "none" else window), ()
     types = tuple(config.layer_types)
+    if not all(isinstance(kind, str) for kind in types):
+        raise SpecError(f"layer_types: {next(kind for kind in types if not isinstance(kind, str))!r:.60} is no type")
     if len(types) != config.num_hidden_layers:
         raise SpecError(f"layer_types names {len(types)} layers, num_hidden_layers is {config.num_hidden_layers}")
     if unknown := {*types} - {"full_attention", "sliding_attention"}:

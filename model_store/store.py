@@ -167,6 +167,8 @@ def _recorded(folder: Path) -> dict[str, dict[str, Any]] | None:
     with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
         files = json.loads(file.read_text())["files"] if file.stat().st_size else {}
         if files and all(isinstance(fact["size"], int) and isinstance(fact["sha256"], str) for fact in files.values()):
+            if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+                raise StoreError(f"{file} names {outside[0]!r}, which is not a file of its folder")
             return files
     if (folder / _STAMPS).is_file():
         raise StoreError(f"{file} is damaged: pull the model again with --force")

@@ -52,7 +52,13 @@ def read_tokenizer_files(folder: Path, store: Path | str | None = None, num_rows
     backend = _backend(folder, config, store)
     if num_rows is not None:
         backend = _within(backend, num_rows, folder)
-    return TokenizerFiles(backend, config, read_templates(folder, config), _end_ids(folder, backend, config))
+    ends = _end_ids(folder, backend, config)
+    if num_rows is not None and (beyond := sorted(end for end in ends if not 0 <= end < num_rows)):
+        logger.warning(
+            "%s: eos_token_id names %d, which the model has no row for: it never ends a text", folder, beyond[0]
+        )
+        ends -= {*beyond}
+    return TokenizerFiles(backend, config, read_templates(folder, config), ends)
 
 
 def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -60,7 +66,7 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
     files |= {file.stem: file for file in sorted((folder / TEMPLATE_DIR).glob("*.jinja"))}
     if files:
-        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        return {name: _text(file) for name, file in files.items()}
     value = config.get("chat_template")
     if isinstance(value, str):
         return {"default": value}
@@ -71,6 +77,13 @@ def read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
         raise StoreError(f"{folder / _CONFIG}: chat_template is neither a text nor texts with names")
     return value
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{file} cannot be read as text: {error}") from error
 
 
 def _end_ids(folder: Path, backend: Tokenizer, config: dict[str, Any]) -> frozenset[int]:
@@ -90,8 +103,9 @@ def _end_ids(folder: Path, backend: Tokenizer, config: dict[str, Any]) -> frozen
 
 
 def text_of(token: Any) -> str | None:
-    """A special token is a text or {"content": text}."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A special token is a text or {"content": text}; None for anything else."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 # --- the tokenizer
@@ -129,6 +143,8 @@ def _named_elsewhere(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str
     values = [config.get(name) for name in _NAMED]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.get(name) or []
+        if not isinstance(extra, list | dict):
+            raise StoreError(f"{folder / _CONFIG}: {name} is no list of tokens")
         values += extra.values() if isinstance(extra, dict) else extra
     values += [value for name, value in config.items() if name.endswith("_token") and name not in _NAMED]
     for value in values:

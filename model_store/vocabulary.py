@@ -18,6 +18,13 @@ def other_tokens(teacher: Path, student: Path) -> tuple[str | None, str | None]:
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return None, None
     ours, theirs = (read_json(file) for file in files)
+    try:
+        return _compared(ours, theirs)
+    except (TypeError, AttributeError, LookupError, ValueError) as error:  # what is used of them is read elsewhere
+        return None, f"the tokenizers of teacher and student cannot be compared: {type(error).__name__}: {error}"
+
+
+def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str | None, str | None]:
     tokens = [_tokens(tokenizer) for tokenizer in (ours, theirs)]
     for index in sorted(tokens[0].keys() & tokens[1].keys()):
         if tokens[0][index] != tokens[1][index]:

@@ -31,7 +31,7 @@ from model_store.weight_form import Storage, WeightForm
 # Buffers that old checkpoints carry; computed, not learned.
 _BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 _PREFIXES = ("model.", "gpt_neox.", "transformer.")
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # What GPTQ, AWQ, bitsandbytes, compressed-tensors and float8 checkpoints add to the weights.
 _QUANTISED = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv",
@@ -291,7 +291,7 @@ class Checkpoint:
             found, kind = self._files[file].shape(key), self._files[file].type(key)
             if found != shape:
                 raise WeightError(f"{self.path}: {name} is {list(found)}, its config says {list(shape)}")
-            if kind not in _FLOATS:
+            if kind not in FLOATS:
                 raise WeightError(f"{self.path}: {name} is of type {kind}, not of floats: is it quantised?")
         if unknown:
             beyond = rf"{re.escape(prefix)}(\d+)\."
@@ -300,7 +300,28 @@ class Checkpoint:
                 raise WeightError(f"{self.path}: its config says {spec.num_layers} layers, the file has layer {number}")
             some = ", ".join(unknown[:5])
             raise WeightError(f"{self.path} has {len(unknown)} tensors that its model family has no place for: {some}")
+        self._check_codes(expected)
         return ends
+
+    def _check_codes(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """WeightError for codes that are not those of a matrix of this shape: kernels read as many as there should be.
+
+        Their rows are outputs, also where the file keeps the matrix the other way round.
+        """
+        prefix = re.escape(layer_prefix(self.spec.family))
+        turned = {tensor.name for tensor in layer_tensors(self.spec) if tensor.order is Order.CONV1D}
+        names = {*self._codes.names()} if self._codes else set()
+        for name, (kind, key) in self._code_types.items():
+            block, shape = BLOCK_TYPES.get(kind), expected.get(name, ())
+            if block is None or len(shape) != 2 or key not in names:
+                raise WeightError(f"{self.path / CODES_FILE}: {key} ({kind!r:.20}) is no matrix of this model in codes")
+            rows, inputs = shape[::-1] if re.sub(rf"{prefix}\d+\.", "", name) in turned else shape
+            wanted = rows, inputs // block.inputs * block.num_bytes
+            assert self._codes is not None
+            found, type_ = self._codes.shape(key), self._codes.type(key)
+            if found != wanted or type_ != "U8" or inputs % block.inputs:
+                said = f"{key} is {type_} {list(found)}, not the {kind} codes of a matrix {[rows, inputs]}"
+                raise WeightError(f"{self.path / CODES_FILE}: {said}")
 
     def _hint(self, unknown: list[str]) -> str:
         return f"; it has {unknown[0]!r}, which its family does not know" if unknown else ""
@@ -349,10 +370,13 @@ def weight_files(path: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise WeightError(f"{index} has no weight_map: it does not say in which files the tensors are")
-        names = sorted({str(name) for name in weight_map.values()})
-        if outside := [name for name in names if Path(name).name != name]:
-            raise WeightError(f"{index} names {outside[0]!r}, which is not a file beside it")
-        missing = [name for name in names if not (path / name).is_file()]
+        given = [*weight_map.values()]
+        if outside := [
+            name for name in given if not isinstance(name, str) or Path(name).name != name or len(name) > 255
+        ]:
+            raise WeightError(f"{index} names {outside[0]!r:.100}, which is not a file beside it")
+        names = sorted({*given})
+        missing = [repr(name) for name in names if not (path / name).is_file()]
         if missing:
             raise WeightError(f"{path} lacks {', '.join(missing)}, which its index names")
         return [path / name for name in names]

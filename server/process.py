@@ -110,9 +110,13 @@ def bind(settings: Settings) -> socket.socket:
         if os.path.exists(settings.uds):
             if not stat.S_ISSOCK(os.stat(settings.uds).st_mode):
                 raise FileExistsError(f"--uds: {settings.uds} exists and is no socket")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                if other.connect_ex(settings.uds) == 0:
+                    raise FileExistsError(f"--uds: another process listens on {settings.uds}")
             os.unlink(settings.uds)  # left over by an earlier process
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(settings.uds)
+        listener.listen(_BACKLOG)
         return listener
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -48,8 +48,8 @@ class LogitOps(Protocol):
     def mask(self, row: Array, allowed: np.ndarray) -> None:
         """-inf in place of what is not allowed, bool [V], in one row [V]."""
 
-    def add(self, row: Array, tokens: list[int], values: list[float]) -> None:
-        """Add a value to each of these tokens of one row [V], in place."""
+    def add(self, row: Array, tokens: np.ndarray, values: np.ndarray) -> None:
+        """Add `values` float32 [n] to `tokens` int64 [n], each there once, of one row [V], in place."""
 
     def penalise(self, logits: Array, rows: Sequence[tuple[int, LiveRequest, SeenTokens]]) -> None:
         """CTRL's repetition penalty over prompt and answer, OpenAI's presence and frequency penalties over the answer.

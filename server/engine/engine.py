@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch, Scheduled
@@ -86,6 +86,8 @@ class Engine:
         self.metrics = metrics
         self._clock = StepClock()
         self._quarantine = Quarantine()
+        # The lists of the request before, which the other sequences of its HTTP request share: they may be long.
+        self._checked: tuple[Any, Any, Any] | None = None
         self.num_step_failures = 0
 
     # --- requests
@@ -112,17 +114,20 @@ class Engine:
     def _check_tokens(self, request: LiveRequest) -> None:
         """ValueError for a token that the model has no row for, whichever way it came: executors read what is there."""
         sampling = request.sampling
-        for param, ids in (
-            ("prompt", request.prompt_token_ids),
-            ("allowed_token_ids", sampling.allowed_token_ids or ()),
-            ("logit_bias", sampling.logit_bias or ()),
-            ("bad_words", [i for word in sampling.bad_words_ids for i in word]),
-        ):
+        lists: dict[str, Collection[int]] = {"prompt": request.prompt_token_ids}
+        allowed, bias, words = sampling.allowed_token_ids, sampling.logit_bias, sampling.bad_words_ids
+        stops = sampling.stop_token_ids
+        if self._checked is None or any(a is not b for a, b in zip(self._checked, (allowed, bias, words), strict=True)):
+            lists |= {"allowed_token_ids": allowed or (), "logit_bias": bias or ()}
+            lists["bad_words"] = [i for word in words for i in word]
+        lists["stop_token_ids"] = stops if sampling.min_tokens else ()
+        for param, ids in lists.items():
             if len(ids) and (min(ids) < 0 or max(ids) >= self.spec.vocab_size):
                 wrong = next(i for i in ids if not 0 <= i < self.spec.vocab_size)
                 raise RequestRefused(
                     f"{param}: token {wrong} is not in the model's vocabulary (0 .. {self.spec.vocab_size - 1}).", param
                 )
+        self._checked = allowed, bias, words
 
     def abort(self, request_ids: Iterable[str], stop_string: str | None = None) -> list[RequestOutput]:
         """End requests early; unknown and finished ones are ignored. `stop_string`: what their text ended with."""

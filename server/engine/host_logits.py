@@ -28,8 +28,8 @@ class HostLogits:
     def mask(self, row: np.ndarray, allowed: np.ndarray) -> None:
         row[~allowed] = -np.inf
 
-    def add(self, row: np.ndarray, tokens: list[int], values: list[float]) -> None:
-        row[tokens] += np.array(values, np.float32)
+    def add(self, row: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> None:
+        row[tokens] += values
 
     def log(self, weights: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):

@@ -20,7 +20,7 @@ import numpy as np
 
 from model_store.arrays import Array
 from server.core.executor import GREEDY, Draw, LogitOps
-from server.core.request import LiveRequest, SampledToken
+from server.core.request import LiveRequest, SampledToken, SamplingParams
 from server.core.seen_tokens import SeenTokens
 from server.engine import host_logits
 from server.engine.host_logits import HostLogits
@@ -29,11 +29,37 @@ from server.engine.host_logits import HostLogits
 DrawTokens = Callable[[Array, list[Draw]], list[int]]
 
 
+class Masks:
+    """What a request's parameters forbid and add, in the form in which every step applies them.
+
+    A caller may name thousands of tokens and ask for many answers: what could be looked up once must not be looked up
+    for every row of every step, which everybody's next token waits for.
+    """
+
+    __slots__ = ("allowed", "banned", "banned_after", "bias_tokens", "bias_values", "num_rows")
+
+    def __init__(self, sampling: SamplingParams, num_rows: int) -> None:
+        """For rows of `num_rows` logits."""
+        self.num_rows = num_rows
+        self.allowed: np.ndarray | None = None  # bool [V]
+        if sampling.allowed_token_ids is not None:
+            self.allowed = np.zeros(num_rows, bool)
+            self.allowed[np.array(sampling.allowed_token_ids, np.int64)] = True
+        self.banned = [word[0] for word in sampling.bad_words_ids if len(word) == 1]
+        self.banned_after: dict[int, list[tuple[int, ...]]] = {}  # last token of a beginning -> words
+        for word in sampling.bad_words_ids:
+            if len(word) > 1:
+                self.banned_after.setdefault(word[-2], []).append(word)
+        bias = sampling.logit_bias or {}
+        self.bias_tokens, self.bias_values = np.array([*bias], np.int64), np.array([*bias.values()], np.float32)
+
+
 @dataclass(slots=True)
 class SamplerState:
     """Per request: its random numbers, and for penalties the tokens it has seen."""
 
     random: random.Random
+    masks: Masks | None = None  # where there is anything to mask
     returned: list[float] = field(default_factory=list)  # numbers that were drawn but not used; the next is the last
     seen: SeenTokens | None = None
 
@@ -47,6 +73,7 @@ class Sampler:
         self._random = random.Random(seed)
         self.draw_tokens: DrawTokens = draw or host_logits.draw
         self.ops: LogitOps = ops or HostLogits()
+        self._shared_masks: tuple[SamplingParams, Masks] | None = None  # of the request before: its siblings share them
 
     def sample(self, logits: Array, requests: list[LiveRequest]) -> list[SampledToken]:
         """logits float32 [S, V], row i for requests[i]; modified in place. Returns a token (and logprobs) per row."""
@@ -93,25 +120,34 @@ class Sampler:
 
     def _constrain(self, row: Array, request: LiveRequest) -> None:
         """Apply masks and bias to one row [V] in place."""
-        sampling = request.sampling
+        sampling, masks = request.sampling, self._masks(request, len(row))
         if request.grammar is not None:
             mask = np.unpackbits(request.grammar.bitmask().view(np.uint8), bitorder="little")[: len(row)]
             allowed = np.zeros(len(row), bool)
             allowed[: len(mask)] = mask
             self.ops.mask(row, allowed)
-        if sampling.allowed_token_ids is not None:
-            allowed = np.zeros(len(row), bool)
-            allowed[list(sampling.allowed_token_ids)] = True
-            self.ops.mask(row, allowed)
-        for word in sampling.bad_words_ids:
-            prefix = word[:-1]
-            if not prefix or tuple(request.output_token_ids[-len(prefix) :]) == prefix:
+        if masks.allowed is not None:
+            self.ops.mask(row, masks.allowed)
+        if masks.banned:
+            row[masks.banned] = -math.inf
+        output = request.output_token_ids
+        for word in masks.banned_after.get(output[-1], ()) if output else ():
+            if tuple(output[1 - len(word) :]) == word[:-1]:
                 row[word[-1]] = -math.inf
         if len(request.output_token_ids) < sampling.min_tokens:
             banned = list(sampling.stop_token_ids | sampling.eos_token_ids)
             row[banned] = -math.inf
         if sampling.logit_bias:
-            self.ops.add(row, list(sampling.logit_bias), list(sampling.logit_bias.values()))
+            self.ops.add(row, masks.bias_tokens, masks.bias_values)
+
+    def _masks(self, request: LiveRequest, num_rows: int) -> Masks:
+        state = self.state(request)
+        if state.masks is None or state.masks.num_rows != num_rows:
+            shared = self._shared_masks
+            if shared is None or shared[1].num_rows != num_rows or not _say_the_same(shared[0], request.sampling):
+                self._shared_masks = shared = request.sampling, Masks(request.sampling, num_rows)
+            state.masks = shared[1]
+        return state.masks
 
     # --- the draw
 
@@ -140,6 +176,15 @@ class Sampler:
         """Of all tokens, [S, V]: temperature and min_p alone."""
         draws = [Draw(r.sampling.temperature, 1.0, r.sampling.min_p, 0, 0.0) for r in requests]
         return self.ops.probabilities(logits, draws)
+
+
+def _say_the_same(one: SamplingParams, other: SamplingParams) -> bool:
+    """Whether these are the very lists of one HTTP request."""
+    return (
+        one.allowed_token_ids is other.allowed_token_ids
+        and one.bad_words_ids is other.bad_words_ids
+        and one.logit_bias is other.logit_bias
+    )
 
 
 def is_plain_greedy(request: LiveRequest) -> bool:

@@ -23,6 +23,7 @@ TAGS = [{"begin": f"<t{i}>", "schema": {}, "end": "</t>"} for i in range(2000)]
 
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+FRACTIONS = "[" + ",".join(["0.1"] * 1_000_000) + "]"
 WORDS = [chr(97 + i % 26) * (i + 1) for i in range(256)]
 
 
@@ -87,6 +88,25 @@ KINDS: dict[str, tuple[str, Any]] = {
     "calls and results of others": ("/api/chat", {"model": NAME, "options": {"num_predict": 1}, "messages": [
         *HELLO, *[{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 128}] * 500,
         *[{"role": "tool", "tool_name": "g", "content": "x"}] * 3000]}),
+    "a million allowed tokens for every prompt": (COMPLETIONS, MANY | {"allowed_token_ids": [5] * 1_000_000}),
+    "half a million of anything in metadata": ("/v1/responses", {"model": NAME, "input": "a", "metadata": {
+        str(i): i for i in range(350_000)}}),
+    "a million fractions in a call": chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [
+        CALL | {"function": {"name": "f", "arguments": FRACTIONS}}]}]),
+    "fractions in many calls": chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [
+        CALL | {"function": {"name": "f", "arguments": '{"a": ' + FRACTIONS[:39_999] + "]}"}}] * 100}]),
+    "a million fractions in an input": ("/v1/messages", {"model": NAME, "max_tokens": 1, "messages": [
+        *HELLO, {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "a", "name": "f", "input": {"a": [0.1] * 900_000}}]}]}),
+    "a million numbers in a call": ("/api/chat", {"model": NAME, "messages": [
+        *HELLO, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": {"a": [1] * 1_000_000}}}]}]}),
+    "a million alternatives": asked(structured_outputs={"json": {"anyOf": [{}] * 1_300_000}}),
+    "a million alternatives of a tool": chat(tool_choice="required", tools=[
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "anyOf": [{}] * 1_300_000}}}]),
+    "a thousand texts of other letters": (COMPLETIONS, {"prompt": ["".join(
+        chr(0x4E00 + (i * j) % 20_000) for j in range(1300)) for i in range(1024)], "max_tokens": 1}),
+    "ids that are echoed": (COMPLETIONS, {"prompt": [[5] * 200] * 100, "max_tokens": 1, "echo": True, "logprobs": 5}),
 }  # fmt: skip
 
 

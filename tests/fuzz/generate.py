@@ -14,7 +14,7 @@ from typing import Any
 WORDS = (
     "", " ", "a", "The quick brown fox", "Grüße 世界 🌍", "\n\n", "<|im_end|>", "<tool_call>", '{"name": "f"}', "tiny",
     "tiny:5L", "5L", "75%", "auto", "none", "required", "user", "assistant", "system", "tool", "text", "function",
-    "json", "e\u0301", "\u202e", "x" * 300,
+    "json", "e\u0301", "\u202e", "x" * 300, "exact", "q6", "5L-q8", "worst", "5m", '["\\ud800"]', "[0.1, 1e5]",
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 64, 255, 256, 0.0, 0.5, 1.0, -0.5, 1e-9, 1e9, 2**31 - 1, 2**31, 2**53, 10**18)
 # Answers are short, and most requests name a model that is there.
@@ -237,7 +237,9 @@ def product(draw: random.Random) -> tuple[str, dict[str, Any]]:
     if draw.random() < 0.6:
         return COMPLETIONS, {"prompt": prompt, "max_tokens": draw.choice([1, 2]), **fields}
     model = {"model": "tiny", "max_tokens": 1}
-    calls = [{"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in range(128)]
+    arguments = draw.choice(["{}", "[" + "0.1," * many() + "1]"])
+    calls = [{"id": f"c{i}", "type": "function", "function": {"name": "f", "arguments": arguments}} for i in range(128)]
+    calls = calls[: max(1, 20_000 // len(arguments))]
     asked = [{"role": "assistant", "content": None, "tool_calls": calls}, *_RESULT] * draw.choice([1, 30, 200])
     functions = [{"type": "function", "function": {"name": f"f{i}", "parameters": {}}} for i in range(many() % 200)]
     short = {"num_predict": 1}
@@ -247,6 +249,10 @@ def product(draw: random.Random) -> tuple[str, dict[str, Any]]:
         lambda: (CHAT, model | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * many()}]}),
         lambda: ("/v1/messages", model | {"messages": HELLO * many(), "stop_sequences": texts()}),
         lambda: ("/v1/embeddings", {"model": "tiny", "input": prompt}),
+        lambda: (
+            "/v1/responses",
+            {"input": HELLO * many(), "metadata": {str(i): draw.choice(["a", 1]) for i in range(many())}},
+        ),
         lambda: ("/api/embed", {"model": "tiny", "input": draw.choice([texts(), [1] * many()])}),
         lambda: ("/api/chat", {"model": "tiny", "messages": [*HELLO, *_of_ollama(asked)], "options": short}),
         lambda: ("/api/generate", {"model": "tiny", "prompt": "a", "options": short | {"stop": texts()}}),

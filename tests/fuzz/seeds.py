@@ -1,4 +1,4 @@
-"""Requests as real clients send them: openai-python, lm-eval, vllm bench, guidellm, Anthropic's, and our own fields."""
+"""Requests as real clients send them: openai-python, lm-eval, vllm bench, guidellm, Anthropic's, Ollama's; ours."""
 
 from __future__ import annotations
 
@@ -99,4 +99,60 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
     }),
     ("/v1/messages/count_tokens", {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}),
     ("/v1/responses", {"model": "tiny", "input": "Hello", "max_output_tokens": 8, "instructions": "Be brief."}),
+    ("/v1/responses", {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Rain?"}]},
+            {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": '{"at": 1e5}'},
+            {"type": "function_call_output", "call_id": "c", "output": "rain"},
+        ],
+        "tools": [{"type": "function", **_WEATHER["function"]}], "tool_choice": "auto", "max_output_tokens": 8,
+        "stream": True, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "metadata": {"a": "b"},
+        "text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low"},
+    }),
+    ("/v1/messages", {
+        "model": "tiny", "max_tokens": 8, "cache_salt": "s", "tool_choice": {"type": "any"},
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}], "thinking": {"type": "disabled"}, "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 0.10}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "is_error": True}]},
+        ],
+    }),
+    # vectors
+    ("/v1/embeddings", {
+        "model": "tiny:5L", "input": ["The quick", "A server"], "dimensions": 8, "encoding_format": "base64",
+        "cache_salt": "s", "user": "u",
+    }),
+    ("/v1/embeddings", {"input": [[5, 9, 20], [31]], "min_size": "4L", "max_size": "75%", "memory_budget_mb": 300}),
+    # precisions, kinds of text
+    ("/v1/completions", {
+        "prompt": "The quick", "max_tokens": 4, "size": "5L-exact", "precision": "exact", "min_precision": "q4",
+        "max_precision": "exact", "workload": "worst",
+    }),
+    # Ollama's clients
+    ("/api/chat", {
+        "model": "tiny:latest", "messages": [
+            *_SAY,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"at": 0.5}}}]},
+            {"role": "tool", "tool_name": "get_weather", "content": "rain"},
+        ],
+        "tools": [_WEATHER], "think": False, "keep_alive": "5m", "logprobs": True, "top_logprobs": 2,
+        "options": {"num_predict": 6, "temperature": 0, "repeat_penalty": 1.1, "stop": ["x"], "num_ctx": 128},
+    }),
+    ("/api/chat", {
+        "model": "tiny", "messages": _SAY, "stream": False, "format": "json", "options": {"num_predict": 9, "seed": 7},
+    }),
+    ("/api/generate", {
+        "model": "tiny:5L", "prompt": "The quick", "raw": True, "keep_alive": -1, "truncate": True, "shift": False,
+        "options": {"num_predict": 5, "top_k": 3, "min_p": 0.1, "repeat_last_n": -1}, "size": "5L", "cache_salt": "s",
+    }),
+    ("/api/generate", {
+        "model": "tiny", "prompt": "Hello", "system": "Be brief.", "stream": False, "suffix": "", "context": [],
+        "format": {"type": "object", "properties": {"a": {"type": "integer"}}}, "options": {"num_predict": 9},
+    }),
+    ("/api/embed", {
+        "model": "tiny", "input": ["The quick", "A server"], "truncate": True, "dimensions": 8, "keep_alive": 60,
+        "options": {"num_ctx": 64},
+    }),
+    ("/api/embeddings", {"model": "tiny", "prompt": "The quick"}),
+    ("/api/show", {"model": "tiny:5L", "verbose": True}),
 ]  # fmt: skip

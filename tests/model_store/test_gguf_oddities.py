@@ -344,7 +344,7 @@ DAMAGED = {
     "length of a text": "metadata key 1 of",
     "type of a value": "'llama.block_count' has the unknown type 77",
     "count of tokens": "claims 1125899906842624 entries",
-    "count of types": "needs 4503599627370496 bytes",
+    "count of types": "claims 1125899906842624 entries",
     "a retired type": "unknown or retired type 31",
     "an unknown type": "unknown or retired type 999",
 }

@@ -37,6 +37,12 @@ def choose(chooser, tenant="", headers=None, **body):
     return chooser.choose(SizeFields.model_validate(body), None, headers or {}, tenant)
 
 
+def test_without_keys_a_request_can_only_let_others_go_first(chooser):
+    """A lower number goes first, and there everybody would be the one before all others."""
+    assert [choose(chooser, priority=asked).priority for asked in (-7, 5, 9)] == [5, 5, 9]
+    assert choose(chooser, "plain", priority=-7).priority == -7
+
+
 def test_a_key_has_its_own_floor_ceiling_limits_and_share(chooser):
     unnamed = tenant_name("plain")
     gold, free, plain = (choose(chooser, tenant) for tenant in ("gold", "free", unnamed))

@@ -15,7 +15,7 @@ from server.api.generate.conversation import Answer, Call, Conversation, Piece
 from server.api.generate.generation import Generation
 from server.api.generate.history import message_text
 from server.api.generate.logprobs import LogprobFormatter
-from server.api.generate.serving import created_now, json_response, read_body, respond
+from server.api.generate.serving import created_now, json_response, read_body, respond, written
 from server.api.generate.submission import Caller
 from server.api.http.state import ServerState
 
@@ -58,13 +58,17 @@ class ChatCall(ChunkWriter):
     async def whole(self, generation: Generation) -> Response:
         answers = await self.conversation.answers(generation)
         answer = self._envelope(generation, "chat.completion")
-        answer |= {
-            "choices": [self._choice(index, item) for index, item in enumerate(answers)],
-            "usage": self.usage(generation),
-        }
+        choices = []
+        for index, item in enumerate(answers):
+            num_scored = 0 if self.num_logprobs is None else generation.sequences[index].num_output_tokens
+            choices.append(await written(self._choice, index, item, num_scored=num_scored))
+        answer |= {"choices": choices, "usage": self.usage(generation)}
         first = generation.sequences[0]
         if self.body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self.format.prompt(first.prompt_scores, self.body.prompt_logprobs)
+            scores = first.prompt_scores
+            answer["prompt_logprobs"] = await written(
+                self.format.prompt, scores, self.body.prompt_logprobs, num_scored=len(scores)
+            )
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = first.request.prompt_token_ids
         return json_response(answer | generation.timing_report(), generation.headers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from server.api.completions.protocol import CompletionRequest
@@ -44,6 +45,7 @@ class Continuation:
         if self.echo:  # echoed text comes first, and offsets of generated tokens count from its beginning
             for sequence in generation.sequences:
                 sequence.text_start = len(self.prompt_text(sequence.prompt))
+                await asyncio.sleep(0)  # there may be a thousand prompts of a thousand ids
         return generation
 
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:

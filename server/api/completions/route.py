@@ -14,7 +14,7 @@ from server.api.generate.chunks import ChunkWriter, chunk_events
 from server.api.generate.conversation import Piece
 from server.api.generate.generation import Delta, Generation, Sequence
 from server.api.generate.logprobs import LogprobFormatter
-from server.api.generate.serving import created_now, json_response, read_body, respond
+from server.api.generate.serving import created_now, json_response, read_body, respond, written
 from server.api.generate.submission import Caller
 from server.api.http.state import ServerState
 from server.core.request import TokenLogprobs
@@ -56,9 +56,17 @@ class CompletionCall(ChunkWriter):
         parts: list[list[Delta]] = [[] for _ in generation.sequences]
         async for delta in generation.deltas():
             parts[delta.index].append(delta)
-        choices = [self._choice(sequence, parts[sequence.index]) for sequence in generation.sequences]
+        choices = []
+        for sequence in generation.sequences:
+            num_scored = self._num_scored(sequence)
+            choices.append(await written(self._choice, sequence, parts[sequence.index], num_scored=num_scored))
         answer = self.envelope(generation) | {"choices": choices, "usage": self.usage(generation)}
         return json_response(answer | generation.timing_report(), generation.headers())
+
+    def _num_scored(self, sequence: Sequence) -> int:
+        """Positions with log-probabilities in a choice."""
+        echoes = self.body.prompt_logprobs is not None or (self.echo and self.with_logprobs)
+        return echoes * len(sequence.prompt.token_ids) + self.with_logprobs * sequence.num_output_tokens
 
     def _choice(self, sequence: Sequence, deltas: list[Delta]) -> dict[str, Any]:
         body, last = self.body, deltas[-1]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from server.api.completions.protocol import Prompt
-from server.api.generate.protocol import ScheduledSize, SizeFields
+from server.api.generate.protocol import CacheSalt, ScheduledSize, SizeFields
 
 Dimensions = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -18,6 +18,7 @@ class VectorFields(SizeFields):
     dimensions: Dimensions | None = Field(
         default=None, description="keep so many numbers of each vector; default: the model's width"
     )
+    cache_salt: CacheSalt | None = Field(default=None, description="as for chat")
     size_schedule: Annotated[list[ScheduledSize], Field(max_length=0)] | None = Field(
         default=None, description="not offered: a vector has one size"
     )

@@ -32,7 +32,7 @@ def embedding(
     if body.dimensions is not None and body.dimensions > width:
         raise invalid(f"dimensions is {body.dimensions}; this model's vectors have {width}.", "dimensions")
     fields = {name: getattr(body, name) for name in SizeFields.model_fields}
-    asked = SamplingFields.model_construct(model=model, **fields)
+    asked = SamplingFields.model_construct(model=model, cache_salt=body.cache_salt, **fields)
     limits = OutputLimits(max_tokens=0, param=param, prompt=param, pool=True)
     answer_id = f"embd-{caller.request_id}"
     return Generation(state, Submission.build(state, caller, asked, prompts, answer_id=answer_id, limits=limits))

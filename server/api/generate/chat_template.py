@@ -15,10 +15,14 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from server.api.http.body import WrittenFloat
+from server.api.http.body import WrittenFloat, WrittenFloats
 
 # What a template can raise over a conversation that it was not written for.
-_CLASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_CLASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+# A template comes with the model, and rendering it holds the event loop: beyond this it is the template that fails.
+_MOST_STEPS = 1 << 20  # of all loops and macros together
+_MOST_CHARACTERS = 1 << 22  # of what `*` makes
+_MOST_POWER = 64
 
 # Marks where the final message ends, to cut off whatever the template adds after it.
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -49,18 +53,21 @@ class Arguments(dict):
     text: str
 
     @classmethod
-    def read(cls, value: str | dict[str, Any]) -> Any:
-        """From the wire. Text that is no JSON object stays text; none at all is an empty object."""
+    def read(cls, value: str | dict[str, Any], numbers: WrittenFloats) -> Any:
+        """From the wire. Text that is no JSON object stays text; none at all is an empty object.
+
+        `numbers` counts the fractions of all calls together.
+        """
         if isinstance(value, dict):
             return value
         if not value.strip() or value.strip() == "null":
             value = "{}"
         try:
-            parsed = json.loads(value, parse_float=WrittenFloat)
+            parsed = json.loads(value, parse_float=numbers)
         except (ValueError, RecursionError):
             return value
         if not isinstance(parsed, dict):
-            return parsed if parsed is not None else cls.read("{}")
+            return parsed if parsed is not None else cls.read("{}", numbers)
         arguments = cls(parsed)
         arguments.text = value
         return arguments
@@ -91,10 +98,41 @@ def _replaced(value: Any, texts: list[str]) -> Any:
     return value
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox keeps a template from the server's objects; this keeps it from the server's time."""
+
+    intercepted_binops = frozenset({"*", "**"})
+    num_steps = 0
+
+    @property
+    def step(self) -> bool:
+        """Counts when it is read, which compiled code does fastest."""
+        self.num_steps += 1
+        if self.num_steps > _MOST_STEPS:
+            raise jinja2.TemplateError(f"it takes more than {_MOST_STEPS} steps")
+        return True
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and abs(right) > _MOST_POWER:
+            raise jinja2.TemplateError(f"a power above {_MOST_POWER}")
+        for one, times in ((left, right), (right, left)):
+            if isinstance(one, str | list | tuple) and isinstance(times, int) and len(one) * times > _MOST_CHARACTERS:
+                raise jinja2.TemplateError(f"a text repeated to more than {_MOST_CHARACTERS} characters")
+        return super().call_binop(context, operator, left, right)
+
+    def counted(self, source: str) -> jinja2.Template:
+        """`from_string`, with a look at `step` in every round of a loop and every call of a macro."""
+        tree = self.parse(source)
+        step = nodes.EnvironmentAttribute("step")
+        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            node.body.insert(0, nodes.ExprStmt(step))
+            if isinstance(node, nodes.For) and node.test is not None:  # rounds that it leaves out are rounds as well
+                node.test = nodes.And(step, node.test)
+        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None), None)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
@@ -103,7 +141,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 @lru_cache(maxsize=32)
 def _compile(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
+    return _environment().counted(source)
 
 
 class ChatTemplate:
@@ -115,7 +153,7 @@ class ChatTemplate:
         self.special_tokens = special_tokens
         try:
             self._template = _compile(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, *_CLASHES) as error:
             raise TemplateError(f"the chat template is not valid: {error}") from None
 
     @property
@@ -147,6 +185,7 @@ class ChatTemplate:
                 raise TemplateError("the final message has no text to continue")
             messages = [*messages[:-1], {**messages[-1], "content": final + _TAG}]
         try:
+            self._template.environment.num_steps = 0
             # One mapping: as keywords a variable called `self` would clash with the library's own parameter.
             text = self._template.render(
                 {

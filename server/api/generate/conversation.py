@@ -132,7 +132,7 @@ class Conversation:
         state.admission.check(caller.tenant)
         prompt = await self.prompt()
         try:
-            grammar = await grammar_factory(body, state, self.tools.schema(), self.tools.call_tags(), caller.tenant)
+            grammar = await grammar_factory(body, state, self.tools, caller.tenant)
         except APIError as error:
             if self.format_param is not None:
                 error.rename("response_format", self.format_param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from server.api.generate.tokenizer import ServingTokenizer
+    from server.api.generate.tools import ToolUse
     from server.api.http.state import ServerState
     from server.engine.extras.grammar import Grammar
+
+logger = logging.getLogger(__name__)
 
 _CACHED = 128
 _REFUSED = 1024
@@ -30,6 +34,8 @@ _COMPILE_SECONDS = 10.0
 _TRIALS = 2
 _MOST_WAITING = 16  # compilations of one tenant
 _MOST_TAGS = 128
+# What is looked at at all, times the size that is allowed: the grammar is shorter than the request that asks for it.
+_AS_WRITTEN = 4
 # Between JSON tokens. Without a bound a small model falls into writing blanks until its tokens run out.
 _BLANKS = r" |\n[ \t]{0,20}"
 
@@ -95,6 +101,9 @@ class Compiler:
             problem = f"cannot be used: {error}" if isinstance(error, GrammarError) else "is too complex to compile."
             _keep(self._refused, source, problem, _REFUSED)
             raise invalid(f"{param} {problem}", param) from None
+        except OSError as error:  # no process, no descriptor: that passes
+            logger.warning("a grammar cannot be tried: %s", error)
+            raise APIError("No grammar can be compiled now.", param=param, status=503) from None
         finally:
             self._idle.put_nowait(trial)
         _keep(self._cache, source, matcher, _CACHED)
@@ -121,16 +130,18 @@ def _source(kind: str, *arguments: Any) -> str:
 
 
 async def grammar_factory(
-    body: SamplingFields,
-    state: ServerState,
-    forced_schema: dict[str, Any] | None = None,
-    call_tags: list[tuple[str, dict[str, Any], str]] | None = None,
-    tenant: str = "",
+    body: SamplingFields, state: ServerState, tools: ToolUse | None = None, tenant: str = ""
 ) -> Callable[[], Grammar] | None:
-    """What constrains the text of this request, or None.
-
-    `forced_schema` is that of a tool call to be made; `call_tags` are (begin, schema, end) of calls that may be made.
-    """
+    """What constrains the text of this request, or None. `tools` may have to be called, or called in a certain form."""
+    most = _AS_WRITTEN * state.settings.max_grammar_bytes
+    for name in ("response_format", "structured_outputs"):
+        if (asked := getattr(body, name)) is not None and len(asked.model_dump_json()) > most:
+            raise invalid(f"{name} is too large: at most {state.settings.max_grammar_bytes} bytes.", name)
+    forced_schema, call_tags = None, None
+    if tools is not None and tools.constrains:
+        if sum(len(tool.model_dump_json()) for tool in tools.tools) > most:
+            raise invalid(f"tools are too large: at most {state.settings.max_grammar_bytes} bytes.", "tools")
+        forced_schema, call_tags = tools.schema(), tools.call_tags()
     found = _requested(body)
     if forced_schema is not None:
         if found is not None:

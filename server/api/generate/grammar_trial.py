@@ -31,11 +31,11 @@ class Trial:
 
     def warm(self) -> None:
         """Start the process unless it is there: it takes a second to be ready."""
-        if self._starting is None:
+        if self._starting is None or _has_ended(self._starting):
             self._starting = asyncio.ensure_future(self._start())
 
     async def ready(self) -> None:
-        """Wait for the process: what its start takes is not the grammar's fault."""
+        """Wait for the process: what its start takes is not the grammar's fault. OSError if it cannot be started."""
         self.warm()
         await asyncio.shield(self._starting)
 
@@ -91,6 +91,13 @@ class Trial:
         if starting is not None:
             starting.add_done_callback(_kill)
         self.warm()
+
+
+def _has_ended(starting: asyncio.Task[asyncio.subprocess.Process]) -> bool:
+    """Whether there never was a process, or something else than a grammar has ended it."""
+    if not starting.done():
+        return False
+    return starting.cancelled() or starting.exception() is not None or starting.result().returncode is not None
 
 
 def _kill(starting: asyncio.Task[asyncio.subprocess.Process]) -> None:

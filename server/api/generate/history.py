@@ -8,6 +8,7 @@ from typing import Any
 from server.api.chat.protocol import ChatMessage
 from server.api.generate.chat_template import Arguments, to_json
 from server.api.generate.tool_forms import HERMES
+from server.api.http.body import WrittenFloats
 from server.api.http.errors import invalid
 
 # What Hermes and Qwen 2.5 were taught, and what most later models have seen.
@@ -28,7 +29,7 @@ For each function call, return a json object with function name and arguments wi
 
 def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as templates expect them: content as text, call arguments as objects, no empty fields."""
-    result = []
+    result, numbers = [], WrittenFloats("messages")
     for index, message in enumerate(messages):
         item: dict[str, Any] = dict(message.model_extra or {})
         item["role"] = "system" if message.role == "developer" else message.role
@@ -39,7 +40,7 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
         if message.tool_calls:
             item["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
             for call in item["tool_calls"]:
-                call["function"]["arguments"] = Arguments.read(call["function"]["arguments"])
+                call["function"]["arguments"] = Arguments.read(call["function"]["arguments"], numbers)
         result.append(item)
     return result
 

@@ -19,6 +19,7 @@ Size = Annotated[
         }
     ),
 ]
+CacheSalt = Annotated[str, Field(max_length=1024)]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
 
@@ -201,7 +202,7 @@ class SamplingFields(SizeFields):
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="part of the answer's id; default: header `X-Request-Id`, or made up"
     )
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(
+    cache_salt: CacheSalt | None = Field(
         default=None, description="the prefix cache is shared only among requests with the same salt"
     )
     user: str | None = Field(default=None, description="ignored")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from server.api.generate.protocol import RepetitionDetection, SamplingFields
 from server.api.generate.tokenizer import ServingTokenizer
@@ -14,8 +14,6 @@ from server.core.request import RepetitionLimit, SamplingParams
 
 if TYPE_CHECKING:
     from server.api.http.state import ServerState
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def stop_strings(body: SamplingFields, settings: Settings) -> tuple[str, ...]:
@@ -77,19 +75,19 @@ def sampling_params(
     body: SamplingFields,
     state: ServerState,
     *,
-    max_tokens: int,
+    max_tokens: Sequence[int],
     max_tokens_param: str = "max_tokens",
+    n: int = 1,
     logprobs: int | None,
     prompt_logprobs: int | None,
     pool: bool = False,
-    index: int = 0,
     repetition: RepetitionDetection | None = None,
-) -> SamplingParams:
-    """One sequence's parameters; `index` is its place among `n`, so that a seed gives n different samples."""
+) -> tuple[tuple[SamplingParams, ...], ...]:
+    """[prompt][choice]: everything is looked at once, for all sequences. `max_tokens`: of each prompt."""
     tokenizer, default = state.tokenizer, state.sampling_defaults
     vocab_size = tokenizer.vocab_size
-    if (body.min_tokens or 0) > max_tokens:
-        raise invalid(f"min_tokens ({body.min_tokens}) is above {max_tokens_param} ({max_tokens}).", "min_tokens")
+    if (body.min_tokens or 0) > (least := min(max_tokens)):
+        raise invalid(f"min_tokens ({body.min_tokens}) is above {max_tokens_param} ({least}).", "min_tokens")
     stop_ids = body.stop_token_ids or []
     check_token_ids(stop_ids, "stop_token_ids", vocab_size)
     allowed = body.allowed_token_ids
@@ -97,19 +95,17 @@ def sampling_params(
         if not allowed:
             raise invalid("allowed_token_ids must not be empty.", "allowed_token_ids")
         check_token_ids(allowed, "allowed_token_ids", vocab_size)
-    return SamplingParams(
-        max_tokens=max_tokens,
+    shared = SamplingParams(
         min_tokens=body.min_tokens or 0,
         temperature=_or(body.temperature, default.temperature),
         top_p=_or(body.top_p, default.top_p),
         top_k=max(default.top_k if body.top_k is None else body.top_k, 0),
         min_p=_or(body.min_p, default.min_p),
-        seed=_seed(body.seed, index),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_or(body.repetition_penalty, default.repetition_penalty),
         logit_bias=_logit_bias(body.logit_bias, vocab_size),
-        allowed_token_ids=_allowed(allowed),
+        allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
         bad_words_ids=_bad_words(body.bad_words, tokenizer),
         stop_token_ids=frozenset(stop_ids),
         eos_token_ids=tokenizer.eos_token_ids,
@@ -119,6 +115,8 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         pool=pool,
     )
+    seeds = [_seed(body.seed, index) for index in range(n)]
+    return tuple(tuple(replace(shared, max_tokens=most, seed=seed) for seed in seeds) for most in max_tokens)
 
 
 def _repetition(asked: RepetitionDetection | None) -> RepetitionLimit | None:
@@ -144,26 +142,6 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _once(function: F) -> F:
-    """Remembers the last answer: all sequences of a request share their fields, and each is looked at once."""
-    last: tuple[Any, Any] = (None, None)
-
-    @wraps(function)
-    def remembering(value: Any, *others: Any) -> Any:
-        nonlocal last
-        if value is None or last[0] is not value:
-            last = value, function(value, *others)
-        return last[1]
-
-    return cast(F, remembering)
-
-
-@_once
-def _allowed(token_ids: list[int] | None) -> tuple[int, ...] | None:
-    return None if token_ids is None else tuple(sorted(set(token_ids)))
-
-
-@_once
 def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float] | None:
     if not bias:
         return None
@@ -177,7 +155,6 @@ def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> dict[int, flo
     return result
 
 
-@_once
 def _bad_words(words: list[str] | None, tokenizer: ServingTokenizer) -> tuple[tuple[int, ...], ...]:
     """Token sequences to avoid: each word as it starts a text and as it follows a blank, like vLLM does."""
     if not words:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
+import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.api.generate.generation import Generation, PromptInput
 from server.api.generate.protocol import SamplingFields
-from server.api.generate.sampling import (
-    check_token_ids,
-)
+from server.api.generate.sampling import check_token_ids
 from server.api.http.body import Body, parse_body
 from server.api.http.errors import APIError, invalid
 from server.api.http.sse import EventStream, dumps, until_disconnect
@@ -37,14 +37,15 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
     limit = state.settings.max_body_bytes
     chunks: list[bytes] = []
     size = 0
+    tenant = request.scope["state"]["tenant"].name
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                state.body_bytes += len(chunk)
+                state.arriving[tenant] += len(chunk)
                 if size > limit:
                     raise APIError(f"The request body is larger than {limit} bytes.", status=413)
-                if state.body_bytes > limit * _FULL_BODIES:
+                if is_crowded(state.arriving, tenant, limit * _FULL_BODIES):
                     raise APIError("Too many large requests are arriving.", status=503, retry_after=1)
                 chunks.append(chunk)
     except TimeoutError:
@@ -52,8 +53,32 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
     except ClientDisconnect:
         raise APIError("The client left before its request had arrived.", status=499) from None
     finally:
-        state.body_bytes -= size
+        state.arriving[tenant] -= size
+        if not state.arriving[tenant]:
+            del state.arriving[tenant]
     return parse_body(model, b"".join(chunks))
+
+
+_WRITTEN_INLINE = 1000  # positions with log-probabilities that are written on the event loop
+
+
+async def written(make: Callable[..., Any], *arguments: Any, num_scored: int) -> Any:
+    """JSON of `make(*arguments)`, a part of an answer with log-probabilities at `num_scored` positions.
+
+    Each takes microseconds, and there may be millions: beyond a few they are written in a thread, from which the event
+    loop gets its turns.
+    """
+
+    def write() -> orjson.Fragment:
+        return orjson.Fragment(dumps(make(*arguments)))
+
+    return write() if num_scored <= _WRITTEN_INLINE else await asyncio.to_thread(write)
+
+
+def is_crowded(arriving: Counter[str], tenant: str, most: int) -> bool:
+    """Whether more bytes arrive than `most`, and this tenant's are more than its share: one key's uploads cost others
+    no refusals, and at most double the memory."""
+    return arriving.total() > most and arriving[tenant] > most / len(arriving)
 
 
 def json_response(data: Any, headers: dict[str, str] | None = None) -> Response:
@@ -74,22 +99,29 @@ def truncate(token_ids: list[int], body: SamplingFields, max_model_len: int) -> 
 async def encode_prompt(
     text: str, add_special_tokens: bool, state: ServerState, param: str, is_cut: str | None = None
 ) -> PromptInput:
-    """Tokenise; 400 for a text without tokens, or one that cannot fit at best.
+    """`encode_prompts` for one."""
+    return (await encode_prompts([text], add_special_tokens, state, param, is_cut))[0]
 
-    Of a text that `is_cut` afterwards, ends that cannot remain are cut off before.
+
+async def encode_prompts(
+    texts: list[str], add_special_tokens: bool, state: ServerState, param: str, is_cut: str | None = None
+) -> list[PromptInput]:
+    """Tokenise, off the event loop if they are long all together; 400 for a text without tokens, or one that cannot
+    fit at best.
+
+    Of texts that `is_cut` afterwards, ends that cannot remain are cut off before.
     """
     most = state.tokenizer.longest_token * state.catalog.max_model_len
-    if len(text) > most:
-        if not is_cut:
-            raise too_long(text, state, param)
-        text = text[:most] if is_cut == "right" else text[-most:]
+    if not is_cut and (longer := next((text for text in texts if len(text) > most), None)):
+        raise too_long(longer, state, param)
+    texts = [text[:most] if is_cut == "right" else text[-most:] for text in texts]
     try:
-        token_ids = await state.tokenizer.encode_async(text, add_special_tokens)
-    except UnicodeEncodeError:
+        encoded = await state.tokenizer.encode_many(texts, add_special_tokens)
+    except UnicodeError:
         raise invalid(f"{param} is not valid Unicode.", param) from None
-    if not token_ids:
+    if not all(encoded):
         raise invalid(f"{param} is empty: there is nothing to continue.", param)
-    return PromptInput(token_ids, text)
+    return [PromptInput(token_ids, text) for token_ids, text in zip(encoded, texts, strict=True)]
 
 
 async def read_prompts(
@@ -105,12 +137,11 @@ async def read_prompts(
         raise invalid(f"{param} is an empty list.", param)
     if len(value) > most:
         raise invalid(f"{param} has {len(value)} entries; at most {most} are allowed here.", param)
-    return [
-        await encode_prompt(prompt, add_special_tokens, state, param, is_cut)
-        if isinstance(prompt, str)
-        else check_prompt_ids(prompt, state, param)
-        for prompt in value
-    ]
+    # What is cheap to refuse first.
+    given = {at: check_prompt_ids(ids, state, param) for at, ids in enumerate(value) if isinstance(ids, list)}
+    texts = [prompt for prompt in value if isinstance(prompt, str)]
+    encoded = iter(await encode_prompts(texts, add_special_tokens, state, param, is_cut))
+    return [given[at] if at in given else next(encoded) for at in range(len(value))]
 
 
 def too_long(text: str, state: ServerState, param: str) -> APIError:

@@ -119,6 +119,8 @@ class SizeChooser:
         priority = body.priority
         if priority is None:
             priority = self.priority if who.priority is None else who.priority
+        elif not tenant:  # without keys anybody could go before all others
+            priority = max(priority, self.priority)
         kind = who.workload if body.workload is None else body.workload
         workload = self.workload if kind is None else self._workload(kind)
         return replace(choice, budget=self._budget(body, headers, who), priority=priority, workload=workload)

@@ -109,22 +109,16 @@ class Submission:
         logprobs = check_logprobs(limits.logprobs, "logprobs", settings, tokenizer.vocab_size)
         scored = check_logprobs(limits.prompt_logprobs, "prompt_logprobs", settings, tokenizer.vocab_size)
         _check_entries(((logprobs, n * sum(most)), (scored, n * sum(lengths))), state)
-        sampling = tuple(
-            tuple(
-                sampling_params(
-                    body,
-                    state,
-                    max_tokens=limit,
-                    max_tokens_param=limits.param,
-                    logprobs=logprobs,
-                    prompt_logprobs=scored,
-                    pool=limits.pool,
-                    index=index,
-                    repetition=limits.repetition,
-                )
-                for index in range(n)
-            )
-            for limit in most
+        sampling = sampling_params(
+            body,
+            state,
+            max_tokens=most,
+            max_tokens_param=limits.param,
+            n=n,
+            logprobs=logprobs,
+            prompt_logprobs=scored,
+            pool=limits.pool,
+            repetition=limits.repetition,
         )
         return cls(
             answer_id=answer_id,

@@ -88,16 +88,20 @@ class ServingTokenizer:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Long texts are tokenised in a thread, so that they do not hold up everybody's streams."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return self.encode(text, add_special_tokens)
-        return (await asyncio.to_thread(self._encode_batch, [text], add_special_tokens))[0]
+        """As `encode_many`."""
+        return (await self.encode_many([text], add_special_tokens))[0]
 
     async def encode_many(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Several texts, off the event loop unless they are short all together."""
-        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
-            return [self.encode(text, add_special_tokens) for text in texts]
-        return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+        """In a thread unless they are short all together, so that long texts do not hold up everybody's streams.
+
+        UnicodeError for what JSON can name and no text can hold (half of a surrogate pair).
+        """
+        try:
+            if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+                return [self.encode(text, add_special_tokens) for text in texts]
+            return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+        except TypeError as error:  # the library's word for it
+            raise UnicodeError(str(error)) from None
 
     def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         # `encode` holds the interpreter while it works, so that a thread would not help the event loop; this does not.

@@ -53,6 +53,11 @@ class ToolUse:
                 raise invalid(f"tool_choice names {name[:100]!r}, which is not among tools.", "tool_choice")
         self.form = HERMES if self.is_generic else ToolForm.of(template.source)
 
+    @property
+    def constrains(self) -> bool:
+        """Whether there is a `schema` or there are `call_tags`."""
+        return self.is_forced or (self.is_active and self.is_generic)
+
     def for_template(self) -> list[dict[str, Any]] | None:
         return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.is_active else None
 
@@ -64,7 +69,7 @@ class ToolUse:
 
     def call_tags(self) -> list[tuple[str, dict[str, Any], str]] | None:
         """(begin, schema, end) of the calls that a model may make which was not trained to; None for all others."""
-        if not (self.is_active and self.is_generic) or self.is_forced:
+        if not self.constrains or self.is_forced:
             return None
         return [
             (

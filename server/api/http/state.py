@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class ServerState:
         self.load_error: str | None = None
         self.num_active = 0  # inference requests between first byte in and last byte out
         self.on_activity: Callable[[bool], None] | None = None  # is told when there are some, and when there are none
-        self.body_bytes = 0  # of request bodies that are still arriving
+        self.arriving: Counter[str] = Counter()  # tenant -> bytes of request bodies that are not whole yet
         self.model: ServedModel | None = None  # until it is loaded
         self._async_engine: AsyncEngine | None = None
         self.growing: asyncio.Task[None] | None = None  # `ServedModel.grow`

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.api.generate.protocol import SizeFields
+from server.api.generate.protocol import CacheSalt, SizeFields
 from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 
@@ -83,4 +83,4 @@ class MessagesRequest(SizeFields, CountTokensRequest):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(default=None, description="as for chat")
     metadata: dict[str, Any] | None = Field(default=None, description="ignored")
     service_tier: str | None = Field(default=None, description="ignored")
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(default=None, description="as for chat")
+    cache_salt: CacheSalt | None = Field(default=None, description="as for chat")

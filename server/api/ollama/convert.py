@@ -97,7 +97,8 @@ def _limited(talk: Talk, body: OllamaRequest) -> Talk:
 
 def _body(model: type[T], body: OllamaRequest, fields: dict[str, Any]) -> T:
     fields |= {name: getattr(body, name) for name in SizeFields.model_fields}
-    fields |= {"model": body.model, "stream": body.stream is not False, **_sampling(body.options or OllamaOptions())}
+    fields |= {"model": body.model, "cache_salt": body.cache_salt, "stream": body.stream is not False}
+    fields |= _sampling(body.options or OllamaOptions())
     if body.format == "json":
         fields["response_format"] = {"type": "json_object"}
     elif body.format:

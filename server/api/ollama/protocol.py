@@ -8,7 +8,7 @@ from pydantic import Field
 
 from server.api.chat.protocol import ToolFunction
 from server.api.embeddings.protocol import VectorFields
-from server.api.generate.protocol import SizeFields
+from server.api.generate.protocol import CacheSalt, SizeFields
 from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 _MEMORY = "ignored: what lies in memory was decided at the start"
@@ -62,6 +62,7 @@ class OllamaRequest(SizeFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
         default=None, description="and of so many likeliest ones"
     )
+    cache_salt: CacheSalt | None = Field(default=None, description="as for chat")
     keep_alive: float | str | None = Field(default=None, description="ignored: the pair stays loaded")
     truncate: bool | None = Field(default=None, description="ignored: a prompt that is too long is refused")
     shift: bool | None = Field(default=None, description="ignored: an answer ends where the context does")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from server.api.chat.protocol import ContentPart
-from server.api.generate.protocol import JSONSchemaFormat, SizeFields, StructuredOutputs
+from server.api.generate.protocol import CacheSalt, JSONSchemaFormat, SizeFields, StructuredOutputs
 from server.api.http.body import MAX_MESSAGES, MAX_PARTS, AtMost, Body
 
 
@@ -91,12 +91,12 @@ class ResponsesRequest(SizeFields):
     conversation: None = Field(default=None, description="not offered: nothing is stored")
     prompt: None = Field(default=None, description="not offered: nothing is stored")
     max_tool_calls: int | None = Field(default=None, description="ignored: it counts tools that OpenAI runs")
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(default=None, description="as for chat")
+    cache_salt: CacheSalt | None = Field(default=None, description="as for chat")
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="part of the answer's id"
     )
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="as for chat")
     enable_thinking: bool | None = Field(default=None, description="as for chat")
-    metadata: dict[str, str] | None = Field(default=None, description="returned as it is")
+    metadata: Annotated[dict[str, str], AtMost(1024)] | None = Field(default=None, description="returned as it is")
     user: str | None = Field(default=None, description="returned as it is")
     service_tier: str | None = Field(default=None, description="ignored")

@@ -33,9 +33,13 @@ async def tokenize(request: Request, state: ServerState) -> Response:
         add_special = bool(body.add_special_tokens)
     else:
         text, add_special = body.prompt or "", body.add_special_tokens is not False
+    param = "prompt" if body.messages is None else "messages"
     if len(text) > tokenizer.longest_token * state.catalog.max_model_len:
-        raise too_long(text, state, "prompt" if body.messages is None else "messages")
-    token_ids = await tokenizer.encode_async(text, add_special)
+        raise too_long(text, state, param)
+    try:
+        token_ids = await tokenizer.encode_async(text, add_special)
+    except UnicodeError:
+        raise invalid(f"{param} is not valid Unicode.", param) from None
     answer = {"count": len(token_ids), "max_model_len": state.catalog.max_model_len, "tokens": token_ids}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in token_ids]

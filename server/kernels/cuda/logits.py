@@ -35,8 +35,8 @@ class DeviceLogits:
     def mask(self, row: torch.Tensor, allowed: np.ndarray) -> None:
         row.masked_fill_(send(~allowed, row.device), -torch.inf)
 
-    def add(self, row: torch.Tensor, tokens: list[int], values: list[float]) -> None:
-        row[send(np.array(tokens), row.device)] += send(np.array(values, np.float32), row.device)
+    def add(self, row: torch.Tensor, tokens: np.ndarray, values: np.ndarray) -> None:
+        row[send(tokens, row.device)] += send(values, row.device)
 
     def log(self, weights: torch.Tensor) -> torch.Tensor:
         return weights.log()

@@ -1,0 +1,220 @@
+"""Limits and refusals that hold for everything of a kind: for each route, each list, each way in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from server.api.generate.grammar import Compiler
+from server.api.generate.serving import is_crowded, written
+from server.api.http import probes
+from server.api.http.errors import APIError
+from server.api.routes.operations import POSTS
+from server.config import Settings
+from server.process import bind
+from tests.api.tiny import NAME, RunningServer, make_tokenizer
+
+HELLO = [{"role": "user", "content": "hi"}]
+# Half of a surrogate pair: JSON can name it, no text can hold it.
+HALF = '["\\ud800"]'
+CALLS = [
+    *HELLO,
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": HALF}}],
+    },
+    {"role": "tool", "tool_call_id": "c", "content": "x"},
+]
+
+
+@pytest.fixture(scope="module")
+def server(pair):
+    with RunningServer(pair, "--max-model-len", "256") as server:
+        yield server
+
+
+def unbounded(schema: Any, definitions: dict[str, Any], where: str, seen: frozenset[str] = frozenset()) -> list[str]:
+    """Places of lists and mappings whose entries are looked at one by one, and whose length nothing limits."""
+    if not isinstance(schema, dict):
+        return []
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[1]
+        return [] if name in seen else unbounded(definitions[name], definitions, name, seen | {name})
+    found = [where] if schema.get("items") not in (None, {}, True) and "maxItems" not in schema else []
+    if isinstance(schema.get("additionalProperties"), dict) and "maxProperties" not in schema:
+        found.append(where)
+    inner = [(f"{where}.{name}", value) for name, value in schema.get("properties", {}).items()]
+    inner += [(where, value) for kind in ("anyOf", "oneOf", "allOf") for value in schema.get(kind, ())]
+    inner += [(f"{where}[]", schema[kind]) for kind in ("items", "additionalProperties") if kind in schema]
+    return found + [place for name, value in inner for place in unbounded(value, definitions, name, seen)]
+
+
+def test_every_list_of_every_route_has_a_length_that_is_checked_first():
+    found = set()
+    for _, _, model, _, _ in POSTS:
+        schema = model.model_json_schema(by_alias=True)
+        found |= {*unbounded(schema, schema.get("$defs", {}), model.__name__)}
+    # Prompts are looked at by hand (`read_prompts`).
+    prompts = {f"{name}{end}" for name in ("CompletionRequest.prompt", "EmbeddingsRequest.input") for end in ("", "[]")}
+    assert found == prompts
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/v1/responses"])
+def test_half_a_character_in_a_call_is_the_callers_mistake(server, path):
+    body: dict[str, Any] = {"model": NAME, "messages": CALLS}
+    if path == "/v1/responses":
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": HALF}
+        body = {"model": NAME, "input": [*HELLO, call]}
+    # Templates that print calls do so as JSON; this pair's prints none, and the prompt in words does.
+    body["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    if path == "/v1/responses":
+        body["tools"] = [{"type": "function", "name": "f"}]
+    answer = httpx.post(server.url + path, json=body, timeout=60)
+    assert answer.status_code in (200, 400), answer.text
+    assert not any("Traceback" in line for line in server.log)
+
+
+def test_a_salt_counts_on_every_route_that_computes(server):
+    """Whatever route a text was sent on with a salt, without that salt nobody can tell that it was."""
+    computing = [model for path, _, model, tag, _ in POSTS if tag != "tokenizer" and path != "/api/show"]
+    assert all("cache_salt" in model.model_fields for model in computing)
+
+    def cached(prompt: list[int], **more: Any) -> int:
+        body = {"prompt": prompt, "max_tokens": 1, **more}
+        answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    ids = list(range(20, 84))
+    httpx.post(server.url + "/v1/embeddings", json={"input": ids, "cache_salt": "mine"}, timeout=60).raise_for_status()
+    assert cached(ids) == 0 and cached(ids, cache_salt="mine") > 0
+    text = "A server that holds a teacher and a student serves every size in between. " * 2
+    short = {"model": NAME, "prompt": text, "raw": True, "options": {"num_predict": 1}, "stream": False}
+    httpx.post(server.url + "/api/generate", json=short | {"cache_salt": "mine"}, timeout=60).raise_for_status()
+    assert cached(text) == 0 and cached(text, cache_salt="mine") > 0
+
+
+def test_one_keys_uploads_cost_others_no_refusal():
+    arriving = Counter({"flood": 90})
+    assert not is_crowded(arriving, "flood", 100)
+    arriving["flood"] += 20
+    assert is_crowded(arriving, "flood", 100)
+    arriving["other"] += 30
+    assert not is_crowded(arriving, "other", 100) and is_crowded(arriving, "flood", 100)
+    arriving["other"] += 30
+    assert is_crowded(arriving, "other", 100)
+
+
+def test_a_long_part_of_an_answer_is_written_while_the_event_loop_turns():
+    async def scenario() -> int:
+        turns = 0
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        turning = asyncio.ensure_future(turn())
+        part = await written(lambda: [{"a": i} for i in range(300_000)], num_scored=300_000)
+        turning.cancel()
+        assert json.loads(orjson.dumps(part))[7] == {"a": 7}
+        return turns
+
+    assert asyncio.run(scenario()) > 2
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    from server.api.generate.tokenizer import ServingTokenizer
+
+    make_tokenizer(tmp_path)
+    return Compiler(ServingTokenizer.from_folder(tmp_path), Settings())
+
+
+def test_a_trial_process_that_something_else_has_ended_is_no_grammars_fault(compiler):
+    async def scenario() -> None:
+        await compiler.factory('["regex", "[a-c]+"]', "regex")
+        for trial in compiler._trials:
+            process = await trial._starting
+            process.kill()
+            await process.wait()
+        await compiler.factory('["regex", "[d-f]+"]', "regex")
+        assert not compiler._refused
+
+    asyncio.run(scenario())
+
+
+def test_a_trial_process_that_cannot_be_started_is_started_later(compiler, monkeypatch):
+    async def scenario() -> None:
+        start = asyncio.create_subprocess_exec
+
+        async def fail(*args: Any, **kwargs: Any) -> None:
+            raise OSError("no more descriptors")
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+        with pytest.raises(APIError) as told:
+            await compiler.factory('["regex", "[a-c]+"]', "regex")
+        assert told.value.status == 503
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        await compiler.factory('["regex", "[a-c]+"]', "regex")
+
+    asyncio.run(scenario())
+
+
+def test_a_socket_that_another_server_listens_on_is_not_taken_away(tmp_path):
+    path = tmp_path / "socket"
+    with bind(Settings(uds=str(path))), pytest.raises(FileExistsError, match="another process listens"):
+        bind(Settings(uds=str(path)))
+    with bind(Settings(uds=str(path))):  # what a dead one has left
+        assert path.is_socket()
+
+
+def test_probes_are_answered_though_somebody_holds_every_place(monkeypatch):
+    monkeypatch.setattr(probes, "_MOST_AT_ONCE", 4)
+    monkeypatch.setattr(probes, "_SECONDS", 0.5)
+    fine = SimpleNamespace(check_health=lambda: None, check_live=lambda: None)
+
+    def render() -> bytes:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    server = probes.ProbeServer(("127.0.0.1", 0), SimpleNamespace(metrics=SimpleNamespace(render=render), **vars(fine)))
+    address = server.server_address
+    url = f"http://127.0.0.1:{address[1]}"
+    try:
+        assert httpx.get(url + "/metrics").status_code == 500
+        held = [socket.create_connection(address) for _ in range(4)]
+        time.sleep(0.1)
+        with socket.create_connection(address) as fifth:  # hung up on at once, with no thread
+            fifth.settimeout(5)
+            assert fifth.recv(1) == b""
+        for connection in held:  # a byte now and then does not keep a place
+            connection.sendall(b"G")
+        time.sleep(0.7)
+        assert httpx.get(url + "/health").json() == {"status": "ok"}
+    finally:
+        server.close()
+        for connection in held:
+            connection.close()
+
+
+def test_the_load_balancer_passes_every_route_but_the_metrics():
+    """Its allow-list is written by hand."""
+    import re
+
+    from server.api.routes.operations import ROUTERS
+
+    text = (Path(__file__).parents[2] / "deploy/haproxy/haproxy.cfg").read_text()
+    (known,) = re.findall(r"acl is_known path_reg (\S+)", text)
+    paths = [path for path, *_ in POSTS] + [route.path for router in ROUTERS for route in router.routes]
+    passed = {path for path in paths if re.search(known, path.replace("{model:path}", NAME))}
+    assert {*paths} - passed == {"/metrics"}
