@@ -156,7 +156,7 @@ def test_nested_codes_of_another_shape_are_not_taken(coded, tmp_path):
         tensors, about = {key: kept.get_tensor(key) for key in kept.keys()}, kept.metadata()  # noqa: SIM118
     name = "layers.1.qkv_weight.scales"
     save_file(tensors | {name: tensors[name][:, :-1].clone()}, file, about)
-    with pytest.raises(StoreError, match="layers.1.qkv_weight is not"):
+    with pytest.raises(StoreError, match=r"layers\.1\.qkv_weight is not"):
         put(loaded, file, WeightForm(torch.float32, storage=Storage.NESTED, bits=4))
 
 
