@@ -124,7 +124,9 @@ class SizeFields(Body):
     size_schedule: Annotated[list[ScheduledSize], Field(max_length=64)] | None = Field(
         default=None, description="sizes in turn, by output tokens"
     )
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(default=None, description="lower runs first")
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
+        default=None, description="lower runs first; without keys only what is above `--priority` counts"
+    )
 
 
 class RepetitionDetection(Body):
