@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model_store.errors import BoomerangError
+from model_store.gguf_file import GgufError, read_gguf
 from model_store.nested_store import nested_file, put, write
 from model_store.pair import open_pair
 from model_store.quantized import CODES_FILE
@@ -209,3 +211,16 @@ def test_what_a_template_computes_is_what_it_says():
     )
     text = ChatTemplate(source, {}).render([{"role": role} for role in ("user", "assistant", "user")])
     assert text == "1False2Truenonex1<3><4in>ababab10247.012"
+
+
+def test_a_small_file_does_not_unfold_to_a_huge_model(tmp_path):
+    def entry(name: bytes) -> bytes:
+        return struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1024, 0, 0)
+
+    for names in ([b"a"], [b"a", b"b", b"c"]):
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(names), 0) + b"".join(map(entry, names))
+        (tmp_path / "odd.gguf").write_bytes(header + bytes(-len(header) % 32) + bytes(4096))
+        if len(names) == 1:
+            assert read_gguf(tmp_path / "odd.gguf").tensors["a"].shape == (1024,)
+    with pytest.raises(GgufError, match="lie one over the other"):
+        read_gguf(tmp_path / "odd.gguf")

@@ -37,6 +37,15 @@ def choose(chooser, tenant="", headers=None, **body):
     return chooser.choose(SizeFields.model_validate(body), None, headers or {}, tenant)
 
 
+def test_two_keys_of_a_tenant_say_the_same_of_it(tmp_path):
+    path = tmp_path / "keys.yaml"
+    path.write_text("- {key: old, tenant: a, max_size: 20L}\n- {key: new, tenant: a, max_size: 20L}\n")
+    assert len(KeyRing.from_settings(Settings(api_key_file=str(path))).tenants) == 2
+    path.write_text("- {key: old, tenant: a, max_size: 20L}\n- {key: new, tenant: a}\n")
+    with pytest.raises(SettingsError, match="tenant 'a' do not say the same"):
+        KeyRing.from_settings(Settings(api_key_file=str(path)))
+
+
 def test_without_keys_a_request_can_only_let_others_go_first(chooser):
     """A lower number goes first, and there everybody would be the one before all others."""
     assert [choose(chooser, priority=asked).priority for asked in (-7, 5, 9)] == [5, 5, 9]

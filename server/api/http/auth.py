@@ -46,7 +46,10 @@ class KeyRing:
                 raise SettingsError(f"--api-key-file: {settings.api_key_file} holds no key")
             entries += found
         tenants: dict[str, Key] = {}
+        by_name: dict[str, Key] = {}
         for key, tenant in entries:
+            if by_name.setdefault(tenant.name, tenant) != tenant:  # limits are kept by tenant: which would apply?
+                raise SettingsError(f"the API keys of the tenant {tenant.name!r} do not say the same of it")
             if key in tenants:
                 # Which of the two would apply? The key itself stays out of the log.
                 raise SettingsError(f"an API key is given twice, for {tenants[key].name!r} and for {tenant.name!r}")
