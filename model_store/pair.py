@@ -419,21 +419,26 @@ def _quality(file: Path) -> dict[int, dict[str, Any]]:
     """What `evaluate` wrote, by size; PairError for what it did not."""
     sizes = read_json_if_there(file).get("sizes", {})
     if isinstance(sizes, dict) and all(
-        size.isdecimal() and isinstance(row, dict) and isinstance(row.get("kl") or 0, int | float)
+        size.isdecimal() and isinstance(row, dict) and (row.get("kl") is None or _is_kl(row["kl"]))
         for size, row in sizes.items()
     ):
         return {int(size): row for size, row in sizes.items()}
     raise PairError(f"{file}: sizes does not give figures for each size: run boomerang evaluate, or delete the file")
 
 
+def _is_kl(value: Any) -> bool:
+    """Policies compare these, and metrics add them up."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6
+
+
 def _kinds(file: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """What `evaluate` wrote of each kind of text; PairError for what it did not."""
     kinds = read_json_if_there(file).get("kinds", {})
-    names = {"sizes": r"\d+", "widths": r"\d+", "points": r"\d+L(-q\d)?"}
+    names = {"sizes": r"\d+", "widths": r"\d+", "points": r"[1-9]\d{0,4}L(-q[1-9])?"}
 
     def is_table(value: Any, pattern: str) -> bool:
         return isinstance(value, dict) and all(
-            re.fullmatch(pattern, name) and isinstance(row, dict) and isinstance(row.get("kl"), int | float)
+            re.fullmatch(pattern, name) and isinstance(row, dict) and _is_kl(row.get("kl"))
             for name, row in value.items()
         )
 
@@ -458,6 +463,9 @@ def _order(spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: di
         if not isinstance(manifest["thresholds"], list):
             raise PairError(f"pair.json: thresholds is {manifest['thresholds']!r}, not a list of sizes")
         ends = {f"{end}_threshold": manifest.get(f"{end}_threshold") for end in END_PARTS}
+        for key, value in ends.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise PairError(f"pair.json: {key} is {value!r:.60}, not a size")
         return "thresholds", Elasticity(spec.num_layers, kept, manifest["thresholds"], **ends)
     if order is None:
         order = "last_to_first"

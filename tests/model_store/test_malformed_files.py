@@ -31,6 +31,8 @@ from model_store.weights import WeightError
 from server.api.generate.chat_template import ChatTemplate, TemplateError
 from server.api.generate.sampling_defaults import read_sampling_defaults
 from server.api.generate.tokenizer import ServingTokenizer
+from server.core.width import EXACT
+from server.sizing.quality import quality_table
 from tests.api.tiny import VOCAB, make_pair, make_tokenizer
 from tests.fuzz.mutate import STRANGE, places
 from tests.model.test_codes_pair import keep_codes
@@ -41,6 +43,11 @@ MORE = {
     "generation_config.json": {"eos_token_id": [2, 5], "temperature": 0.6, "top_p": 0.9, "top_k": 20},
     "special_tokens_map.json": {"pad_token": {"content": "<|endoftext|>"}, "additional_special_tokens": ["<|im_end|>"]},
     "added_tokens.json": {"<|im_end|>": 2},
+    "pair.json": {"name": "p", "thresholds": [6, 6, 6, 6], "embed_threshold": 5, "norm_threshold": None},
+    "quality.json": {
+        "sizes": {"4": {"kl": 0.5, "perplexity": 3.0}, "5": {"kl": 0.2}, "6": {"kl": 0.0}},
+        "kinds": {"text": {"sizes": {"4": {"kl": 0.5}, "5": {"kl": 0.2}}, "points": {"4L-q6": {"kl": 0.6}}}},
+    },
 }
 
 
@@ -84,6 +91,7 @@ def spoil(content: Any, draw: random.Random) -> Any:
 def read_all(teacher: Path, student: Path) -> None:
     """What a start reads."""
     pair = open_pair(teacher, student)
+    quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, (6, EXACT))
     tokenizer = ServingTokenizer.from_folder(teacher, vocab_size=VOCAB)
     assert all(0 <= end < pair.spec.vocab_size for end in tokenizer.eos_token_ids)
     tokenizer.info()
