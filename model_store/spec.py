@@ -364,5 +364,6 @@ def _check(spec: ModelSpec) -> None:
     if not (math.isfinite(spec.norm_eps) and spec.norm_eps >= 0):
         raise SpecError(f"the norms' epsilon is {spec.norm_eps}")
     for name in ("attention_scale", "embedding_scale", "residual_scale", "logit_scale"):
-        if not (math.isfinite(value := getattr(spec, name)) and value > 0):
+        value = getattr(spec, name)
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):  # a root may be complex
             raise SpecError(f"the model's {name} is {value}, not a number above 0")
