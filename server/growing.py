@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _LOOK_SECONDS = 1.0  # between two looks into the store
 _IDLE_SECONDS = 0.2  # without a request, after which making goes on
 _LOG_SECONDS = 60.0  # between two lines on how it comes along
@@ -155,6 +158,11 @@ class Growth:
         )  # fmt: skip
 
 
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Whoever makes a student needs no key."""
+    return {name: value for name, value in environment.items() if not _SECRET.search(name)}
+
+
 class Maker:
     """The process that makes a student: runs while no request does."""
 
@@ -182,7 +190,7 @@ class Maker:
         with log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "server", "distill", *arguments,
-                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=_without_secrets(os.environ),
             )  # fmt: skip
         logger.info("making a student in idle cycles, process %d, log in %s", self._process.pid, log)
         self._waiting = asyncio.ensure_future(self._wait(log))

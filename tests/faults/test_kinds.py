@@ -21,6 +21,7 @@ from server.api.http import probes
 from server.api.http.errors import APIError
 from server.api.routes.operations import POSTS
 from server.config import Settings
+from server.growing import _without_secrets
 from server.process import bind
 from tests.api.tiny import NAME, RunningServer, make_tokenizer
 
@@ -218,3 +219,14 @@ def test_the_load_balancer_passes_every_route_but_the_metrics():
     paths = [path for path, *_ in POSTS] + [route.path for router in ROUTERS for route in router.routes]
     passed = {path for path in paths if re.search(known, path.replace("{model:path}", NAME))}
     assert {*paths} - passed == {"/metrics"}
+
+
+def test_who_makes_a_student_gets_no_key():
+    given = {
+        "PATH": "/bin",
+        "BOOMERANG_STORE": "/s",
+        "BOOMERANG_API_KEY": "x",
+        "BOOMERANG_API_KEY_FILE": "f",
+        "HF_TOKEN": "t",
+    }
+    assert _without_secrets(given) == {"PATH": "/bin", "BOOMERANG_STORE": "/s"}
