@@ -49,7 +49,8 @@ TEMPLATE = {"add_special_tokens": True, "add_generation_prompt": True, "continue
             "chat_template_kwargs": {"a": 1}, "tools": [TOOL], "chat_template": "{{ messages }}"}  # fmt: skip
 OLLAMA = SIZE | {
     "model": f"{NAME}:5L", "stream": False, "format": {"type": "object"}, "options": {"temperature": 0.5},
-    "think": False, "logprobs": True, "top_logprobs": 2, "keep_alive": "5m", "truncate": True, "shift": False, "cache_salt": "s",
+    "think": False, "logprobs": True, "top_logprobs": 2, "keep_alive": "5m", "truncate": True, "shift": False,
+    "cache_salt": "s",
 }  # fmt: skip
 VECTOR = SIZE | {"cache_salt": "s", "dimensions": 3, "size_schedule": None}
 OLLAMA_VECTOR = {"model": f"{NAME}:5L", "options": {"num_ctx": 2048}, "keep_alive": 0}
