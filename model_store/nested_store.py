@@ -8,7 +8,7 @@ the metadata say whose it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +36,21 @@ _PARTS = ("codes", "zero", "scales")
 Grams = dict[int, Array]  # address of a matrix -> X^T X of the inputs that it met
 
 
-def places(pair: LoadedPair) -> Iterator[tuple[str, LayerWeights | EndWeights, str]]:
+Owner = LayerWeights | EndWeights
+
+
+def places(pair: LoadedPair) -> Iterator[tuple[str, Owner, str]]:
     """(name, owner, field) of every matrix of layers and heads that can be nested, in the order of a step."""
-    owners: list[tuple[str, LayerWeights | EndWeights, tuple[str, ...]]] = [
-        (f"layers.{index}", layer, MATRICES) for index, layer in sorted(pair.layers.items())
-    ]
-    owners += [(side, end, ("head",)) for side, end in pair.ends.items()]
-    for prefix, owner, fields in owners:
-        for field in fields:
+    yield from _places(_owners(pair))
+
+
+def _owners(pair: LoadedPair) -> list[tuple[str, Owner]]:
+    return [*((f"layers.{index}", layer) for index, layer in sorted(pair.layers.items())), *pair.ends.items()]
+
+
+def _places(owners: Iterable[tuple[str, Owner]]) -> Iterator[tuple[str, Owner, str]]:
+    for prefix, owner in owners:
+        for field in MATRICES if isinstance(owner, LayerWeights) else ("head",):
             matrix = getattr(owner, field)
             if (is_plain(matrix) or isinstance(matrix, CodedMatrix)) and can_nest_width(matrix.shape[1]):
                 yield f"{prefix}.{field}", owner, field
@@ -103,25 +110,38 @@ def put(pair: LoadedPair, file: Path, form: WeightForm) -> None:
     What is shared stays shared. A tied embedding is read as its head is.
     """
     pair.widths = form.widths
-    read: dict[str, NestedMatrix | DualMatrix] = {}
-    tensors = TensorFile(file)
-    shared = _about(tensors)["shared"]
-    for name, owner, field in list(places(pair)):
-        first = shared.get(name, name)
-        if first not in read:
-            width = HEAD_BITS[form.bits] if field == "head" else form.bits
-            parts = {f"{first}.{part}": part for part in _PARTS}
-            if not parts.keys() <= {*tensors.names()}:
-                raise StoreError(f"{file} lacks the codes of {first}: delete it, and it is made again")
-            codes, zero, scales = (np.array(tensors.tensor(name)) for name in parts)
-            rows, inputs = getattr(owner, field).shape
-            groups = inputs // GROUP
-            wanted = ((rows, inputs), np.uint8), ((rows, groups), np.uint8), ((len(WIDTHS), rows, groups), np.float16)
-            if any((one.shape, one.dtype) != two for one, two in zip((codes, zero, scales), wanted, strict=True)):
-                raise StoreError(f"{file}: {first} is not {rows} x {inputs} in codes: delete it, and it is made again")
-            nested = read[first] = NestedMatrix(codes, zero, scales, width)
-            if form.storage is not Storage.NESTED:
-                read[first] = DualMatrix(getattr(owner, field), nested)
-        if isinstance(owner, EndWeights) and owner.embed is owner.head:
-            owner.embed = read[first]
-        setattr(owner, field, read[first])
+    NestedCodes(file, form).give(_owners(pair))
+
+
+class NestedCodes:
+    """A pair's file of nested codes, read in one form."""
+
+    def __init__(self, file: Path, form: WeightForm) -> None:
+        self._file, self._tensors, self._form = file, TensorFile(file), form
+        self._shared = _about(self._tensors)["shared"]
+
+    def give(self, owners: list[tuple[str, Owner]]) -> None:
+        """Put the codes in place of the matrices of layers (by "layers.<id>") and ends (by side), or beside them."""
+        read: dict[str, NestedMatrix | DualMatrix] = {}
+        for name, owner, field in list(_places(owners)):
+            first = self._shared.get(name, name)
+            if first not in read:
+                matrix = getattr(owner, field)
+                width = HEAD_BITS[self._form.bits] if field == "head" else self._form.bits
+                nested = read[first] = self._read(first, matrix.shape, width)
+                if self._form.storage is not Storage.NESTED:
+                    read[first] = DualMatrix(matrix, nested)
+            if isinstance(owner, EndWeights) and owner.embed is owner.head:
+                owner.embed = read[first]
+            setattr(owner, field, read[first])
+
+    def _read(self, name: str, shape: tuple[int, ...], width: int) -> NestedMatrix:
+        parts = [f"{name}.{part}" for part in _PARTS]
+        if not {*parts} <= {*self._tensors.names()}:
+            raise StoreError(f"{self._file} lacks the codes of {name}: delete it, and it is made again")
+        codes, zero, scales = (np.array(self._tensors.tensor(part)) for part in parts)
+        (rows, inputs), groups = shape, shape[1] // GROUP
+        wanted = ((rows, inputs), np.uint8), ((rows, groups), np.uint8), ((len(WIDTHS), rows, groups), np.float16)
+        if any((one.shape, one.dtype) != two for one, two in zip((codes, zero, scales), wanted, strict=True)):
+            raise StoreError(f"{self._file}: {name} is not {rows} x {inputs} in codes: delete it, and it is made again")
+        return NestedMatrix(codes, zero, scales, width)

@@ -300,6 +300,18 @@ class Settings(BaseModel):
         minimum=1,
     )
 
+    sleep_after: float | None = option(
+        None,
+        "seconds without requests after which weights that only larger sizes need are given back to the system; the "
+        "smallest size goes on answering, and they are read again once somebody wants them",
+        kind="float",
+        group="engine",
+        minimum=0.1,
+    )
+    enable_sleep_mode: bool = option(
+        False, "POST /sleep and /wake, also without --sleep-after; whoever has a key may call them", group="engine"
+    )
+
     # --- size choice
     size: str = option(
         "auto", "size of requests that name none: auto, 24L, 24L-q6, 75%, 110M, student, ...", group="sizes"

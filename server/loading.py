@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from server.core.size_policy import SizePolicy
     from server.cost.frontier import QualityTable
     from server.engine.runner import StepRunner
+    from server.engine.sleep import Sleeper
     from server.engine.stats import MetricsSink
 
 logger = logging.getLogger(__name__)
@@ -312,6 +313,7 @@ def load_model(
     template = read_template(settings.chat_template)
     folders = [pair.tokenizer_path, pair.notes_path] if settings.generation_config == "auto" else []
     defaults = read_sampling_defaults(folders, settings.override_generation_config)
+    floor = sleep_size(settings, pair)
     form, device = weight_form(settings, pair), pick_device(settings)
     loaded = load_weights(settings, pair, form, device)
     clock.mark("weights")
@@ -334,7 +336,8 @@ def load_model(
     policy = make_policy(runner, loaded, pair, settings, tenants)
     catalog = with_points(settings, pair, catalog, policy)
     queue = WaitingQueue(tenants.weight, tenants.rank)
-    engine = Engine(loaded, config, policy=policy, queue=queue, runner=runner, metrics=metrics)
+    sleeper = None if floor is None else make_sleeper(settings, pair, loaded, runner, form, floor)
+    engine = Engine(loaded, config, policy=policy, queue=queue, runner=runner, metrics=metrics, sleeper=sleeper)
     clock.mark("cost model")
     logger.info(
         "%s: sizes %dL to %dL, %s on %s, context %d, KV cache %.2f GiB",
@@ -400,6 +403,44 @@ def quality_of(pair: Pair, widths: Sequence[int]) -> QualityTable:
     from server.sizing.quality import quality_table
 
     return quality_table(pair.quality, pair.kinds, pair.elasticity.sizes, widths)
+
+
+def sleep_size(settings: Settings, pair: Pair) -> int | None:
+    """The size that answers while the others sleep; None: they never do. ValueError if there is nothing to sleep to."""
+    if settings.sleep_after is None and not settings.enable_sleep_mode:
+        return None
+    sizes = pair.elasticity.sizes
+    floor = sizes[0]
+    if settings.min_size is not None and not (spec := SizeSpec.parse(settings.min_size)).is_auto:
+        floor = spec.resolve(sizes, {size: pair.parameters(size) for size in sizes})
+    if floor == sizes[-1]:
+        why = "a teacher without a student has one size only" if len(sizes) == 1 else f"--min-size is {floor}L"
+        raise ValueError(f"{_sleep_flag(settings)}: there is no smaller size to sleep to: {why}")
+    return floor
+
+
+def _sleep_flag(settings: Settings) -> str:
+    return "--enable-sleep-mode" if settings.sleep_after is None else "--sleep-after"
+
+
+def make_sleeper(
+    settings: Settings, pair: Pair, loaded: LoadedPair, runner: StepRunner, form: WeightForm, floor: int
+) -> Sleeper:
+    """Gives back what sizes above `floor` need. ValueError if nothing can be given back."""
+    from model_store import nested_store
+    from model_store.blocks import BlockReader, stages_above
+    from model_store.store import store_root
+    from model_store.weight_form import Storage
+    from server.engine.sleep import Sleeper
+
+    if not runner.executor.can_release:
+        raise ValueError(f"{_sleep_flag(settings)}: the {runner.executor.name} executor cannot give weights back here")
+    stages = stages_above(loaded, floor)
+    if not stages:
+        raise ValueError(f"{_sleep_flag(settings)}: --memory-budget leaves no size above {floor}L that could sleep")
+    has_codes = form.storage is Storage.NESTED or len(form.widths) > 1
+    nested = nested_store.nested_file(pair, store_root(settings.store)) if has_codes else None
+    return Sleeper(runner.executor, runner.sizes, stages, BlockReader(pair, form, nested), settings.sleep_after)
 
 
 def make_policy(

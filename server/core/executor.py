@@ -16,10 +16,12 @@ from model_store.arrays import Array
 from server.core.width import EXACT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
+    from model_store.blocks import Part
     from model_store.loaded import LoadedPair
     from model_store.weight_form import WeightForm
+    from model_store.weights import EndWeights, LayerWeights
     from server.core.batch import ForwardBatch
     from server.core.config import EngineConfig
     from server.core.request import LiveRequest, TokenLogprobs
@@ -193,6 +195,20 @@ class Executor:
 
     def allocate_states(self, num_pages: int) -> None:
         """Memory for so many pages of states, which batches number. Called once at most, if a page takes any bytes."""
+        raise NotImplementedError
+
+    # --- weights given back while nobody needs them (`server/engine/sleep.py`)
+
+    can_release = False  # whether there are `release` and `restore`
+
+    def release(self, parts: Collection[Part]) -> int:
+        """Give the memory of these parts' matrices back to the system; bytes of it. No step runs them before they are
+        restored, each by itself."""
+        raise NotImplementedError
+
+    def restore(self, part: Part, weights: LayerWeights | EndWeights) -> None:
+        """Take up a part again: the very tensors that the executor was made with, read anew, which it may keep. Any
+        thread, while steps run other parts."""
         raise NotImplementedError
 
     # --- another student, while it serves

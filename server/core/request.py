@@ -1,6 +1,6 @@
 """A request: what the caller said, what the engine knows about it, and the messages that cross between their threads.
 
-    Request, Abort   -> engine thread, frozen
+    Request, Abort, Order -> engine thread, frozen
     LiveRequest      the engine thread's own
     RequestOutput    <- engine thread, one per step at most; read by nobody else before it is handed over
 
@@ -174,6 +174,13 @@ class Abort:
 
     request_id: str
     stop_string: str | None = None  # the text ended with this, which only the caller's side sees
+
+
+class Order(enum.Enum):
+    """What an operator wants of the engine (`server/engine/sleep.py`). A message to it."""
+
+    SLEEP = "sleep"
+    WAKE = "wake"
 
 
 @dataclass(slots=True, eq=False, repr=False)

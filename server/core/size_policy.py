@@ -31,11 +31,11 @@ class Refusal:
 
 
 class RequestRefused(ValueError):
-    """A request that this server could not run, or not within the limits it insists on, even when idle."""
+    """A request that is not queued: one that this server could not run even when idle, or whose size is away."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True, slots=True)

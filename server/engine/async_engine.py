@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from server.core.request import Abort, Request, RequestOutput
+from server.core.request import Abort, Order, Request, RequestOutput
 from server.core.size_policy import RequestRefused
 
 if TYPE_CHECKING:  # the engine brings torch, which the port need not wait for
@@ -109,7 +109,7 @@ class AsyncEngine:
         """`on_failure` is told, on the event loop, when the engine thread dies."""
         self.engine = engine
         self._streams: dict[str, OutputStream] = {}
-        self._inbox: deque[Request | Abort | _Call] = deque()
+        self._inbox: deque[Request | Abort | Order | _Call] = deque()
         self._unsent: list[RequestOutput] = []
         self._outbox: deque[list[RequestOutput]] = deque()  # on their way to the event loop
         self._bell: int | None = None  # an eventfd on which the event loop waits
@@ -126,8 +126,17 @@ class AsyncEngine:
         if self.engine.executor.can_ring:
             self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._loop.add_reader(self._bell, self._answer, self._bell)
+        if self.engine.sleeper is not None:
+            self.engine.sleeper.notify = self._ring
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    def sleep(self) -> None:
+        """Have the engine give back what larger sizes need, if it can (`Engine.sleeper`). `wake`: take it up again."""
+        self._send(Order.SLEEP)
+
+    def wake(self) -> None:
+        self._send(Order.WAKE)
 
     async def stop(self) -> None:
         """Abort what still runs and end the thread."""
@@ -181,7 +190,12 @@ class AsyncEngine:
 
     # --- engine thread
 
-    def _send(self, item: Request | Abort | _Call) -> None:
+    def _ring(self) -> None:
+        """Any thread: the engine has something to tend."""
+        with self._wake:
+            self._wake.notify()
+
+    def _send(self, item: Request | Abort | Order | _Call) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()
@@ -191,10 +205,14 @@ class AsyncEngine:
             while True:
                 with self._wake:
                     while not self._inbox and not self.engine.has_work and not self._stopping:
-                        self._wake.wait()
+                        pause = self.engine.due_in()
+                        if pause == 0.0:
+                            break
+                        self._wake.wait(pause)
                     inbox, self._inbox = self._inbox, deque()
                     stopping = self._stopping
                 outputs = self._drain(inbox) if inbox else []
+                outputs += self.engine.tend()
                 if stopping:
                     self._publish(outputs)
                     self._flush()
@@ -219,6 +237,7 @@ class AsyncEngine:
             if self._on_failure is not None:
                 self._loop_call(self._on_failure, error)
         finally:
+            self.engine.close()
             self._step_started = None
             self._flush()
             self._loop_call(self._fail_all)
@@ -234,11 +253,14 @@ class AsyncEngine:
         else:
             logger.info("engine stopped: all %d pages are free", pages)
 
-    def _drain(self, inbox: deque[Request | Abort | _Call]) -> list[RequestOutput]:
+    def _drain(self, inbox: deque[Request | Abort | Order | _Call]) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         aborts = [item for item in inbox if isinstance(item, Abort)]
         aborted = {abort.request_id for abort in aborts}
         for item in inbox:
+            if isinstance(item, Order):
+                self.engine.obey(item)
+                continue
             if isinstance(item, _Call):
                 self._answer_call(item)
                 continue
@@ -247,7 +269,10 @@ class AsyncEngine:
             try:
                 self.engine.add_request(item)
             except RequestRefused as error:
-                outputs.append(_error(item.request_id, str(error), 400, error.param))
+                refusal = error.refusal
+                output = _error(item.request_id, refusal.message, refusal.status, refusal.param)
+                output.retry_after = refusal.retry_after
+                outputs.append(output)
             except ValueError as error:
                 outputs.append(_error(item.request_id, str(error), 400))
             except Exception:

@@ -11,8 +11,8 @@ from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch, Scheduled
 from server.core.config import EngineConfig
 from server.core.executor import Executor
-from server.core.request import LiveRequest, Request, RequestOutput, SampledToken, SamplingParams
-from server.core.size_policy import RequestRefused, SizePolicy
+from server.core.request import LiveRequest, Order, Request, RequestOutput, SampledToken, SamplingParams
+from server.core.size_policy import Refusal, RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool, Drafts, OwnDrafts
 from server.engine.extras.lookahead import Lookahead
 from server.engine.extras.speculation import Speculator
@@ -27,6 +27,7 @@ from server.engine.isolation import (
 from server.engine.queue import WaitingQueue
 from server.engine.runner import Faults, StepRunner, outcome
 from server.engine.scheduler import Scheduler, SchedulerOutput
+from server.engine.sleep import RETRY_SECONDS, Sleeper, SleepState
 from server.engine.stats import EngineStats, MetricsSink, StepStats
 from server.engine.step_clock import Gap, StepClock
 
@@ -58,8 +59,10 @@ class Engine:
         queue: WaitingQueue | None = None,
         runner: StepRunner | None = None,
         metrics: MetricsSink | None = None,
+        sleeper: Sleeper | None = None,
     ) -> None:
-        """`runner`: the pair's, where one was made before (a policy may want steps timed)."""
+        """`runner`: the pair's, where one was made before (a policy may want steps timed). `sleeper`: gives weights of
+        larger sizes back while nobody wants them."""
         self.config = config
         self.runner = runner or StepRunner(pair, config)
         self.spec, self.elasticity, self.sizes = self.runner.spec, self.runner.elasticity, self.runner.sizes
@@ -83,7 +86,7 @@ class Engine:
         self.lookahead: Lookahead | None = None
         if self.speculator is None and self.executor.can_launch:
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
-        self.metrics = metrics
+        self.metrics, self.sleeper = metrics, sleeper
         self._clock = StepClock()
         self._quarantine = Quarantine()
         # The lists of the request before, which the other sequences of its HTTP request share: they may be long.
@@ -108,8 +111,11 @@ class Engine:
         if self._quarantine.holds(request):
             raise ValueError("The same request made the model fail a short while ago; it is not tried again for now.")
         if refusal := self.scheduler.prepare(request):
-            raise RequestRefused(refusal.message, refusal.param)
-        self.scheduler.add(request)
+            raise RequestRefused(refusal)
+        parks = False if self.sleeper is None else self.sleeper.enter(request)
+        if isinstance(parks, Refusal):
+            raise RequestRefused(parks)
+        (self.scheduler.park if parks else self.scheduler.add)(request)
 
     def _check_tokens(self, request: LiveRequest) -> None:
         """ValueError for a token that the model has no row for, whichever way it came: executors read what is there."""
@@ -124,9 +130,8 @@ class Engine:
         for param, ids in lists.items():
             if len(ids) and (min(ids) < 0 or max(ids) >= self.spec.vocab_size):
                 wrong = next(i for i in ids if not 0 <= i < self.spec.vocab_size)
-                raise RequestRefused(
-                    f"{param}: token {wrong} is not in the model's vocabulary (0 .. {self.spec.vocab_size - 1}).", param
-                )
+                message = f"{param}: token {wrong} is not in the model's vocabulary (0 .. {self.spec.vocab_size - 1})."
+                raise RequestRefused(Refusal(message, 400, param=param))
         self._checked = allowed, bias, words
 
     def abort(self, request_ids: Iterable[str], stop_string: str | None = None) -> list[RequestOutput]:
@@ -149,6 +154,39 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    # --- sleep
+
+    def obey(self, order: Order) -> None:
+        """What an operator wants."""
+        if self.sleeper is not None:
+            self.sleeper.sleep() if order is Order.SLEEP else self.sleeper.wake(is_order=True)
+
+    def close(self) -> None:
+        """No step comes any more."""
+        if self.sleeper is not None:
+            self.sleeper.close()
+
+    def due_in(self) -> float | None:
+        """Seconds until an idle engine should `tend`; None: not before somebody says so."""
+        return None if self.sleeper is None else self.sleeper.due_in()
+
+    def tend(self) -> list[RequestOutput]:
+        """Between steps: give weights back, take up what was read, go on with those who waited for it."""
+        if self.sleeper is None:
+            return []
+        scheduler, outputs = self.scheduler, []
+        self.sleeper.tend(scheduler.requests.values())
+        for request in sorted(scheduler.parked, key=lambda request: request.arrival_time):
+            if self.sleeper.can_serve(request):
+                scheduler.unpark(request)
+            elif self.sleeper.state is not SleepState.WAKING:
+                message = f"This size is asleep and could not be woken: {self.sleeper.report.failure}."
+                refused = scheduler.fail([request], message, 503)
+                refused[0].retry_after = RETRY_SECONDS
+                outputs += refused
+                self._forget([request])
+        return outputs
 
     # --- one step
 
@@ -278,6 +316,8 @@ class Engine:
         """The time to the next step is waiting for work, not overhead."""
         self._clock.rest()
         self.scheduler.policy.on_idle()
+        if self.sleeper is not None:
+            self.sleeper.rest()
 
     def _count_decisions(self, outputs: list[RequestOutput]) -> None:
         if self.metrics is not None:
@@ -359,7 +399,8 @@ class Engine:
             by_size[request.path.size] = by_size.get(request.path.size, 0) + 1
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(scheduler.parked),
+            num_parked=len(scheduler.parked),
             num_waiting_tokens=scheduler.waiting.num_tokens,
             kv_usage=kv_cache.usage,
             num_pages=kv_cache.num_pages,

@@ -63,6 +63,7 @@ class Scheduler:
         self.waiting = WaitingQueue() if queue is None else queue  # an empty queue is false
         self.running: list[LiveRequest] = []
         self.requests: dict[str, LiveRequest] = {}
+        self.parked: set[LiveRequest] = set()  # to be queued once the weights that they need are back (`sleep.py`)
         self.load = Load(elasticity.num_teacher_layers)
         self.num_preemptions = 0
         self.num_resizes = 0
@@ -116,6 +117,14 @@ class Scheduler:
         self.requests[request.request_id] = request
         self.waiting.push(request)
         self.policy.on_arrival(request, self.clock())
+
+    def park(self, request: LiveRequest) -> None:
+        self.requests[request.request_id] = request
+        self.parked.add(request)
+
+    def unpark(self, request: LiveRequest) -> None:
+        self.parked.remove(request)
+        self.add(request)
 
     def abort(self, request_ids: Iterable[str], stop_string: str | None = None) -> list[RequestOutput]:
         """Finish requests at their clients' wish; unknown and finished ones are ignored.
@@ -459,6 +468,7 @@ class Scheduler:
             self._leave(request)
         else:
             self.waiting.remove(request)
+            self.parked.discard(request)
         request.status = status
         self.requests.pop(request.request_id, None)
         self.policy.on_finish(request, self.clock())
@@ -494,4 +504,5 @@ class Scheduler:
         self.load.check(self.running)
         slots = sorted(self._free_slots + [request.slot for request in self.running])
         assert slots == list(range(self.config.max_num_seqs)), "a slot leaked or has two owners"
-        assert set(self.requests.values()) == set(self.running) | set(self.waiting), "a request is in no queue"
+        queued = set(self.running) | set(self.waiting) | self.parked
+        assert set(self.requests.values()) == queued, "a request is in no queue"

@@ -14,7 +14,8 @@ class EngineStats:
     """A snapshot for gauges and load reports."""
 
     num_running: int
-    num_waiting: int
+    num_waiting: int  # those included that wait for their size to wake
+    num_parked: int  # of them
     num_waiting_tokens: int
     kv_usage: float
     num_pages: int

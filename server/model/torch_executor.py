@@ -5,19 +5,20 @@ T = tokens of the step, S = rows whose logits are wanted, E = hidden, V = vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model_store.arrays import to_numpy, to_torch
+from model_store.arrays import in_torch, to_numpy, to_torch
+from model_store.blocks import Part
 from model_store.dual import head_width
 from model_store.lowrank import LowRankDelta
 from model_store.pair import LoadedPair
 from model_store.spec import Rope
 from model_store.weight_form import Storage
-from model_store.weights import EndWeights
+from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.core.batch import ForwardBatch, Segment
 from server.core.config import EngineConfig
 from server.core.executor import Executor
@@ -31,7 +32,7 @@ class TorchExecutor(Executor):
     """Runs the step's program layer by layer with torch operations."""
 
     name = "torch"
-    can_change_student = True
+    can_release = can_change_student = True
 
     def __init__(self, pair: LoadedPair, *, page_size: int, kv_cache_dtype: str = "auto") -> None:
         pair = pair.in_torch()
@@ -80,6 +81,30 @@ class TorchExecutor(Executor):
         """Memory for hidden states that batches save and restore."""
         shape = (num_pages * self.page_size, self.spec.hidden_size)
         self.states = torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def release(self, parts: Collection[Part]) -> int:
+        places = [place for part in parts for place in self._places(part)]
+        matrices = {id(matrix): matrix for owner, name in places if (matrix := getattr(owner, name)) is not None}
+        for owner, name in places:
+            setattr(owner, name, None)
+        num_bytes = sum(matrix.nbytes for matrix in matrices.values())
+        del matrices
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return num_bytes
+
+    def restore(self, part: Part, weights: LayerWeights | EndWeights) -> None:
+        weights = in_torch(weights, self.device)
+        for owner, name in self._places(part):
+            setattr(owner, name, getattr(weights, name))
+
+    def _places(self, part: Part) -> list[tuple[LayerWeights | EndWeights, str]]:
+        """(owner, field) of the matrices of a part of the teacher; a tied head goes with its embedding."""
+        if isinstance(part, int):
+            return [(self.layers[part], name) for name in MATRICES]
+        teacher = self.ends["teacher"]
+        is_tied = teacher.embed is teacher.head
+        return [(teacher, name) for name in (("embed", "head") if is_tied else (part,))]
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
         return self.attention.tensors()

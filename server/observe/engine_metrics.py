@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from server.core.width import bits_read, precision_name
+from server.engine.sleep import SleepState
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
     from server.engine.extras.speculation import Speculator
+    from server.engine.sleep import SleepReport
 
 
 _NOTICED = 0.02  # nats per token below which bits that are missing do not make a request degraded
@@ -65,15 +67,16 @@ class EngineCollector:
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason", "Waiting requests by reason", labels=[*names, "reason"]
         )
-        waiting.add_metric([*values, "capacity"], stats.num_waiting)
-        waiting.add_metric([*values, "deferred"], 0)
+        waiting.add_metric([*values, "capacity"], stats.num_waiting - stats.num_parked)
+        waiting.add_metric([*values, "deferred"], stats.num_parked)
         yield waiting
         yield one(GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1", stats.kv_usage)
         if self.legacy:
             yield one(GaugeMetricFamily, "vllm:gpu_cache_usage_perc", "Old name of kv_cache_usage", stats.kv_usage)
         sleep = GaugeMetricFamily("vllm:engine_sleep_state", "1 for the current state", labels=[*names, "sleep_state"])
+        is_awake = self.engine.sleeper is None or not self.engine.sleeper.report.num_bytes
         for state in ("awake", "weights_offloaded", "discard_all"):
-            sleep.add_metric([*values, state], float(state == "awake"))
+            sleep.add_metric([*values, state], float(state == ("awake" if is_awake else "weights_offloaded")))
         yield sleep
         info = GaugeMetricFamily(
             "vllm:cache_config_info",
@@ -97,6 +100,31 @@ class EngineCollector:
             yield from self._speculation(self.engine.speculator)
         yield from self._by_size(stats)
         yield from self._cost_model()
+        if self.engine.sleeper is not None:
+            yield from self._sleep(self.engine.sleeper.report)
+
+    def _sleep(self, report: SleepReport) -> Iterator[Metric]:
+        name = self.labels["model_name"]
+        states = GaugeMetricFamily("boomerang:sleep_state", "1 for the current state", labels=["model_name", "state"])
+        for state in SleepState:
+            states.add_metric([name, str(state)], float(state is report.state))
+        yield states
+        gauges = (
+            ("largest_size_awake", "Layers of the largest size that answers without waking", report.largest),
+            ("sleep_bytes_released", "Bytes of weights given back while asleep", report.num_bytes),
+            ("wake_last_seconds", "What the last wake took", report.wake_seconds),
+        )
+        counters = (
+            ("sleeps", "Times larger sizes fell asleep", report.num_sleeps),
+            ("wakes", "Times they woke", report.num_wakes),
+            ("wake_seconds", "Seconds that took, all together", report.total_wake_seconds),
+            ("wake_failures", "Times they could not be woken", report.num_failures),
+        )
+        for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for suffix, text, value in rows:
+                family = kind(f"boomerang:{suffix}", text, labels=["model_name"])
+                family.add_metric([name], value)
+                yield family
 
     def _speculation(self, speculator: Speculator) -> Iterator[Metric]:
         """vLLM's totals, and how well each size is guessed: which tells what the smaller one is worth, too."""

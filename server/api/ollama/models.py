@@ -35,6 +35,8 @@ async def ollama_ps(request: Request) -> Response:
     state = state_of(request)
     entry = _entry(state, state.catalog.card(state.catalog.name))
     del entry["modified_at"]
+    if (sleeper := state.served.engine.sleeper) is not None:
+        entry["size"] -= sleeper.report.num_bytes
     on_gpu = device_of(state.served.engine.executor.kv_tensors()[0]) != "cpu"
     memory = {"expires_at": _FOREVER, "size_vram": entry["size"] if on_gpu else 0}
     return json_response({"models": [entry | memory | {"context_length": state.catalog.max_model_len}]})

@@ -40,7 +40,7 @@ async def version() -> Response:
 @router.get("/load", tags=["health"], summary="How busy this replica is")
 async def load(request: Request) -> Response:
     state = state_of(request)
-    stats = state.served.engine.stats()
+    stats, sleeper = state.served.engine.stats(), state.served.engine.sleeper
     return json_response(
         {
             "server_load": state.num_active,
@@ -50,6 +50,7 @@ async def load(request: Request) -> Response:
             "kv_usage": round(stats.kv_usage, 4),
             "running_by_size": {f"{size}L": count for size, count in sorted(stats.running_by_size.items())},
             "is_draining": state.is_draining,
+            "sleep_state": "awake" if sleeper is None else str(sleeper.report.state),
         }
     )
 

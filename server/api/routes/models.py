@@ -12,6 +12,7 @@ from starlette.responses import Response
 from server.api.generate.serving import json_response
 from server.api.http.errors import invalid
 from server.api.http.state import ServerState, state_of
+from server.api.routes.sleep import sleep_card
 
 router = APIRouter()
 
@@ -24,14 +25,25 @@ async def list_models(request: Request) -> Response:
     state = state_of(request)
     if "anthropic-version" in request.headers:
         return json_response(_page(state, request))
-    return json_response({"object": "list", "data": state.catalog.cards()})
+    return json_response({"object": "list", "data": [_with_sleep(state, card) for card in state.catalog.cards()]})
 
 
 @router.get("/v1/models/{model:path}", tags=["models"], summary="One model id")
 async def get_model(request: Request, model: str) -> Response:
     state = state_of(request)
     card = state.catalog.card(model)
-    return json_response(_anthropic(state, card) if "anthropic-version" in request.headers else card)
+    is_anthropic = "anthropic-version" in request.headers
+    return json_response(_anthropic(state, card) if is_anthropic else _with_sleep(state, card))
+
+
+def _with_sleep(state: ServerState, card: dict[str, Any]) -> dict[str, Any]:
+    """A card with what is asleep, on a server that sleeps: sizes say whether they are, names say how it stands."""
+    sleeper = state.served.engine.sleeper
+    if sleeper is None:
+        return card
+    if "layers" in card:
+        return card | {"is_asleep": card["layers"] > sleeper.report.largest}
+    return card | {"sleep": sleep_card(sleeper)}
 
 
 def _page(state: ServerState, request: Request) -> dict[str, Any]:

@@ -33,11 +33,11 @@ from server.api.ollama.protocol import (
 from server.api.ollama.route import ollama_chat, ollama_generate
 from server.api.responses.protocol import ResponsesRequest
 from server.api.responses.route import create_response
-from server.api.routes import health, models, tokenizer
+from server.api.routes import health, models, sleep, tokenizer
 from server.api.routes.protocol import DetokenizeRequest, TokenizeRequest
 from server.api.routes.tokenizer import detokenize, tokenize
 
-ROUTERS = (models.router, tokenizer.router, ollama_router, health.router)
+ROUTERS = (models.router, tokenizer.router, ollama_router, health.router, sleep.router)
 
 # path, handler, request model, tag, summary
 POSTS: list[tuple[str, Callable[..., Any], type[BaseModel], str, str]] = [

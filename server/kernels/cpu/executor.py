@@ -11,14 +11,18 @@ from __future__ import annotations
 import ctypes
 import logging
 from bisect import bisect_left
+from collections.abc import Collection
 from functools import lru_cache
 
 import numpy as np
 
 from model_store.arrays import BFLOAT16, FLOAT32, address
-from model_store.dual import head_width
+from model_store.blocks import Part
+from model_store.dual import exact_of, head_width, nested_of
+from model_store.int8 import Matrix
 from model_store.loaded import LoadedPair
 from model_store.weight_form import Storage
+from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.core.batch import ForwardBatch, Segment
 from server.core.config import EngineConfig
 from server.core.executor import Draw, Executor
@@ -26,7 +30,7 @@ from server.core.width import EXACT
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
 from server.kernels.cpu.packing import TYPES, PackedWeights, angle_tables, end_table, layer_table, twelve_bit_bytes
-from server.kernels.memory import zero_bytes
+from server.kernels.memory import can_give_back, give_back, zero_bytes
 from server.kernels.threads import available_threads
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,7 @@ class NativeExecutor(Executor):
 
     name = "native"
     can_draw = can_ring = can_change_student = True
+    can_release = can_give_back()
     _engine: int | None = None  # the library's own
 
     def __init__(
@@ -81,6 +86,7 @@ class NativeExecutor(Executor):
         if self._weights.is_compressed:
             self.weight_form = pair.form.stored_as(Storage.TWELVE_BITS)
         self.widths, weight_type = pair.widths, self._weights.type
+        self._nested = self._weights
         if len(self.widths) > 1:
             nested = None if beside is None else beside._nested
             self._nested, weight_type = self._weights.attach_nested(pair, nested), library.CODES
@@ -164,6 +170,31 @@ class NativeExecutor(Executor):
 
     def kv_tensors(self) -> tuple[np.ndarray, ...]:
         return self.k_pages, self.v_pages
+
+    def release(self, parts: Collection[Part]) -> int:
+        matrices = [matrix for part in parts for _, matrix in self._matrices(part)]
+        num_bytes = self._weights.release(matrices)
+        if self._nested is not self._weights:
+            num_bytes += self._nested.release([codes for matrix in matrices if (codes := nested_of(matrix))])
+        plain = [exact_of(matrix) for matrix in matrices if self._weights.of(matrix) is None]
+        return num_bytes + sum(give_back(address(matrix), matrix.nbytes) for matrix in plain)
+
+    def restore(self, part: Part, weights: LayerWeights | EndWeights) -> None:
+        threads = max(self.num_threads // 2, 1)  # steps go on beside it
+        for name, matrix in self._matrices(part):
+            fresh = getattr(weights, name)
+            if self._weights.of(matrix) is None:  # an embedding, read where it lies
+                np.copyto(exact_of(matrix), exact_of(fresh))
+                continue
+            self._weights.restore(matrix, exact_of(fresh), threads)
+            if self._nested is not self._weights and (codes := nested_of(fresh)) is not None:
+                self._nested.restore(nested_of(matrix), codes, threads)
+
+    def _matrices(self, part: Part) -> list[tuple[str, Matrix]]:
+        """(field, matrix) of a part of the teacher."""
+        if isinstance(part, int):
+            return [(name, getattr(self._pair.layers[part], name)) for name in MATRICES]
+        return [(part, getattr(self._pair.ends["teacher"], part))]
 
     def forward(self, batch: ForwardBatch) -> np.ndarray:
         if batch.layout == 0 or batch.layout != self._layout:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
@@ -27,6 +27,7 @@ from model_store.quantized import CodedMatrix
 from model_store.spec import ModelSpec, Rope
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 from server.kernels.cpu import library
+from server.kernels.memory import give_back
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class PackedWeights:
         # By address of the tensor's (packed) storage
         self._where: dict[int, library.Weights] = {} if beside is None else dict(beside._where)
         self._num_weights: dict[int, int] = {} if beside is None else dict(beside._num_weights)
+        # Likewise: how its parts were packed
+        self._items: dict[int, list[library.Pack]] = {} if beside is None else dict(beside._items)
         layers = [layer for _, layer in sorted(pair.layers.items())]
         groups = [[form(getattr(layer, name)) for name in MATRICES] for layer in layers]
         gated = {id(group[2]) for group in groups} if pair.spec.gated_mlp else set()
@@ -135,6 +138,29 @@ class PackedWeights:
         read = layers * bytes_read(width) + heads * bytes_read(head_width(width))
         num_weights = sum(self._num_weights.values())
         return (read + (num_weights - layers - heads) * self.bytes_per_weight) / num_weights
+
+    def release(self, matrices: Iterable[Matrix]) -> int:
+        """Give the memory of packed matrices back to the system, neighbours at once. Their places stay. Bytes."""
+        starts = sorted(start for matrix in matrices if (start := _start(matrix)) in self._items)
+        spans: list[list[int]] = []
+        for start in starts:
+            last = self._items[start][-1]
+            end = last.target + self._lib.bs_packed_bytes(last.N, last.K, last.gated, last.type)
+            if spans and spans[-1][1] == start:
+                spans[-1][1] = end
+            else:
+                spans.append([start, end])
+        return sum(give_back(start, end - start) for start, end in spans)
+
+    def restore(self, packed: Matrix, fresh: Matrix, num_threads: int) -> None:
+        """Pack `fresh`, the numbers that `packed` was made of, to where that lies."""
+        items = self._items[_start(packed)]
+        sources = self._sources(fresh, bool(items[0].gated))
+        array = (library.Pack * len(items))(*items)
+        for item, source in zip(array, sources, strict=True):
+            assert (item.type, item.N, item.K) == (source.type, *source.shape), "the same matrix as before"
+            _point_to(item, source)
+        self._lib.bs_pack(array, len(array), num_threads)
 
     def num_bytes(self) -> int:
         return self._arena.nbytes + self._scales.nbytes + sum(tensor.nbytes for tensor in self._beside)
@@ -201,7 +227,7 @@ class PackedWeights:
             self._offset += source.num_bytes
         self._measure_exponents([item for item in items if item.type == library.BF12])
         self._lib.bs_pack(items, len(items), self._num_threads)
-        packed = iter(items)
+        packed, kept = iter(items), iter(items)
         for matrix, parts in group:
             weights = [
                 library.Weights(
@@ -220,6 +246,7 @@ class PackedWeights:
                 use(values, scale)
             self._where[address(values)] = weights[0]
             self._num_weights[address(values)] = sum(math.prod(source.shape) for source in parts)
+            self._items[address(values)] = [next(kept) for _ in parts]
 
     def _measure_exponents(self, items: list[library.Pack]) -> None:
         """Find the exponents that the codes of these matrices stand for, and make room for the weights without one."""
@@ -275,13 +302,18 @@ def _replace(
 
 def fill(item: library.Pack, source: _Source, target: np.ndarray, scale: np.ndarray | None) -> None:
     """Have `source` packed to the bytes `target`, and the scales of int8 to `scale`."""
-    assert all(array is None or array.flags.c_contiguous for array in (source.values, source.scale, source.minimum))
-    item.source, item.target, item.type = address(source.values), address(target), source.type
-    item.source_scale = None if source.scale is None else address(source.scale)
-    item.source_minimum = None if source.minimum is None else address(source.minimum)
+    _point_to(item, source)
+    item.target, item.type = address(target), source.type
     item.scale = None if scale is None else address(scale)
     item.N, item.K = source.shape
     item.gated = source.is_gated
+
+
+def _point_to(item: library.Pack, source: _Source) -> None:
+    assert all(array is None or array.flags.c_contiguous for array in (source.values, source.scale, source.minimum))
+    item.source = address(source.values)
+    item.source_scale = None if source.scale is None else address(source.scale)
+    item.source_minimum = None if source.minimum is None else address(source.minimum)
 
 
 def source_of(matrix: Matrix) -> np.ndarray:
