@@ -94,4 +94,3 @@ class BlockReader:
         if self._nested is not None:
             nested_store.NestedCodes(self._nested, self._form).give([(name, owner)])
         return owner
-

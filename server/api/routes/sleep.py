@@ -20,7 +20,7 @@ router = APIRouter()
 _LOOK_SECONDS = 0.01  # between two looks at a state that changes
 
 
-@router.post("/sleep", tags=["operation"], summary="Give back the memory of larger sizes; answers once it is given back")
+@router.post("/sleep", tags=["operation"], summary="Give back the memory of larger sizes")
 async def sleep(request: Request) -> Response:
     sleeper = _sleeper(request, {"level": ("1",)})
     state = state_of(request)
@@ -30,7 +30,7 @@ async def sleep(request: Request) -> Response:
     return json_response(sleep_card(sleeper))
 
 
-@router.post("/wake", tags=["operation"], summary="Take it up again; answers once every size is back")
+@router.post("/wake", tags=["operation"], summary="Wake them; answers once every size is back")
 @router.post("/wake_up", tags=["operation"], include_in_schema=False)
 async def wake(request: Request) -> Response:
     sleeper = _sleeper(request, {"tags": ("weights", "kv_cache")})

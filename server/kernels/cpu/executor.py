@@ -29,7 +29,15 @@ from server.core.executor import Draw, Executor
 from server.core.width import EXACT
 from server.kernels.cpu import library
 from server.kernels.cpu.differences import PackedDifferences
-from server.kernels.cpu.packing import TYPES, PackedWeights, angle_tables, end_table, layer_table, twelve_bit_bytes
+from server.kernels.cpu.packing import (
+    TYPES,
+    PackedWeights,
+    angle_tables,
+    end_table,
+    layer_table,
+    source_of,
+    twelve_bit_bytes,
+)
 from server.kernels.memory import can_give_back, give_back, zero_bytes
 from server.kernels.threads import available_threads
 
@@ -176,7 +184,7 @@ class NativeExecutor(Executor):
         num_bytes = self._weights.release(matrices)
         if self._nested is not self._weights:
             num_bytes += self._nested.release([codes for matrix in matrices if (codes := nested_of(matrix))])
-        plain = [exact_of(matrix) for matrix in matrices if self._weights.of(matrix) is None]
+        plain = [source_of(matrix) for matrix in matrices if self._weights.of(matrix) is None]
         return num_bytes + sum(give_back(address(matrix), matrix.nbytes) for matrix in plain)
 
     def restore(self, part: Part, weights: LayerWeights | EndWeights) -> None:
@@ -184,7 +192,7 @@ class NativeExecutor(Executor):
         for name, matrix in self._matrices(part):
             fresh = getattr(weights, name)
             if self._weights.of(matrix) is None:  # an embedding, read where it lies
-                np.copyto(exact_of(matrix), exact_of(fresh))
+                np.copyto(source_of(matrix), source_of(fresh))
                 continue
             self._weights.restore(matrix, exact_of(fresh), threads)
             if self._nested is not self._weights and (codes := nested_of(fresh)) is not None:
