@@ -80,9 +80,10 @@ def load_student(settings: Settings, served: ServedModel) -> Callable[[Engine], 
     engine, old = served.engine, served.loaded
     pair = open_settings_pair(settings)
     assert old is not None, "`load_model` says what was loaded"
-    if engine.speculator is not None or engine.lookahead is not None or not engine.executor.can_change_student:
+    extras = (engine.speculator, engine.lookahead, engine.sleeper)
+    if any(extra is not None for extra in extras) or not engine.executor.can_change_student:
         raise ValueError(
-            f"the {engine.executor.name} executor, or one that guesses, takes another student at its start"
+            f"the {engine.executor.name} executor, or one that guesses or sleeps, takes another student at its start"
         )
     if missing := [f"{size}L" for size in engine.sizes if size not in pair.elasticity.sizes]:
         raise ValueError(f"it offers no {', '.join(missing)}, which this server does")
