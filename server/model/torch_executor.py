@@ -27,6 +27,8 @@ from server.model.decoder_layer import Rows, decoder_layer, stream_norm
 from server.model.int8_attention import Int8Attention
 from server.model.linear import embed, linear
 
+Owner = LayerWeights | EndWeights
+
 
 class TorchExecutor(Executor):
     """Runs the step's program layer by layer with torch operations."""
@@ -35,7 +37,7 @@ class TorchExecutor(Executor):
     can_release = can_change_student = True
 
     def __init__(self, pair: LoadedPair, *, page_size: int, kv_cache_dtype: str = "auto") -> None:
-        pair = pair.in_torch()
+        self._loaded, pair = pair, pair.in_torch()
         self.spec = pair.spec
         self.layers = pair.layers
         self.low_rank: dict[int, LowRankDelta] = pair.low_rank
@@ -83,28 +85,37 @@ class TorchExecutor(Executor):
         self.states = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def release(self, parts: Collection[Part]) -> int:
-        places = [place for part in parts for place in self._places(part)]
-        matrices = {id(matrix): matrix for owner, name in places if (matrix := getattr(owner, name)) is not None}
-        for owner, name in places:
-            setattr(owner, name, None)
-        num_bytes = sum(matrix.nbytes for matrix in matrices.values())
-        del matrices
+        num_bytes, seen = 0, set()
+        for part in parts:
+            own, loaded, names = self._place(part)
+            for name in names:
+                matrix = getattr(own, name)
+                if matrix is not None and id(matrix) not in seen:
+                    num_bytes += matrix.nbytes
+                    seen.add(id(matrix))
+            for name in names:
+                setattr(own, name, None)
+                setattr(loaded, name, None)
+            del matrix
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return num_bytes
 
     def restore(self, part: Part, weights: LayerWeights | EndWeights) -> None:
-        weights = in_torch(weights, self.device)
-        for owner, name in self._places(part):
-            setattr(owner, name, getattr(weights, name))
+        own, loaded, names = self._place(part)
+        converted = in_torch(weights, self.device)
+        for name in names:
+            setattr(loaded, name, getattr(weights if self.device.type == "cpu" else converted, name))
+            setattr(own, name, getattr(converted, name))
 
-    def _places(self, part: Part) -> list[tuple[LayerWeights | EndWeights, str]]:
-        """(owner, field) of the matrices of a part of the teacher; a tied head goes with its embedding."""
+    def _place(self, part: Part) -> tuple[Owner, Owner, tuple[str, ...]]:
+        """What has the matrices of a part of the teacher, here and as it was loaded (on a CPU the two share memory);
+        and in which fields: a tied head goes with its embedding."""
         if isinstance(part, int):
-            return [(self.layers[part], name) for name in MATRICES]
+            return self.layers[part], self._loaded.layers[part], MATRICES
         teacher = self.ends["teacher"]
         is_tied = teacher.embed is teacher.head
-        return [(teacher, name) for name in (("embed", "head") if is_tied else (part,))]
+        return teacher, self._loaded.ends["teacher"], ("embed", "head") if is_tied else (part,)
 
     def kv_tensors(self) -> tuple[torch.Tensor, ...]:
         return self.attention.tensors()
