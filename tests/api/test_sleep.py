@@ -60,7 +60,8 @@ def test_memory_goes_back_to_the_system_and_answers_go_on(large, executor):
         slept = httpx.post(url + "/sleep?level=1", timeout=60).json()
         assert slept["is_sleeping"] and slept["state"] == "asleep" and slept["largest"] == small["id"].split(":")[1]
         released = slept["bytes_released"]
-        assert released > 40e6 and before - resident(server) > 0.8 * released
+        asleep = resident(server)
+        assert released > 40e6 and before - asleep > 0.8 * released
         assert (
             httpx.get(url + "/is_sleeping").json() == slept
             and httpx.get(url + "/load").json()["sleep_state"] == "asleep"
@@ -79,7 +80,7 @@ def test_memory_goes_back_to_the_system_and_answers_go_on(large, executor):
         assert found[f'vllm:engine_sleep_state{{engine="0",model_name="{NAME}",sleep_state="weights_offloaded"}}'] == 1
         assert post(url, model=big["id"]).json()["choices"][0]["text"] == awake[big["id"]]  # waits, and wakes it
         assert httpx.get(url + "/is_sleeping").json()["state"] == "awake"
-        assert before - resident(server) < 0.3 * released
+        assert resident(server) - asleep > 0.5 * released
         assert httpx.post(url + "/sleep", timeout=60).json()["is_sleeping"]
         woken = httpx.post(url + "/wake_up?tags=weights", timeout=60).json()
         assert woken["state"] == "awake" and woken["bytes_released"] == 0 and woken["seconds_to_wake"] > 0
