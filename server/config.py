@@ -304,7 +304,6 @@ class Settings(BaseModel):
         None,
         "seconds without requests after which weights that only larger sizes need are given back to the system; the "
         "smallest size goes on answering, and they are read again once somebody wants them",
-        kind="float",
         group="engine",
         minimum=0.1,
     )
