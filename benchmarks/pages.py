@@ -245,7 +245,9 @@ def _falls(sizes: Sizes, key: str) -> str:
     from model_store.evaluate.measure import is_monotone
 
     worse = is_monotone({size: row[key] for size, row in sizes.items()})
-    return f"KL does not fall at {', '.join(map(str, worse))} layers." if worse else "KL falls at every added layer."
+    return (
+        f"KL does not fall at {', '.join(f'{size}L' for size in worse)}." if worse else "KL falls at every added layer."
+    )
 
 
 def overlap(measured: dict[str, Any]) -> str:
@@ -265,9 +267,9 @@ def text_table(sizes: Sizes) -> str:
         figures = [_within(row, "perplexity_ratio", 2), _within(row, "kl", 3), f"{row['top1_agreement']:.3f}"]
         speed = row.get("tokens_per_second")
         megabytes = row["weight_bytes"] / 1e6
-        return [str(size), *figures, f"{megabytes:.0f}", f"{speed:.0f}" if speed else "-"]
+        return [f"{size}L", *figures, f"{megabytes:.0f}", f"{speed:.0f}" if speed else "-"]
 
-    header = "layers | perplexity, x teacher's | KL | top-1 agreement | weights, MB | tokens/s"
+    header = "size | perplexity, x teacher's | KL | top-1 agreement | weights, MB | tokens/s"
     return _lines(header, [cells(*item) for item in sizes.items()]) + "\n" + _falls(sizes, "kl") + "\n"
 
 
@@ -276,11 +278,11 @@ def chat_table(sizes: Sizes) -> str:
     rows = []
     for size, row in sizes.items():
         shares = [f"{100 * row[key]:.0f} %" for key in ("repetition", "repetition_penalised", "stop_rate")]
-        rows.append([str(size), _within(row, "chat_kl", 3), *shares, f"{row['length_ratio']:.2f}"])
+        rows.append([f"{size}L", _within(row, "chat_kl", 3), *shares, f"{row['length_ratio']:.2f}"])
     top = sizes[max(sizes)]["repetition"]
-    over = [str(size) for size, row in sizes.items() if row["repetition"] > 2 * top]
+    over = [f"{size}L" for size, row in sizes.items() if row["repetition"] > 2 * top]
     verdict = f"Sizes that repeat more than twice as often as the teacher: {', '.join(over) or 'none'}."
-    header = "layers | KL | repeat | repeat, with penalty | stop | length, x teacher's"
+    header = "size | KL | repeat | repeat, with penalty | stop | length, x teacher's"
     return _lines(header, rows) + f"\n{_falls(sizes, 'chat_kl')} {verdict}\n"
 
 
