@@ -24,7 +24,7 @@ from server.loading import load_model
 from server.observe.metrics import Metrics
 from server.observe.throughput import ThroughputLog
 from server.options import SettingsError, flag_name, load_settings
-from tests.api.tiny import ROOT, RunningServer, make_pair
+from tests.api.tiny import QUICK, ROOT, RunningServer, make_pair
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_chat_with_a_pair_loaded_here(pair, tmp_path):
 
 
 def test_chat_with_a_running_server(pair):
-    with RunningServer(pair) as server:
+    with RunningServer(pair, *QUICK) as server:
         check_chat(boomerang("chat", "--url", server.url, "--max-tokens", "6", stdin=CONVERSATION))
 
 

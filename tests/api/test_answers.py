@@ -6,7 +6,7 @@ import pytest
 
 from tests.api import asking, templates
 from tests.api.asking import chat, closed, post, tool
-from tests.api.tiny import RunningServer, make_pair
+from tests.api.tiny import QUICK, RunningServer, make_pair
 
 X = closed(x={"type": "integer"})
 F = tool("f", X)
@@ -21,7 +21,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(pair):
     """One server whose requests bring their own template."""
-    with RunningServer(pair, "--trust-request-chat-template") as server:
+    with RunningServer(pair, "--trust-request-chat-template", *QUICK) as server:
         yield server.url
 
 
@@ -269,7 +269,7 @@ def test_reasoning_is_apart_from_the_answer(url, template, text, reasoning, cont
 def test_reasoning_and_calls_on_the_other_routes(pair, stream, tmp_path):
     (tmp_path / "template").write_text(templates.THINKING)
     text = f"<think>hm</think>{CALL}"
-    with RunningServer(pair, "--chat-template", str(tmp_path / "template")) as server:
+    with RunningServer(pair, "--chat-template", str(tmp_path / "template"), *QUICK) as server:
         got = asking.responses(server.url, {"tools": [F], "structured_outputs": {"choice": [text]}}, stream)
         assert (got.reasoning, got.calls, got.content) == ("hm", [("f", '{"x": 1}')], None)
         answer = post(server.url, "/v1/responses", {"input": "hi", "structured_outputs": {"choice": [text]}})

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api import asking, templates
 from tests.api.asking import closed, events, post
-from tests.api.tiny import RunningServer, make_pair
+from tests.api.tiny import QUICK, RunningServer, make_pair
 
 
 def completion(url, status=200, **fields):
@@ -304,7 +304,7 @@ def configured(pair, tmp_path_factory):
 
 def test_sampling_defaults_are_those_of_the_makers(configured, plain):
     body = {"messages": asking.MESSAGES, "ignore_eos": True}
-    with RunningServer(configured, "--echo-requested-model", "--served-model-name", "tiny", "other") as server:
+    with RunningServer(configured, "--echo-requested-model", "--served-model-name", "tiny", "other", *QUICK) as server:
         first, again = (post(server.url, "/v1/chat/completions", body) for _ in range(2))
         greedy = body | {"temperature": 0, "repetition_penalty": 1.2, "max_tokens": 7}
         assert first["choices"][0]["message"] == again["choices"][0]["message"]
@@ -323,7 +323,7 @@ def test_sampling_defaults_are_those_of_the_makers(configured, plain):
         "--generation-config",
         "none",
     )
-    with RunningServer(configured, *flags) as server:
+    with RunningServer(configured, *flags, *QUICK) as server:
         assert post(server.url, "/v1/chat/completions", body)["usage"]["completion_tokens"] == 9
         assert any("sampling defaults: top_p 0.5, max_new_tokens 9" in line for line in server.log)
 
@@ -338,9 +338,10 @@ def toolless(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toolless")
     (folder / "template").write_text(templates.NO_TOOLS)
     pair = make_pair(folder, max_len=1024)
-    with RunningServer(pair, "--chat-template", str(folder / "template")) as server:
+    flags = ("--chat-template", str(folder / "template"), *QUICK)
+    with RunningServer(pair, *flags) as server:
         yield server
-    with RunningServer(pair, "--chat-template", str(folder / "template"), "--tool-template", "none") as strict:
+    with RunningServer(pair, *flags, "--tool-template", "none") as strict:
         body = {"messages": asking.MESSAGES, "tools": [F]}
         assert post(strict.url, "/v1/chat/completions", body, 400)["error"]["param"] == "tools"
 

@@ -6,7 +6,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, RunningServer
+from tests.api.tiny import NAME, QUICK, RunningServer
 
 # The newest clients have no argument for it; the API still knows it.
 GREEDY = {"extra_body": {"temperature": 0}}
@@ -125,7 +125,7 @@ def test_errors_have_anthropics_shape(client, changes, error, word):
 
 
 def test_keys_come_in_anthropics_header(pair):
-    with RunningServer(pair, "--api-key", "one") as server:
+    with RunningServer(pair, "--api-key", "one", *QUICK) as server:
         arguments = {"model": NAME, "max_tokens": 1, "messages": HELLO}
         assert anthropic.Anthropic(base_url=server.url, api_key="one").messages.create(**arguments).content
         with pytest.raises(anthropic.AuthenticationError):

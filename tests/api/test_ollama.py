@@ -8,7 +8,7 @@ import pytest
 
 from tests.api import templates
 from tests.api.asking import MESSAGES, closed, post, tool
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, QUICK, RunningServer, make_pair
 
 MODEL = f"{NAME}:5L"
 GREEDY = {"temperature": 0, "num_predict": 6}
@@ -202,7 +202,7 @@ def test_numbers_of_a_history_stay_as_they_were_written(llama):
 
 def test_thinking(pair, tmp_path):
     (tmp_path / "template").write_text(templates.OPENED)
-    with RunningServer(pair, "--chat-template", str(tmp_path / "template")) as server:
+    with RunningServer(pair, "--chat-template", str(tmp_path / "template"), *QUICK) as server:
         client = ollama.Client(server.url)
         whole = client.chat(MODEL, MESSAGES, think=True, options=GREEDY)
         assert whole.message.thinking and not whole.message.content
@@ -239,7 +239,7 @@ def test_errors_are_in_its_form(plain, path, fields, status, message):
 
 
 def test_keys_as_its_client_sends_them(pair):
-    with RunningServer(pair, "--api-key", "secret", "--echo-requested-model") as server:
+    with RunningServer(pair, "--api-key", "secret", "--echo-requested-model", *QUICK) as server:
         with pytest.raises(ollama.ResponseError, match="API key") as refused:
             ollama.Client(server.url).list()
         assert refused.value.status_code == 401

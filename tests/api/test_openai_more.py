@@ -8,7 +8,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.api.tiny import NAME, RunningServer
+from tests.api.tiny import NAME, QUICK, RunningServer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -16,7 +16,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def server(pair):
     flags = ["--api-key", "one", "two", "--max-requests-per-minute-per-key", "60"]
-    with RunningServer(pair, *flags) as running:
+    with RunningServer(pair, *flags, *QUICK) as running:
         yield running
 
 

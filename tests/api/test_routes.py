@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, RunningServer
+from tests.api.tiny import NAME, QUICK, RunningServer
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_environment_and_yaml_are_flags_too_and_float16_serves(pair, tmp_path):
 
 
 def test_keys_guard_inference_but_not_health(pair):
-    with RunningServer(pair, "--api-key", "one", "two") as server:
+    with RunningServer(pair, "--api-key", "one", "two", *QUICK) as server:
         body = {"prompt": "x", "max_tokens": 1}
         for header, status in ((None, 401), ("Bearer wrong", 401), ("Bearer one", 200), ("Bearer two", 200)):
             headers = {"authorization": header} if header else {}

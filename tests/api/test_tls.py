@@ -7,7 +7,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.api.tiny import RunningServer
+from tests.api.tiny import QUICK, RunningServer
 
 ORIGIN = "https://app.example"
 
@@ -35,7 +35,7 @@ def context(certificate, with_client: bool) -> ssl.SSLContext:
 def test_tls_and_client_certificates(pair, certificate):
     cert, key = map(str, certificate)
     flags = ("--ssl-certfile", cert, "--ssl-keyfile", key, "--ssl-ca-certs", cert)
-    server = RunningServer(pair, *flags)
+    server = RunningServer(pair, *flags, *QUICK)
     try:
         server.wait_listening()
         assert server.url.startswith("https://")
@@ -51,7 +51,7 @@ def test_tls_and_client_certificates(pair, certificate):
 
 def test_cors_flags(pair):
     flags = ("--allowed-origins", ORIGIN, "--allowed-methods", "POST", "--allowed-headers", "authorization")
-    with RunningServer(pair, *flags) as server:
+    with RunningServer(pair, *flags, *QUICK) as server:
 
         def preflight(origin: str, method: str) -> httpx.Response:
             headers = {"origin": origin, "access-control-request-method": method}

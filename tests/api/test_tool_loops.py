@@ -12,7 +12,7 @@ import pytest
 
 from tests.api import templates
 from tests.api.asking import MESSAGES, closed, post
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, QUICK, RunningServer, make_pair
 
 DONE = {"structured_outputs": {"choice": ["done"]}}
 WEATHER = closed(city={"enum": ["Bern", "Köln"]})
@@ -23,7 +23,8 @@ def server(request, tmp_path_factory):
     """A template in each form, and one that knows no tools."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "template").write_text(templates.FORMS.get(request.param, templates.NO_TOOLS))
-    with RunningServer(make_pair(folder, max_len=1024), "--chat-template", str(folder / "template")) as running:
+    flags = ("--chat-template", str(folder / "template"), *QUICK)
+    with RunningServer(make_pair(folder, max_len=1024), *flags) as running:
         yield running
 
 

@@ -19,7 +19,7 @@ from server.api.http import body as bodies
 from server.api.http.auth import KeyRing
 from server.config import Settings
 from server.options import SettingsError, check_environment
-from tests.api.tiny import NAME, RunningServer
+from tests.api.tiny import NAME, QUICK, RunningServer
 from tests.faults.ledger import gather
 from tests.faults.test_clients import BODY, bearer, load, open_socket, until
 
@@ -145,7 +145,7 @@ def test_a_salt_separates_the_answers_of_the_messages_api_too(keyed):
 
 def test_the_same_keys_can_share_the_cache_if_the_operator_says_so(pair, tmp_path):
     (tmp_path / "keys").write_text("alpha\nbeta\n")
-    with RunningServer(pair, "--api-key-file", str(tmp_path / "keys"), "--share-prefix-cache") as server:
+    with RunningServer(pair, "--api-key-file", str(tmp_path / "keys"), "--share-prefix-cache", *QUICK) as server:
         for key, expected in (("alpha", False), ("beta", True)):
             body = {"prompt": list(range(10, 74)), "max_tokens": 1}
             answer = httpx.post(server.url + "/v1/completions", json=body, headers=bearer(key), timeout=60).json()
@@ -158,7 +158,7 @@ def test_a_minute_of_a_key_is_counted_in_sequences_and_tokens(pair, tmp_path):
         {"key": "short", "max_tokens_per_minute": 100},
     ]
     (tmp_path / "keys.json").write_text(json.dumps(entries))
-    with RunningServer(pair, "--api-key-file", str(tmp_path / "keys.json")) as server:
+    with RunningServer(pair, "--api-key-file", str(tmp_path / "keys.json"), *QUICK) as server:
 
         def ask(key: str, **more) -> httpx.Response:
             body = BODY | {"max_tokens": 2} | more
@@ -215,7 +215,7 @@ def test_a_tenant_keeps_its_name_when_another_key_is_revoked(tmp_path):
 
 def test_an_open_server_warns_unless_only_this_machine_can_reach_it(pair):
     for host, warns in (("0.0.0.0", True), ("127.0.0.1", False)):
-        server = RunningServer(pair, "--host", host)
+        server = RunningServer(pair, "--host", host, *QUICK)
         try:
             server.wait_listening()
             log = server.log

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model_store.store import install
 from tests import tiny_pairs
-from tests.api.tiny import ROOT, RunningServer, make_tokenizer
+from tests.api.tiny import QUICK, ROOT, RunningServer, make_tokenizer
 from tests.faults.ledger import Ledger
 from tests.model_store.gguf_files import TOKENS, write_gguf
 from tests.tiny_pairs import make_model
@@ -31,7 +31,7 @@ def copied(pair, tmp_path):
 
 def refuses_to_start(pair, *flags: str, env: dict[str, str] | None = None) -> str:
     """The log of a server that exits with 1, having never been ready."""
-    server = RunningServer(pair, *flags, env=env)
+    server = RunningServer(pair, *QUICK, *flags, env=env)
     try:
         assert server.process.wait(90) == 1, "".join(server.log)
     finally:
@@ -101,7 +101,7 @@ def test_code_that_comes_with_a_model_is_not_run(copied, tmp_path):
         config = json.loads((copied[0] / name).read_text())
         auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
         (copied[0] / name).write_text(json.dumps(config | {"auto_map": auto}))
-    with RunningServer(copied) as server:
+    with RunningServer(copied, *QUICK) as server:
         assert httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
     assert not mark.exists()
 
@@ -133,7 +133,7 @@ def test_a_full_disk_while_importing_leaves_no_half_model(tmp_path, monkeypatch)
 
 def test_a_full_disk_does_not_keep_the_server_from_serving(pair, tmp_path):
     flags = ("--store", str(tmp_path / "store"), "--size-policy", "auto")
-    with RunningServer(pair, *flags, preexec_fn=full_disk(16)) as server:
+    with RunningServer(pair, *flags, *QUICK, preexec_fn=full_disk(16)) as server:
         ledger = Ledger()
         answer = httpx.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 4}, timeout=60)
         assert answer.status_code == 200
