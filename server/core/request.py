@@ -79,7 +79,8 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class SizeDecision:
-    """The size a request got and why (`size.reason` in the answer). `width`: what its first step at that size reads."""
+    """The size a request got and why (`size.reason` in the answer). `width`: what its first step at that size reads at
+    least; a step raises rows where what one of them demands serves all."""
 
     size: int
     reason: str

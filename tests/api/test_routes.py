@@ -25,7 +25,7 @@ def test_tokenizer_routes_are_enough_to_evaluate_without_a_tokenizer(url):
     assert httpx.post(url + "/detokenize", json={"tokens": [10**9]}).status_code == 400
 
 
-def test_version_metrics_and_docs(url):
+def test_version_metrics_and_docs(plain, url):
     assert httpx.get(url + "/version").json()["version"]
     httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 3, "size": "5L"})
     text = httpx.get(url + "/metrics").text
@@ -34,6 +34,7 @@ def test_version_metrics_and_docs(url):
     assert any(line.startswith("boomerang:") and 'size="5' in line for line in text.splitlines())
     paths = httpx.get(url + "/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/health"} <= set(paths)
+    assert set(paths["/health"]) == {"get"} and "Duplicate Operation" not in "".join(plain.log)
 
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
 
 from server.api.routes.operations import POSTS
 
@@ -14,7 +17,8 @@ from server.api.routes.operations import POSTS
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document plus the request models and the error object."""
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        routes = [_without_head(route) for route in app.routes]
+        document = get_openapi(title=app.title, version=app.version, routes=routes)
         _, definitions = models_json_schema(
             [(model, "validation") for _, _, model, _, _ in POSTS],
             by_alias=True,
@@ -28,7 +32,6 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
             name = "OllamaError" if path.startswith("/api/") else "Error"
             name = "AnthropicError" if path.startswith("/v1/messages") else name
             error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
-            operations.pop("head", None)
             for operation in operations.values():
                 answers = operation["responses"]
                 answers.pop("422", None)
@@ -36,6 +39,15 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
                     answers.setdefault(status, {"description": text, **error})
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _without_head(route: BaseRoute) -> BaseRoute:
+    """HEAD is answered wherever GET is and documented nowhere: FastAPI would give both the same operation id."""
+    if not isinstance(route, APIRoute):
+        return route
+    documented = copy.copy(route)
+    documented.methods = (route.methods or set()) - {"HEAD"}
+    return documented
 
 
 _ERROR_SCHEMA = {
