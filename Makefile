@@ -30,10 +30,11 @@ tools:
 serve: install
 	$(BIN)/boomerang serve $(ARGS)
 
-# A process for each core, four at most. A file's tests stay together, since they share servers; files go in order,
-# because the long ones are not the last. In one process, for a debugger: make test ARGS="-n0 --pdb".
+# A process more than there are cores, since some tests wait for timers; four at most. A file's tests stay together, since
+# they share servers; files go in order, because the long ones are not the last. In one process, for a debugger:
+# make test ARGS="-n0 --pdb".
 test: install tools lint
-	$(BIN)/python -m pytest -n $$(nproc 2> /dev/null || echo 2) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $$(($$(nproc 2> /dev/null || echo 2) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Ray Serve on one node: needs a gigabyte of packages and a minute, so it is not part of `make test`.
 test-ray: install
