@@ -1,7 +1,7 @@
 """The compose file at its default settings under load that rises and falls, on a real Docker engine.
 
     docker compose build server autoscaler
-    python -m benchmarks.autoscale_compose     # eleven minutes; prints tables, draws the plot and the dashboard
+    python -m benchmarks.autoscale_compose     # nine minutes; prints tables, draws the plot and the dashboard
 
 Nothing is set but the project's name: the default pair, one replica at first and four at most, and the autoscaler as
 it is. The limits come with the requests, relative to what one replica does on this machine with `--batch` requests at
@@ -62,7 +62,7 @@ def wait(url: str, seconds: float = 900) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phases", default="60:0.1,120:1.6,400:0.1", help="seconds:load (1 = one replica), ...")
+    parser.add_argument("--phases", default="40:0.1,100:1.6,330:0.1", help="seconds:load (1 = one replica), ...")
     parser.add_argument("--batch", type=int, default=8, help="requests at once for which the limits are made")
     parser.add_argument("--limit", type=float, default=1.5, help="limit per token, x what these take")
     parser.add_argument("--tokens", default="32:96", help="output tokens, lowest:highest")
@@ -82,7 +82,7 @@ def main() -> None:
         cards = httpx.get(API + "/v1/models", trust_env=False).json()["data"]
         model, ceiling = cards[0]["id"], max(card.get("layers") or 0 for card in cards)
         rate, tpot, ttft = asyncio.run(capacity(API, model, args.batch, (low + high) // 2))
-        time.sleep(60)  # the autoscaler's window forgets the measuring
+        time.sleep(35)  # the autoscaler's window forgets the measuring
         slo = {"tpot_ms": round(1000 * args.limit * tpot, 1), "ttft_ms": round(5000 * ttft)}
         shares = [tuple(map(float, part.split(":"))) for part in args.phases.split(",")]
         phases = [Phase(seconds, round(share * rate, 2)) for seconds, share in shares]

@@ -100,6 +100,7 @@ def test_compose(overlays, profiles):
     )
     for service in servers:
         assert ("BOOMERANG_API_KEY_FILE" in service["environment"]) == ("keys" in overlays)
+        assert service["init"] is True
         assert ("HF_TOKEN_PATH" in service["environment"]) == ("hub" in overlays)
         assert len(service.get("secrets", ())) == ("hub" in overlays)
         folders = key_folders(service)
