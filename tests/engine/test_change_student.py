@@ -1,14 +1,20 @@
 """A student comes, and another one after it, while requests run: every token is what the pair of its moment says."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
+from model_store import nested_store
+from model_store.arrays import BFLOAT16
 from model_store.beside import load_beside
 from model_store.pair import PairError, open_pair
+from model_store.store import StoreError, store_root
 from model_store.weight_form import Storage, WeightForm
 from server.core.size_policy import LargestSize
+from server.core.width import EXACT
+from server.kernels.cpu import library
 from tests.model.test_oracle import executor, make_engine, make_request  # noqa: F401
 from tests.tiny_pairs import KEPT, VOCAB, Oracle, make_model, make_pair
 
@@ -86,3 +92,45 @@ def test_a_student_of_another_teacher_is_none(tmp_path):
     served = open_pair(teacher, "none", store=tmp_path).load(form)
     with pytest.raises(PairError, match="no student of the teacher"):
         load_beside(open_pair(other, student, patch_order="last_to_first", store=tmp_path), served, form)
+
+
+@pytest.mark.parametrize("kind", ["codes", "compressed", "widths"])
+def test_the_default_pair_is_what_it_is_when_loaded_whole(kind):
+    """Differences beside the teacher's codes, matrices in twelve bits, nested codes beside them."""
+    if isinstance(library.choose(), list):
+        pytest.skip("no native kernels here")
+    try:
+        pair, alone = open_pair(), open_pair(None, "none")
+    except StoreError as error:
+        pytest.skip(f"the default teacher cannot be had here: {error}")
+    form = WeightForm(BFLOAT16)
+    if kind == "codes":
+        form = WeightForm(BFLOAT16, low_rank=True, storage=Storage.CODES)
+    loaded, whole = alone.load(dataclasses.replace(form, low_rank=False)), pair.load(form)
+    if kind == "widths":
+        file = nested_store.nested_file(pair, store_root(None))
+        if not nested_store.is_current(file):
+            pytest.skip("the store has no nested codes of the default pair")
+        form = dataclasses.replace(form, widths=(4, 6, 8, EXACT))
+        for one in (loaded, whole):
+            nested_store.put(one, file, form)
+    width = 6 if kind == "widths" else EXACT
+    changes = {"compress_weights": kind == "compressed", "kv_cache_bytes": 32 << 20}
+    engine = make_engine(alone, "native", loaded=loaded, **changes)
+    first = make_request("first", range(5, 20), 30, max_tokens=4)
+    engine.add(first)
+    finish(engine, 2)
+    change(engine, pair, loaded, form)
+    answers = []
+    for one in (engine, make_engine(pair, "native", loaded=whole, **changes)):
+        requests = [make_request(f"r{size}", range(40 + size, 60), size, max_tokens=6) for size in (16, 22, 30)]
+        for request in requests:
+            request.min_width = request.max_width = width
+            one.add(request)
+        finish(one)
+        answers.append([request.output_token_ids for request in requests])
+        assert one.executor.bytes_per_weight == pytest.approx(engine.executor.bytes_per_weight, rel=1e-3)
+        assert one.executor.bytes_per_weight_at(width) == pytest.approx(
+            engine.executor.bytes_per_weight_at(width), 1e-3
+        )
+    assert answers[0] == answers[1] and first.is_finished
