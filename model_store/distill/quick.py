@@ -114,7 +114,7 @@ class _Making:
                 f"--data gives {len(rows)} rows of {job.row_tokens} tokens: too few to fit and to measure on"
             )
         model = self._fitted(state, rows)
-        seconds = 60 * job.minutes - state["seconds"]
+        seconds = 60 * job.minutes * _SHARES["training"] - state["seconds"]
         if seconds > 0:
             if not (self.work / "training.pt").is_file():
                 self._first(model, gate, state)
