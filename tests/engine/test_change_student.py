@@ -123,7 +123,7 @@ def test_the_default_pair_is_what_it_is_when_loaded_whole(kind):
     change(engine, pair, loaded, form)
     answers = []
     for one in (engine, make_engine(pair, "native", loaded=whole, **changes)):
-        requests = [make_request(f"r{size}", range(40 + size, 60), size, max_tokens=6) for size in (16, 22, 30)]
+        requests = [make_request(f"r{size}", range(40 + size, 60 + size), size, max_tokens=6) for size in (16, 22, 30)]
         for request in requests:
             request.min_width = request.max_width = width
             one.add(request)
