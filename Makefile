@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-ray test-clients test-llamacpp test-compose fuzz soak sanitize lint types clean
+.PHONY: install tools serve test test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ test-clients: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,clients]'
 	BOOMERANG_TEST_NPM=1 $(BIN)/python -m pytest tests/api/test_clients.py tests/api/test_tool_loops.py $(ARGS)
 	$(BIN)/python -m tests.clients --write docs/clients.md
+
+# README.md as somebody new reads it: clone, `make serve`, its commands, in an environment and a store of their own.
+test-readme: install
+	BOOMERANG_TEST_README=1 $(BIN)/python -m pytest tests/test_first_ten_minutes.py -s -n0 $(ARGS)
 
 # The compose file on a real Docker engine: images built, replicas scaled, updated, killed. ENGINE is put in front of every
 # command, for an engine whose network is not this shell's; by default the machine's own Docker. Not part of CI.
