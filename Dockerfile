@@ -5,8 +5,8 @@
 # Every runtime image runs as user 2000, group 0, and works with a read-only root file system: what is written goes to
 # the volumes /store (models) and /cache (hub downloads, compiled kernels) and to /tmp.
 # Packages, kernels and code are layers of their own: a change of the code makes only the last one anew.
-# For both kinds of processor: docker buildx build --platform linux/amd64,linux/arm64 ... The native kernels are for x86; the
-# image for others carries torch.
+# For both kinds of processor: docker buildx build --platform linux/amd64,linux/arm64 ... The image for ARM carries torch as
+# well: its kernels were run under emulation only.
 
 ARG PYTHON_IMAGE=python:3.11.13-slim-bookworm
 
@@ -47,7 +47,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-compile "$(grep 
 
 FROM builder AS kernels
 COPY server/kernels/cpu/*.h server/kernels/cpu/*.cpp server/kernels/cpu/build.py server/kernels/cpu/
-RUN mkdir -p /root/.cache/boomerang && if [ "$(uname -m)" = x86_64 ]; then python server/kernels/cpu/build.py; fi
+RUN mkdir -p /root/.cache/boomerang && python server/kernels/cpu/build.py
 
 FROM builder AS wheel
 # What was compiled of the same sources is taken from there.

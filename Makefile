@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
+.PHONY: install tools serve test test-arm test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,11 @@ test: install tools lint
 test-ray: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,ray]'
 	BOOMERANG_TEST_RAY=1 $(BIN)/python -m pytest tests/deploy/test_ray.py $(ARGS)
+
+# The kernels for ARM, by a cross compiler and under emulation: minutes, so not part of `make test`.
+test-arm: install
+	command -v aarch64-linux-gnu-g++ qemu-aarch64 || apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+	BOOMERANG_TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/test_arm.py $(ARGS)
 
 # LiteLLM and LangChain as clients: many packages, so not part of `make test`.
 test-clients: install

@@ -27,6 +27,23 @@ struct Int8Pages : PageSizes {
 inline uint16_t to_half(float x) { return uint16_t(_mm_cvtsi128_si32(_mm256_castsi256_si128(_mm512_cvtps_ph(_mm512_set1_ps(x), _MM_FROUND_TO_NEAREST_INT)))); }
 inline float from_half(uint16_t x) { return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(short(x)))); }
 inline void store_bytes16(uint8_t* p, F16 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
+#elif defined(__aarch64__)
+inline uint16_t to_half(float x) {
+    const __fp16 half = __fp16(x);
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+inline float from_half(uint16_t x) {
+    __fp16 half;
+    std::memcpy(&half, &x, 2);
+    return half;
+}
+inline void store_bytes16(uint8_t* p, F16 x) {
+    int32_t wide[16];
+    for (int i = 0; i < 4; i++) vst1q_s32(wide + 4 * i, vcvtnq_s32_f32(x.v[i]));
+    for (int i = 0; i < 16; i++) p[i] = uint8_t(wide[i]);
+}
 #else
 inline uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 inline float from_half(uint16_t x) { return _cvtsh_ss(x); }
@@ -94,7 +111,7 @@ struct Scattered : Packed<F> {
     Scattered(const uint8_t* const* records, const char* const* ahead) : Packed<F>(reinterpret_cast<const char*>(*records), 0), records(records), ahead(ahead) {}
     void next() { this->record = *++records, ahead++; }
     void fetch(long share) const {
-        for (int i = 0; i < share && *ahead; i += 64) _mm_prefetch(*ahead + i, _MM_HINT_T1);
+        for (int i = 0; i < share && *ahead; i += 64) prefetch_second(*ahead + i);
     }
 };
 

@@ -146,9 +146,9 @@ void block_rows(const Term<W>* terms, int num_terms, int first_half, float* out,
         for (int u = 0; u < t->units; u += L, line += L * kLine<W>, x += L * kPerUnit<W>) {
             // Spread out: a burst of prefetches holds up the loads behind it.
             if (kPastSecondLevel && t->ahead.once)
-                for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_NTA);
+                for (int i = 0; i < share; i += 64) prefetch_once(next + i);
             else
-                for (int i = 0; i < share; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+                for (int i = 0; i < share; i += 64) prefetch_second(next + i);
             next += share;
             add_line<W, R, H>(acc, lines, line, 0, first_half, x, t->ldx);  // no loop: gcc keeps sums in memory that two lines of one share
             if constexpr (L == 2) add_line<W, R, H>(acc, lines, line, 1, first_half, x, t->ldx);

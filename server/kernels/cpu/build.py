@@ -44,7 +44,7 @@ class Variant(NamedTuple):
 
 _512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 # Best first.
-VARIANTS = {
+X86_VARIANTS = {
     "amx": Variant(
         [*_AVX512, *_BF16, "-mamx-tile", "-mamx-bf16"], (*_512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
     ),
@@ -52,13 +52,19 @@ VARIANTS = {
     "avx512": Variant(_AVX512, _512),
     "avx2": Variant(["-mavx2", "-mfma", "-mf16c"], ("avx2", "fma")),
 }
+ARM_VARIANTS = {
+    "dotprod": Variant(["-march=armv8.2-a+dotprod"], ("asimd", "asimddp")),
+    "neon": Variant(["-march=armv8-a"], ("asimd",)),
+}
+VARIANTS = ARM_VARIANTS if platform.machine().lower() in ("aarch64", "arm64") else X86_VARIANTS
 
 
 def missing_instructions(variant: str) -> list[str]:
     """What this processor lacks of what a variant uses."""
     needed = VARIANTS[variant].instructions
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))  # on x86, on ARM
     except (OSError, StopIteration):
         return list(needed)
     return [name for name in needed if name not in flags.split()]

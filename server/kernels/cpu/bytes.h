@@ -1,9 +1,17 @@
 // Vectors of bytes that are multiplied in fours: unsigned codes times signed activations, summed to 32 bits.
 #pragma once
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
+
+#ifdef __aarch64__
+#include "bytes_neon.h"
+#else
 
 namespace boomerang {
 
@@ -81,6 +89,7 @@ inline Floats load_i8(const void* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_
 
 // Sums of four products at once, without overflow whatever the codes. Where there is no such instruction products are
 // summed to 16 bits, which holds as many lines as the width of the codes allows, signed ones for codes of eight bits.
+constexpr bool kSignedBytes = false;
 #if defined(__AVX512VNNI__)
 constexpr bool kFours = true;
 inline Bytes add_fours(Bytes sum, Bytes w, Bytes x) { return _mm512_dpbusd_epi32(sum, w, x); }
@@ -95,3 +104,5 @@ inline Bytes add_fours(Bytes sum, Bytes, Bytes) { return sum; }
 constexpr int kLanes = sizeof(Bytes) / 4;  // channels of a vector
 
 }  // namespace boomerang
+
+#endif

@@ -98,7 +98,7 @@ struct Packed {
     void next() { record += F::record, group++; }
     static long reach(int groups) { return F::panel_bytes(groups); }  // bytes of a panel, from its start, that are read
     void fetch(long ahead) const {
-        for (int i = 0; i < F::record; i += 64) _mm_prefetch(reinterpret_cast<const char*>(record + ahead + i), _MM_HINT_NTA);
+        for (int i = 0; i < F::record; i += 64) prefetch_once(record + ahead + i);
     }
 
     struct Lower {};  // what vector v of all lines has in common

@@ -41,6 +41,14 @@ inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) 
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), _mm512_cvtepi32_epi8(a));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k + 16), _mm512_cvtepi32_epi8(b));
         sums[0] = _mm512_reduce_add_epi32(a), sums[1] = _mm512_reduce_add_epi32(b);
+#elif defined(__aarch64__)
+        for (int half = 0; half < 2; half++) {
+            int32x4_t four[4];
+            for (int i = 0; i < 4; i++) four[i] = vcvtnq_s32_f32((half ? high : low).v[i]);
+            const int16x8_t first = vcombine_s16(vqmovn_s32(four[0]), vqmovn_s32(four[1])), second = vcombine_s16(vqmovn_s32(four[2]), vqmovn_s32(four[3]));
+            vst1q_s8(codes + k + 16 * half, vcombine_s8(vqmovn_s16(first), vqmovn_s16(second)));
+            sums[half] = vaddlvq_s16(first) + vaddlvq_s16(second);
+        }
 #else
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(low.low), _mm256_cvtps_epi32(low.high));
@@ -67,7 +75,7 @@ constexpr int kLinesInWords = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 template <class Source, int R, int v0, int V>
 inline void code_rows(Source from, int groups, const RoundedRows& x, int row, float* out, long ld, long ahead) {
     using F = typename Source::Form;
-    constexpr bool is_signed = !kFours && F::bits == 8;  // then codes are taken as they are meant, without their centre of 128
+    constexpr bool is_signed = (kSignedBytes || !kFours) && F::bits == 8 && F::centre >= 0;  // then codes are taken as they are meant, without their centre of 128
     constexpr int part_lines = kGroupLines / F::parts;
     Floats total[R][V];
     const int8_t* codes = x.codes + row * x.ldc;
@@ -92,7 +100,10 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
             if constexpr (kFours) {
                 each_line<part * part_lines, (part + 1) * part_lines>([&](auto i) {
                     Bytes w[V];
-                    each_line<0, V>([&](auto v) { w[v] = from.template code<i, v0 + v>(low[v]); });
+                    each_line<0, V>([&](auto v) {
+                        w[v] = from.template code<i, v0 + v>(low[v]);
+                        if constexpr (is_signed) w[v] = flip(w[v], every_byte(0x80));
+                    });
                     for (int r = 0; r < R; r++) {
                         int32_t four;
                         std::memcpy(&four, codes + r * x.ldc + 4 * i, 4);
@@ -250,7 +261,7 @@ void multiply_codes(const CodeKernels& kernels, const RoundedRows& x, const char
         for (int m = row0, rows; m < row1; m += rows) {
             rows = chunks_for(row1 - m, chunks_for(row1 - m, most));
             if (is_widened || all > most)  // of the next panel each block fetches its share
-                for (const long until = reach * (m + rows - row0) / all; fetched < until; fetched += 64) _mm_prefetch(packed + panel_bytes + fetched, _MM_HINT_T1);
+                for (const long until = reach * (m + rows - row0) / all; fetched < until; fetched += 64) prefetch_second(packed + panel_bytes + fetched);
             blocks[rows - 1](panel, groups, x, m, sums, all > most ? 0 : kAhead);
             sink(m, rows, p, sums);
         }

@@ -39,7 +39,7 @@ struct Packed<Form<bits, kNested, centre>> {
         const int to = group + int(bytes / Form::read) + 1;
         later.panel += long(to / groups) * groups * kNestedRecord, later.group = to % groups;
         auto lines = [](const uint8_t* from, int size) {
-            for (int i = 0; i < size; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_NTA);
+            for (int i = 0; i < size; i += 64) prefetch_once(from + i);
         };
         lines(later.zero(), kZeroPiece);
         lines(later.nibbles(), kNibbleBytes);

@@ -81,6 +81,33 @@ inline void store_wide(char* to, const WideLine& wide) {
     for (int half = 0; half < 2; half++) _mm512_storeu_si512(to + 64 * half, wide.half[half]);
 }
 
+#elif defined(__aarch64__)
+
+struct Bases {
+    uint8x16_t of[4];
+    explicit Bases(const uint8_t* exponents) {
+        for (int i = 0; i < 4; i++) of[i] = vld1q_u8(exponents + 16 * i);
+    }
+};
+
+inline WideLine widen_bf12(const char* lines, int index, const Bases& base) {
+    const auto* pair = reinterpret_cast<const uint8_t*>(lines) + index / 2 * 2 * kLine<bf12>;
+    WideLine wide;
+    for (int i = 0; i < 4; i++) {
+        const uint8x16_t sign_and_mantissa = vld1q_u8(pair + index % 2 * kLineWeights + 16 * i), both = vld1q_u8(pair + 2 * kLineWeights + 16 * i);
+        const uint8x16_t code = index % 2 ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(kCodes - 1));
+        const uint8x16_t exponent = vandq_u8(vtstq_u8(code, code), vaddq_u8(code, base.of[i])), seven = vdupq_n_u8(0x7f);
+        const uint8x16_t high = vbslq_u8(seven, vshrq_n_u8(exponent, 1), sign_and_mantissa), low = vbslq_u8(seven, sign_and_mantissa, vshlq_n_u8(exponent, 7));
+        wide.half[0].v[i] = vreinterpretq_u32_u8(vzip1q_u8(low, high));
+        wide.half[1].v[i] = vreinterpretq_u32_u8(vzip2q_u8(low, high));
+    }
+    return wide;
+}
+inline void store_wide(char* to, const WideLine& wide) {
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 4; i++) vst1q_u32(reinterpret_cast<uint32_t*>(to + 64 * half) + 4 * i, wide.half[half].v[i]);
+}
+
 #else
 
 struct Bases {

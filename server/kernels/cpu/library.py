@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 
 import numpy as np
@@ -107,6 +108,8 @@ def choose() -> tuple[str, ctypes.CDLL, list[str]] | list[str]:
 
     Only the reasons if there is none.
     """
+    if not sys.platform.startswith("linux"):
+        return ["the kernels are for Linux: they use its futexes"]
     forced = os.environ.get(VARIANT_VARIABLE)
     if forced and forced not in build.VARIANTS:
         raise ValueError(f"{VARIANT_VARIABLE}={forced}: not one of {', '.join(build.VARIANTS)}")

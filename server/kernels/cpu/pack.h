@@ -57,6 +57,9 @@ void pack_panel_fast(const BsPack& m, int panel, char* target) {
         }
     }
 }
+#elif defined(__aarch64__)
+template <class T, bool once = true>
+void pack_panel_fast(const BsPack& m, int panel, char* target) { pack_panel<T>(m, panel, reinterpret_cast<T*>(target)); }
 #else
 // 8 x 8 four-byte values, rows to columns.
 inline void transpose8(__m256i* r) {
@@ -144,7 +147,9 @@ inline void for_panels(const BsPack* matrices, int count, int num_threads, Each&
         const BsPack& m = matrices[work[i].first];
         const int end = std::min(num_panels(m.N, m.gated), work[i].second + kPanelsAtOnce);
         for (int p = work[i].second; p < end; p++) each(m, p);
+#ifndef __aarch64__
         _mm_sfence();
+#endif
     });
     pool.end();
 }

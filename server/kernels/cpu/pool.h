@@ -5,7 +5,9 @@
 // shown up: a worker that the system has put aside (the HTTP thread shares these cores) costs its share of the speed,
 // never a wait for it to come back.
 #pragma once
+#ifndef __aarch64__
 #include <immintrin.h>
+#endif
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -90,7 +92,11 @@ class Pool {
 
     static void pause(int spin) {
         if (spin < 2000)
+#ifdef __aarch64__
+            asm volatile("yield");
+#else
             _mm_pause();
+#endif
         else
             std::this_thread::yield();
     }

@@ -3,7 +3,11 @@
 // The variant is decided by the compiler flags of a build (see build.py): AVX2 with FMA, AVX-512, AVX-512 with
 // bfloat16 products, or those with AMX tiles.
 #pragma once
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -24,11 +28,20 @@ inline float to_float(bf16 x) {
 }
 
 // The line of p will be written: had alone and early, it does not hold up the store. A hint that older processors ignore.
+#ifdef __aarch64__
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
+#else
 inline void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
+#endif
+// To the second-level cache; or past it, where it is read once and soon.
+inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 }  // namespace boomerang
 
-#ifdef __AVX512F__
+#ifdef __aarch64__
+#include "simd_neon.h"
+#elif defined(__AVX512F__)
 #include "simd_avx512.h"
 #else
 #include "simd_avx2.h"

@@ -77,7 +77,7 @@ inline void tile_block(const Term<bf16>* terms, int num_terms, float* out, long 
         const bf16* x = t->x;
         const long stride = t->ldx * 2;
         for (int u = 0; u < t->units; u += kUnitStep, line += kUnitStep * kLine<bf16>, x += 2 * kUnitStep) {
-            for (int i = 0; i < t->ahead.bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T1);
+            for (int i = 0; i < t->ahead.bytes; i += 64) prefetch_second(next + i);
             next += t->ahead.bytes;
             load_tile_4<panel_stays>(x, stride);
             if (two) load_tile_5<panel_stays>(x + 16 * t->ldx, stride);
