@@ -25,7 +25,7 @@ SOURCES = [str(Path(__file__).parent / "one_model.cpp"), str(build.SOURCES / "st
 
 
 def outputs(compiler: str, flags: list[str], binary: Path, *runner: str) -> np.ndarray:
-    command = [compiler, "-O1", "-std=c++17", "-pthread", "-w", f"-I{build.SOURCES}", *flags, *SOURCES, "-o", str(binary)]
+    command = [compiler, "-O0", "-std=c++17", "-pthread", "-w", f"-I{build.SOURCES}", *flags, *SOURCES, "-o", str(binary)]
     subprocess.run(command, check=True)
     return np.frombuffer(subprocess.run([*runner, str(binary)], check=True, capture_output=True).stdout, np.float32)
 
