@@ -24,6 +24,7 @@ template <int n>
 inline Bytes times_power(Bytes x) { return bytes_of(vshlq_n_s32(sums_of(x), n)); }
 inline Bytes both(Bytes a, Bytes b) { return vandq_u8(a, b); }
 inline Bytes with(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+inline Bytes chosen(Bytes mask, Bytes a, Bytes b) { return vbslq_u8(mask, a, b); }  // bits of a where the mask is set
 inline Bytes flip(Bytes a, Bytes b) { return veorq_u8(a, b); }
 inline Bytes minus32(Bytes a, Bytes b) { return bytes_of(vsubq_s32(sums_of(a), sums_of(b))); }
 inline Bytes plus32(Bytes a, Bytes b) { return bytes_of(vaddq_s32(sums_of(a), sums_of(b))); }
