@@ -1,5 +1,5 @@
-"""The kernels for ARM, compiled by a cross compiler and run under emulation: a small model in every form of weights gives
-what the build for AVX2 gives. Nothing here says how fast they are."""
+"""The kernels for ARM, compiled by a cross compiler and run under emulation: a small model in every form of weights
+gives what the build for AVX2 gives. Nothing here says how fast they are."""
 
 from __future__ import annotations
 
@@ -25,19 +25,8 @@ SOURCES = [str(Path(__file__).parent / "one_model.cpp"), str(build.SOURCES / "st
 
 
 def outputs(compiler: str, flags: list[str], binary: Path, *runner: str) -> np.ndarray:
-    command = [
-        compiler,
-        "-O0",
-        "-std=c++17",
-        "-pthread",
-        "-w",
-        f"-I{build.SOURCES}",
-        *flags,
-        *SOURCES,
-        "-o",
-        str(binary),
-    ]
-    subprocess.run(command, check=True)
+    options = ["-O0", "-std=c++17", "-pthread", "-w", f"-I{build.SOURCES}", *flags]
+    subprocess.run([compiler, *options, *SOURCES, "-o", str(binary)], check=True)
     return np.frombuffer(subprocess.run([*runner, str(binary)], check=True, capture_output=True).stdout, np.float32)
 
 
@@ -52,9 +41,8 @@ def test_every_form_of_weights_as_on_x86(variant, expected, tmp_path):
     found = outputs(CROSS, ["-static", *build.ARM_VARIANTS[variant].flags], tmp_path / "model", EMULATOR)
     assert np.isfinite(expected).all() and len(found) == len(expected)
     num_cases = 18
-    for case, (ours, theirs) in enumerate(
-        zip(found.reshape(num_cases, -1), expected.reshape(num_cases, -1), strict=True)
-    ):
+    cases = zip(found.reshape(num_cases, -1), expected.reshape(num_cases, -1), strict=True)
+    for case, (ours, theirs) in enumerate(cases):
         scale = np.abs(theirs).max()
         # Where activations are rounded, a tie may fall the other way.
         assert 0.01 < scale < 1000 and np.abs(ours - theirs).max() < (1e-4 if case < 3 else 1e-2) * scale, case
