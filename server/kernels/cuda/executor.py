@@ -108,14 +108,17 @@ class CudaExecutor(Executor):
         sample = pair.ends["teacher"].final_norm_weight
         self.dtype, self.device = sample.dtype, sample.device
         self.page_size = config.page_size
-        spec, device, max_rows = self.spec, self.device, config.max_num_seqs
+        spec, device = self.spec, self.device
+        # Each guess is a row.
+        max_rows = config.max_num_seqs * (1 + (config.num_speculative_tokens if config.speculates else 0))
         num_stations = len(self.elasticity.stations)
         self._attention = PagedAttention(
             num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             scale=spec.attention_scale, max_rows=max_rows, num_programs=2 * _num_processors(device),
             dtype=self.dtype, device=device,
         )  # fmt: skip
-        num_slots = max_rows * (1 if config.speculative_size is None else 2)  # drafts have rows of their own
+        # Drafts of a smaller size have tables of their own.
+        num_slots = config.max_num_seqs * (1 if config.speculative_size is None else 2)
         num_blocks = -(-config.max_model_len // config.page_size)
         self._tables = DeviceTables(self.elasticity.num_global_layers, num_slots, num_blocks, device)
         self._layers = Layers(spec, pair.layers, self._attention, self._tables, config.max_model_len, device)
