@@ -109,6 +109,26 @@ def test_arrows_of_the_graph_are_imports():
         assert any(re.search(rf"^\s*(from|import) {name}\b", path.read_text(), re.MULTILINE) for path in files), one
 
 
+@pytest.mark.parametrize("name", ["light", "dark", "phone"])
+def test_pictures_of_the_playground_show_the_pair_and_the_page(name):
+    image = pytest.importorskip("PIL.Image")
+    with image.open(pages.IMAGES / f"playground-{name}.png") as picture:
+        shown = picture.info["Description"]
+    rows = json.loads((pages.DATA / "sizes.json").read_text())["sizes"]
+    sizes = {f"{row['size']}L": row for row in rows}
+    low, high = (f"{row['parameters'] / 1e6:.0f} M" for row in (rows[0], rows[-1]))
+    assert f"smollm2-135m-instruct: {len(rows)} sizes, {low} to {high} parameters" in shown
+    assert f"1,000 tokens\n{rows[-1]['kv_bytes_per_token'] / 1e3:.0f} MB\n" in shown
+    named = set(re.findall(r"\b(\d+L)(?:-q\d)?\b", shown))
+    assert {"16L", "30L"} <= named <= set(sizes)
+    for size, parameters in re.findall(r"^(?:auto → )?(\d+L)(?:-q\d)?\s+(\d+ M) parameters$", shown, re.MULTILINE):
+        assert parameters == f"{sizes[size]['parameters'] / 1e6:.0f} M", size
+    # The page as it is now: what it calls its parts stands in the picture.
+    markup = (pages.ROOT / "server/api/playground/index.html").read_text()
+    missing = [title for title in re.findall(r"<h2[^>]*>([^<]+)<", markup) if title not in shown]
+    assert missing == ["This server asks for a key"]
+
+
 SCRIPTS = [f"{folder}.{path.stem}" for folder in ("benchmarks", "studies", "recipes")
            for path in sorted((pages.ROOT / folder).glob("*.py")) if path.stem != "__init__"]  # fmt: skip
 
