@@ -111,10 +111,9 @@ class ChatCall(ChunkWriter):
     def envelope(self, generation: Generation) -> dict[str, Any]:
         return self._envelope(generation, "chat.completion.chunk")
 
-    def plain_text(self, piece: Piece) -> str | None:
-        if not self.is_plain or piece.finish_reason or not all(isinstance(part, Text) for part in piece.parts):
-            return None
-        return "".join(part.text for part in piece.parts if isinstance(part, Text))
+    @property
+    def is_only_text(self) -> bool:
+        return self.is_plain and not self.conversation.tools.reads
 
     def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
         # The role goes out with the first token: clients take the first chunk's time for time to first token.

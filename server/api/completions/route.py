@@ -121,8 +121,9 @@ class CompletionCall(ChunkWriter):
     def events(self, generation: Generation) -> AsyncGenerator[bytes]:
         return chunk_events(self, generation, self.continuation.read, self.body, self.state.settings)
 
-    def plain_text(self, piece: Piece) -> str | None:
-        return piece.delta.text if self.is_plain and piece.finish_reason is None else None
+    @property
+    def is_only_text(self) -> bool:
+        return self.is_plain
 
     def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
         return None

@@ -27,9 +27,10 @@ class ChunkWriter(ABC):
     @abstractmethod
     def usage(self, generation: Generation) -> dict[str, Any]: ...
 
+    @property
     @abstractmethod
-    def plain_text(self, piece: Piece) -> str | None:
-        """The text of a piece that is nothing but text; None if it takes `choice` to write it."""
+    def is_only_text(self) -> bool:
+        """Whether, until the end of a choice, there is nothing to write but the text of deltas."""
 
     @abstractmethod
     def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
@@ -54,8 +55,12 @@ async def chunk_events(
     options = body.stream_options
     with_usage = settings.enable_force_include_usage or bool(options and options.include_usage)
     every_usage = bool(options and options.continuous_usage_stats) and with_usage
-    written_for: tuple[int, int] | None = None  # changes of size, width
+    is_only_text = writer.is_only_text and not every_usage
+    written_for = -1  # changes of size or precision
     envelope: dict[str, Any] = {}
+    # Of choices that have begun and go on with text: all of a chunk before and behind it, which is written once. What a
+    # token takes here it takes with cold caches, hundreds of times a step.
+    heads: dict[int, bytes] = {}
     head = tail = b""
     has_begun: set[int] = set()
 
@@ -66,30 +71,31 @@ async def chunk_events(
         return event(envelope | {"choices": [choice]} | usage)
 
     async for delta in generation.deltas():
+        if written_for != generation.num_changes:
+            written_for = generation.num_changes
+            envelope = writer.envelope(generation)
+            head = b"data: " + dumps(envelope)[:-1] + b',"choices":[{"index":'
+            tail = writer.text_tail + (b',"usage":null' if with_usage else b"") + b"}\n\n"
+            heads.clear()
+        if delta.finish_reason is None and (before := heads.get(delta.index)) is not None:
+            if delta.text:
+                yield before + dumps(delta.text) + tail
+            continue
         piece = read(delta)
         if piece is None:
             continue
-        if written_for != (now := (len(generation.changes), generation.width)):
-            written_for = now
-            envelope = writer.envelope(generation)
-            # Everything but the text is the same in every plain chunk: written once.
-            head = b"data: " + dumps(envelope)[:-1] + b',"choices":[{"index":'
-            tail = writer.text_tail + (b',"usage":null' if with_usage else b"") + b"}\n\n"
-        text = None if every_usage else writer.plain_text(piece)
         is_first = piece.index not in has_begun
         prefix = b""
         if is_first and (first := writer.first(generation, piece)) is not None:
             prefix = write(first)
             is_first = False
             has_begun.add(piece.index)
-        if text is not None and not is_first:
-            if text or prefix:
-                index = b"%d" % piece.index
-                yield prefix + (head + index + writer.text_head + dumps(text) + tail if text else b"")
-            continue
         choice = writer.choice(generation, piece, is_first)
         if choice is not None:
             has_begun.add(piece.index)
+        if is_only_text and piece.index in has_begun:
+            heads[piece.index] = head + b"%d" % piece.index + writer.text_head
+        if choice is not None:
             yield prefix + write(choice)
         elif prefix:
             yield prefix

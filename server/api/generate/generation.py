@@ -118,6 +118,7 @@ class Generation:
         self.width = EXACT  # of the newest tokens
         self.reason = ""
         self.changes: list[tuple[int, int, int]] = []  # (size, width, output tokens before it) of the first choice
+        self.num_changes = 0  # of size or of width, of the first choice
         self.num_tokens_at: Counter[int] = Counter()  # output tokens of the first choice, by width
         self._first: RequestOutput | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -280,8 +281,11 @@ class Generation:
                 if decision.size != self.size:
                     self.changes.append((decision.size, decision.width, decision.after_tokens))
                 self.size, self.width, self.reason = decision.size, decision.width, decision.reason
+            self.num_changes += 1
         if output.new_token_ids:
-            self.width = output.width
+            if output.width != self.width:
+                self.width = output.width
+                self.num_changes += 1
             self.num_tokens_at[output.width] += len(output.new_token_ids)
 
     def _leave_queue(self, sequence: Sequence) -> None:

@@ -80,11 +80,16 @@ class ToolUse:
             for function in self.callable
         ]
 
+    @property
+    def reads(self) -> bool:
+        """Whether an answer may hold more than content."""
+        return self.is_active or self.template.thinks
+
     def reader(self, has_thought_begun: bool) -> AnswerReader | None:
         """Reads one choice; None where its text is content and nothing else."""
-        thinks = self.template.thinks
-        if not (self.is_active or thinks):
+        if not self.reads:
             return None
+        thinks = self.template.thinks
         return AnswerReader(
             [function.name for function in self.callable] if self.is_active else (),
             self.form,
