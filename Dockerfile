@@ -103,7 +103,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 COPY --from=packages-cuda /opt/boomerang /opt/boomerang
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \
-    && python -P -m server.precompile && python -P -m deploy.licenses /usr/share/doc/boomerang-serve
+    && python -P -m boomerang_serve.server.precompile && python -P -m boomerang_serve.deploy.licenses /usr/share/doc/boomerang-serve
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 2000:0
 
@@ -133,7 +133,7 @@ FROM runtime AS cpu-torch
 COPY --from=packages-torch /opt/boomerang /opt/boomerang
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \
-    && python -P -m server.precompile && python -P -m deploy.licenses /usr/share/doc/boomerang-serve
+    && python -P -m boomerang_serve.server.precompile && python -P -m boomerang_serve.deploy.licenses /usr/share/doc/boomerang-serve
 USER 2000:0
 
 # --- CPU, the default target: no compiler, no torch. Bytecode is kept for what a start imports and for nothing else: the
@@ -142,5 +142,5 @@ FROM runtime AS cpu
 COPY --from=packages-cpu /opt/boomerang /opt/boomerang
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-index --no-deps --no-compile --no-cache-dir /wheel/*.whl \
-    && python -P -m server.precompile && python -P -m deploy.licenses /usr/share/doc/boomerang-serve
+    && python -P -m boomerang_serve.server.precompile && python -P -m boomerang_serve.deploy.licenses /usr/share/doc/boomerang-serve
 USER 2000:0

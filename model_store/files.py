@@ -23,6 +23,15 @@ def refuse_pointer(file: Path) -> None:
             raise FileError(f"{file} is a pointer of Git LFS, not the file itself: git lfs pull")
 
 
+def share(*files: Path) -> None:
+    """Give files the mode that anything else written there gets: safetensors and tempfile leave theirs to one user."""
+    for file in files:
+        example = file.with_name(f".{file.name}.mode")
+        example.touch()
+        file.chmod(example.stat().st_mode & 0o777)
+        example.unlink()
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. FileError if it cannot be read, is empty, not JSON in UTF-8, or no object."""
     try:

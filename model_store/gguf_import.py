@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from model_store.arrays import BFLOAT16, dtype_of
 from model_store.families import FAMILIES, Order
+from model_store.files import share
 from model_store.gguf_config import MetadataKeys, check_metadata, gguf_config
 from model_store.gguf_file import GgufError, GgufFile, GgufTensor, read_gguf
 from model_store.gguf_tokenizer import write_tokenizer
@@ -170,7 +171,7 @@ def _write_codes(folder: Path, tensors: list[HfTensor]) -> None:
         logger.info("matrices of type %s are kept dequantised, not as codes", ", ".join(others))
     blocks = {t.name: np.array(t.source.data if t.rows is None else t.source.data[t.rows]) for t in coded}
     save_file(blocks, folder / CODES_FILE, {tensor.name: tensor.source.kind.name for tensor in coded})
-    (folder / CODES_FILE).chmod(0o644)
+    share(folder / CODES_FILE)
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -183,7 +184,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -
         files += 1
         file = f"model-{files:05d}.safetensors"
         save_file(shard, folder / file, {"format": "pt"})
-        (folder / file).chmod(0o644)
+        share(folder / file)
         weight_map.update(dict.fromkeys(shard, file))
         shard, size = {}, 0
 

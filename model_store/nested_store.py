@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from model_store.arrays import Array, address, to_numpy
 from model_store.dual import DualMatrix
+from model_store.files import share
 from model_store.int8 import is_plain
 from model_store.loaded import LoadedPair
 from model_store.nested import GROUP, HEAD_BITS, WIDTHS, NestedMatrix, can_nest_width, nest
@@ -77,6 +78,7 @@ def write(
     partial = file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, partial, metadata={"boomerang": json.dumps(about)})
+    share(partial)
     partial.replace(file)
 
 

@@ -29,8 +29,8 @@ MODULES = (
 
 def main() -> None:
     sys.dont_write_bytecode = False
-    for package in ("server", "model_store"):
-        folder = Path(str(importlib.import_module(package).__file__)).parent
+    here = Path(__file__).parent
+    for folder in (here, here.parent / "model_store"):
         compileall.compile_dir(folder, quiet=1)
     for name in MODULES:
         importlib.import_module(name)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model_store.distill.elastic import ElasticModel
+from model_store.files import share
 from model_store.lowrank import LOW_RANK_FILE
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -64,6 +65,7 @@ def write_full(folder: Path, model: ElasticModel) -> None:
         base.rotary_emb = copy.deepcopy(model.body.rotary)
     student.tie_weights()
     student.to(torch.bfloat16).save_pretrained(folder)
+    share(*folder.glob("*.safetensors"))
 
 
 def input_moments(
@@ -186,4 +188,5 @@ def write_low_rank(
             if not torch.equal(value.float(), base.get_parameter(name).float()):
                 tensors[f"{prefix}{name}"] = value.to(torch.bfloat16).clone()
     save_file(tensors, folder / LOW_RANK_FILE, metadata={"format": "pt"})
+    share(folder / LOW_RANK_FILE)
     return (folder / LOW_RANK_FILE).stat().st_size

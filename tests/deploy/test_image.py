@@ -57,15 +57,74 @@ def site(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_has_everything_that_a_server_reads(site):
+    package = site / "boomerang_serve"
     for name in ("index.html", "app.js", "app.css", "icon.svg", "vendor/marked.umd.js", "vendor/LICENSE.marked.txt"):
-        assert (site / "server/api/playground" / name).is_file()
+        assert (package / "server/api/playground" / name).is_file()
     default = ROOT / "model_store/default_pair"
     stays_behind = (".jsonl", "__pycache__")  # the training curve, and bytecode
     wanted = {path.name for path in default.iterdir() if not path.name.endswith(stays_behind)}
-    assert wanted == {path.name for path in (site / "model_store/default_pair").iterdir()}
+    assert wanted == {path.name for path in (package / "model_store/default_pair").iterdir()}
+    has_kernels = bool(list((package / "server/kernels/cpu").glob("*.so")))
     if shutil.which("g++"):
-        assert list((site / "server/kernels/cpu").glob("*.so")), "the kernels were not built with the wheel"
+        assert has_kernels, "the kernels were not built with the wheel"
+    (wheel,) = site.parent.glob("*.whl")
+    assert re.search(r"-py3-none-linux_\w+\.whl$" if has_kernels else r"-py3-none-any\.whl$", wheel.name), wheel.name
+    assert [path.name for path in site.iterdir() if path.suffix != ".dist-info"] == ["boomerang_serve"]
     assert list(site.glob("*.dist-info/licenses/LICENSE")), "the licence is missing"
+
+
+_IMPORT_ALL = """
+import importlib, pkgutil, sys
+import boomerang_serve
+for module in pkgutil.walk_packages(boomerang_serve.__path__, "boomerang_serve."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            assert error.name.partition(".")[0] in ("ray", "triton", "docker", "accelerate", "datasets"), module.name
+left = {"server", "model_store", "deploy"} & set(sys.modules)
+assert not left, left
+"""
+
+
+def test_nothing_in_the_wheel_imports_by_a_name_of_the_repository(site, tmp_path):
+    command = [sys.executable, "-c", _IMPORT_ALL]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(site)}, cwd=tmp_path, check=True, timeout=120)
+
+
+def test_installed_it_serves_in_an_empty_folder(site, tmp_path):
+    """The command that pip writes, with a grammar: that is tried by a process of its own, started by module name."""
+    teacher, student = make_pair(tmp_path / "pair")
+    (tmp_path / "empty").mkdir()
+    (wheel,) = site.parent.glob("*.whl")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*install, "--target", str(tmp_path / "lib"), str(wheel)], check=True, timeout=120)
+    port = free_port()
+    command = [str(tmp_path / "lib/bin/boomerang"), "serve", "--teacher", str(teacher), "--student", str(student)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--num-threads", "1", "--kv-cache-memory", "16MiB"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BOOMERANG_")}
+    environment |= {"PYTHONPATH": str(tmp_path / "lib"), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, cwd=tmp_path / "empty", env=environment, stdout=log, stderr=log)
+    text = (tmp_path / "log").read_text
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, text()
+            try:
+                if httpx.get(url + "/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        body = {"prompt": "Hello", "max_tokens": 4, "structured_outputs": {"regex": "[0-9]{2}"}}
+        answer = httpx.post(url + "/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200 and re.fullmatch("[0-9]{2}", answer.json()["choices"][0]["text"]), answer.text
+        assert " boomerang_serve.server.process: listening" in text()
+    finally:
+        process.terminate()
+        code = process.wait(30)
+    assert code == 0 and not list((tmp_path / "empty").iterdir()), text()
 
 
 CAN_MOUNT = (
@@ -105,7 +164,15 @@ def test_it_serves_as_another_user_from_a_read_only_root(site, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     server = [
-        *("env", "-i", *(f"{k}={v}" for k, v in image_environment.items()), sys.executable, "-m", "server", "serve"),
+        *(
+            "env",
+            "-i",
+            *(f"{k}={v}" for k, v in image_environment.items()),
+            sys.executable,
+            "-m",
+            "boomerang_serve",
+            "serve",
+        ),
         *("--teacher", str(teacher), "--student", str(student), "--num-threads", "1", "--kv-cache-memory", "16MiB"),
         *("--max-model-len", "256", "--shutdown-timeout", "5"),
     ]
