@@ -89,6 +89,8 @@ def test_a_pair_is_read_at_every_width_from_one_file(pair, tmp_path):
     file = tmp_path / "nested.safetensors"
     nested_store.write(pair.load(WeightForm(torch.float32)), file)
     assert nested_store.is_current(file)
+    (tmp_path / "example").touch()  # what is written for a server may be read by it, whoever it runs as
+    assert file.stat().st_mode == (tmp_path / "example").stat().st_mode
     plain = pair.load(WeightForm(torch.float32)).in_torch()
     for bits in WIDTHS:
         form = WeightForm(storage=Storage.NESTED, bits=bits)

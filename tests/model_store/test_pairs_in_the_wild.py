@@ -197,6 +197,8 @@ def test_low_rank_students_keep_biases_and_head_norms(family, changed, tmp_path)
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     (tmp_path / "student").mkdir()
     write_low_rank(tmp_path / "student", model, lambda name: 64)
+    (tmp_path / "example").touch()
+    assert {f.stat().st_mode for f in (tmp_path / "student").iterdir()} == {(tmp_path / "example").stat().st_mode}
     write_config(tmp_path / "student", model)
     names = load_file(tmp_path / "student" / LOW_RANK_FILE)
     has_vectors = family in ("biased llama", "qwen2", "qwen3")
