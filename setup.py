@@ -1,7 +1,7 @@
 """Builds packages; pyproject.toml has the rest.
 
 A wheel has everything under one name, `boomerang_serve`, so that it collides with nobody's `server`. In the repository
-the packages lie side by side; their imports are renamed as they are copied. An editable install leaves them as they are.
+the packages lie side by side; their imports are renamed as they are copied, but not for an editable install.
 A wheel carries the native CPU kernels, if a C++ compiler is there, and then the tag of their platform.
 """
 
