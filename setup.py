@@ -105,6 +105,8 @@ class PlatformWheel(bdist_wheel):
         self.run_command("build_py")
         build_lib = Path(self.get_finalized_command("build_py").build_lib)
         self.root_is_pure = not any((build_lib / NAME).rglob("*.so"))
+        if not self.root_is_pure:
+            self.distribution.has_ext_modules = lambda: True  # or files would be installed as those of a pure package
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
