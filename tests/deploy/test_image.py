@@ -77,7 +77,7 @@ _IMPORT_ALL = """
 import importlib, pkgutil, sys
 import boomerang_serve
 for module in pkgutil.walk_packages(boomerang_serve.__path__, "boomerang_serve."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith("__main__") and "boomerang_cpu_" not in module.name:  # the kernels are no modules
         try:
             importlib.import_module(module.name)
         except ImportError as error:
