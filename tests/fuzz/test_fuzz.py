@@ -105,7 +105,7 @@ async def send(client: httpx.AsyncClient, schemas: generate.FromSchemas, number:
     except httpx.LocalProtocolError:  # httpx itself refuses to send such a header
         return "not sent"
     status = response.status_code
-    if status == 503 and b"server_overloaded" in content:  # the queue's limit, which products reach
+    if status == 503 and b"server is overloaded" in content:  # the queue's limit, which products reach
         return "queue full"
     assert status < 500, f"{status} for {what}: {content[:500]!r}"
     if status >= 400:

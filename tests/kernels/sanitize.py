@@ -46,7 +46,8 @@ def main(options: list[str]) -> int:
     others = (f"{variant}{end}" for variant in build.VARIANTS if variant not in chosen for end in "-]")
     selection = " and ".join(f"not {name}" for name in others)
     files = [str(file) for file in sorted(FOLDER.glob("test_*.py")) if file.name not in ELSEWHERE]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-n0", "-k", selection, *files, *options]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-n0", "--timeout=3000"]  # sanitized code is slow
+    command = [*pytest, "-k", selection, *files, *options]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
