@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -124,7 +124,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         """`from_string`, with a look at `step` in every round of a loop and every call of a macro."""
         tree = self.parse(source)
         step = nodes.EnvironmentAttribute("step")
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        kinds = nodes.For, nodes.Macro, nodes.CallBlock
+        loops: Iterator[nodes.For | nodes.Macro | nodes.CallBlock] = tree.find_all(kinds)  # type: ignore[assignment]
+        for node in loops:
             node.body.insert(0, nodes.ExprStmt(step))
             if isinstance(node, nodes.For) and node.test is not None:  # rounds that it leaves out are rounds as well
                 node.test = nodes.And(step, node.test)
@@ -140,8 +142,9 @@ def _environment() -> _Environment:
 
 
 @lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    return _environment().counted(source)
+def _compile(source: str) -> tuple[_Environment, jinja2.Template]:
+    environment = _environment()
+    return environment, environment.counted(source)
 
 
 class ChatTemplate:
@@ -152,7 +155,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = special_tokens
         try:
-            self._template = _compile(source)
+            self._environment, self._template = _compile(source)
         except (jinja2.TemplateError, *_CLASHES) as error:
             raise TemplateError(f"the chat template is not valid: {error}") from None
 
@@ -185,7 +188,7 @@ class ChatTemplate:
                 raise TemplateError("the final message has no text to continue")
             messages = [*messages[:-1], {**messages[-1], "content": final + _TAG}]
         try:
-            self._template.environment.num_steps = 0
+            self._environment.num_steps = 0
             # One mapping: as keywords a variable called `self` would clash with the library's own parameter.
             text = self._template.render(
                 {

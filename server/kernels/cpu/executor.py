@@ -70,6 +70,8 @@ class NativeExecutor(Executor):
     name = "native"
     can_draw = can_ring = can_change_student = True
     can_release = can_give_back()
+    _kinds: str
+    _weights: PackedWeights
     _engine: int | None = None  # the library's own
 
     def __init__(

@@ -62,6 +62,9 @@ class _Source:
 class PackedWeights:
     """Packs all matrices of a pair in one of their forms: layers, heads, and embeddings that are also heads."""
 
+    type: int  # BsType
+    bytes_per_weight: float
+
     def __init__(
         self, pair: LoadedPair, lib: ctypes.CDLL, num_threads: int, compress: bool = False,
         form: Callable[[Matrix], Matrix | None] = exact_of, beside: PackedWeights | None = None,
