@@ -247,11 +247,8 @@ def _token_id(files: TokenizerFiles, config: dict[str, Any], key: str) -> int | 
 
 
 def _ends(files: TokenizerFiles, config: dict[str, Any]) -> list[int]:
-    """The tokenizer's own end first. ExportError for one that the model has no row for."""
+    """The tokenizer's own end first."""
     own = _token_id(files, config, "eos")
-    for end in files.eos_token_ids:
-        if not 0 <= end < config["vocab_size"]:
-            raise ExportError(f"--gguf: eos_token_id {end} is beyond the model's {config['vocab_size']} tokens")
     rest = sorted(files.eos_token_ids - {own})
     return rest if own is None else [own, *rest]
 

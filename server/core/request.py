@@ -298,7 +298,8 @@ class RequestOutput:
 
     request_id: str
     new_token_ids: list[int] = field(default_factory=list)
-    width: int = EXACT  # that `new_token_ids` were made at; of several steps the narrowest
+    width: int = EXACT  # that the newest of `new_token_ids` was made at
+    earlier_widths: tuple[tuple[int, int], ...] = ()  # (width, tokens) of those before, where several steps were merged
     decision: SizeDecision | None = None
     earlier_decisions: tuple[SizeDecision, ...] = ()  # changes before `decision` that nobody has heard of yet
     new_logprobs: list[TokenLogprobs] | None = None

@@ -86,7 +86,11 @@ def merge(first: RequestOutput, then: RequestOutput) -> RequestOutput:
     elif first.decision is not None:
         then.earlier_decisions = (*first.earlier_decisions, first.decision, *then.earlier_decisions)
     if first.new_token_ids:
-        then.width = min(first.width, then.width) if then.new_token_ids else first.width
+        if not then.new_token_ids:
+            then.width, then.earlier_widths = first.width, first.earlier_widths
+        elif first.width != then.width or first.earlier_widths or then.earlier_widths:
+            num_newest = len(first.new_token_ids) - sum(count for _, count in first.earlier_widths)
+            then.earlier_widths = (*first.earlier_widths, (first.width, num_newest), *then.earlier_widths)
     then.new_token_ids = first.new_token_ids + then.new_token_ids
     if first.new_logprobs is not None or then.new_logprobs is not None:
         then.new_logprobs = (first.new_logprobs or []) + (then.new_logprobs or [])

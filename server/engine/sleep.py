@@ -21,9 +21,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from server.core.machine import available_memory
+from server.core.machine import available_memory, trim_heap
 from server.core.size_policy import Refusal
-from server.kernels.memory import trim_heap
 
 if TYPE_CHECKING:
     from model_store.blocks import Part, Stage

@@ -41,9 +41,3 @@ def give_back(address: int, num_bytes: int) -> int:
 def can_give_back() -> bool:
     """Whether `give_back` frees anything here: Linux's MADV_DONTNEED does, that of other systems only might."""
     return sys.platform == "linux"
-
-
-def trim_heap() -> None:
-    """Give what the C library keeps of freed memory back to the system, where it knows how (glibc)."""
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)

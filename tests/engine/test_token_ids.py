@@ -29,7 +29,7 @@ def test_tokens_beyond_the_rows_are_refused(way, engine):
         engine.add_request(
             Request(request_id="a", prompt_token_ids=prompt, sampling=SamplingParams(**sampling), sizes=(6,))
         )
-    assert refusal.value.param == way.split(",")[0] and not engine.has_work
+    assert refusal.value.refusal.param == way.split(",")[0] and not engine.has_work
 
 
 def test_the_last_token_is_served(engine):

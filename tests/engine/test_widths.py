@@ -158,7 +158,12 @@ def test_preempted_requests_come_back_at_the_width_of_the_moment():
     assert scheduler.num_preemptions and all(len(request.output_token_ids) == 20 for request in requests)
 
 
-def test_outputs_that_are_merged_say_the_narrowest_width():
-    exact, narrow, last = RequestOutput("r", [1]), RequestOutput("r", [2], width=4), RequestOutput("r", [3], width=8)
-    assert merge(merge(merge(RequestOutput("r"), exact), narrow), last).width == 4
-    assert merge(RequestOutput("r", [2], width=5), RequestOutput("r", finish_reason="stop")).width == 5
+def test_outputs_that_are_merged_say_what_each_token_was_made_at():
+    exact, narrow, last = RequestOutput("r", [1]), RequestOutput("r", [2, 6], width=4), RequestOutput("r", [3], width=8)
+    left = merge(merge(merge(RequestOutput("r"), exact), narrow), last)
+    assert (left.width, left.earlier_widths) == (8, ((EXACT, 1), (4, 2)))
+    exact, narrow, last = RequestOutput("r", [1]), RequestOutput("r", [2, 6], width=4), RequestOutput("r", [3], width=8)
+    right = merge(exact, merge(narrow, last))
+    assert (right.width, right.earlier_widths) == (8, ((EXACT, 1), (4, 2)))
+    ended = merge(RequestOutput("r", [2], width=5), RequestOutput("r", finish_reason="stop"))
+    assert (ended.width, ended.earlier_widths) == (5, ())

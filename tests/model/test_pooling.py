@@ -66,7 +66,7 @@ def test_a_chunk_that_is_computed_again_counts_once_and_nan_is_a_fault():
         request.num_computed_tokens = begin
         assert not states.gather(_Batch(request, end - begin), rows[begin:end])
     output = RequestOutput("again", finish_reason="length")
-    states.attach([output], [request])
+    states.attach([output], [(request, 6)])
     assert output.pooled.tolist() == [5.0, 6.0]
     request.num_computed_tokens = 0
     assert states.gather(_Batch(request, 6), rows * np.nan) == [request]

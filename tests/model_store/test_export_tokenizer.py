@@ -89,10 +89,6 @@ def byte_fallback():
 
 REFUSED = {
     "byte fallback": ({"tokenizer__json": byte_fallback()}, "not sentencepiece's with byte fallback"),
-    "an end beyond the vocabulary": (
-        {"generation_config__json": {"eos_token_id": [1, 5000]}},
-        "eos_token_id 5000 is beyond",
-    ),
     "five ends": (
         {"generation_config__json": {"eos_token_id": [1, 2, 3, 4, 5]}},
         "up to three tokens that end an answer, not 5",

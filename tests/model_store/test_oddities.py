@@ -358,7 +358,7 @@ REFUSED = [
     ("an index with a list", "llama", sharded({"weight_map": []}), r"index.json has no weight_map"),
     ("an empty index", "llama", sharded(""), r"index.json is not valid JSON: it is empty"),
     ("an index of other folders", "llama", sharded({"weight_map": {"a": "../model.safetensors"}}), "not a file beside"),
-    ("an index of files that lack", "llama", sharded({"weight_map": {"a": "b.safetensors"}}), "lacks b.safetensors"),
+    ("an index of files that lack", "llama", sharded({"weight_map": {"a": "b.safetensors"}}), "lacks 'b.safetensors'"),
     ("a cut file", "llama", write("model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "not a readable safetensors"),
     ("a pickle", "llama", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is never read"),
 ]  # fmt: skip

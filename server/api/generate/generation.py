@@ -286,7 +286,11 @@ class Generation:
             if output.width != self.width:
                 self.width = output.width
                 self.num_changes += 1
-            self.num_tokens_at[output.width] += len(output.new_token_ids)
+            num_newest = len(output.new_token_ids)
+            for width, count in output.earlier_widths:
+                self.num_tokens_at[width] += count
+                num_newest -= count
+            self.num_tokens_at[output.width] += num_newest
 
     def _leave_queue(self, sequence: Sequence) -> None:
         if sequence.is_queued:
