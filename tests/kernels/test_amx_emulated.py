@@ -27,7 +27,7 @@ def variant(monkeypatch):
     if build.compiler() is None:
         pytest.skip("no C++ compiler")
     digest = hashlib.sha256(EMULATION.read_bytes()).hexdigest()  # for the name in the cache
-    flags = [*like.flags, "-include", str(EMULATION), f"-DAMX_EMULATION={digest}"]
+    flags = [*like.flags, "-O1", "-include", str(EMULATION), f"-DAMX_EMULATION={digest}"]
     monkeypatch.setitem(build.VARIANTS, NAME, build.Variant(flags, like.instructions))
     monkeypatch.setenv(library.VARIANT_VARIABLE, NAME)
     chosen = library.choose()
