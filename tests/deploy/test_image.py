@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -54,6 +55,19 @@ def site(tmp_path_factory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
+
+
+def healthy(process: subprocess.Popen, port: int, log: Callable[[], str]) -> str:
+    """Address of a server, once it answers what HEALTHCHECK asks."""
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, log()
+        try:
+            if httpx.get(url + "/health").status_code == 200:
+                return url
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
 
 
 def test_the_wheel_has_everything_that_a_server_reads(site):
@@ -108,15 +122,7 @@ def test_installed_it_serves_in_an_empty_folder(site, tmp_path):
         process = subprocess.Popen(command, cwd=tmp_path / "empty", env=environment, stdout=log, stderr=log)
     text = (tmp_path / "log").read_text
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, text()
-            try:
-                if httpx.get(url + "/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
+        url = healthy(process, port, text)
         body = {"prompt": "Hello", "max_tokens": 4, "structured_outputs": {"regex": "[0-9]{2}"}}
         answer = httpx.post(url + "/v1/completions", json=body, timeout=60)
         assert answer.status_code == 200 and re.fullmatch("[0-9]{2}", answer.json()["choices"][0]["text"]), answer.text
@@ -182,15 +188,7 @@ def test_it_serves_as_another_user_from_a_read_only_root(site, tmp_path):
         process = subprocess.Popen(["unshare", "-m", "sh", "-c", "\n".join(script)], stdout=log, stderr=log, cwd="/")
     text = (tmp_path / "log").read_text
     try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, text()
-            try:
-                if httpx.get(url + "/health").status_code == 200:  # what HEALTHCHECK asks
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
+        url = healthy(process, port, text)
         answer = httpx.post(url + "/v1/completions", json={"prompt": "Hello", "max_tokens": 4}, timeout=60)
         assert answer.status_code == 200, answer.text
         status = Path(f"/proc/{process.pid}/status").read_text()
