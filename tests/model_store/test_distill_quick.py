@@ -10,7 +10,8 @@ from model_store.assembly import Elasticity
 from model_store.beside import load_beside
 from model_store.distill.elastic import ElasticModel
 from model_store.distill.from_pair import load_elastic
-from model_store.distill.quick import block_costs, cheapest_blocks, offered_sizes, only_sizes
+from model_store.distill.gate import offered_sizes, only_sizes
+from model_store.distill.quick import block_costs, cheapest_blocks
 from model_store.distill.warm_start import fit_by_least_squares
 from model_store.distill.write import write_full, write_manifest
 from model_store.pair import PairError, open_pair
