@@ -24,7 +24,8 @@ from rich.table import Table
 from server.config import Settings
 from server.cost.calibrate import batches
 from server.engine.engine import Engine
-from server.loading import engine_config, open_settings_pair, weight_form
+from server.forms import open_settings_pair, weight_form
+from server.loading import engine_config
 
 SHAPES = {  # name: (requests, tokens each, context before)
     "decode 1": (1, 1, 128), "decode 1, context 1024": (1, 1, 1024), "decode 4": (4, 1, 128),
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--variant", help="force a variant of the kernels")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quantization")
+    parser.add_argument("--low-rank", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--weight-compression", default="auto", choices=("auto", "off"))
     parser.add_argument("--only", help="names of steps, separated by semicolons")
     arguments = parser.parse_args()
@@ -72,6 +74,7 @@ def main() -> None:
         dtype=arguments.dtype,
         weight_compression=arguments.weight_compression,
         quantization=arguments.quantization,
+        low_rank=arguments.low_rank,
     )
     pair, dtype = open_settings_pair(settings), getattr(torch, arguments.dtype)
     loaded = pair.load(weight_form(settings, pair))
@@ -87,7 +90,11 @@ def main() -> None:
     print(f"{executor.describe()}; engine ready in {packed_in:.2f} s")
     print(f"limits: {bandwidth / 1e9:.1f} GB/s, {rate / 1e12:.2f} TFLOP/s")
     spec, path = loaded.spec, pair.elasticity.path(size)
-    weight_bytes = sum(sum(t.nbytes for t in loaded.layers[layer].tensors()) for layer in path.layers)
+    own = [loaded.low_rank.get(layer) or loaded.layers[layer] for layer in path.layers]
+    bases = [loaded.layers[loaded.low_rank[layer].base] for layer in path.layers if layer in loaded.low_rank]
+    weight_bytes = sum(
+        tensor.nbytes for layer in {id(part): part for part in [*own, *bases]}.values() for tensor in layer.tensors()
+    )
     head_bytes = loaded.ends["teacher"].head.nbytes
     weight_item = executor.bytes_per_weight
     parameters = weight_bytes / weight_item
@@ -97,8 +104,7 @@ def main() -> None:
     names = [name.strip() for name in arguments.only.split(";")] if arguments.only else list(SHAPES)
     for name in names:
         count, tokens, context = SHAPES[name]
-        step = [(count, tokens, context, "t" if size == engine.sizes[-1] else "s")]
-        (batch,) = batches(engine.runner, [(executor.widths[-1], step)])
+        (batch,) = batches(engine.runner, [(executor.widths[-1], [(count, tokens, context, size)])])
         engine.runner.run(batch)
         executor.times()
         walls, parts = [], []

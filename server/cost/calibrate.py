@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 4
 
-# (requests, tokens each, context before, side) of one group. Sides: t teacher, s student.
-Group = tuple[int, int, int, str]
+# (requests, tokens each, context before, size) of one group. Sizes: t teacher, s student, or layers.
+Group = tuple[int, int, int, str | int]
 Step = tuple[int, list[Group]]  # width of all rows, and their groups
 
 
@@ -148,8 +148,9 @@ def batches(runner: StepRunner, steps: Iterable[Step]) -> Iterator[ForwardBatch]
                 for _ in range(count):
                     prompt = rng.integers(0, runner.spec.vocab_size, context + tokens).tolist()
                     name = f"calibration-{len(scheduled)}"
-                    request = LiveRequest(Request(name, prompt, sampling, sizes=(sides[side],), arrival_time=0.0))
-                    request.path, request.slot = elasticity.path(sides[side]), len(scheduled)
+                    size = side if isinstance(side, int) else sides[side]
+                    request = LiveRequest(Request(name, prompt, sampling, sizes=(size,), arrival_time=0.0))
+                    request.path, request.slot = elasticity.path(size), len(scheduled)
                     request.width = width
                     if not kv_cache.allocate(request, context + tokens):
                         break
