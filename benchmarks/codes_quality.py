@@ -42,7 +42,8 @@ def exact(pair: Pair) -> LoadedPair:
     student = pair.low_rank_student
     for layer in loaded.low_rank:
         index = layer - pair.spec.num_layers
-        loaded.layers[layer] = student.layer(index, loaded.layers[student.kept[index]], WeightForm(torch.float32))
+        base = loaded.layers[student.kept[index]]
+        loaded.layers[layer] = student.layer(index, base, WeightForm(torch.float32), student.sums(index, base))
     return dataclasses.replace(loaded, low_rank={})
 
 

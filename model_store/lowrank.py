@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from model_store.arrays import FLOAT32, Array
 from model_store.int8 import Factor, Int8Matrix, dense, tensors_of
 from model_store.layout import layer_tensors
-from model_store.quantized import q8_0
 from model_store.spec import ModelSpec
 from model_store.tensor_file import TensorFile
 from model_store.weight_form import Storage, WeightForm
@@ -154,35 +153,43 @@ class LowRankStudent:
         norms = {field: self._tensor(f"model.layers.{index}.{name}").astype(dtype) for field, name in _NORMS.items()}
         return LowRankDelta(self.kept[index], terms, **norms)
 
-    def layer(self, index: int, teacher: LayerWeights, form: WeightForm) -> LayerWeights:
-        """Student layer `index` expanded: the sum is taken in float32, rounded to the dtype, then quantised if asked.
-
-        Beside a teacher in codes its matrices are rounded to Q8_0.
-        Biases and query/key norms that are not stored are the teacher's (in the dtype).
-        """
-        dtype, delta = form.dtype, self.delta(index, teacher, FLOAT32)
-        changed: dict[str, Any] = {}
-        prefix = f"model.layers.{index}."
-        for group, terms in delta.terms.items():
+    def sums(self, index: int, teacher: LayerWeights) -> dict[str, np.ndarray]:
+        """float32 matrices of student layer `index` ("qkv_weight", ...): those of its teacher layer and the terms."""
+        sums = {}
+        for group, terms in self.delta(index, teacher, FLOAT32).terms.items():
             weight = np.array(dense(getattr(teacher, f"{group}_weight"), FLOAT32))
             for term in terms:
                 weight[term.start : term.stop] += dense(term.b, FLOAT32) @ dense(term.a, FLOAT32)
-            keeps_codes = form.storage is Storage.CODES and weight.shape[1] % 32 == 0
-            changed[f"{group}_weight"] = q8_0(weight) if keeps_codes else weight.astype(dtype, copy=False)
-            own = [(term, f"{prefix}{part}.bias") for term, part in zip(terms, _PARTS[group], strict=True)]
-            if own := [(term, name) for term, name in own if name in self._names]:
-                bias = getattr(teacher, f"{group}_bias").astype(FLOAT32)
-                for term, name in own:
-                    bias[term.start : term.stop] = self._tensor(name)
-                changed[f"{group}_bias"] = bias.astype(dtype)
+            sums[f"{group}_weight"] = weight
+        return sums
+
+    def layer(self, index: int, teacher: LayerWeights, form: WeightForm, matrices: Mapping[str, Any]) -> LayerWeights:
+        """Student layer `index` expanded, its matrices those given (`sums`, or codes of them): floats are rounded to
+        the dtype, then quantised if asked.
+
+        Biases and query/key norms that are not stored are the teacher's (in the dtype).
+        """
+        dtype = form.dtype
+        changed: dict[str, Any] = {
+            name: matrix.astype(dtype, copy=False) if isinstance(matrix, np.ndarray) else matrix
+            for name, matrix in matrices.items()
+        }
+        prefix = f"model.layers.{index}."
+        for group, parts in _PARTS.items():
+            bias, start = getattr(teacher, f"{group}_bias"), 0
+            for part in parts:
+                stop = start + self._shape(f"{prefix}{part}.lora_B")[0]
+                if f"{prefix}{part}.bias" in self._names:
+                    bias = changed.setdefault(f"{group}_bias", bias.astype(FLOAT32))
+                    bias[start:stop] = self._tensor(f"{prefix}{part}.bias")
+                start = stop
         for norm, name in _HEAD_NORMS.items():
             if prefix + name in self._names:
-                changed[norm] = self._tensor(prefix + name).astype(dtype)
-        for name in _NORMS:
-            changed[name] = getattr(delta, name).astype(dtype)
+                changed[norm] = self._tensor(prefix + name)
+        changed |= {field: self._tensor(prefix + name) for field, name in _NORMS.items()}
         for field in TENSOR_FIELDS:
-            value = getattr(teacher, field)
-            if field not in changed and value is not None:
+            value = changed.get(field, getattr(teacher, field))
+            if value is not None and field not in matrices:
                 changed[field] = value.astype(dtype)
         layer = LayerWeights(**changed, window=teacher.window, rope=teacher.rope)
         if form.storage is Storage.INT8:

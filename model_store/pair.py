@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import logging
-import math
-import re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,35 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from model_store import lowrank, made, published
+from model_store import made, published
 from model_store.arrays import FLOAT32, in_torch
 from model_store.assembly import AssemblyError, Elasticity
-from model_store.errors import BoomerangError
+from model_store.errors import PairError
+from model_store.expanded import Coded, can_code, code, expanded_bytes, read_or_make
+from model_store.figures import read_kinds, read_quality
 from model_store.files import read_json_if_there
 from model_store.footprint import CodeBytes, Footprint, MatrixBytes
+from model_store.interlock import interlock, read_order, read_own_layers, spec_of
 from model_store.layout import END_PARTS
 from model_store.loaded import LoadedPair, is_same_layer, join_ends
 from model_store.lowrank import LOW_RANK_FILE, LowRankDelta, LowRankStudent
 from model_store.published import DEFAULT_PAIR, PublishedPair
-from model_store.spec import ModelSpec, Rope, SpecError
+from model_store.spec import ModelSpec, SpecError
 from model_store.store import folder_digest, store_root
-from model_store.vocabulary import other_tokens
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import Checkpoint, LayerWeights, weight_files
 
 __all__ = ["DEFAULT_PAIR", "LoadedPair", "Pair", "PairError", "open_pair"]
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_PAIR_DIR = Path(__file__).parent / "default_pair"
 _LOAD_THREADS = 2  # each holds one layer beside the result
-PATCH_ORDERS = ("last_to_first", "first_to_last")
 NO_STUDENT = "none"  # in the place of a student: the teacher alone
 MAKE = "make"  # the newest that was made here, and the teacher alone as long as there is none
-
-
-class PairError(BoomerangError, ValueError):
-    """A teacher and a student that do not interlock, with the reason."""
 
 
 @dataclass(eq=False)
@@ -144,7 +135,8 @@ class Pair:
         def code_bytes(side: str, what: int | str, itemsize: int) -> int:
             if side not in sides:  # a low-rank student's, expanded
                 shapes = self.spec.matrix_shapes.values()
-                return sum([n * k // 32 * 34 if k % 32 == 0 else n * k * itemsize for n, k in shapes])
+                is_coded = all(can_code(k) for _, k in shapes)
+                return sum([expanded_bytes(n, k) if is_coded else n * k * itemsize for n, k in shapes])
             if isinstance(what, int):
                 return sides[side].layer_bytes(what, itemsize)
             return sides[side].matrix_bytes(sides[side].end_names(what)[:1], itemsize)
@@ -197,8 +189,22 @@ class Pair:
         teacher = Checkpoint(self.teacher_path, self.store)
         if index < 0 or self.student_spec is not None or not self.low_rank_student.has_own_layer(index):
             return teacher.layer(layer if index < 0 else kept[index], form)
+        return self._expanded(index, form)
+
+    def _expanded(self, index: int, form: WeightForm) -> LayerWeights:
+        """Layer `index` of a low-rank student in floats; beside a teacher in codes, in codes that the store keeps."""
+        student, shapes = self.low_rank_student, self.spec.matrix_shapes
         # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-        return self.low_rank_student.layer(index, teacher.layer(kept[index], _exact(form)), form)
+        exact = WeightForm(FLOAT32, storage=Storage.CODES if form.storage is Storage.CODES else Storage.AS_LOADED)
+        base = Checkpoint(self.teacher_path, self.store).layer(student.kept[index], exact)
+
+        def coded() -> Coded:
+            return {name: code(matrix) for name, matrix in student.sums(index, base).items()}
+
+        if form.storage is not Storage.CODES or not all(can_code(width) for _, width in shapes.values()):
+            return student.layer(index, base, form, student.sums(index, base))
+        folder = store_root(self.store) / "expanded" / f"{self.name.replace('/', '--')}-{self.digest[:16]}"
+        return student.layer(index, base, form, read_or_make(folder, index, shapes, coded))
 
     def load(self, form: WeightForm, device: str = "cpu", memory_budget: int | None = None) -> LoadedPair:
         """Read the tensors, in this form: numpy's arrays on the CPU, torch's tensors on any other device.
@@ -271,8 +277,7 @@ class Pair:
             origin = student.kept[index]
             if not student.has_own_layer(index):
                 return layers[origin] if origin in layers else place(teacher.layer(origin, form))
-            # From the file in float32, so that rounding happens once even where the pair is bfloat16.
-            return place(student.layer(index, teacher.layer(origin, _exact(form)), form))
+            return place(self._expanded(index, form))
 
         kept = [i for i in student_ids if form.low_rank and student.is_difference(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:
@@ -281,11 +286,6 @@ class Pair:
         return {
             i: place(student.delta(i - num_teacher, layers[student.kept[i - num_teacher]], form.dtype)) for i in kept
         }
-
-
-def _exact(form: WeightForm) -> WeightForm:
-    """What a low-rank student beside weights of this form is added to."""
-    return WeightForm(FLOAT32, storage=Storage.CODES if form.storage is Storage.CODES else Storage.AS_LOADED)
 
 
 def open_pair(
@@ -331,13 +331,15 @@ def open_pair(
     teacher_path = _teacher_path(teacher, store)
     kept_layers = read_json_if_there(notes / "student_config.json")
     try:
-        spec, student_spec, kept = _interlock(teacher_path, student_path, kept_layers, known, store)
-        recorded = _order(spec, kept, manifest.get("patch_order") or (known.patch_order if known else None), manifest)
+        spec, student_spec, kept = interlock(teacher_path, student_path, kept_layers, known, store)
+        recorded = read_order(
+            spec, kept, manifest.get("patch_order") or (known.patch_order if known else None), manifest
+        )
         order, elasticity = recorded
         if thresholds is not None:
             order, elasticity = "thresholds", Elasticity(spec.num_layers, kept, thresholds)
         elif patch_order is not None:
-            order, elasticity = _order(spec, kept, patch_order, {})
+            order, elasticity = read_order(spec, kept, patch_order, {})
     except (AssemblyError, SpecError) as error:
         raise PairError(str(error)) from error
     is_recorded = elasticity.thresholds == recorded[1].thresholds
@@ -349,12 +351,12 @@ def open_pair(
         spec=spec,
         elasticity=elasticity,
         patch_order=order,
-        quality=_quality(notes / "quality.json") if is_recorded else {},
-        kinds=_kinds(notes / "quality.json") if is_recorded else {},
+        quality=read_quality(notes / "quality.json") if is_recorded else {},
+        kinds=read_kinds(notes / "quality.json") if is_recorded else {},
         student_spec=student_spec,
         store=store,
         shares_ends=kept_layers.get("ends") == "teacher",
-        own_layers=_own_layers(kept_layers, len(kept)),
+        own_layers=read_own_layers(kept_layers, len(kept)),
     )
 
 
@@ -362,7 +364,7 @@ def _alone(teacher: Path | str, name: str | None, store: Path | str | None) -> P
     path = _teacher_path(teacher, store)
     if not (path / "config.json").is_file():
         raise PairError(f"{path} has no config.json: it is not a checkpoint folder")
-    spec = _spec_of(path, store)
+    spec = spec_of(path, store)
     name = name or _name_of(path)
     notes = store_root(store) / "notes" / f"{name}-{_stamp(path)}"
     return Pair(
@@ -373,8 +375,8 @@ def _alone(teacher: Path | str, name: str | None, store: Path | str | None) -> P
         spec=spec,
         elasticity=Elasticity.of_teacher(spec.num_layers),
         patch_order="none",
-        quality=_quality(notes / "quality.json"),
-        kinds=_kinds(notes / "quality.json"),
+        quality=read_quality(notes / "quality.json"),
+        kinds=read_kinds(notes / "quality.json"),
         store=store,
     )
 
@@ -396,15 +398,6 @@ def _stamp(path: Path) -> str:
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 
-def _own_layers(config: dict[str, Any], num_layers: int) -> frozenset[int] | None:
-    found = config.get("own_layers")
-    if found is not None and not (isinstance(found, list) and all(i in range(num_layers) for i in found)):
-        raise PairError(
-            f"student_config.json: own_layers is {found!r}, not a list of the student's {num_layers} layers"
-        )
-    return None if found is None else frozenset(found)
-
-
 def _teacher_path(teacher: Path | str, store: Path | str | None) -> Path:
     from model_store.sources import default_teacher, resolve
 
@@ -415,148 +408,9 @@ def _name_of(path: Path) -> str:
     return path.name.rsplit("--", 1)[-1].lower()
 
 
-def _quality(file: Path) -> dict[int, dict[str, Any]]:
-    """What `evaluate` wrote, by size; PairError for what it did not."""
-    sizes = read_json_if_there(file).get("sizes", {})
-    if isinstance(sizes, dict) and all(
-        size.isdecimal() and isinstance(row, dict) and (row.get("kl") is None or _is_kl(row["kl"]))
-        for size, row in sizes.items()
-    ):
-        return {int(size): row for size, row in sizes.items()}
-    raise PairError(f"{file}: sizes does not give figures for each size: run boomerang evaluate, or delete the file")
-
-
-def _is_kl(value: Any) -> bool:
-    """Policies compare these, and metrics add them up."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6
-
-
-def _kinds(file: Path) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """What `evaluate` wrote of each kind of text; PairError for what it did not."""
-    kinds = read_json_if_there(file).get("kinds", {})
-    names = {"sizes": r"\d+", "widths": r"\d+", "points": r"[1-9]\d{0,4}L(-q[1-9])?"}
-
-    def is_table(value: Any, pattern: str) -> bool:
-        return isinstance(value, dict) and all(
-            re.fullmatch(pattern, name) and isinstance(row, dict) and _is_kl(row.get("kl"))
-            for name, row in value.items()
-        )
-
-    if isinstance(kinds, dict) and all(
-        isinstance(kind, dict) and all(is_table(kind.get(name, {}), pattern) for name, pattern in names.items())
-        for kind in kinds.values()
-    ):
-        return {name: {table: kind.get(table, {}) for table in names} for name, kind in kinds.items()}
-    raise PairError(f"{file}: kinds does not give figures by kind of text: run boomerang evaluate, or delete the file")
-
-
 def _known_pair(teacher: Path | str | None, student: Path | str | None) -> PublishedPair | None:
     if student is not None:
         return published.by_student(str(student))
     if teacher is None:
         return published.find(DEFAULT_PAIR)
     return published.find(str(teacher)) or published.by_teacher(str(teacher))
-
-
-def _order(spec: ModelSpec, kept: Sequence[int], order: str | None, manifest: dict[str, Any]) -> tuple[str, Elasticity]:
-    if manifest.get("thresholds"):
-        if not isinstance(manifest["thresholds"], list):
-            raise PairError(f"pair.json: thresholds is {manifest['thresholds']!r}, not a list of sizes")
-        ends = {f"{end}_threshold": manifest.get(f"{end}_threshold") for end in END_PARTS}
-        for key, value in ends.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise PairError(f"pair.json: {key} is {value!r:.60}, not a size")
-        return "thresholds", Elasticity(spec.num_layers, kept, manifest["thresholds"], **ends)
-    if order is None:
-        order = "last_to_first"
-        logger.warning("this pair is not known by name: its patch order is taken to be %s", order)
-    if order not in PATCH_ORDERS:
-        raise PairError(f"unknown patch order {order!r} (known: {', '.join(PATCH_ORDERS)})")
-    build = Elasticity.last_to_first if order == "last_to_first" else Elasticity.first_to_last
-    return order, build(spec.num_layers, kept)
-
-
-def _interlock(
-    teacher_path: Path,
-    student_path: Path,
-    config: dict[str, Any],
-    known: PublishedPair | None,
-    store: Path | str | None,
-) -> tuple[ModelSpec, ModelSpec | None, list[int]]:
-    """Specs of both (None for a low-rank student) and the kept layers; PairError if they do not fit together."""
-    kept = config.get("copied_teacher_layers") or (list(known.kept) if known and known.kept else None)
-    if kept is None:
-        raise PairError(
-            f"{student_path} has no student_config.json with copied_teacher_layers: which teacher layers its layers "
-            "stand for is not known"
-        )
-    pruned = config.get("pruned_teacher_layers")
-    for name, layers in (("copied_teacher_layers", kept), ("pruned_teacher_layers", pruned)):
-        if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-            raise PairError(f"student_config.json: {name} is {layers!r}, not a list of layer numbers")
-    if not (teacher_path / "config.json").is_file():
-        raise PairError(f"{teacher_path} has no config.json: it is not a checkpoint folder")
-    teacher = _spec_of(teacher_path, store)
-    if pruned is not None and sorted([*kept, *pruned]) != list(range(teacher.num_layers)):
-        raise PairError(
-            f"student_config.json does not describe this teacher: its {len(kept)} copied and {len(pruned)} pruned "
-            f"layers are not the teacher's {teacher.num_layers}"
-        )
-    if (student_path / LOW_RANK_FILE).is_file():
-        if teacher.family not in lowrank.FAMILIES:
-            raise PairError(f"low-rank students of family {teacher.family} are not supported")
-        LowRankStudent(student_path / LOW_RANK_FILE, tuple(kept)).check(teacher)
-        return teacher, None, kept
-    if not (student_path / "config.json").is_file():
-        raise PairError(f"{student_path} has neither config.json nor {LOW_RANK_FILE}: it is not a student")
-    student = _spec_of(student_path, store)
-    _compare(teacher, student)
-    refusal, oddity = other_tokens(teacher_path, student_path)
-    if refusal:
-        raise PairError(f"teacher and student do not interlock: {refusal}")
-    if oddity:
-        logger.warning("%s", oddity)
-    if student.num_layers != len(kept):
-        raise PairError(
-            f"the student has {student.num_layers} layers and student_config.json lists {len(kept)} copied layers"
-        )
-    # Both sides run on every text, so both must be exact up to the longest one.
-    positions = min(teacher.max_position_embeddings, student.max_position_embeddings)
-    return dataclasses.replace(teacher, max_position_embeddings=positions), student, kept
-
-
-def _spec_of(path: Path, store: Path | str | None) -> ModelSpec:
-    """The spec of a checkpoint whose every tensor was checked; what is odd about it is said."""
-    spec = Checkpoint(path, store).spec
-    for note in spec.notes:
-        logger.warning("%s: %s", path, note)
-    return spec
-
-
-def _compare(teacher: ModelSpec, student: ModelSpec) -> None:
-    """PairError if the two compute their layers differently. Angles are compared, however they were spelled."""
-    may_differ = {
-        "num_layers", "tie_word_embeddings", "sliding_window", "layer_types", "unrotated_layers", "inv_freq",
-        "local_inv_freq", "rope_factor",
-    }  # fmt: skip
-    if not teacher.learned_positions:
-        may_differ.add("max_position_embeddings")
-    for spec_field in dataclasses.fields(ModelSpec):
-        ours, theirs = getattr(teacher, spec_field.name), getattr(student, spec_field.name)
-        if spec_field.compare and spec_field.name not in may_differ and ours != theirs:
-            raise PairError(
-                f"teacher and student do not interlock: {spec_field.name} is {ours!r} in the teacher and {theirs!r} in "
-                "the student"
-            )
-    if not teacher.rotary_dim:
-        return
-    ropes: list[Rope] = ["global"] if teacher.local_inv_freq is None else ["global", "local"]
-    for rope in ropes:
-        (ours, factor), (theirs, other) = teacher.rope_inv_freq(rope), student.rope_inv_freq(rope)
-        if np.allclose(ours, theirs, rtol=1e-6, atol=0) and math.isclose(factor, other, rel_tol=1e-6):
-            continue
-        said = [f"rope_theta {spec.rope_theta:g}, scaling {spec.rope_scaling}" for spec in (teacher, student)]
-        raise PairError(
-            f"teacher and student do not interlock: their rotary angles differ ({said[0]} in the teacher, {said[1]} in "
-            "the student)"
-        )

@@ -1,8 +1,10 @@
 """A pair whose teacher lies in a file's codes: what is loaded by default, what it weighs, and what it answers."""
 
+import dataclasses
 import random
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,8 +13,8 @@ from model_store.pair import Pair, open_pair
 from model_store.quantized import CODES_FILE
 from model_store.weight_form import Storage, WeightForm
 from server.config import Settings
+from server.forms import weight_form
 from server.kernels.cpu import library
-from server.loading import weight_form
 from tests.model.test_oracle import all_logprobs, make_engine, make_request, run
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import VOCAB, make_model
@@ -44,8 +46,8 @@ def pair(request, tmp_path_factory) -> Pair:
 
 
 def test_codes_are_the_default_on_a_cpu(pair):
-    assert weight_form(Settings(device="cpu"), pair) == WeightForm(low_rank=True, storage=Storage.CODES)
-    assert weight_form(Settings(device="cpu", low_rank="off"), pair) == WeightForm(storage=Storage.CODES)
+    assert weight_form(Settings(device="cpu"), pair) == WeightForm(storage=Storage.CODES)
+    assert weight_form(Settings(device="cpu", low_rank="on"), pair) == WeightForm(low_rank=True, storage=Storage.CODES)
     assert weight_form(Settings(device="cpu", quantization="none"), pair) == WeightForm()
     assert weight_form(Settings(device="cpu", quantization="int8"), pair) == WeightForm(storage=Storage.INT8)
     assert pair.code_kinds() == "qkv: Q4_1 + Q5_1; o: Q5_0; up: Q4_1; down: Q4_0; embedding, head: Q8_0"
@@ -63,6 +65,34 @@ def test_bytes_are_what_the_tables_say(pair, low_rank):
     assert need < 0.5 * pair.union_bytes(pair.elasticity.sizes[:3], plain)
 
 
+def test_an_expanded_student_is_kept_in_the_store(pair, tmp_path, caplog):
+    """Made once; anew if what lies there is damaged or of another pair; where nothing can be written, every time."""
+    form, stored = WeightForm(storage=Storage.CODES), dataclasses.replace(pair, store=tmp_path)
+    matrices = lambda loaded: [  # noqa: E731
+        getattr(loaded.layers[layer], name).dense(np.dtype(np.float32))
+        for layer in sorted(loaded.layers) if layer >= pair.spec.num_layers
+        for name in ("qkv_weight", "o_weight", "up_weight", "down_weight")
+    ]  # fmt: skip
+    first = matrices(stored.load(form))
+    files = sorted((tmp_path / "expanded").rglob("*.safetensors"))
+    own = [i for i in range(len(pair.elasticity.kept)) if pair.low_rank_student.has_own_layer(i)]
+    assert len(files) == len(own) and not list(tmp_path.rglob("*.partial"))
+    stamps = [file.stat().st_mtime_ns for file in files]
+    loaded = stored.load(form)
+    assert all(map(np.array_equal, first, matrices(loaded)))
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    layer = stored.read_layer(pair.spec.num_layers + own[0], form)
+    assert np.array_equal(layer.up_weight.dense(np.dtype(np.float32)), first[2])
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+    files[-1].write_bytes(files[0].read_bytes())
+    assert all(map(np.array_equal, first, matrices(stored.load(form))))
+    assert all(file.stat().st_mtime_ns > stamp for file, stamp in zip(files[:1], stamps[:1], strict=True))
+    blocked = tmp_path / "blocked"
+    blocked.write_text("no folder")
+    assert all(map(np.array_equal, first, matrices(dataclasses.replace(pair, store=blocked).load(form))))
+    assert "could not be kept" in caplog.text
+
+
 @pytest.mark.parametrize("executor", ["torch", "native"])
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_every_size_answers_as_the_dequantised_pair(pair, executor, low_rank):
@@ -70,10 +100,11 @@ def test_every_size_answers_as_the_dequantised_pair(pair, executor, low_rank):
         pytest.skip("; ".join(reasons))
     sizes = pair.elasticity.sizes
     form = WeightForm(low_rank=low_rank, storage=Storage.CODES)
-    engines = [
-        make_engine(pair, "torch", loaded=pair.load(WeightForm(torch.float32))),
-        make_engine(pair, executor, loaded=pair.load(form)),
-    ]
+    exact = pair.load(WeightForm(torch.float32))
+    for layer, weights in {} if low_rank else pair.load(form).layers.items():  # an expanded student has its own codes
+        for name in pair.spec.matrix_shapes:
+            setattr(exact.layers[layer], name, getattr(weights, name).dense(np.dtype(np.float32)))
+    engines = [make_engine(pair, "torch", loaded=exact), make_engine(pair, executor, loaded=pair.load(form))]
     assert "Q4_1 + Q5_1" in engines[1].executor.describe()
     prompt = random.Random(1).choices(range(VOCAB), k=30)
     scores = []

@@ -13,7 +13,7 @@ from model_store.nested import GROUP, HEAD_BITS, WIDTHS, NestedMatrix, nest, nes
 from model_store.pair import Pair, open_pair
 from model_store.weight_form import Storage, WeightForm
 from server.config import Settings
-from server.loading import load_weights, weight_form
+from server.forms import load_weights, weight_form
 from server.nesting import measure_grams
 from tests.model_store.test_lowrank import write_student
 from tests.tiny_pairs import make_model
