@@ -26,7 +26,8 @@ from server.config import Settings
 from server.core.width import precision_name
 from server.cost.frontier import Point, front
 from server.engine.engine import Engine
-from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
+from server.forms import load_weights, open_settings_pair, pick_device, weight_form
+from server.loading import engine_config
 from server.sizing.points import points_of
 from server.sizing.quality import quality_table
 from server.sizing.spec import size_name

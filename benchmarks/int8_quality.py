@@ -22,7 +22,8 @@ from model_store.pair import Pair, open_pair
 from server.config import Settings
 from server.core.request import LiveRequest, Request, SamplingParams
 from server.engine.engine import Engine
-from server.loading import engine_config, weight_form
+from server.forms import weight_form
+from server.loading import engine_config
 
 WINDOW = 512
 

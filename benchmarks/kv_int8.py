@@ -26,7 +26,8 @@ from model_store.weight_form import WeightForm
 from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.loading import engine_config, load_weights, weight_form
+from server.forms import load_weights, weight_form
+from server.loading import engine_config
 
 KINDS, STEPS = ("auto", "int8"), 32
 

@@ -27,7 +27,7 @@ from server.core.request import Request, SamplingParams
 from server.core.size_policy import LargestSize
 from server.core.width import EXACT
 from server.engine.engine import Engine
-from server.loading import load_weights, weight_form
+from server.forms import load_weights, weight_form
 
 MIXES = ((8, 4), (8, 6), (6, 4), (8, 6, 5, 4), (EXACT, 4), (EXACT, 8))
 

@@ -26,7 +26,7 @@ from model_store.weight_form import WeightForm
 from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
-from server.loading import load_weights, weight_form
+from server.forms import load_weights, weight_form
 
 
 def engine_of(pair: Pair, quantization: str, store: str | None) -> Engine:

@@ -22,7 +22,7 @@ from server.core.request import Request, SamplingParams
 from server.engine.engine import Engine
 from server.engine.extras.drafts import DraftPool, Drafts, OwnDrafts
 from server.engine.extras.speculation import Speculator
-from server.loading import load_weights, open_settings_pair, pick_device, weight_form
+from server.forms import load_weights, open_settings_pair, pick_device, weight_form
 from server.sizing.spec import SizeSpec
 
 PROMPTS = Path(__file__).with_name("quality_chat_prompts.txt")

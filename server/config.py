@@ -209,8 +209,8 @@ class Settings(BaseModel):
     low_rank: Literal["auto", "on", "off"] = option(
         "auto",
         "whether a low-rank student stays a difference to the teacher. on: least memory, cheapest mixes of sizes; "
-        "off: expanded, fastest small sizes; auto: on beside a teacher in a file's codes, or if the expanded student "
-        "does not fit --memory-budget",
+        "off: expanded, fastest small sizes (beside a teacher in a file's codes: into Q5_1); auto: on if the expanded "
+        "student does not fit --memory-budget",
         group="model",
     )
     chat_template: str | None = option(None, "Jinja chat template: a file or the text itself", group="model")

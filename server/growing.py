@@ -26,16 +26,8 @@ from model_store.pair import MAKE, made_folder
 from model_store.store import store_root
 from server.api.http.state import ServedModel, ServerState
 from server.config import GiB, Settings
-from server.loading import (
-    fingerprint,
-    load_model,
-    make_catalog,
-    open_settings_pair,
-    quality_of,
-    resolver,
-    weight_form,
-    with_points,
-)
+from server.forms import open_settings_pair, weight_form
+from server.loading import fingerprint, load_model, make_catalog, quality_of, resolver, with_points
 from server.observe.startup import StartupClock
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ class OfflineEngine:
 
         from server.api.generate.tokenizer import ServingTokenizer
         from server.engine.engine import Engine
-        from server.loading import engine_config, load_weights, pick_device, weight_form
+        from server.forms import load_weights, pick_device, weight_form
+        from server.loading import engine_config
 
         form, device = weight_form(settings, pair), pick_device(settings)
         loaded = load_weights(settings, pair, form, device)
@@ -80,7 +81,7 @@ def pair_generator(job: EvaluateJob, longest: int = 2048) -> Generate:
 
 def nested_codes(pair: Pair) -> Path:
     """The file of a pair's nested codes, which are made if the store has none."""
-    from server.loading import nested_codes
+    from server.forms import nested_codes
 
     return nested_codes(pair, pair.store)
 

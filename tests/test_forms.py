@@ -12,7 +12,8 @@ from model_store.weight_form import WeightForm
 from server.commands.bench import LatencyOptions, run_latency
 from server.commands.sizes import speed_file
 from server.config import Settings
-from server.loading import speculation, weight_form
+from server.forms import weight_form
+from server.loading import speculation
 from server.offline import OfflineEngine
 from tests.api import tiny
 from tests.model_store.test_lowrank import write_student

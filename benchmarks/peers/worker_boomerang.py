@@ -19,7 +19,8 @@ def main() -> None:
     from server.config import Settings
     from server.core.request import Request, SamplingParams
     from server.engine.engine import Engine
-    from server.loading import engine_config, open_settings_pair, pick_device, weight_form
+    from server.forms import open_settings_pair, pick_device, weight_form
+    from server.loading import engine_config
 
     settings = Settings(dtype="bfloat16", quantization=args.quantization, low_rank=args.low_rank)
     pair = open_settings_pair(settings)

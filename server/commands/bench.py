@@ -21,7 +21,8 @@ from server.config import Settings
 from server.core.request import Request, SamplingParams
 from server.core.width import EXACT, precision_name
 from server.engine.engine import Engine
-from server.loading import engine_config, load_weights, open_settings_pair, pick_device, weight_form
+from server.forms import load_weights, open_settings_pair, pick_device, weight_form
+from server.loading import engine_config
 from server.sizing.spec import SizeError, SizeSpec, describe_widths, size_name
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from model_store import made
 from model_store.pair import made_folder
 from server.config import Settings
-from server.loading import open_settings_pair, points_file, weight_form
+from server.forms import open_settings_pair, weight_form
+from server.loading import points_file
 
 if TYPE_CHECKING:
     from model_store.pair import Pair

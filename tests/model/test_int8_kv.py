@@ -14,7 +14,8 @@ from server.commands.sizes import speed_file
 from server.config import Settings
 from server.cost.calibrate import profile_of
 from server.cost.devices import PAIRS
-from server.loading import engine_config, weight_form
+from server.forms import weight_form
+from server.loading import engine_config
 from tests.api import tiny
 from tests.model.test_oracle import executor, family, make_engine, make_request, open_order, run  # noqa: F401
 from tests.tiny_pairs import VOCAB, make_pair

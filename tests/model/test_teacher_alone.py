@@ -12,7 +12,7 @@ from model_store.pair import PairError, open_pair
 from model_store.weight_form import Storage, WeightForm
 from server.cli import main
 from server.config import Settings
-from server.loading import open_settings_pair
+from server.forms import open_settings_pair
 from server.offline import OfflineEngine, teacher_generator
 from tests.api import tiny
 from tests.model.test_oracle import VOCAB, all_logprobs, executor, make_engine, make_request, run  # noqa: F401
