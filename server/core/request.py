@@ -135,9 +135,10 @@ class Constraint(Protocol):
     """A compiled grammar and where a text stands in it: which tokens may come next. Moves on with every token."""
 
     error: str | None  # why it cannot be followed any further
+    is_ready: bool  # whether the bitmask is there; if not, it has to be computed, which takes up to 20 ms
 
     def bitmask(self) -> np.ndarray:
-        """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next. Valid until the next call."""
+        """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next."""
 
     def accept(self, token_id: int) -> bool:
         """Advance over a token; False if the constraint has failed."""
@@ -230,6 +231,7 @@ class LiveRequest:
     last_token_time: float | None = None
     stop_reason: int | str | None = None  # the caller's stop token or stop string that ended it
     error: str | None = None  # why it failed
+    repeated: np.ndarray | None = None  # int64 [longest pattern], of a request that is to end if it loops (`stopping`)
 
     # --- KV cache (`num_computed_tokens`: the scheduler too, as it books a step)
     blocks: list[Block] = field(default_factory=list)

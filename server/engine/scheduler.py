@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from model_store.assembly import Elasticity
 from server.core.batch import Scheduled
@@ -28,6 +29,8 @@ from server.engine.size_schedule import following_size, planned_size, planned_wi
 from server.engine.stopping import stop_status
 
 logger = logging.getLogger(__name__)
+
+_MASK_SECONDS = 0.002  # for masks in each step, however short the last one was
 
 
 @dataclass(slots=True)
@@ -71,6 +74,7 @@ class Scheduler:
         self._width = widths[-1]  # of this step, where a request's own limits say nothing else
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
+        self._step_began = self._step_seconds = 0.0
         self.drafts = drafts
 
     # --- the way in and out
@@ -189,8 +193,11 @@ class Scheduler:
         for request, decision in self.policy.resize(self, now):
             self._change_size(request, decision, output)
         budget = self.config.max_num_batched_tokens * self.elasticity.num_teacher_layers
+        self._fill_masks()
         prompts = []
         for request in list(self.running):
+            if request.grammar is not None and not request.grammar.is_ready:
+                continue  # its next step comes later
             if request.num_tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
             elif request.slot >= 0 and budget >= request.path.size:  # else preempted for the sake of another
@@ -207,11 +214,13 @@ class Scheduler:
                 self._admit(output, budget, now, prefill)
         if len(self.widths) > 1:
             self._set_widths(output)
+        self._step_began = self.clock()
         return output
 
     def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
         """Book a finished step: advance, append sampled tokens, stop, free. Returns what clients should hear."""
         now = self.clock()
+        self._step_seconds = now - self._step_began
         results = []
         served: defaultdict[str, float] = defaultdict(float)  # by tenant
         for request, count in output.scheduled:
@@ -238,6 +247,15 @@ class Scheduler:
         return results
 
     # --- parts
+
+    def _fill_masks(self) -> None:
+        """What grammars allow next, for about as long as the last step took: costly ones hold back each other, and slow
+        down nobody else by more than half."""
+        waiting: list[Any] = [r.grammar for r in self.running if r.grammar is not None and not r.grammar.is_ready]
+        if waiting:
+            from server.engine.extras.grammar import fill_masks
+
+            fill_masks(waiting, max(self._step_seconds, _MASK_SECONDS), self.config.num_threads or 1)
 
     def _choose_width(self, now: float) -> int:
         if len(self.widths) == 1:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from server.core.request import LiveRequest, RepetitionLimit, RequestStatus
 
 _LOOK_EVERY = 8  # tokens: a loop goes on, so it is found a little later
 
 
-def is_looping(token_ids: Sequence[int], limit: RepetitionLimit) -> bool:
-    """Whether the end of the text is some pattern over and over."""
-    for size in range(max(limit.min_pattern_size, 1), limit.max_pattern_size + 1):
-        length = size * limit.min_count
-        if length > len(token_ids):
-            return False
-        # Shifted by one pattern, such an end is itself.
-        if token_ids[-1] == token_ids[-1 - size] and token_ids[-length:-size] == token_ids[-length + size :]:
-            return True
-    return False
+def _is_looping(request: LiveRequest, limit: RepetitionLimit) -> bool:
+    """Whether the end of the text is some pattern over and over. To be asked at every `_LOOK_EVERY`th token.
+
+    Shifted by one pattern, such an end is itself. `request.repeated[s - 1]` counts the tokens at the end that are what
+    stood s before them: compared anew each time, a text that nearly loops would take milliseconds.
+    """
+    most = limit.max_pattern_size
+    recent = np.full(most + _LOOK_EVERY, -1)
+    newest = request.output_token_ids[-len(recent) :]
+    recent[len(recent) - len(newest) :] = newest
+    windows = sliding_window_view(
+        recent, most + 1
+    )  # [_LOOK_EVERY, most + 1]: each of the newest, last, and those before
+    is_same = windows[:, -2::-1] == windows[:, -1:]
+    before = np.zeros(most, np.int64) if request.repeated is None else request.repeated
+    request.repeated = np.where(is_same.all(axis=0), before + _LOOK_EVERY, is_same[::-1].argmin(axis=0))
+    sizes = np.arange(1, most + 1)
+    is_loop = (request.repeated >= sizes * (limit.min_count - 1)) & (sizes >= limit.min_pattern_size)
+    return bool(is_loop.any())
 
 
 def stop_status(request: LiveRequest, token_id: int, max_model_len: int) -> RequestStatus | None:
@@ -42,8 +52,8 @@ def stop_status(request: LiveRequest, token_id: int, max_model_len: int) -> Requ
     if (
         sampling.repetition is not None
         and num_output % _LOOK_EVERY == 0
+        and _is_looping(request, sampling.repetition)
         and num_output >= sampling.min_tokens
-        and is_looping(request.output_token_ids, sampling.repetition)
     ):
         return RequestStatus.FINISHED_REPETITION
     if num_output >= sampling.max_tokens or num_output + request.num_prompt_tokens >= max_model_len:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 import time
 from collections import Counter
@@ -15,12 +16,19 @@ import httpx
 import orjson
 import pytest
 
+from server.api.generate.answer_reader import AnswerReader
+from server.api.generate.detokenizer import Detokenizer
 from server.api.generate.grammar import Compiler
+from server.api.generate.history import with_tools_in_words
 from server.api.generate.serving import is_crowded, written
+from server.api.generate.tokenizer import ServingTokenizer
+from server.api.generate.tool_forms import HERMES
 from server.api.http import probes
 from server.api.http.errors import APIError
 from server.api.routes.operations import POSTS
 from server.config import Settings
+from server.core.request import LiveRequest, RepetitionLimit, Request, SamplingParams
+from server.engine.stopping import stop_status
 from server.growing import _without_secrets
 from server.process import bind
 from tests.api.tiny import NAME, RunningServer, make_tokenizer
@@ -135,11 +143,73 @@ def test_a_long_part_of_an_answer_is_written_while_the_event_loop_turns():
 
 
 @pytest.fixture
-def compiler(tmp_path):
-    from server.api.generate.tokenizer import ServingTokenizer
-
+def tokenizer(tmp_path):
     make_tokenizer(tmp_path)
-    return Compiler(ServingTokenizer.from_folder(tmp_path), Settings())
+    return ServingTokenizer.from_folder(tmp_path)
+
+
+@pytest.fixture
+def compiler(tokenizer):
+    return Compiler(tokenizer, Settings())
+
+
+def test_bytes_that_never_become_a_character_are_given_out_as_they_come(tokenizer):
+    """Kept until the end, each further one would cost as much as all before it."""
+    half = tokenizer.encode("é")[:1] if len(tokenizer.encode("é")) > 1 else tokenizer.encode("世")[:1]
+    for ids in (half * 500, [*tokenizer.encode("a"), *half * 100, *tokenizer.encode("世界") * 50, *half * 100]):
+        detokenizer = Detokenizer(tokenizer, [5, 9, 20])
+        texts = []
+        for token_id in ids:
+            assert len(detokenizer._pending) <= 40 and len(detokenizer._context) <= 40
+            assert not detokenizer.push(token_id)
+            texts.append(detokenizer.take())
+        assert len("".join(texts)) >= len(tokenizer.decode(ids)) - 40
+        detokenizer.finish()
+        assert "".join([*texts, detokenizer.take(is_final=True)]) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", ['<tool_call>{"a":[' * 4000, '<tool_call>{"a":[' * 3000 + "]" * 3000 + "x"])
+def test_marks_that_open_no_call_are_not_read_over_and_over(text):
+    before = time.process_time()
+    said = []
+    for size in (1, 7, len(text)):
+        reader = AnswerReader(["f"], HERMES)
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        said.append("".join(part.text for piece in pieces for part in reader.push(piece)))
+        said[-1] += "".join(part.text for part in reader.finish())
+    assert said == [text] * 3
+    assert time.process_time() - before < 3.0  # for half a minute
+
+
+def test_results_of_many_calls_are_put_into_words_at_once():
+    messages = [*HELLO, *[{"role": "tool", "content": "x" * 1000}] * 4000]
+    before = time.process_time()
+    said = with_tools_in_words(messages, None)
+    assert time.process_time() - before < 0.5
+    assert len(said) == 2 and said[1]["content"].count("<tool_response>") == 4000
+
+
+def test_a_text_that_nearly_loops_is_looked_at_in_no_time():
+    """The same answer as a comparison of all that could be a pattern, which would take seconds here."""
+    rng = random.Random(0)
+    limit = RepetitionLimit(1, 1024, 9)
+    sampling = SamplingParams(max_tokens=10**6, repetition=limit)
+    request = LiveRequest(Request("r", [1], sampling, (4,)))
+    before = time.process_time()
+    while len(request.output_token_ids) < 8000:
+        request.output_token_ids.append(rng.choices((7, 8), (9, 1))[0])
+        if request.output_token_ids[-9:] == [7] * 9:
+            request.output_token_ids[-1] = 8
+        assert stop_status(request, request.output_token_ids[-1], 10**6) is None
+    assert time.process_time() - before < 2.0
+    for _ in range(9 * 5):
+        for token in (1, 2, 3, 4, 5):
+            request.output_token_ids.append(token)
+            if stop_status(request, token, 10**6) is not None:
+                ended = request.output_token_ids[8000:]
+                assert 9 * 5 <= len(ended) < 9 * 5 + 8
+                return
+    pytest.fail("the loop was not found")
 
 
 def test_a_trial_process_that_something_else_has_ended_is_no_grammars_fault(compiler):

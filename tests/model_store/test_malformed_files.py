@@ -195,8 +195,8 @@ TEMPLATES = {
     "loops": "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}",
     "rounds left out": "{% for i in range(2000) %}{% for j in range(2000) if false %}{% endfor %}{% endfor %}",
     "a macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(20) }}",
-    "a text many times": "{{ 'x' * 5000000 }}",
-    "lists": "{{ [1] * 5000000 }}",
+    "a text many times": "{{ 'x' * 1000000000 }}",
+    "lists": "{{ [1] * 100000000 }}",
     "a power": "{{ 10 ** 100 }}",
     "brackets": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
 }

@@ -60,15 +60,16 @@ class ChatCall(ChunkWriter):
         answer = self._envelope(generation, "chat.completion")
         choices = []
         for index, item in enumerate(answers):
-            num_scored = 0 if self.num_logprobs is None else generation.sequences[index].num_output_tokens
+            num_scored = 0
+            if self.num_logprobs is not None:
+                num_scored = self.format.count(generation.sequences[index].num_output_tokens)
             choices.append(await written(self._choice, index, item, num_scored=num_scored))
         answer |= {"choices": choices, "usage": self.usage(generation)}
         first = generation.sequences[0]
         if self.body.prompt_logprobs is not None:
-            scores = first.prompt_scores
-            answer["prompt_logprobs"] = await written(
-                self.format.prompt, scores, self.body.prompt_logprobs, num_scored=len(scores)
-            )
+            scores, num_top = first.prompt_scores, self.body.prompt_logprobs
+            num_scored = self.format.count(len(scores), num_top)
+            answer["prompt_logprobs"] = await written(self.format.prompt, scores, num_top, num_scored=num_scored)
         if self.body.return_token_ids:
             answer["prompt_token_ids"] = first.request.prompt_token_ids
         return json_response(answer | generation.timing_report(), generation.headers())
@@ -114,6 +115,9 @@ class ChatCall(ChunkWriter):
     @property
     def is_only_text(self) -> bool:
         return self.is_plain and not self.conversation.tools.reads
+
+    def num_scored(self, generation: Generation, piece: Piece, is_first: bool) -> int:
+        return 0 if self.num_logprobs is None else self.format.count(len(piece.delta.token_ids))
 
     def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
         # The role goes out with the first token: clients take the first chunk's time for time to first token.

@@ -37,7 +37,7 @@ class Continuation:
             max_tokens=body.max_tokens,
             default=self.default_max_tokens,
             logprobs=body.logprobs,
-            prompt_logprobs=self._num_scored,
+            prompt_logprobs=self.num_prompt_logprobs,
         )
         grammar = await grammar_factory(body, state, tenant=caller.tenant)
         submission = Submission.build(state, caller, body, prompts, answer_id=answer_id, limits=limits, grammar=grammar)
@@ -57,7 +57,7 @@ class Continuation:
         return Piece(delta.index, [Text(delta.text)] if delta.text else [], delta, delta.finish_reason)
 
     @property
-    def _num_scored(self) -> int | None:
+    def num_prompt_logprobs(self) -> int | None:
         """Likeliest tokens wanted at prompt positions, for either field."""
         body = self.body
         if self.echo and body.logprobs is not None:

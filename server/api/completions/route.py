@@ -58,15 +58,17 @@ class CompletionCall(ChunkWriter):
             parts[delta.index].append(delta)
         choices = []
         for sequence in generation.sequences:
-            num_scored = self._num_scored(sequence)
+            num_scored = self._num_scored(sequence, self.with_logprobs * sequence.num_output_tokens)
             choices.append(await written(self._choice, sequence, parts[sequence.index], num_scored=num_scored))
         answer = self.envelope(generation) | {"choices": choices, "usage": self.usage(generation)}
         return json_response(answer | generation.timing_report(), generation.headers())
 
-    def _num_scored(self, sequence: Sequence) -> int:
-        """Positions with log-probabilities in a choice."""
-        echoes = self.body.prompt_logprobs is not None or (self.echo and self.with_logprobs)
-        return echoes * len(sequence.prompt.token_ids) + self.with_logprobs * sequence.num_output_tokens
+    def _num_scored(self, sequence: Sequence, num_positions: int) -> int:
+        """Log-probabilities of a choice at so many positions and at those of its prompt."""
+        num_scored, num_top = self.format.count(num_positions), self.continuation.num_prompt_logprobs
+        if num_top is not None:
+            num_scored += self.format.count(len(sequence.prompt.token_ids), num_top)
+        return num_scored
 
     def _choice(self, sequence: Sequence, deltas: list[Delta]) -> dict[str, Any]:
         body, last = self.body, deltas[-1]
@@ -124,6 +126,14 @@ class CompletionCall(ChunkWriter):
     @property
     def is_only_text(self) -> bool:
         return self.is_plain
+
+    def num_scored(self, generation: Generation, piece: Piece, is_first: bool) -> int:
+        if not self.with_logprobs:
+            return 0
+        num_positions = len(piece.delta.token_ids)
+        if is_first and self.echo:
+            return self._num_scored(generation.sequences[piece.index], num_positions)
+        return self.format.count(num_positions)
 
     def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
         return None

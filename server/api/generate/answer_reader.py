@@ -17,9 +17,14 @@ from server.api.generate.tool_forms import MISTRAL, ToolForm
 
 # Members of a bare call; another one shows that an answer in JSON is just that.
 _CALL_MEMBERS = frozenset({"name", "arguments", "parameters", "type", "id"})
-_MISTRAL_NAME = re.compile(r"[ \t\r\n]*([A-Za-z0-9_.:-]{1,256})(?:\[CALL_ID\]\w+)?(\[ARGS\])?[ \t\r\n]*(?=\{)")
-_MISTRAL_BEGUN = re.compile(r"[ \t\r\n]*(?:[A-Za-z0-9_.:-]{1,256}(?:\[[A-Z_]*\]?\w*)?(?:\[[A-Z]*\]?)?[ \t\r\n]*)?")
+_MISTRAL_NAME = re.compile(r"[ \t\r\n]*([A-Za-z0-9_.:-]{1,256})(?:\[CALL_ID\]\w{1,256})?(\[ARGS\])?[ \t\r\n]*(?=\{)")
+_MISTRAL_BEGUN = re.compile(
+    r"[ \t\r\n]*(?:[A-Za-z0-9_.:-]{1,256}(?:\[[A-Z_]{0,8}\]?\w{0,256})?(?:\[[A-Z]{0,8}\]?)?[ \t\r\n]*)?"
+)
 THINK, THOUGHT = "<think>", "</think>"
+# Characters behind opening marks that turned out to open no call, after which no more are looked for in this answer:
+# each is read again from the next mark on, and a text may consist of nothing but marks.
+_MOST_READ_AGAIN = 1 << 16
 
 
 class AnswerReader:
@@ -57,6 +62,7 @@ class AnswerReader:
         self.num_calls = 0
         self.is_partial = False  # the last call was cut short
         self._scanner: ObjectScanner | None = None
+        self._num_read_again = 0
         self._list_at = 0
         self._found: list[tuple[str, str]] = []  # bare calls that count if nothing else follows
         self._sent = 0  # forced: arguments handed out
@@ -140,7 +146,7 @@ class AnswerReader:
 
     def _text(self) -> bool:
         form = self._form
-        if form is None or not form.opening:
+        if form is None or not form.opening or self._num_read_again > _MOST_READ_AGAIN:
             self._say(self._buffer)
             self._buffer = ""
             return False
@@ -199,10 +205,12 @@ class AnswerReader:
             if not self._is_final and begun is not None and begun.end() == len(self._buffer):
                 return False
             return self._reject()
+        if named[1] not in self._names:
+            return self._reject()
         scanner = self._object(named.end())
         assert scanner is not None
-        if named[1] not in self._names or scanner.is_broken or (scanner.end is None and self._is_final):
-            if self._is_cut and named[1] in self._names and not scanner.is_broken:
+        if scanner.is_broken or (scanner.end is None and self._is_final):
+            if self._is_cut and not scanner.is_broken:
                 self._emit(named[1], self._buffer[named.end() :])
                 self._buffer, self._state, self.is_partial = "", "text", True
                 return True
@@ -387,6 +395,8 @@ class AnswerReader:
     def _reject(self) -> bool:
         """The mark at the buffer's beginning opens no call: it is text, and what follows is looked at anew."""
         assert self._form is not None
+        if self._scanner is not None:
+            self._num_read_again += self._scanner.num_scanned
         size = len(self._form.opening)
         self._say(self._buffer[:size])
         self._buffer, self._state, self._scanner = self._buffer[size:], "text", None

@@ -1,11 +1,11 @@
-"""Renders a conversation with a Hugging Face chat template, in Jinja's sandbox."""
+"""Renders a conversation with a Hugging Face chat template, in a sandbox."""
 
 from __future__ import annotations
 
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -13,16 +13,13 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.api.generate.template_sandbox import TemplateEnvironment
 from server.api.http.body import WrittenFloat, WrittenFloats
 
 # What a template can raise over a conversation that it was not written for.
 _CLASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-# A template comes with the model, and rendering it holds the event loop: beyond this it is the template that fails.
-_MOST_STEPS = 1 << 20  # of all loops and macros together
-_MOST_CHARACTERS = 1 << 22  # of what `*` makes
-_MOST_POWER = 64
+_MOST_OF_A_DATE = 256  # characters of its form
 
 # Marks where the final message ends, to cut off whatever the template adds after it.
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -98,51 +95,20 @@ def _replaced(value: Any, texts: list[str]) -> Any:
     return value
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox keeps a template from the server's objects; this keeps it from the server's time."""
-
-    intercepted_binops = frozenset({"*", "**"})
-    num_steps = 0
-
-    @property
-    def step(self) -> bool:
-        """Counts when it is read, which compiled code does fastest."""
-        self.num_steps += 1
-        if self.num_steps > _MOST_STEPS:
-            raise jinja2.TemplateError(f"it takes more than {_MOST_STEPS} steps")
-        return True
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and abs(right) > _MOST_POWER:
-            raise jinja2.TemplateError(f"a power above {_MOST_POWER}")
-        for one, times in ((left, right), (right, left)):
-            if isinstance(one, str | list | tuple) and isinstance(times, int) and len(one) * times > _MOST_CHARACTERS:
-                raise jinja2.TemplateError(f"a text repeated to more than {_MOST_CHARACTERS} characters")
-        return super().call_binop(context, operator, left, right)
-
-    def counted(self, source: str) -> jinja2.Template:
-        """`from_string`, with a look at `step` in every round of a loop and every call of a macro."""
-        tree = self.parse(source)
-        step = nodes.EnvironmentAttribute("step")
-        kinds = nodes.For, nodes.Macro, nodes.CallBlock
-        loops: Iterator[nodes.For | nodes.Macro | nodes.CallBlock] = tree.find_all(kinds)  # type: ignore[assignment]
-        for node in loops:
-            node.body.insert(0, nodes.ExprStmt(step))
-            if isinstance(node, nodes.For) and node.test is not None:  # rounds that it leaves out are rounds as well
-                node.test = nodes.And(step, node.test)
-        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None), None)
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form[:_MOST_OF_A_DATE])
 
 
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+def _environment() -> TemplateEnvironment:
+    environment = TemplateEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
+    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
 @lru_cache(maxsize=32)
-def _compile(source: str) -> tuple[_Environment, jinja2.Template]:
+def _compile(source: str) -> tuple[TemplateEnvironment, jinja2.Template]:
     environment = _environment()
     return environment, environment.counted(source)
 
@@ -188,7 +154,7 @@ class ChatTemplate:
                 raise TemplateError("the final message has no text to continue")
             messages = [*messages[:-1], {**messages[-1], "content": final + _TAG}]
         try:
-            self._environment.num_steps = 0
+            self._environment.begin(sum(len(message.get("content") or "") for message in messages))
             # One mapping: as keywords a variable called `self` would clash with the library's own parameter.
             text = self._template.render(
                 {

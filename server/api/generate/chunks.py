@@ -9,6 +9,7 @@ from typing import Any
 from server.api.generate.conversation import Piece
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.protocol import SamplingFields
+from server.api.generate.serving import off_loop
 from server.api.http.sse import DONE, dumps, event
 from server.config import Settings
 
@@ -31,6 +32,10 @@ class ChunkWriter(ABC):
     @abstractmethod
     def is_only_text(self) -> bool:
         """Whether, until the end of a choice, there is nothing to write but the text of deltas."""
+
+    @abstractmethod
+    def num_scored(self, generation: Generation, piece: Piece, is_first: bool) -> int:
+        """Log-probabilities in `choice`."""
 
     @abstractmethod
     def first(self, generation: Generation, piece: Piece) -> dict[str, Any] | None:
@@ -90,7 +95,8 @@ async def chunk_events(
             prefix = write(first)
             is_first = False
             has_begun.add(piece.index)
-        choice = writer.choice(generation, piece, is_first)
+        num_scored = 0 if is_only_text else writer.num_scored(generation, piece, is_first)
+        choice = await off_loop(writer.choice, generation, piece, is_first, num_scored=num_scored)
         if choice is not None:
             has_begun.add(piece.index)
         if is_only_text and piece.index in has_begun:

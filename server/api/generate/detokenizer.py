@@ -11,6 +11,9 @@ from server.api.generate.tokenizer import ServingTokenizer
 
 # Tokens that precede the new ones in the decoder, so that a sentencepiece model keeps the first word's blank.
 _CONTEXT_TOKENS = 6
+# Tokens without certain text, beyond which all but the newest are settled: bytes that never become a character would
+# pile up, and each look at them takes as long as they are many. No character takes more tokens than the newest are.
+_MOST_PENDING, _NEWEST = 32, 4
 _UNFINISHED = "\ufffd"
 
 
@@ -100,6 +103,8 @@ class Detokenizer:
 
     def _step(self, token_id: int) -> str:
         """The text that `token_id`, already pending, has made certain."""
+        if len(self._pending) > _MOST_PENDING:
+            self._stream = None
         if self._stream is not None:
             try:
                 piece = self._stream.step(self._tokenizer, token_id)
@@ -114,7 +119,7 @@ class Detokenizer:
         # one, texts are compared.
         piece = self._rest()
         if not piece or piece.endswith(_UNFINISHED):
-            return ""
+            return self._decided() if len(self._pending) > _MOST_PENDING else ""
         self._settle(self._context + self._pending)
         return piece
 
@@ -122,6 +127,16 @@ class Detokenizer:
         """Text of the pending tokens as far as it differs from what came before them."""
         before, after = self._decode(self._context), self._decode(self._context + self._pending)
         return after[_num_shared(before, after) :]
+
+    def _decided(self) -> str:
+        """Text of all but the newest pending tokens, which are the only ones from here on; "" if it may yet change."""
+        old, new = self._pending[:-_NEWEST], self._pending[-_NEWEST:]
+        known, decided, all_of_it = map(self._decode, (self._context, self._context + old, self._context + old + new))
+        is_open = len(decided) == len(all_of_it) and all_of_it.endswith(_UNFINISHED)
+        if is_open or not all_of_it.startswith(decided):
+            return ""
+        self._context, self._pending = (self._context + old)[-_CONTEXT_TOKENS:], new
+        return decided[_num_shared(known, decided) :]
 
     def _settle(self, token_ids: list[int]) -> None:
         """All text of these tokens is known: they only serve as context from here on."""

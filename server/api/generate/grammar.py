@@ -19,8 +19,6 @@ from server.api.http.errors import APIError, invalid
 from server.config import Settings
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
     from server.api.generate.tokenizer import ServingTokenizer
     from server.api.generate.tools import ToolUse
     from server.api.http.state import ServerState
@@ -51,11 +49,11 @@ class Compiler:
         self._tokenizer = tokenizer
         self._max_bytes = settings.max_grammar_bytes
         self._compiler: Any = None  # made on first use: it takes a third of a second
-        self._trials = [Trial(tokenizer) for _ in range(_TRIALS)]
+        self._trials = [Trial(tokenizer, settings.max_replicas) for _ in range(_TRIALS)]
         self._idle: asyncio.Queue[Trial] = asyncio.Queue()
         for trial in self._trials:
             self._idle.put_nowait(trial)
-        self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._refused: OrderedDict[str, str] = OrderedDict()
         self._turns: dict[str, asyncio.Lock] = {}  # of tenants with compilations under way
         self._waiting: Counter[str] = Counter()
@@ -64,29 +62,29 @@ class Compiler:
         """A function that makes a fresh constraint. 400 if the grammar is too large, invalid or too complex."""
         if len(source) > self._max_bytes:
             raise invalid(f"{param} is too large: at most {self._max_bytes} bytes.", param)
-        matcher = self._known(source, param)
-        if matcher is None:
+        first = self._known(source, param)
+        if first is None:
             if self._waiting[tenant] >= _MOST_WAITING:
                 raise APIError("Too many grammars of yours wait to be compiled.", param=param, status=503)
             self._waiting[tenant] += 1
             turn = self._turns.setdefault(tenant, asyncio.Lock())
             try:
                 async with turn:
-                    matcher = self._known(source, param) or await self._new(source, param)
+                    first = self._known(source, param) or await self._new(source, param)
             finally:
                 self._waiting[tenant] -= 1
                 if not self._waiting[tenant]:
                     del self._waiting[tenant], self._turns[tenant]
-        return lambda: self._compiler.start(matcher)
+        return first.copy
 
-    def _known(self, source: str, param: str) -> LLMatcher | None:
+    def _known(self, source: str, param: str) -> Grammar | None:
         if (problem := self._refused.get(source)) is not None:
             raise invalid(f"{param} {problem}", param)
-        if (matcher := self._cache.get(source)) is not None:
+        if (first := self._cache.get(source)) is not None:
             self._cache.move_to_end(source)
-        return matcher
+        return first
 
-    async def _new(self, source: str, param: str) -> LLMatcher:
+    async def _new(self, source: str, param: str) -> Grammar:
         from server.engine.extras.grammar import GrammarError
 
         for trial in self._trials:
@@ -96,7 +94,7 @@ class Compiler:
             await trial.ready()
             async with asyncio.timeout(_COMPILE_SECONDS):
                 grammar = await trial.convert(source)
-                matcher = await asyncio.to_thread(self._compile, grammar)
+                first = await asyncio.to_thread(self._compile, grammar)
         except (GrammarError, TimeoutError) as error:
             problem = f"cannot be used: {error}" if isinstance(error, GrammarError) else "is too complex to compile."
             _keep(self._refused, source, problem, _REFUSED)
@@ -106,10 +104,10 @@ class Compiler:
             raise APIError("No grammar can be compiled now.", param=param, status=503) from None
         finally:
             self._idle.put_nowait(trial)
-        _keep(self._cache, source, matcher, _CACHED)
-        return matcher
+        _keep(self._cache, source, first, _CACHED)
+        return first
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, grammar: str) -> Grammar:
         from server.engine.extras.grammar import GrammarCompiler
 
         if self._compiler is None:

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from server.core.machine import available_memory
+
 if TYPE_CHECKING:
     from server.api.generate.tokenizer import ServingTokenizer
 
 logger = logging.getLogger(__name__)
 
+# What a grammar may take: the server, which compiles it again and keeps it, has room for as much and for others.
+_SHARE, _LEAST_MEMORY, _MOST_MEMORY = 16, 128 << 20, 1 << 30
 _ROOT = Path(__file__).parents[3]
 MODULE = "server.engine.extras.grammar_trial"
 # All that a trial process gets to see of the server's environment: no key, no token.
@@ -25,8 +29,10 @@ _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "
 class Trial:
     """One process, started when it is first needed and again at once after a crash. One grammar at a time."""
 
-    def __init__(self, tokenizer: ServingTokenizer) -> None:
+    def __init__(self, tokenizer: ServingTokenizer, replicas: int = 1) -> None:
+        """`replicas`: servers that divide the machine's memory."""
         self._tokenizer = tokenizer
+        self._replicas = replicas
         self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
 
     def warm(self) -> None:
@@ -81,6 +87,7 @@ class Trial:
             "tokenizer": tokenizer.backend.to_str(),
             "vocab_size": tokenizer.vocab_size,
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
+            "memory": min(max(available_memory(self._replicas) // _SHARE, _LEAST_MEMORY), _MOST_MEMORY),
         }
         process.stdin.write(orjson.dumps(setup) + b"\n")
         await process.stdout.readline()  # it is ready, or dead: its first grammar will tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -67,27 +68,26 @@ def with_tools_in_words(messages: list[dict[str, Any]], tools: list[dict[str, An
     `messages` as `plain_messages` returns them. Descriptions go to the end of the system message.
     """
     result: list[dict[str, Any]] = []
-    for message in messages:
-        calls = message.get("tool_calls")
-        if message["role"] == "tool":
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if result and result[-1].get("holds_results"):
-                result[-1]["content"] += "\n" + text
-            else:
-                result.append({"role": "user", "content": text, "holds_results": True})
-        elif calls:
+    for is_result, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        if is_result:
+            texts = [f"<tool_response>\n{message['content']}\n</tool_response>" for message in group]
+            result.append({"role": "user", "content": "\n".join(texts)})
+            continue
+        for message in group:
+            calls = message.get("tool_calls")
+            if not calls:
+                result.append(message)
+                continue
             texts = [message["content"]] if message["content"] else []
             texts += [_call_text(call["function"]) for call in calls]
             result.append({"role": message["role"], "content": "\n".join(texts)})
-        else:
-            result.append(message)
     if tools:
         described = _PROMPT.format(tools="\n".join(map(to_json, tools)))
         if result and result[0]["role"] == "system":
             result[0] = result[0] | {"content": f"{result[0]['content']}\n\n{described}".lstrip()}
         else:
             result.insert(0, {"role": "system", "content": described})
-    return [{key: value for key, value in message.items() if key != "holds_results"} for message in result]
+    return result
 
 
 def _call_text(function: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 BLANKS = " \t\r\n"
+_BLANKS = re.compile(f"[{BLANKS}]*")
 _IN_STRING = re.compile(r'["\\]')
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can name it, but no text can hold it
 _DECODER = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=lambda name: _refuse(name))
@@ -47,6 +48,10 @@ class ObjectScanner:
         self._depth = 0  # inside the current value
         self._string_at: int | None = None
         self._is_first = True
+
+    @property
+    def num_scanned(self) -> int:
+        return self._at - self.start
 
     def scan(self, text: str) -> None:
         """Go on with `text`, which begins with all that was seen before."""
@@ -161,4 +166,6 @@ def is_json(text: str) -> bool:
 
 def skip_blanks(text: str, start: int) -> int:
     """The first position from `start` on that is no blank."""
-    return len(text) - len(text[start:].lstrip(BLANKS))
+    found = _BLANKS.match(text, start)
+    assert found is not None, "matches nothing, too"
+    return found.end()

@@ -5,14 +5,18 @@ The floats are passed on as they come: a client that compares a token's value wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import orjson
+
 from server.api.generate.tokenizer import ServingTokenizer
+from server.api.http.sse import entries_of, listed
 from server.core.request import TokenLogprobs
 
 # JSON has no infinity; this is what vLLM and OpenAI report for a token that cannot occur.
 _LOWEST = -9999.0
+_AT_ONCE = 5000  # log-probabilities
 
 
 class LogprobFormatter:
@@ -26,6 +30,11 @@ class LogprobFormatter:
         self._num_top = num_top
         self._as_ids = as_token_ids
 
+    def count(self, num_positions: int, num_top: int | None = None) -> int:
+        """Log-probabilities at so many positions, with `num_top` (None: its own) of the likeliest at each."""
+        top = self._num_top if num_top is None else num_top
+        return num_positions * (1 + (top if top >= 0 else self._tokenizer.vocab_size))
+
     def token(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self._as_ids else self._tokenizer.token_text(token_id)
 
@@ -37,10 +46,12 @@ class LogprobFormatter:
             "text_offset": offsets,
             "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
             "tokens": [self.token(token_id) for token_id in token_ids],
-            "top_logprobs": [None if entry is None else self._top_dict(entry) for entry in entries],
+            "top_logprobs": listed([self._written(entries, self._top_dict)]),
         }
 
-    def _top_dict(self, entry: TokenLogprobs) -> dict[str, float] | None:
+    def _top_dict(self, entry: TokenLogprobs | None) -> dict[str, float] | None:
+        if entry is None:
+            return None
         top: dict[str, float] = {}
         # Likeliest first, so of two ids with the same text the larger value survives. The token itself always counts.
         for token_id, logprob in self._top(entry):
@@ -53,9 +64,16 @@ class LogprobFormatter:
         # The engine may have been asked for more, for the sake of `prompt_logprobs`.
         return entry.top if self._num_top < 0 else entry.top[: self._num_top]
 
-    def chat(self, entries: list[TokenLogprobs]) -> dict[str, list[dict[str, Any]]]:
+    def chat(self, entries: Sequence[TokenLogprobs]) -> dict[str, orjson.Fragment]:
         """The chat object: {"content": [{token, logprob, bytes, top_logprobs}]}."""
-        return {"content": [self._chat_entry(entry) for entry in entries]}
+        return {"content": listed([self.chat_entries(entries)])}
+
+    def chat_entries(self, entries: Sequence[TokenLogprobs]) -> bytes:
+        """What is in that list: a part for `listed`."""
+        return self._written(entries, self._chat_entry)
+
+    def _written(self, entries: Sequence[Any], write: Callable[[Any], Any]) -> bytes:
+        return entries_of(entries, write, max(_AT_ONCE // self.count(1), 1))
 
     def _chat_entry(self, entry: TokenLogprobs) -> dict[str, Any]:
         item = self._chat_token(entry.token_id, entry.logprob)
@@ -69,23 +87,23 @@ class LogprobFormatter:
             "bytes": self._tokenizer.token_bytes(token_id),
         }
 
-    def prompt(self, entries: list[TokenLogprobs | None], num_top: int) -> list[dict[str, dict[str, Any]] | None]:
+    def prompt(self, entries: list[TokenLogprobs | None], num_top: int) -> orjson.Fragment:
         """vLLM's `prompt_logprobs`: per position {token id: {logprob, rank, decoded_token}}.
 
         `num_top` of the likeliest (-1: all): the engine may have been asked for more, for the sake of `logprobs`.
         """
-        result: list[dict[str, dict[str, Any]] | None] = []
-        for entry in entries:
+
+        def position(entry: TokenLogprobs | None) -> dict[str, dict[str, Any]] | None:
             if entry is None:
-                result.append(None)
-                continue
-            position = {
+                return None
+            found = {
                 str(token_id): self._ranked(token_id, logprob, rank)
                 for rank, (token_id, logprob) in enumerate(entry.top if num_top < 0 else entry.top[:num_top], start=1)
             }
-            position.setdefault(str(entry.token_id), self._ranked(entry.token_id, entry.logprob, entry.rank))
-            result.append(position)
-        return result
+            found.setdefault(str(entry.token_id), self._ranked(entry.token_id, entry.logprob, entry.rank))
+            return found
+
+        return listed([self._written(entries, position)])
 
     def _ranked(self, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": _finite(logprob), "rank": rank, "decoded_token": self.token(token_id)}

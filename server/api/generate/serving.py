@@ -21,6 +21,7 @@ from server.api.http.sse import EventStream, dumps, until_disconnect
 from server.api.http.state import ServerState
 
 T = TypeVar("T", bound=Body)
+R = TypeVar("R")
 
 # A body that takes longer than this to arrive is a stalled client.
 _BODY_SECONDS = 120.0
@@ -59,20 +60,29 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
     return parse_body(model, b"".join(chunks))
 
 
-_WRITTEN_INLINE = 1000  # positions with log-probabilities that are written on the event loop
+WRITTEN_INLINE = 5000  # log-probabilities that are written on the event loop: a few milliseconds
 
 
-async def written(make: Callable[..., Any], *arguments: Any, num_scored: int) -> Any:
-    """JSON of `make(*arguments)`, a part of an answer with log-probabilities at `num_scored` positions.
-
-    Each takes microseconds, and there may be millions: beyond a few they are written in a thread, from which the event
-    loop gets its turns.
-    """
+async def written(make: Callable[..., Any], *arguments: Any, num_scored: int) -> orjson.Fragment:
+    """JSON of `make(*arguments)`, a part of an answer that holds `num_scored` log-probabilities."""
 
     def write() -> orjson.Fragment:
         return orjson.Fragment(dumps(make(*arguments)))
 
-    return write() if num_scored <= _WRITTEN_INLINE else await asyncio.to_thread(write)
+    return await off_loop(write, num_scored=num_scored)
+
+
+async def off_loop(make: Callable[..., R], *arguments: Any, num_scored: int) -> R:
+    """`make(*arguments)`, which writes `num_scored` log-probabilities.
+
+    Each takes about a microsecond, and there may be millions: beyond a few they are written in a thread, from which the
+    event loop gets its turns; and of few in each of many answers it gets one after each.
+    """
+    if num_scored > WRITTEN_INLINE:
+        return await asyncio.to_thread(make, *arguments)
+    if num_scored > WRITTEN_INLINE // 10:
+        await asyncio.sleep(0)
+    return make(*arguments)
 
 
 def is_crowded(arriving: Counter[str], tenant: str, most: int) -> bool:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import orjson
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from server.api.http.errors import APIError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -34,6 +35,20 @@ def dumps(data: Any) -> bytes:
         for raw, escaped in _LINE_ENDS:
             text = text.replace(raw, escaped)
     return text
+
+
+def entries_of(values: Sequence[T], write: Callable[[T], Any], at_once: int) -> bytes:
+    """JSON of `write(value)` for each, with commas between them: a part for `listed`.
+
+    `at_once` in one call of the library, while which no other thread gets a turn.
+    """
+    parts = (dumps([write(value) for value in values[at : at + at_once]]) for at in range(0, len(values), at_once))
+    return b",".join(part[1:-1] for part in parts)
+
+
+def listed(parts: Iterable[bytes]) -> orjson.Fragment:
+    """A JSON list of what is in `parts`."""
+    return orjson.Fragment(b"[" + b",".join(filter(None, parts)) + b"]")
 
 
 def event(data: Any) -> bytes:

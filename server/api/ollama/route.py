@@ -15,10 +15,10 @@ from server.api.generate.conversation import Call, Piece
 from server.api.generate.generation import Generation, now
 from server.api.generate.json_text import is_json
 from server.api.generate.logprobs import LogprobFormatter
-from server.api.generate.serving import json_response, read_body, respond
+from server.api.generate.serving import json_response, off_loop, read_body, respond
 from server.api.generate.submission import Caller
 from server.api.http.errors import APIError
-from server.api.http.sse import dumps
+from server.api.http.sse import dumps, listed
 from server.api.http.state import ServerState
 from server.api.ollama.convert import Talk, chat, generate, model_name
 from server.api.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest, OllamaRequest
@@ -79,21 +79,21 @@ class OllamaCall:
 
     async def whole(self, generation: Generation) -> Response:
         said = _Said()
-        logprobs: list[Any] = []
+        scored: list[bytes] = []
         async for piece in self.talk.pieces(generation):
             said.add(piece)
-            logprobs += self._logprobs(piece)
-        answer = self._written(generation, said) | ({"logprobs": logprobs} if self.with_logprobs else {})
+            scored.append(await self._scored(piece))
+        answer = self._written(generation, said) | ({"logprobs": listed(scored)} if self.with_logprobs else {})
         return json_response(answer | self._end(generation, piece), generation.headers())
 
     async def lines(self, generation: Generation) -> AsyncGenerator[bytes]:
         said = _Said()
         async for piece in self.talk.pieces(generation):
             said.add(piece)
-            logprobs = self._logprobs(piece)
-            if said.is_empty and not logprobs:
+            scored = await self._scored(piece)
+            if said.is_empty and not scored:
                 continue
-            line = self._written(generation, said) | ({"logprobs": logprobs} if logprobs else {})
+            line = self._written(generation, said) | ({"logprobs": listed([scored])} if scored else {})
             yield _line(line | {"done": False})
             said.clear()
         yield _line(self._written(generation, said) | self._end(generation, piece))
@@ -108,8 +108,10 @@ class OllamaCall:
             content = {"response": said.text, **thinking}
         return {"model": generation.model_id, "created_at": timestamp(), **content}
 
-    def _logprobs(self, piece: Piece) -> list[Any]:
-        return self.format.chat(list(piece.delta.logprobs or ()))["content"] if self.with_logprobs else []
+    async def _scored(self, piece: Piece) -> bytes:
+        """Log-probabilities as they are written: a part for `listed`."""
+        entries = piece.delta.logprobs or ()
+        return await off_loop(self.format.chat_entries, entries, num_scored=self.format.count(len(entries)))
 
     def _end(self, generation: Generation, last: Piece) -> dict[str, Any]:
         """Durations in nanoseconds. `load_duration` is the time in the queue: nothing is loaded."""

@@ -13,10 +13,10 @@ from server.api.generate.answer_parts import CallPart, Reasoning, Text
 from server.api.generate.conversation import Call, Conversation
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.logprobs import LogprobFormatter
-from server.api.generate.serving import created_now, json_response, read_body, respond
+from server.api.generate.serving import created_now, json_response, off_loop, read_body, respond
 from server.api.generate.submission import Caller
 from server.api.http.errors import APIError
-from server.api.http.sse import named_event
+from server.api.http.sse import listed, named_event
 from server.api.http.state import ServerState
 from server.api.responses.convert import to_chat
 from server.api.responses.protocol import ResponsesRequest
@@ -48,9 +48,10 @@ class ResponseCall:
     async def whole(self, generation: Generation) -> Response:
         answer = (await self.conversation.answers(generation))[0]
         output = _Output(self, answer.finish_reason)
+        output.scored = [await self._scored(answer.deltas)]
         for item in answer.items or [Text("")]:
             if isinstance(item, Text):
-                output.add_message(item.text, answer.deltas)
+                output.add_message(item.text)
             elif isinstance(item, Reasoning):
                 output.add_reasoning(item.text)
             else:
@@ -74,10 +75,11 @@ class ResponseCall:
                 num_changes = len(generation.changes)
                 change = {"size": generation.size_summary()}
             output.finish = piece.finish_reason
-            output.deltas.append(piece.delta)
+            scored = await self._scored([piece.delta])
+            output.scored.append(scored)
             parts = piece.parts or ([Text("")] if piece.finish_reason and output.is_empty else [])
             for part in parts:
-                for event in output.write(part, piece.delta, change):
+                for event in output.write(part, scored, change):
                     yield event
         for event in output.close():
             yield event
@@ -97,11 +99,13 @@ class ResponseCall:
     def message(self, item_id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def part(self, text: str, deltas: list[Delta]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(deltas)}
+    def part(self, text: str, scored: list[bytes]) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": listed(scored)}
 
-    def logprobs(self, deltas: list[Delta]) -> list[dict[str, Any]]:
-        return self.format.chat([entry for delta in deltas for entry in delta.logprobs or ()])["content"]
+    async def _scored(self, deltas: list[Delta]) -> bytes:
+        """Log-probabilities as they are written: a part for `listed`."""
+        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+        return await off_loop(self.format.chat_entries, entries, num_scored=self.format.count(len(entries)))
 
     def _response(self, generation: Generation, finish: str | None, output: list[dict[str, Any]]) -> dict[str, Any]:
         body, chat, default = self.body, self.conversation.body, self.state.sampling_defaults
@@ -149,7 +153,7 @@ class _Output:
         self._call = call
         self.finish = finish
         self.items: list[dict[str, Any]] = []
-        self.deltas: list[Delta] = []  # streamed: of the open item
+        self.scored: list[bytes] = []  # log-probabilities so far: parts for `listed`
         self._open: str | None = None
         self._item_id = ""
         self._text = ""
@@ -161,10 +165,10 @@ class _Output:
 
     # --- whole items
 
-    def add_message(self, text: str, deltas: list[Delta], item_id: str = "") -> dict[str, Any]:
+    def add_message(self, text: str, item_id: str = "") -> dict[str, Any]:
         """Log-probabilities are those of the first message's tokens and all that follow."""
         is_first = not any(item["type"] == "message" for item in self.items)
-        part = self._call.part(text, deltas if is_first else [])
+        part = self._call.part(text, self.scored if is_first else [])
         self.items.append(self._call.message(item_id or _item_id("msg"), _status(self.finish), [part]))
         return part
 
@@ -178,7 +182,7 @@ class _Output:
 
     # --- streamed
 
-    def write(self, part: Text | Reasoning | CallPart, delta: Delta, extra: dict[str, Any]) -> Iterator[bytes]:
+    def write(self, part: Text | Reasoning | CallPart, scored: bytes, extra: dict[str, Any]) -> Iterator[bytes]:
         if isinstance(part, CallPart):
             if part.id is not None:
                 yield from self.close()
@@ -205,9 +209,8 @@ class _Output:
                 part_of = self._call.part("", [])
                 yield self._event("response.content_part.added", content_index=0, part=part_of)
             self._text += part.text
-            logprobs = self._call.logprobs([delta])
             name = "response.output_text.delta"
-            yield self._event(name, content_index=0, delta=part.text, logprobs=logprobs, **extra)
+            yield self._event(name, content_index=0, delta=part.text, logprobs=listed([scored]), **extra)
 
     def close(self) -> Iterator[bytes]:
         """End the open item, if there is one."""
@@ -216,7 +219,7 @@ class _Output:
             return
         index = len(self.items)
         if kind == "message":
-            part = self.add_message(text, self.deltas, self._item_id)
+            part = self.add_message(text, self._item_id)
             logprobs = part["logprobs"]
             yield self._event("response.output_text.done", index, content_index=0, text=text, logprobs=logprobs)
             yield self._event("response.content_part.done", index, content_index=0, part=part)

@@ -12,6 +12,7 @@ from server.api.generate.conversation import chat_template, render
 from server.api.generate.serving import json_response, read_body, too_long
 from server.api.generate.tools import ToolUse
 from server.api.http.errors import invalid
+from server.api.http.sse import entries_of, listed
 from server.api.http.state import ServerState, state_of
 from server.api.routes.protocol import DetokenizeRequest, TokenizeRequest
 
@@ -42,7 +43,8 @@ async def tokenize(request: Request, state: ServerState) -> Response:
         raise invalid(f"{param} is not valid Unicode.", param) from None
     answer = {"count": len(token_ids), "max_model_len": state.catalog.max_model_len, "tokens": token_ids}
     if body.return_token_strs:
-        answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in token_ids]
+        texts = await asyncio.to_thread(entries_of, token_ids, tokenizer.token_text, 5000)
+        answer["token_strs"] = listed([texts])
     return json_response(answer)
 
 

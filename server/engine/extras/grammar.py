@@ -1,13 +1,17 @@
 """Constrained decoding: a compiled grammar that says which tokens may come next. llguidance does the parsing.
 
-Every step is bounded: llguidance gives up on a mask that costs more than its fuel. A constraint that gives up ends
-its own request with `error`; it cannot hold up the batch.
+Every step is bounded: llguidance gives up on a mask that costs more than its fuel, and `fill_masks` on masks that cost
+more than the step. A constraint that gives up ends its own request with `error`; it cannot hold up the batch.
 """
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Sequence
+
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 # About 10 ms for one mask and 50 ms for the initial automaton at llguidance's quoted speeds.
 LIMITS = LLParserLimits(
@@ -27,30 +31,39 @@ class GrammarError(ValueError):
 class Grammar:
     """The constraint of one sequence; used by the sampler in the engine thread."""
 
-    __slots__ = ("_eos", "_mask", "_matcher", "_num_words", "error")
+    __slots__ = ("_eos", "_mask", "_matcher", "error", "filled_at", "is_ready")
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], mask: np.ndarray, is_ready: bool) -> None:
+        """`mask`: int32 [ceil(V / 32)], of the first token where that `is_ready`; shared, and left as it is."""
         self._matcher = matcher
-        self._num_words = (vocab_size + 31) // 32
         self._eos = eos_token_ids
-        self._mask = np.zeros(self._num_words, dtype=np.int32)
+        self._mask = mask
+        self.is_ready = is_ready
+        self.filled_at = 0.0  # on the clock of time.monotonic
         self.error: str | None = None
 
     def bitmask(self) -> np.ndarray:
-        """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next. Valid until the next call."""
-        if not self._fails():
-            try:
-                self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-            except BaseException as error:  # a panic in Rust is no Exception
-                self.error = f"the parser failed: {error}"
-        if self._fails():  # end the sequence: only the end of text is left
-            self._mask[:] = 0
-            for token_id in self._eos or {0}:
-                self._mask.view(np.uint32)[token_id // 32] |= np.uint32(1 << (token_id % 32))
+        """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next."""
+        if not self.is_ready:
+            mask = np.zeros_like(self._mask)
+            if not self._fails():
+                try:
+                    self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                except BaseException as error:  # a panic in Rust is no Exception
+                    self.error = f"the parser failed: {error}"
+            self._take(mask)
         return self._mask
+
+    def _take(self, mask: np.ndarray) -> None:
+        if self._fails():  # end the sequence: only the end of text is left
+            mask[:] = 0
+            for token_id in self._eos or {0}:
+                mask.view(np.uint32)[token_id // 32] |= np.uint32(1 << (token_id % 32))
+        self._mask, self.is_ready, self.filled_at = mask, True, time.monotonic()
 
     def accept(self, token_id: int) -> bool:
         """Advance over a sampled token; False if the constraint has failed."""
+        self.is_ready = False
         try:
             return not self._fails() and self._matcher.consume_token(token_id) and not self._fails()
         except BaseException as error:
@@ -61,10 +74,45 @@ class Grammar:
         """Whether nothing but the end can follow."""
         return self.error is not None or self._matcher.is_stopped()
 
+    def copy(self) -> Grammar:
+        return Grammar(self._matcher.deep_copy(), self._eos, self._mask, self.is_ready)
+
     def _fails(self) -> bool:
         if self.error is None and self._matcher.is_error():
             self.error = self._matcher.get_error() or "the constraint failed"
         return self.error is not None
+
+
+def fill_masks(grammars: Sequence[Grammar], seconds: float, num_threads: int) -> None:
+    """Compute masks, those of whom waits longest first, until so much time has passed; one for each thread at least."""
+    waiting = sorted(grammars, key=lambda grammar: grammar.filled_at, reverse=True)
+    end, count = time.monotonic() + seconds, num_threads
+    while waiting and count:
+        started = time.monotonic()
+        _fill([waiting.pop() for _ in range(min(count, len(waiting)))], num_threads)
+        now = time.monotonic()
+        left = (end - now) / max(now - started, 1e-6)  # times what was done last
+        count = 0 if left <= 0 else min(max(int(count * left / 2), num_threads), 2 * count)
+
+
+def _fill(grammars: list[Grammar], num_threads: int) -> None:
+    if len(grammars) > 1 and num_threads > 1:
+        masks = np.zeros((len(grammars), len(grammars[0]._mask)), np.int32)
+        matchers = [(grammar._matcher, row) for row, grammar in enumerate(grammars)]
+        try:
+            _threads(num_threads).unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks[0].nbytes, len(masks))
+        except BaseException:  # a panic of one of them; each for itself shows whose
+            pass
+        else:
+            for grammar, mask in zip(grammars, masks, strict=True):
+                grammar._take(mask)
+    for grammar in grammars:
+        grammar.bitmask()
+
+
+@functools.cache
+def _threads(number: int) -> LLExecutor:
+    return LLExecutor(number)
 
 
 class GrammarCompiler:
@@ -75,12 +123,12 @@ class GrammarCompiler:
         self._eos = eos_token_ids
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
 
-    def compile(self, grammar: str) -> LLMatcher:
-        """A matcher in its first state; copy it for each sequence (`start`). GrammarError if it is no good."""
+    def compile(self, grammar: str) -> Grammar:
+        """A constraint in its first state, with its first mask; `start` one for each sequence. GrammarError if it is
+        no good."""
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-        if matcher.is_error():
-            raise GrammarError(" ".join(matcher.get_error().split())[:300])
-        return matcher
-
-    def start(self, matcher: LLMatcher) -> Grammar:
-        return Grammar(matcher.deep_copy(), self._vocab_size, self._eos)
+        first = Grammar(matcher, self._eos, np.zeros((self._vocab_size + 31) // 32, np.int32), is_ready=False)
+        first.bitmask()
+        if first.error is not None:
+            raise GrammarError(" ".join(first.error.split())[:300])
+        return first
