@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import orjson
@@ -15,7 +17,10 @@ from server.api.embeddings.vectors import embedding, vectors
 from server.api.generate.generation import Generation
 from server.api.generate.serving import json_response, read_body, read_prompts, respond
 from server.api.generate.submission import Caller
+from server.api.http.sse import Written
 from server.api.http.state import ServerState
+
+T = TypeVar("T")
 
 
 async def create_embeddings(request: Request, state: ServerState) -> Response:
@@ -31,7 +36,9 @@ async def create_embeddings(request: Request, state: ServerState) -> Response:
         usage = generation.usage()
         answer = {
             "object": "list",
-            "data": [{"object": "embedding", "index": i, "embedding": write(one)} for i, one in enumerate(found)],
+            "data": [
+                {"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(await each(write, found))
+            ],
             "model": generation.model_id,
             "size": generation.size_summary(),
             "usage": {"prompt_tokens": usage["prompt_tokens"], "total_tokens": usage["total_tokens"]},
@@ -41,9 +48,14 @@ async def create_embeddings(request: Request, state: ServerState) -> Response:
     return await respond(request, generation, False, whole)
 
 
-def numbers(vector: np.ndarray) -> Any:
+async def each(write: Callable[[np.ndarray], T], vectors: list[np.ndarray]) -> list[T]:
+    """`write` of each; there may be a thousand of thousands of numbers, for which the event loop does not wait."""
+    return await asyncio.to_thread(lambda: [write(vector) for vector in vectors])
+
+
+def numbers(vector: np.ndarray) -> Written:
     """A JSON list, each number with as many digits as tell float32 apart."""
-    return orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
+    return Written(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _base64(vector: np.ndarray) -> str:

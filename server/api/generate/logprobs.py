@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import orjson
-
 from server.api.generate.tokenizer import ServingTokenizer
-from server.api.http.sse import entries_of, listed
+from server.api.http.sse import Written, entries_of, listed
 from server.core.request import TokenLogprobs
 
 # JSON has no infinity; this is what vLLM and OpenAI report for a token that cannot occur.
@@ -64,7 +62,7 @@ class LogprobFormatter:
         # The engine may have been asked for more, for the sake of `prompt_logprobs`.
         return entry.top if self._num_top < 0 else entry.top[: self._num_top]
 
-    def chat(self, entries: Sequence[TokenLogprobs]) -> dict[str, orjson.Fragment]:
+    def chat(self, entries: Sequence[TokenLogprobs]) -> dict[str, Written]:
         """The chat object: {"content": [{token, logprob, bytes, top_logprobs}]}."""
         return {"content": listed([self.chat_entries(entries)])}
 
@@ -87,7 +85,7 @@ class LogprobFormatter:
             "bytes": self._tokenizer.token_bytes(token_id),
         }
 
-    def prompt(self, entries: list[TokenLogprobs | None], num_top: int) -> orjson.Fragment:
+    def prompt(self, entries: list[TokenLogprobs | None], num_top: int) -> Written:
         """vLLM's `prompt_logprobs`: per position {token id: {logprob, rank, decoded_token}}.
 
         `num_top` of the likeliest (-1: all): the engine may have been asked for more, for the sake of `logprobs`.

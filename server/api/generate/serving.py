@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -17,7 +16,7 @@ from server.api.generate.protocol import SamplingFields
 from server.api.generate.sampling import check_token_ids
 from server.api.http.body import Body, parse_body
 from server.api.http.errors import APIError, invalid
-from server.api.http.sse import EventStream, dumps, until_disconnect
+from server.api.http.sse import EventStream, JSONParts, Written, dumped_parts, dumps, until_disconnect
 from server.api.http.state import ServerState
 
 T = TypeVar("T", bound=Body)
@@ -60,14 +59,15 @@ async def read_body(request: Request, model: type[T], state: ServerState) -> T:
     return parse_body(model, b"".join(chunks))
 
 
+_LONG = 1 << 20  # bytes of an answer
 WRITTEN_INLINE = 5000  # log-probabilities that are written on the event loop: a few milliseconds
 
 
-async def written(make: Callable[..., Any], *arguments: Any, num_scored: int) -> orjson.Fragment:
+async def written(make: Callable[..., Any], *arguments: Any, num_scored: int) -> Written:
     """JSON of `make(*arguments)`, a part of an answer that holds `num_scored` log-probabilities."""
 
-    def write() -> orjson.Fragment:
-        return orjson.Fragment(dumps(make(*arguments)))
+    def write() -> Written:
+        return Written(dumps(make(*arguments)))
 
     return await off_loop(write, num_scored=num_scored)
 
@@ -92,7 +92,10 @@ def is_crowded(arriving: Counter[str], tenant: str, most: int) -> bool:
 
 
 def json_response(data: Any, headers: dict[str, str] | None = None) -> Response:
-    return Response(dumps(data), headers=headers, media_type="application/json")
+    parts = dumped_parts(data)
+    if sum(map(len, parts)) > _LONG:
+        return JSONParts(parts, headers)
+    return Response(b"".join(parts), headers=headers, media_type="application/json")
 
 
 def truncate(token_ids: list[int], body: SamplingFields, max_model_len: int) -> list[int]:

@@ -30,6 +30,8 @@ _PASSES = 32  # over the conversation's own text
 _ENTRY = 16  # characters' worth of memory that an entry of a list takes
 _TICKS = 64  # between two looks at the clock
 
+_TEXTS = (str, bytes)
+_OWNERS = (str, bytes, int)
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d+|\*)?(?:\.(\d+|\*))?")
 _NESTED_FIELD = re.compile(r"\{[^{}]*\{")
@@ -99,7 +101,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def made(self, value: Any) -> Any:
         """`value`, paid for."""
         self._tick()
-        if isinstance(value, str | bytes):
+        if isinstance(value, _TEXTS):
             self._spend(len(value))
         elif isinstance(value, _CONTAINERS):
             self._spend(_ENTRY * len(value))
@@ -114,7 +116,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def _weigh(self, value: Any) -> int:
         """Characters and entries in a value, each as often as it occurs. TemplateError if it would unfold too far."""
-        if isinstance(value, str | bytes):
+        if isinstance(value, _TEXTS):
             return len(value)
         if not isinstance(value, _CONTAINERS):
             return 1
@@ -133,8 +135,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **options: Any) -> Any:
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         for value in (*args, *options.values()):
-            __self._weigh(value)
-        if isinstance(owner, str | bytes | int):
+            if isinstance(value, _CONTAINERS):
+                __self._weigh(value)
+        if isinstance(owner, _OWNERS):
             if __obj.__name__ == "join":
                 args = tuple(map(list, args))
             bound = _BOUNDS.get(f".{__obj.__name__}") or _BOUNDS.get(__obj.__name__)
@@ -162,7 +165,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
                     self._afford(self._weigh(one) * times)
         if operator == "%" and isinstance(left, str | bytes):
             self._afford(_percent(self, left, right))
-        return self.made(super().call_binop(context, operator, left, right))
+        return self.made(self.binop_table[operator](left, right))
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]  # a function there, called as this is
         texts = []

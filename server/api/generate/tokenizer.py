@@ -56,6 +56,7 @@ class ServingTokenizer:
         )
         self.longest_token = max(map(len, backend.get_vocab()), default=1)
         self.token_text = lru_cache(maxsize=1 << 17)(self._token_text)
+        self.token_bytes = lru_cache(maxsize=1 << 17)(self._token_bytes)
 
     @classmethod
     def from_folder(
@@ -120,7 +121,7 @@ class ServingTokenizer:
     def _token_text(self, token_id: int) -> str:
         return self.backend.decode([token_id], skip_special_tokens=False)
 
-    def token_bytes(self, token_id: int) -> list[int]:
+    def _token_bytes(self, token_id: int) -> list[int]:
         """The UTF-8 bytes of one token, exact even where the token is a part of a character."""
         piece = self.backend.id_to_token(token_id)
         if piece is None:

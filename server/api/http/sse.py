@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -25,16 +26,46 @@ DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 
 
+class Written:
+    """JSON that `dumps` has written before: a part of what it is to write now."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+
+# Stands for that while the rest is written; nobody outside can know it.
+_PLACE = secrets.token_hex(16)
+
+
 def dumps(data: Any) -> bytes:
     """JSON that holds no line end of any kind."""
+    return b"".join(dumped_parts(data))
+
+
+def dumped_parts(data: Any) -> list[bytes]:
+    """The same in parts: what was written before is not looked at again, for it may be a hundred megabytes."""
+    before: list[bytes] = []
+
+    def place(value: Any) -> str:
+        if not isinstance(value, Written):
+            raise TypeError(f"{type(value).__name__} is no JSON")
+        before.append(value.content)
+        return _PLACE
+
     try:
-        text = orjson.dumps(data)
+        text = orjson.dumps(data, default=place)
     except TypeError:  # a caller's schema that is handed back may hold integers of any length
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+        before.clear()
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=place).encode()
     if not text.isascii():
         for raw, escaped in _LINE_ENDS:
             text = text.replace(raw, escaped)
-    return text
+    if not before:
+        return [text]
+    own = text.split(f'"{_PLACE}"'.encode())
+    return [part for pair in zip(own, [*before, b""], strict=True) for part in pair if part]
 
 
 def entries_of(values: Sequence[T], write: Callable[[T], Any], at_once: int) -> bytes:
@@ -46,9 +77,25 @@ def entries_of(values: Sequence[T], write: Callable[[T], Any], at_once: int) -> 
     return b",".join(part[1:-1] for part in parts)
 
 
-def listed(parts: Iterable[bytes]) -> orjson.Fragment:
+def listed(parts: Iterable[bytes]) -> Written:
     """A JSON list of what is in `parts`."""
-    return orjson.Fragment(b"[" + b",".join(filter(None, parts)) + b"]")
+    return Written(b"[" + b",".join(filter(None, parts)) + b"]")
+
+
+class JSONParts(Response):
+    """A long answer, sent in parts: between two of them the event loop turns."""
+
+    def __init__(self, parts: list[bytes], headers: dict[str, str] | None = None) -> None:
+        length = str(sum(map(len, parts)))
+        super().__init__(None, headers={**(headers or {}), "content-length": length}, media_type="application/json")
+        self.parts = parts
+
+    async def __call__(self, scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self.parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(data: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.embeddings.route import numbers
+from server.api.embeddings.route import each, numbers
 from server.api.embeddings.vectors import embedding, vectors
 from server.api.generate.generation import Generation, now
 from server.api.generate.serving import json_response, read_body, read_prompts, respond
@@ -31,7 +31,7 @@ async def ollama_embed(request: Request, state: ServerState) -> Response:
         found = await vectors(generation, body.dimensions)
         answer = {
             "model": generation.model_id,
-            "embeddings": [numbers(vector) for vector in found],
+            "embeddings": await each(numbers, found),
             "total_duration": int((now() - caller.arrival_time) * 1e9),
             "load_duration": 0,
             "prompt_eval_count": generation.usage()["prompt_tokens"],
