@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import orjson
 import pytest
 
 from server.api.generate.answer_reader import AnswerReader
@@ -25,6 +24,7 @@ from server.api.generate.tokenizer import ServingTokenizer
 from server.api.generate.tool_forms import HERMES
 from server.api.http import probes
 from server.api.http.errors import APIError
+from server.api.http.sse import dumped_parts, dumps, entries_of, listed
 from server.api.routes.operations import POSTS
 from server.config import Settings
 from server.core.request import LiveRequest, RepetitionLimit, Request, SamplingParams
@@ -134,9 +134,16 @@ def test_a_long_part_of_an_answer_is_written_while_the_event_loop_turns():
                 turns += 1
 
         turning = asyncio.ensure_future(turn())
-        part = await written(lambda: [{"a": i} for i in range(300_000)], num_scored=300_000)
+        entries = range(300_000)
+        part = await written(
+            lambda: {"content": listed([entries_of(entries, lambda i: {"a": i}, 5000)])}, num_scored=len(entries)
+        )
         turning.cancel()
-        assert json.loads(orjson.dumps(part))[7] == {"a": 7}
+        answer = {"choices": [part, 2, part], "text": "\u2028"}
+        assert b"".join(dumped_parts(answer)) == dumps(answer)
+        read = json.loads(dumps(answer))
+        assert read["choices"][2]["content"][-1] == {"a": len(entries) - 1} and read["text"] == "\u2028"
+        assert json.loads(dumps({"big": 10**30, "part": part}))["part"] == read["choices"][0]
         return turns
 
     assert asyncio.run(scenario()) > 2
