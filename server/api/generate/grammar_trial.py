@@ -35,15 +35,15 @@ class Trial:
         self._replicas = replicas
         self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
 
-    def warm(self) -> None:
+    def warm(self) -> asyncio.Task[asyncio.subprocess.Process]:
         """Start the process unless it is there: it takes a second to be ready."""
         if self._starting is None or _has_ended(self._starting):
             self._starting = asyncio.ensure_future(self._start())
+        return self._starting
 
-    async def ready(self) -> None:
+    async def ready(self) -> asyncio.subprocess.Process:
         """Wait for the process: what its start takes is not the grammar's fault. OSError if it cannot be started."""
-        self.warm()
-        await asyncio.shield(self._starting)
+        return await asyncio.shield(self.warm())
 
     async def convert(self, source: str) -> str:
         """The grammar for a source (`server.engine.extras.grammar_source`), compiled and walked once.
@@ -52,8 +52,8 @@ class Trial:
         """
         from server.engine.extras.grammar import GrammarError
 
-        await self.ready()
-        process, answer = self._starting.result(), b""
+        process, answer = await self.ready(), b""
+        assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(orjson.dumps(source) + b"\n")
             await process.stdin.drain()
@@ -82,7 +82,7 @@ class Trial:
             limit=1 << 24,  # a line of its answer holds a grammar
             start_new_session=True,  # Ctrl-C is for the server, which goes on until its requests are done
         )
-        assert process.stdin is not None
+        assert process.stdin is not None and process.stdout is not None
         setup = {
             "tokenizer": tokenizer.backend.to_str(),
             "vocab_size": tokenizer.vocab_size,

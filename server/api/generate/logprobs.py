@@ -38,7 +38,7 @@ class LogprobFormatter:
 
     def legacy(
         self, entries: Sequence[TokenLogprobs | None], token_ids: list[int], offsets: list[int]
-    ) -> dict[str, list[Any]]:
+    ) -> dict[str, list[Any] | Written]:
         """The completions object. `entries[i]` is None where nothing precedes the token (first of the prompt)."""
         return {
             "text_offset": offsets,

@@ -200,15 +200,15 @@ class _Charging(NodeTransformer):
     visit_Dict = visit_List
 
     def visit_Tuple(self, node: nodes.Tuple, *args: Any) -> nodes.Node:
-        node = self.generic_visit(node, *args)
-        return _filter(node, "charged") if node.ctx == "load" else node
+        inner = self.generic_visit(node, *args)
+        return _filter(inner, "charged") if node.ctx == "load" else inner
 
     def visit_Getitem(self, node: nodes.Getitem, *args: Any) -> nodes.Node:
-        node = self.generic_visit(node, *args)
-        return _filter(node, "charged") if isinstance(node.arg, nodes.Slice) else node
+        inner = self.generic_visit(node, *args)
+        return _filter(inner, "charged") if isinstance(node.arg, nodes.Slice) else inner
 
     def visit_Concat(self, node: nodes.Concat, *args: Any) -> nodes.Node:
-        node = self.generic_visit(node, *args)
+        self.generic_visit(node, *args)
         return _filter(nodes.List(node.nodes, lineno=node.lineno), "join")
 
 
