@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.api import templates
 from tests.api.tiny import RunningServer, make_pair
 
 FOLDER = Path(__file__).parent
+TORCH = "https://download.pytorch.org/whl/torch"  # builds for CPU: the one of PyPI brings gigabytes of CUDA
 CHECKS = ("text", "stream", "structured", "tools", "embeddings")
 PAGE = """# Clients
 
@@ -40,10 +42,13 @@ def scripts() -> dict[str, Path]:
 def run_python(path: Path, url: str, folder: Path) -> tuple[str, str]:
     """The script's last line, and the version of its first dependency."""
     uv = [sys.executable, "-m", "uv"]
-    done = subprocess.run([*uv, "run", "--quiet", str(path), url], cwd=folder, capture_output=True, text=True)
+    wheels = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", TORCH)} if "+cpu" in path.read_text() else {}
+    command = [*uv, "run", "--quiet", str(path), url]
+    done = subprocess.run(command, cwd=folder, env=os.environ | wheels, capture_output=True, text=True)
     sys.stderr.write(done.stderr[-6000:])
     package = re.search(r'dependencies = \["([\w-]+)', path.read_text())[1]
-    tree = subprocess.run([*uv, "export", "--quiet", "--script", str(path)], cwd=folder, capture_output=True, text=True)
+    command = [*uv, "export", "--quiet", "--script", str(path)]
+    tree = subprocess.run(command, cwd=folder, env=os.environ | wheels, capture_output=True, text=True)
     version = re.search(rf"^{package}(?:\[.*\])?==(\S+)", tree.stdout, re.MULTILINE)
     return done.stdout.strip().split("\n")[-1], version[1] if version else "?"
 
@@ -69,7 +74,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "template").write_text(templates.LLAMA3)
-        with RunningServer(make_pair(folder, max_len=4096), "--chat-template", str(folder / "template")) as server:
+        # Open WebUI's own tools are 20,000 characters, and so are tokens here; it sets no limit to an answer.
+        room = ("--kv-cache-memory", "128MiB", "--max-num-batched-tokens", "1024", "--default-max-tokens", "60")
+        template = ("--chat-template", str(folder / "template"))
+        with RunningServer(make_pair(folder, max_len=32768), *template, *room) as server:
             for name, path in scripts().items():
                 if arguments.names and name not in arguments.names:
                     continue

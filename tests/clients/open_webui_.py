@@ -1,0 +1,120 @@
+# /// script
+# dependencies = ["open-webui", "playwright", "torch==2.13.0+cpu"]
+# ///
+"""Open WebUI as its makers ship it, in a real browser: its backend asks the server, with its built-in tools."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from common import MODEL, QUESTION, URL, report
+from playwright.sync_api import TimeoutError, sync_playwright
+
+asked: list[dict] = []  # bodies of chat completions
+
+
+class Between(BaseHTTPRequestHandler):
+    """Passes on what Open WebUI asks of the server, and notes it."""
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if body:
+            asked.append(json.loads(body))
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(URL + self.path, body or None, headers, method=self.command)
+        try:
+            answer = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            self.send_response(answer.status)
+            self.send_header("content-type", answer.headers["content-type"])
+            self.end_headers()
+            while piece := answer.read1():
+                self.wfile.write(piece)
+
+    do_POST = do_GET
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(folder: str, base_url: str) -> tuple[subprocess.Popen, str]:
+    """Open WebUI with its defaults, but without accounts and without downloads: the process, and its address."""
+    port = free_port()
+    settings = {
+        "DATA_DIR": folder, "OPENAI_API_BASE_URL": f"{base_url}/v1", "OPENAI_API_KEY": "none", "WEBUI_AUTH": "False",
+        "WEBUI_SECRET_KEY": "none", "ENABLE_OLLAMA_API": "False", "OFFLINE_MODE": "True", "DEFAULT_MODELS": MODEL,
+        "RAG_EMBEDDING_ENGINE": "openai", "DO_NOT_TRACK": "True", "ANONYMIZED_TELEMETRY": "False",
+    }  # fmt: skip
+    program = Path(sys.executable).with_name("open-webui")
+    command = [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | settings, stdout=sys.stderr)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        assert process.poll() is None, "Open WebUI ended"
+        try:
+            urllib.request.urlopen(f"{address}/health").close()
+            return process, address
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError("Open WebUI did not start")
+
+
+def main() -> None:
+    between = ThreadingHTTPServer(("127.0.0.1", 0), Between)
+    threading.Thread(target=between.serve_forever, daemon=True).start()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, sync_playwright() as driver:
+        process, address = serve(folder, f"http://127.0.0.1:{between.server_port}")
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        answer = page.locator("#response-content-container").last
+        lengths: set[int] = set()
+
+        def text() -> bool:
+            page.goto(address)
+            page.locator("#chat-input").wait_for(timeout=60_000)
+            with contextlib.suppress(TimeoutError):
+                page.get_by_role("button", name="Okay, Let's Go!").click(timeout=10_000)  # of what is new
+            page.locator("#chat-input").click()
+            page.keyboard.type(QUESTION)
+            page.keyboard.press("Enter")
+            deadline = time.monotonic() + 180
+            while time.monotonic() < deadline and not page.locator(".copy-response-button").count():
+                lengths.add(len(answer.inner_text()) if answer.count() else 0)
+                page.wait_for_timeout(20)
+            said = answer.inner_text()
+            chat = next(body for body in asked if body.get("tools"))  # its built-in ones
+            return bool(said.strip()) and chat["model"] == MODEL and "Error" not in said[:20]
+
+        def stream() -> bool:
+            return len(lengths) > 3 and next(body for body in asked if body.get("tools"))["stream"]
+
+        try:
+            report(text=text, stream=stream)
+        finally:
+            if os.environ.get("OPEN_WEBUI_PICTURE"):
+                page.screenshot(path=os.environ["OPEN_WEBUI_PICTURE"])
+            browser.close()
+            process.terminate()
+            process.wait(30)
+
+
+main()
