@@ -21,7 +21,7 @@ NAME, TOPS = "boomerang_serve", ("server", "model_store", "deploy")
 PACKAGES = find_namespace_packages(str(ROOT), include=[pattern for top in TOPS for pattern in (top, f"{top}.*")])
 IS_EDITABLE = "editable_wheel" in sys.argv
 PREFIX = "" if IS_EDITABLE else f"{NAME}."
-MAIN = f"import sys\n\nfrom {NAME}.server.cli import main\n\nsys.exit(main())\n"
+MAIN = f"import sys\n\nfrom {NAME}.server.__main__ import main\n\nsys.exit(main())\n"
 
 
 class Renamer:
@@ -117,5 +117,5 @@ setup(
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
     packages=[PREFIX + name for name in PACKAGES],
     package_dir={PREFIX + top: top for top in TOPS},
-    entry_points={"console_scripts": [f"boomerang = {PREFIX}server.cli:main"]},
+    entry_points={"console_scripts": [f"boomerang = {PREFIX}server.__main__:main"]},
 )

@@ -84,11 +84,11 @@ def main() -> None:
                     (top.exp() * (top - ours)).sum(-1).mean().item(),
                 ]
     table = Table(title=f"{pair.name}, {len(windows)} windows of {WINDOW} tokens")
-    for column in ("layers", "form", "KL to itself", "top-1 as itself", "itself to the teacher", "form to the teacher"):
+    for column in ("size", "form", "KL to itself", "top-1 as itself", "itself to the teacher", "form to the teacher"):
         table.add_column(column, justify="right")
     for (size, name), row in sums.items():
         kl, agreement, *to_teacher = row / len(windows)
-        table.add_row(f"{size}", name, f"{kl:.5f}", f"{agreement:.4f}", *(f"{value:.4f}" for value in to_teacher))
+        table.add_row(f"{size}L", name, f"{kl:.5f}", f"{agreement:.4f}", *(f"{value:.4f}" for value in to_teacher))
     Console(width=140).print(table)
 
 

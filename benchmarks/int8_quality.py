@@ -77,12 +77,12 @@ def main() -> None:
             agreement = (ours.argmax(-1) == reference.argmax(-1)).float().mean()
             row += [kl.item(), agreement.item(), -ours.gather(1, target).mean().item()]
     table = Table(title=f"{pair.name}, {len(windows)} windows of {WINDOW} tokens")
-    for column in ("layers", *(f"{name}, {kind}" for name in ("KL", "top-1", "perplexity") for kind in engines)):
+    for column in ("size", *(f"{name}, {kind}" for name in ("KL", "top-1", "perplexity") for kind in engines)):
         table.add_column(column, justify="right")
     for size in sizes:
         mean = {kind: sums[size, kind] / len(windows) for kind in engines}
         table.add_row(
-            str(size), *(f"{mean[kind][0]:.4f}" for kind in engines), *(f"{mean[kind][1]:.3f}" for kind in engines),
+            f"{size}L", *(f"{mean[kind][0]:.4f}" for kind in engines), *(f"{mean[kind][1]:.3f}" for kind in engines),
             *(f"{math.exp(mean[kind][2]):.2f}" for kind in engines),
         )  # fmt: skip
     Console(width=140).print(table)

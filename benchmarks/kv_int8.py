@@ -101,10 +101,10 @@ def quality(pair: Pair, engines: dict[tuple[str, str], Engine], windows: list[li
                 ours = logprobs(engine, size, window)
                 kl = (itself.exp() * (itself - ours)).sum(-1).mean().item()
                 sums[size, key] += [kl, (ours.argmax(-1) == itself.argmax(-1)).float().mean().item()]
-    print("| layers | weights | KV | KL to float32 | top-1 as float32 |\n|---|---|---|---|---|")
+    print("| size | weights | KV | KL to float32 | top-1 as float32 |\n|---|---|---|---|---|")
     for (size, (weights, kind)), row in sums.items():
         kl, agreement = row / len(windows)
-        print(f"| {size} | {weights} | {kind} | {kl:.5f} | {agreement:.4f} |")
+        print(f"| {size}L | {weights} | {kind} | {kl:.5f} | {agreement:.4f} |")
     print()
 
 

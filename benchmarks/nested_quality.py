@@ -69,13 +69,13 @@ def main() -> None:
                 ours = logprobs(engine, size, window)
                 kl = (itself.exp() * (itself - ours)).sum(-1).mean().item()
                 sums[size, name] += [kl, (ours.argmax(-1) == itself.argmax(-1)).float().mean().item()]
-    print("| layers | quantization | KL to itself | top-1 as itself | decode step, ms | bytes of a weight read |")
+    print("| size | quantization | KL to itself | top-1 as itself | decode step, ms | bytes of a weight read |")
     print("|---|---|---|---|---|---|")
     for (size, name), row in sums.items():
         kl, agreement = row / len(windows)
         engine = engines[name]
         step, read = decode_milliseconds(engine, size), engine.executor.bytes_per_weight
-        print(f"| {size} | {name} | {kl:.4f} | {agreement:.3f} | {step:.2f} | {read:.2f} |")
+        print(f"| {size}L | {name} | {kl:.4f} | {agreement:.3f} | {step:.2f} | {read:.2f} |")
 
 
 if __name__ == "__main__":

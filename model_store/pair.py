@@ -218,7 +218,7 @@ class Pair:
         sizes, missing = self._footprint_in(form).servable(form, memory_budget)
         if not sizes:
             smallest = self.elasticity.sizes[0]
-            raise PairError(f"not even the smallest size can be served: {smallest} layers {missing[smallest]}")
+            raise PairError(f"not even the smallest size can be served: {smallest}L {missing[smallest]}")
         wanted = sorted({layer for size in sizes for layer in self.elasticity.path(size).layers})
         num_teacher = self.spec.num_layers
         if form.low_rank and self.is_low_rank:

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         typer.main.get_command(_app(argv[:1])).main(argv, prog_name="boomerang")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

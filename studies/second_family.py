@@ -177,11 +177,11 @@ def main() -> None:
                 sys.exit(status)
         print(f"{name} made in {time.time() - started:.0f} s", file=sys.stderr)
         results[name] = measure(teacher, student, args.order, held_out)
-    print(f"| layers | {' | '.join(f'{name}: perplexity / KL' for name in results)} |")
+    print(f"| size | {' | '.join(f'{name}: perplexity / KL' for name in results)} |")
     print("|---" * (len(results) + 1) + "|")
     for size in next(iter(results.values())):
         cells = [f"{rows[size]['perplexity']:.1f} / {rows[size]['kl']:.2f}" for rows in results.values()]
-        print(f"| {size} | {' | '.join(cells)} |")
+        print(f"| {size}L | {' | '.join(cells)} |")
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
 
 

@@ -109,9 +109,9 @@ def by_line(lines: dict[str, Rows], cell: Cell | None = None) -> str:
 def _grid(columns: dict[str, Rows], cell: Cell | None) -> list[list[str]]:
     cell = cell or (lambda row: f"{row['perplexity_ratio']:.2f}x / {row['kl']:.3f}")
     sizes = sorted({int(size) for rows in columns.values() for size in rows})
-    lines = [["layers", *columns]]
+    lines = [["size", *columns]]
     for size in sizes:
-        lines.append([str(size), *(cell(rows[str(size)]) if str(size) in rows else "-" for rows in columns.values())])
+        lines.append([f"{size}L", *(cell(rows[str(size)]) if str(size) in rows else "-" for rows in columns.values())])
     return lines
 
 

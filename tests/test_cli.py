@@ -81,6 +81,15 @@ def test_chat_with_a_pair_loaded_here(pair, tmp_path):
     check_chat(boomerang("chat", *flags, stdin=CONVERSATION, store=tmp_path))
 
 
+def test_chat_draws_tokens_as_the_model_says(pair, tmp_path):
+    flags = [*pair_flags(pair), "--max-tokens", "8", "--override-generation-config"]
+    questions = "hello\n/reset\nhello\n/quit\n"
+    answer = boomerang("chat", *flags, '{"temperature": 0}', stdin=questions, store=tmp_path)
+    _, *answers = re.sub(r"[\d.]+ tokens/s", "", answer.stdout).split("auto> ")
+    first, second = (text for text in answers if text)  # between them nothing, as /reset prints
+    assert first == second and "[6L, 8 tokens" in first, answer
+
+
 def test_chat_with_a_running_server(pair):
     with RunningServer(pair, *QUICK) as server:
         check_chat(boomerang("chat", "--url", server.url, "--max-tokens", "6", stdin=CONVERSATION))

@@ -55,9 +55,17 @@ def test_recording_keeps_the_output_of_a_command(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [*pages.pages(), pages.API_PAGE], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, section in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if not target.startswith("http"):
+            other = page.parent / target if target else page
+            assert other.exists(), target
+            assert not section or section in sections(other), f"{target}#{section}"
+
+
+def sections(page):
+    """What a link can name: headings as GitHub writes them in addresses."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", current_pages(), ids=lambda page: page.name)
@@ -157,9 +165,9 @@ def test_tables_by_size_and_by_name_are_each_others_transpose():
     measured = {"16": {"perplexity_ratio": 2.0, "kl": 0.5}, "17": {"perplexity_ratio": 1.5, "kl": 0.25}}
     rows: dict[str, recipes_report.Rows] = {"a": measured, "b": {}}
     lines = recipes_report.comparison(rows).splitlines()
-    assert lines[2:] == ["| 16 | 2.00x / 0.500 | - |", "| 17 | 1.50x / 0.250 | - |"]
+    assert lines[2:] == ["| 16L | 2.00x / 0.500 | - |", "| 17L | 1.50x / 0.250 | - |"]
     lines = recipes_report.by_line(rows).splitlines()
-    assert lines[0] == "| layers | 16 | 17 |"
+    assert lines[0] == "| size | 16L | 17L |"
     assert lines[2:] == ["| a | 2.00x / 0.500 | 1.50x / 0.250 |", "| b | - | - |"]
 
 

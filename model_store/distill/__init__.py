@@ -76,7 +76,8 @@ def run(
         freeze_vectors(model)
     with_student = model.elasticity.sizes[:-1]
     if unknown := {*preset.row_sizes} - {*with_student}:
-        raise ValueError(f"--row-sizes: {min(unknown)} is no size with student layers, as {with_student} are")
+        known = f"{with_student[0]}L to {with_student[-1]}L"
+        raise ValueError(f"--row-sizes: {min(unknown)}L is no size with student layers ({known})")
     if job.start_from:
         start_from(model, job.start_from, job.start_weights)
     if job.order == "start":
@@ -202,8 +203,8 @@ def _choose_order(model: ElasticModel, held: list, order: str, rows: int) -> Non
         kl = kl_of_paths(model, [held[-1][:rows]])
         by_size = {size: kl(model.elasticity.path(size).teacher_stations) for size in model.elasticity.sizes}
     worse = is_monotone(by_size)
-    _say(f"order {found}; KL on other text {', '.join(f'{size}: {value:.3f}' for size, value in by_size.items())}")
-    _say(f"it does not fall at {worse}" if worse else "it falls at every added layer")
+    _say(f"order {found}; KL on other text {', '.join(f'{size}L {value:.3f}' for size, value in by_size.items())}")
+    _say(f"it does not fall at {', '.join(f'{size}L' for size in worse)}" if worse else "it falls at every added layer")
 
 
 def _read_order(file: Path) -> list[int] | None:

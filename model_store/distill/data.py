@@ -78,7 +78,7 @@ def check_speakers(documents: Iterable[Document], sizes: Sequence[int], are_need
     """ValueError if a document was said by a size that there is not, or none by any where `are_needed`."""
     speakers = {document.said_by for document in documents if document.said_by is not None}
     if unknown := speakers - {*sizes}:
-        raise ValueError(f"--data: said_by {min(unknown)} is no size of the pair ({sizes[0]} to {sizes[-1]} layers)")
+        raise ValueError(f"--data: said_by {min(unknown)}L is no size of the pair ({sizes[0]}L to {sizes[-1]}L)")
     if are_needed and not speakers:
         raise ValueError(
             "--unlikelihood: no document of --data has said_by, the size whose words it is: it would do nothing"

@@ -34,7 +34,9 @@ class ChatOptions(BaseModel):
     url: str | None = Field(None, description="a running server; without one, the pair is loaded here")
     key: str | None = Field(None, description="API key for --url [env: OPENAI_API_KEY]")
     system: str | None = Field(None, description="system message")
-    temperature: float = Field(0.7, description="of sampling; 0 is greedy", ge=0, allow_inf_nan=False)
+    temperature: float | None = Field(
+        None, description="of sampling; 0 is greedy [the model's]", ge=0, allow_inf_nan=False
+    )
     max_tokens: int = Field(512, description="longest answer", ge=1)
 
 
@@ -78,11 +80,12 @@ class ServerBackend:
         return self._sizes
 
     def stream(self, messages: list[dict[str, str]], size: str, arguments: ChatOptions) -> Iterator[str]:
-        body = {
+        body: dict[str, Any] = {
             "model": self.model, "messages": messages, "size": size, "stream": True,
-            "temperature": arguments.temperature, "max_tokens": arguments.max_tokens,
-            "stream_options": {"include_usage": True},
+            "max_tokens": arguments.max_tokens, "stream_options": {"include_usage": True},
         }  # fmt: skip
+        if arguments.temperature is not None:
+            body["temperature"] = arguments.temperature
         with _connected(), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 raise ChatError(_message(response.read().decode()))
@@ -132,6 +135,7 @@ class LocalBackend:
     def stream(self, messages: list[dict[str, str]], size: str, arguments: ChatOptions) -> Iterator[str]:
         from server.api.generate.detokenizer import Detokenizer
         from server.api.generate.protocol import SizeFields
+        from server.api.generate.sampling import repetition_limit
         from server.core.request import Request, SamplingParams
 
         tokenizer, engine = self._served.tokenizer, self._served.engine
@@ -140,8 +144,12 @@ class LocalBackend:
         if room < 1:
             raise ChatError("the conversation is longer than the model's context: /reset")
         choice = self._chooser.choose(SizeFields(size=size), None, {})
+        default = self._served.sampling_defaults
         sampling = SamplingParams(
-            max_tokens=min(arguments.max_tokens, room), temperature=arguments.temperature,
+            max_tokens=min(arguments.max_tokens, room),
+            temperature=default.temperature if arguments.temperature is None else arguments.temperature,
+            top_p=default.top_p, top_k=max(default.top_k, 0), min_p=default.min_p,
+            repetition_penalty=default.repetition_penalty, repetition=repetition_limit(default.repetition_detection),
             eos_token_ids=tokenizer.eos_token_ids,
         )  # fmt: skip
         asked = Request(

@@ -75,7 +75,7 @@ def main() -> int:
         folder = Path(temporary)
         (folder / "template").write_text(templates.LLAMA3)
         # Open WebUI's own tools are 20,000 characters, and so are tokens here; it sets no limit to an answer.
-        room = ("--kv-cache-memory", "128MiB", "--max-num-batched-tokens", "1024", "--default-max-tokens", "60")
+        room = ("--kv-cache-memory", "128MiB", "--max-num-batched-tokens", "1024", "--default-max-tokens", "200")
         template = ("--chat-template", str(folder / "template"))
         with RunningServer(make_pair(folder, max_len=32768), *template, *room) as server:
             for name, path in scripts().items():

@@ -3,7 +3,6 @@
 # ///
 """Open WebUI as its makers ship it, in a real browser: its backend asks the server, with its built-in tools."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common import MODEL, QUESTION, URL, report
-from playwright.sync_api import TimeoutError, sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 asked: list[dict] = []  # bodies of chat completions
 
@@ -78,6 +77,36 @@ def serve(folder: str, base_url: str) -> tuple[subprocess.Popen, str]:
     raise RuntimeError("Open WebUI did not start")
 
 
+# Counts how the answer grows, as often as the page changes.
+WATCH = """() => {
+  window.lengths = new Set();
+  new MutationObserver(() => {
+    const answer = [...document.querySelectorAll("#response-content-container")].at(-1);
+    if (answer?.innerText.trim()) window.lengths.add(answer.innerText.length);
+  }).observe(document.body, {childList: true, characterData: true, subtree: true});
+}"""
+# What a user saves as a model with parameters of its own.
+CREATE = """model => fetch("/api/v1/models/create", {
+  method: "POST", body: JSON.stringify(model),
+  headers: {authorization: `Bearer ${localStorage.token}`, "content-type": "application/json"},
+}).then(async answer => { if (!answer.ok) throw new Error(await answer.text()); })"""
+CALL = {"name": "get_current_timestamp", "parameters": {}}  # one of its built-in tools
+
+
+def ask(page: Page, address: str, model: str, is_first: bool = False) -> str:
+    """A new chat: type the question, press Enter, read what is shown once it is whole."""
+    page.goto(f"{address}/?model={model}")
+    page.locator("#chat-input").wait_for(timeout=60_000)
+    if is_first:
+        page.get_by_role("button", name="Okay, Let's Go!").click(timeout=60_000)  # of what is new
+    page.evaluate(WATCH)
+    page.locator("#chat-input").click()
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    page.locator(".copy-response-button").last.wait_for(timeout=180_000)
+    return page.locator("#response-content-container").last.inner_text().strip()
+
+
 def main() -> None:
     between = ThreadingHTTPServer(("127.0.0.1", 0), Between)
     threading.Thread(target=between.serve_forever, daemon=True).start()
@@ -85,30 +114,39 @@ def main() -> None:
         process, address = serve(folder, f"http://127.0.0.1:{between.server_port}")
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        answer = page.locator("#response-content-container").last
-        lengths: set[int] = set()
+        lengths: list[int] = []
+
+        def with_parameters(name: str, **parameters: object) -> str:
+            model = {"id": name, "name": name, "base_model_id": MODEL, "meta": {}}
+            page.evaluate(CREATE, model | {"params": {"custom_params": parameters}})
+            return name
 
         def text() -> bool:
-            page.goto(address)
-            page.locator("#chat-input").wait_for(timeout=60_000)
-            with contextlib.suppress(TimeoutError):
-                page.get_by_role("button", name="Okay, Let's Go!").click(timeout=10_000)  # of what is new
-            page.locator("#chat-input").click()
-            page.keyboard.type(QUESTION)
-            page.keyboard.press("Enter")
-            deadline = time.monotonic() + 180
-            while time.monotonic() < deadline and not page.locator(".copy-response-button").count():
-                lengths.add(len(answer.inner_text()) if answer.count() else 0)
-                page.wait_for_timeout(20)
-            said = answer.inner_text()
+            said = ask(page, address, MODEL, is_first=True)
+            lengths.extend(page.evaluate("[...window.lengths]"))
             chat = next(body for body in asked if body.get("tools"))  # its built-in ones
-            return bool(said.strip()) and chat["model"] == MODEL and "Error" not in said[:20]
+            return bool(said) and chat["model"] == MODEL and "Error" not in said[:20]
 
         def stream() -> bool:
-            return len(lengths) > 3 and next(body for body in asked if body.get("tools"))["stream"]
+            return len(lengths) > 2 and next(body for body in asked if body.get("tools"))["stream"]
+
+        def structured() -> bool:
+            form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": {"city": "Bern"}}}}
+            said = ask(page, address, with_parameters("held", response_format=form))
+            return json.loads(said) == {"city": "Bern"}
+
+        def tools() -> bool:
+            model = with_parameters("caller", structured_outputs={"choice": [json.dumps(CALL), "done"]})
+            for _ in range(10):
+                since = len(asked)
+                said = ask(page, address, model)
+                results = [m for body in asked[since:] for m in body["messages"] if m["role"] == "tool"]
+                if results:
+                    return all("current_iso" in str(result["content"]) for result in results) and "done" in said
+            raise AssertionError("the model never called the tool")
 
         try:
-            report(text=text, stream=stream)
+            report(text=text, stream=stream, structured=structured, tools=tools)
         finally:
             if os.environ.get("OPEN_WEBUI_PICTURE"):
                 page.screenshot(path=os.environ["OPEN_WEBUI_PICTURE"])

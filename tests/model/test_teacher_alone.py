@@ -46,7 +46,7 @@ def test_what_it_needs_is_the_teachers(tmp_path):
     rows = alone.size_table()
     assert [row["size"] for row in rows] == [6] and rows[0]["fraction"] == 1.0
     assert alone.digest != pair.digest
-    with pytest.raises(PairError, match="not even the smallest size can be served: 6 layers needs"):
+    with pytest.raises(PairError, match="not even the smallest size can be served: 6L needs"):
         alone.load(WeightForm(torch.float32), memory_budget=1000)
     with pytest.raises(PairError, match="has no patch order"):
         open_pair(teacher, patch_order="last_to_first", store=tmp_path)

@@ -317,7 +317,7 @@ def test_who_said_it_is_a_size_of_the_pair():
     plain, said = Document(text="one"), Document(text="two", said_by=16)
     check_speakers([plain, said], range(16, 31), are_needed=True)
     check_speakers([plain], range(16, 31), are_needed=False)
-    with pytest.raises(ValueError, match=r"said_by 16 is no size of the pair \(18 to 36 layers\)"):
+    with pytest.raises(ValueError, match=r"said_by 16L is no size of the pair \(18L to 36L\)"):
         check_speakers([said], range(18, 37), are_needed=False)
     with pytest.raises(ValueError, match="--unlikelihood: no document of --data has said_by"):
         check_speakers([plain], range(16, 31), are_needed=True)

@@ -97,7 +97,7 @@ def test_a_memory_budget_leaves_out_the_largest_sizes(folders, order):
         path = pair.elasticity.path(sizes[-1])
         for name, side in (("embed", path.embed_from), ("final_norm_weight", path.norm_from), ("head", path.head_from)):
             assert np.array_equal(getattr(loaded.ends[side], name), getattr(whole.ends[side], name))
-    with pytest.raises(PairError, match=r"not even the smallest size.*4 layers needs .* MiB of weights"):
+    with pytest.raises(PairError, match=r"not even the smallest size.*4L needs .* MiB of weights"):
         pair.load(
             WeightForm(torch.float32),
             memory_budget=pair.union_bytes(pair.elasticity.sizes[:1], WeightForm(torch.float32)) - 1,

@@ -110,7 +110,7 @@ def sampling_params(
         stop_token_ids=frozenset(stop_ids),
         eos_token_ids=tokenizer.eos_token_ids,
         ignore_eos=bool(body.ignore_eos),
-        repetition=_repetition(body.repetition_detection or repetition),
+        repetition=repetition_limit(body.repetition_detection or repetition),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         pool=pool,
@@ -119,7 +119,8 @@ def sampling_params(
     return tuple(tuple(replace(shared, max_tokens=most, seed=seed) for seed in seeds) for most in max_tokens)
 
 
-def _repetition(asked: RepetitionDetection | None) -> RepetitionLimit | None:
+def repetition_limit(asked: RepetitionDetection | None) -> RepetitionLimit | None:
+    """The same for the engine; None if nothing is to be looked for. 400 if the lengths are the wrong way round."""
     if asked is None or not asked.max_pattern_size:
         return None
     if asked.min_pattern_size > asked.max_pattern_size:
