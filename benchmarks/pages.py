@@ -219,7 +219,7 @@ def readme_trace(lines: list[str]) -> str:
     met = {policy: share for load, policy, share in cells if load == "2"}
     return (
         f"At twice the load that the full size can carry, `auto` keeps {met['auto']} of the latency limits of a real "
-        f"trace.\nThe full size keeps {met['teacher']} (`docs/scheduling.md`).\n"
+        f"trace.\nThe full size keeps {met['teacher']} ([`docs/scheduling.md`](docs/scheduling.md)).\n"
     )
 
 

@@ -97,7 +97,9 @@ export class Dial {
     $("size").style.accentColor = $("precision").style.accentColor = colour(this.place(point.layers));
     drawStrip($("strip"), this.stations, point.layers);
     const whole = this.stations.filter((station) => station.threshold <= point.layers).length;
-    $("strip-text").textContent = `${whole} of ${plural(this.stations.length, "block")} run all the teacher's layers, the others the student's one layer.`;
+    $("strip-text").textContent = whole === this.stations.length
+      ? `All ${whole} blocks run all the teacher's layers.`
+      : `${whole} of ${plural(this.stations.length, "block")} run all the teacher's layers, the others the student's one layer.`;
     this.frontier.mark(this.name(point), new Set(this.chosen.keys()));
   }
 
