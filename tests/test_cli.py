@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -243,6 +245,16 @@ def test_a_size_that_is_not_there_ends_the_start_with_one_line(pair):
     answer = boomerang("serve", *pair_flags(pair), "--port", "0", "--size", "12L")
     assert answer.returncode == 1 and "--size: there is no size 12L" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.5])
+def test_ctrl_c_at_any_time_is_no_traceback(seconds, pair):
+    command = [sys.executable, "-m", "server", "serve", *pair_flags(pair), "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 0, 130) and "Traceback" not in said, said
 
 
 def test_the_log_tells_what_was_served_and_where_to_click(pair):

@@ -41,16 +41,23 @@ def speed_file(store: str | None, pair: Pair, form: WeightForm) -> Path:
     return store_root(store) / "speed" / f"{pair.name}{kind}-{machine}.json"
 
 
+_UNBEATEN = {"decode_1": "one request", "decode_16": "16 requests", "prefill": "prompts"}  # kinds of steps, in words
+
+
 def _points_table(points: list[dict[str, Any]]) -> Table:
-    """Points of depth and precision as the last server on this machine measured them."""
-    table = Table(title="points that a server has measured here", box=box.SIMPLE_HEAD)
-    for name in ("point", "expected KL", "nothing beats it in"):
+    """Points of depth and precision that are worth their time, as the last server on this machine measured them."""
+    best = [point for point in points if point["best_in"]]
+    kinds = list(points[0]["expected_kl"])
+    table = Table(title="layers and bits, as a server measured them here", box=box.SIMPLE_HEAD)
+    for name in ("size", *(f"KL, {kind}" for kind in kinds), "nothing beats it for"):
         table.add_column(name, justify="right")
-    for point in points:
-        kl = ", ".join(f"{kind} {value:.3f}" for kind, value in point["expected_kl"].items())
-        where = ", ".join(point["best_in"]) or "-"
-        table.add_row(point["name"], kl if point["kl_is_measured"] else f"about {kl}", where)
-    table.caption = "-: never the best: another point is as fast and nearer to the teacher"
+    for point in best:
+        about = "" if point["kl_is_measured"] else "~"
+        where = ", ".join(_UNBEATEN.get(step, step) for step in point["best_in"])
+        table.add_row(point["name"], *(f"{about}{point['expected_kl'][kind]:.3f}" for kind in kinds), where)
+    table.caption = (
+        f"~: estimated; left out: {len(points) - len(best)} for which another is as fast and nearer to the teacher"
+    )
     return table
 
 

@@ -114,7 +114,7 @@ def test_the_table_of_sizes_shows_what_the_server_found(url, folder, capsys, mon
     pair = ["--teacher", str(folder / NAME), "--student", str(folder / "student"), "--store", str(folder / "store")]
     assert main(["sizes", *pair]) == 0
     printed = capsys.readouterr().out
-    assert "KL, prose" in printed and "5L-q6" in printed and "nothing beats it in" in printed
+    assert "KL, prose" in printed and "one request" in printed and "nothing beats it for" in printed
     assert main(["sizes", *pair, "--json"]) == 0
     points = {point["name"]: point for point in json.loads(capsys.readouterr().out)["points"]}
     assert len(points) == 15 and points["6L"]["best_in"] and points["6L"]["kl_is_measured"]
