@@ -2,9 +2,8 @@
 
     python -m benchmarks.sleep [--repeats 3] [-- SERVE FLAGS...]
 
-Memory is the process's resident set, seen from outside. `asleep, first token` is a request of `auto` to a server that
-has just been sent to sleep by hand; `to wake` is the server's own figure; `explicit, first token` is that of a request
-for the largest size that finds it asleep.
+Memory is the process's resident set, seen from outside. Asleep, a request of `auto` gets the student, and one for the
+largest size wakes it; `to wake` is the server's own figure.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def main() -> None:
             rows["to fall asleep, ms"].append((time.perf_counter() - started) * 1e3)
             rows["given back, MiB"].append(slept["bytes_released"] / MiB)
             rows["resident asleep, MiB"].append(server.memory() / MiB)
-            rows["asleep, first token, ms"].append(first_token(client))
-            rows["explicit, first token, ms"].append(first_token(client, size="teacher"))
+            rows["asleep, first token of the student, ms"].append(first_token(client))
+            rows["asleep, first token of the largest, ms"].append(first_token(client, size="teacher"))
             woken = client.get("/is_sleeping").json()
             rows["to wake, ms"].append(woken["seconds_to_wake"] * 1e3)
             rows["resident after, MiB"].append(server.memory() / MiB)
