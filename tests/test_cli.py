@@ -48,23 +48,23 @@ def pair_flags(pair) -> list[str]:
     return ["--teacher", str(pair[0]), "--student", str(pair[1]), "--dtype", "float32"]
 
 
-def test_sizes_and_bench_latency(pair, tmp_path):
-    flags = pair_flags(pair)
-    answer = boomerang("sizes", *flags, "--json", store=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    rows = json.loads(answer.stdout)["sizes"]
+def test_sizes_and_bench_latency(pair, tmp_path, capsys):
+    flags = [*pair_flags(pair), "--store", str(tmp_path)]
+
+    def said(*arguments: str) -> str:
+        assert main([*arguments, *flags]) == 0
+        return capsys.readouterr().out
+
+    rows = json.loads(said("sizes", "--json"))["sizes"]
     assert [row["size"] for row in rows] == [4, 5, 6] and rows[0]["speed"] is None
     lengths = ["--input-len", "9", "--output-len", "4"]
-    bench = ["bench", "latency", *flags, *lengths, "--batch-sizes", "1,3", "--repeats", "1"]
-    answer = boomerang(*bench, "--json", "-", store=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    report = json.loads(answer.stdout)
+    report = json.loads(said("bench", "latency", *lengths, "--batch-sizes", "1,3", "--repeats", "1", "--json", "-"))
     assert set(report["sizes"]) == {"4", "5", "6"}
     assert all(row[phase][b] > 0 for row in report["sizes"].values() for phase in row for b in ("1", "3"))
-    rows = json.loads(boomerang("sizes", *flags, "--json", store=tmp_path).stdout)["sizes"]
+    rows = json.loads(said("sizes", "--json"))["sizes"]
     assert rows[0]["speed"]["decode"]["1"] > 0
-    table = boomerang("sizes", *flags, store=tmp_path)
-    assert "parameters" in table.stdout and "6L" in table.stdout and "all 3 sizes together" in table.stdout
+    table = said("sizes")
+    assert "parameters" in table and "6L" in table and "all 3 sizes together" in table
 
 
 CONVERSATION = "/sizes\nhello\n/size 5L\nhello\n/size 99L\nhello\n/nonsense\n/reset\n/quit\n"
@@ -98,10 +98,10 @@ def test_chat_with_a_running_server(pair):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:9", "http://["])
-def test_chat_without_a_server(url):
-    answer = boomerang("chat", "--url", url)
-    assert answer.returncode == 1 and answer.stdout.startswith("boomerang: --url: the server does not answer: ")
-    assert not answer.stderr
+def test_chat_without_a_server(url, capsys):
+    assert main(["chat", "--url", url]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("boomerang: --url: the server does not answer: ") and not said.err
 
 
 MISTAKES = {
@@ -142,12 +142,13 @@ def test_help_names_every_flag(capsys, monkeypatch):
     assert main(["--version"]) == 0
 
 
-def test_completion_knows_commands_flags_and_choices():
+def test_completion_knows_commands_flags_and_choices(monkeypatch, capsys):
     def complete(words: str) -> set[str]:
-        environment = {"_BOOMERANG_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        command = [sys.executable, "-m", "server"]
-        answer = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-        return set(answer.stdout.split())
+        monkeypatch.setenv("_BOOMERANG_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        main([])
+        return set(capsys.readouterr().out.split())
 
     assert complete("boomerang s") == {"serve", "sizes", "simulate"}
     assert {"--max-num-seqs", "--max-num-queued-reqs"} <= complete("boomerang serve --max-num")
@@ -217,9 +218,10 @@ def test_an_option_of_several_values_takes_what_follows():
     assert settings.allowed_origins == ("c", "d", "e")
 
 
-def test_a_pair_that_is_not_there(pair):
-    answer = boomerang("sizes", "--teacher", "/nowhere", "--student", "/nowhere")
-    assert answer.returncode == 1 and "/nowhere" in answer.stderr and "Traceback" not in answer.stderr
+def test_a_pair_that_is_not_there(capsys):
+    assert main(["sizes", "--teacher", "/nowhere", "--student", "/nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert "/nowhere" in said and "Traceback" not in said
 
 
 UNSERVABLE = {
@@ -258,7 +260,7 @@ def test_ctrl_c_at_any_time_is_no_traceback(seconds, pair):
 
 
 def test_the_log_tells_what_was_served_and_where_to_click(pair):
-    with RunningServer(pair) as server:
+    with RunningServer(pair, *QUICK) as server:
         httpx.post(f"{server.url}/v1/completions", json={"prompt": "hello", "max_tokens": 3, "size": "5L"})
         httpx.get(f"{server.url}/v1/models")
     server.reader.join(10)

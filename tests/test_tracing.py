@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, QUICK, RunningServer, make_pair
 
 pytest.importorskip("opentelemetry.sdk", reason="pip install boomerang-serve[otel]")
 
@@ -69,7 +69,7 @@ def observed(tmp_path_factory):
     collector = Collector()
     flags = ["--otlp-traces-endpoint", f"{collector.url}/v1/traces", "--log-format", "json"]
     flags += ["--otlp-metrics-endpoint", f"{collector.url}/v1/metrics", "--enable-per-request-metrics"]
-    with RunningServer(make_pair(tmp_path_factory.mktemp("tracing")), *flags) as server:
+    with RunningServer(make_pair(tmp_path_factory.mktemp("tracing")), *flags, *QUICK) as server:
         trace = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
         body = {"model": f"{NAME}:5L", "prompt": "The quick", "max_tokens": 6, "temperature": 0, "size": "5L"}
         answer = httpx.post(server.url + "/v1/completions", json=body, headers=trace)

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.api.tiny import NAME, RunningServer, make_pair
+from tests.api.tiny import NAME, QUICK, RunningServer, make_pair
 
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TTFT = (
@@ -103,7 +103,7 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("metrics"))) as server:
+    with RunningServer(make_pair(tmp_path_factory.mktemp("metrics")), *QUICK) as server:
         body = {"prompt": "The quick", "max_tokens": 8, "temperature": 0}
         for changes in ({}, {"size": "4L"}, {"n": 2}, {"stop": "e"}):
             assert httpx.post(server.url + "/v1/completions", json=body | changes).status_code == 200
@@ -165,6 +165,6 @@ def test_sizes_add_up(families):
 
 
 def test_legacy_names_on_request(tmp_path):
-    with RunningServer(make_pair(tmp_path), "--metrics-legacy-names") as server:
+    with RunningServer(make_pair(tmp_path), "--metrics-legacy-names", *QUICK) as server:
         text = httpx.get(server.url + "/metrics").text
         assert "vllm:gpu_cache_usage_perc{" in text and "vllm:time_per_output_token_seconds_bucket{" in text

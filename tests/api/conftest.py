@@ -1,8 +1,8 @@
-"""One pair and one server with default flags for all files that only talk to it: a start takes two seconds."""
+"""One pair and one server with default flags for all files that only talk to it."""
 
 import pytest
 
-from tests.api.tiny import RunningServer, make_pair
+from tests.api.tiny import QUICK, RunningServer, make_pair
 
 
 @pytest.fixture(scope="package")
@@ -14,7 +14,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="package")
 def plain(pair):
     """A server that serves whatever test comes along; in the end nothing of them may be left behind."""
-    server = RunningServer(pair)
+    server = RunningServer(pair, *QUICK)
     try:
         server.wait_ready()
         yield server

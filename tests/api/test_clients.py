@@ -7,7 +7,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.api.tiny import NAME, ROOT, RunningServer, make_pair
+from tests.api.tiny import NAME, QUICK, ROOT, RunningServer, make_pair
 from tests.clients.__main__ import scripts
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -15,7 +15,7 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with RunningServer(make_pair(tmp_path_factory.mktemp("clients")), "--api-key", "secret") as running:
+    with RunningServer(make_pair(tmp_path_factory.mktemp("clients")), "--api-key", "secret", *QUICK) as running:
         yield running
 
 

@@ -125,7 +125,7 @@ def metric(url, name, **labels):
 
 @pytest.fixture(scope="module")
 def counting(pair):
-    with RunningServer(pair) as server:
+    with RunningServer(pair, *QUICK) as server:
         yield server.url
 
 

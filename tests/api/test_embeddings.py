@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.api.asking import post
-from tests.api.tiny import NAME, RunningServer
+from tests.api.tiny import NAME, QUICK, RunningServer
 
 MODEL = f"{NAME}:5L"
 WIDTH = 64
@@ -90,7 +90,7 @@ def test_the_whole_context_and_many_texts_at_once(plain):
 
 def test_they_count_as_inference_and_leave_nothing_behind(pair):
     limits = ("--api-key", "one", "--max-tokens-per-minute-per-key", "10", "--max-num-queued-reqs", "4")
-    with RunningServer(pair, *limits) as server:
+    with RunningServer(pair, *limits, *QUICK) as server:
         headers = {"authorization": "Bearer one"}
         statuses = [
             httpx.post(server.url + "/v1/embeddings", json={"input": [5] * 6}, headers=headers).status_code

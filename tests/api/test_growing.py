@@ -132,7 +132,7 @@ def open_prompt(teacher):
 
 
 def test_what_does_not_fit_is_refused_and_said(teacher, tmp_path):
-    with tiny.RunningServer((teacher, None), "--store", str(tmp_path)) as server:
+    with tiny.RunningServer((teacher, None), "--store", str(tmp_path), *tiny.QUICK) as server:
         broken = publish(teacher, tmp_path, 2)
         wait_for(lambda: len(sizes(server.url)) == 3)
         other = made.work_folder(broken.parent) / "pair"
@@ -188,7 +188,7 @@ def test_a_server_makes_its_own_student(teacher, tmp_path):
 
 
 def test_no_maker_outlives_its_server(teacher, tmp_path):
-    server = tiny.RunningServer((teacher, "make"), "--store", str(tmp_path))
+    server = tiny.RunningServer((teacher, "make"), "--store", str(tmp_path), *tiny.QUICK)
     server.wait_ready()
     (maker,) = psutil.Process(server.process.pid).children()
     wait_for(lambda: maker.nice() == 19)

@@ -25,7 +25,8 @@ def llama(tmp_path_factory):
     """A template whose calls are plain JSON, so that a schema can force one."""
     folder = tmp_path_factory.mktemp("llama")
     (folder / "template").write_text(templates.LLAMA3)
-    with RunningServer(make_pair(folder, max_len=1024), "--chat-template", str(folder / "template")) as server:
+    flags = ("--chat-template", str(folder / "template"), *QUICK)
+    with RunningServer(make_pair(folder, max_len=1024), *flags) as server:
         yield server
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.api.tiny import NAME, ROOT, RunningServer, make_tokenizer
+from tests.api.tiny import NAME, QUICK, ROOT, RunningServer, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_memory_goes_back_to_the_system_and_answers_go_on(large, executor):
 
 
 def test_an_idle_server_falls_asleep_and_a_request_wakes_it(pair):
-    with RunningServer(pair, "--sleep-after", "0.3", "--api-key", "secret") as server:
+    with RunningServer(pair, "--sleep-after", "0.3", "--api-key", "secret", *QUICK) as server:
         url, key = server.url, {"Authorization": "Bearer secret"}
         for path in ("/sleep", "/wake", "/wake_up"):
             assert httpx.post(url + path).status_code == 401

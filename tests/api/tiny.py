@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model_store.pair import open_pair
+
 ROOT = Path(__file__).parents[2]
 VOCAB = 400
 KEPT = (0, 2, 4, 5)
@@ -90,6 +92,7 @@ def make_pair(folder: Path, max_len: int = MAX_LEN) -> tuple[Path, Path]:
     pruned = [layer for layer in range(NUM_LAYERS) if layer not in KEPT]
     config = {"copied_teacher_layers": list(KEPT), "pruned_teacher_layers": pruned}
     (student / "student_config.json").write_text(json.dumps(config))
+    open_pair(teacher, student)  # what a first opening asks transformers is kept: servers need not import it
     return teacher, student
 
 

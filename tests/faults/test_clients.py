@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.api.tiny import RunningServer
+from tests.api.tiny import QUICK, RunningServer
 from tests.faults.ledger import Ledger, gather
 
 BODY = {"prompt": [5, 9, 20], "temperature": 0, "ignore_eos": True}
@@ -71,7 +71,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(pair):
 
 @pytest.fixture(scope="module")
 def plain(pair):
-    with RunningServer(pair) as server:
+    with RunningServer(pair, *QUICK) as server:
         yield server
 
 
@@ -230,7 +230,7 @@ def test_sigterm_under_load_loses_nothing_silently(pair, timeout, row):
 def test_a_grammar_that_ends_its_trial_process_is_refused(pair):
     """A stand-in for grammars that overflow the native parser's stack: the trial process is told to end itself."""
     ledger = Ledger()
-    with RunningServer(pair, module="tests.faults.fragile") as server:
+    with RunningServer(pair, *QUICK, module="tests.faults.fragile") as server:
 
         async def together(client):
             undisturbed = asyncio.ensure_future(ledger.ask(client, BODY | {"max_tokens": 100, "stream": True}))
@@ -247,7 +247,8 @@ def test_a_grammar_that_ends_its_trial_process_is_refused(pair):
 
 
 def test_trial_processes_inherit_no_socket_and_no_secret(pair):
-    with RunningServer(pair, env={"BOOMERANG_API_KEY": "secret", "HF_TOKEN": "secret"}) as server:
+    secrets = {"BOOMERANG_API_KEY": "secret", "HF_TOKEN": "secret"}
+    with RunningServer(pair, *QUICK, env=secrets) as server:
         body = BODY | {"max_tokens": 2, "structured_outputs": {"choice": ["yes"]}}
         answer = httpx.post(server.url + "/v1/completions", json=body, headers=bearer("secret"), timeout=60)
         assert answer.status_code == 200

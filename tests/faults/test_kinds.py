@@ -31,7 +31,7 @@ from server.core.request import LiveRequest, RepetitionLimit, Request, SamplingP
 from server.engine.stopping import stop_status
 from server.growing import _without_secrets
 from server.process import bind
-from tests.api.tiny import NAME, RunningServer, make_tokenizer
+from tests.api.tiny import NAME, QUICK, RunningServer, make_tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 # Half of a surrogate pair: JSON can name it, no text can hold it.
@@ -48,7 +48,7 @@ CALLS = [
 
 @pytest.fixture(scope="module")
 def server(pair):
-    with RunningServer(pair, "--max-model-len", "256") as server:
+    with RunningServer(pair, "--max-model-len", "256", *QUICK) as server:
         yield server
 
 

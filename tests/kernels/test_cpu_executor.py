@@ -1,6 +1,7 @@
 """The native executor against the portable one: random layers of odd shapes, mixed sizes, chunks and shuffled pages."""
 
 import dataclasses
+import functools
 import os
 
 import numpy as np
@@ -16,7 +17,16 @@ from server.kernels.cpu.build import VARIANTS
 from server.kernels.cpu.executor import create
 from server.kernels.cpu.library import VARIANT_VARIABLE
 from server.model.torch_executor import TorchExecutor
-from tests.kernels.steps import FAMILIES, MORE_FAMILIES, PAGE, assert_same_logits, make_pair, make_steps, quantised
+from tests.kernels.steps import (
+    FAMILIES,
+    MORE_FAMILIES,
+    PAGE,
+    assert_same_logits,
+    logits_of,
+    make_pair,
+    make_steps,
+    quantised,
+)
 
 
 def portable_of(pair: LoadedPair, page_size: int = PAGE) -> TorchExecutor:
@@ -26,6 +36,32 @@ def portable_of(pair: LoadedPair, page_size: int = PAGE) -> TorchExecutor:
             if not isinstance(value := getattr(part, field.name), int | str | None):
                 setattr(part, field.name, value.astype(np.float32))
     return TorchExecutor(pair, page_size=page_size)
+
+
+# Tokens of each request, by step. Whole prompts and chunks, short and beyond one block of the softmax; decode rows
+# beside chunks; decode alone.
+MIXED = ((3, 0, 7, 1, 0), (1, 29, 1, 130, 4), (1, 1, 1, 150, 1), (1, 2, 1, 1, 1))
+MANY = ((213, 150, 141, 90, 60), (1, 2, 150, 229, 1), (1, 1, 1, 1, 1))
+ROUNDED = ((3, 0, 7, 1, 0), (1, 29, 1, 130, 4), (1, 1, 1, 50, 1))
+
+
+@functools.cache
+def expected(family: str, dtype: torch.dtype, counts: tuple, **changes) -> list[np.ndarray]:
+    """What the portable executor computes: the same for every variant, form and size of pages of the native one."""
+    pair = make_pair(family, dtype, **changes)
+    return logits_of(portable_of(pair), make_steps(pair.elasticity, counts))
+
+
+@functools.cache
+def expected_of_int8(family: str) -> list[np.ndarray]:
+    """Of the model whose matrices were rounded."""
+    pair = quantised(make_pair(family, torch.bfloat16))
+    for part in (*pair.layers.values(), *pair.ends.values()):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if not isinstance(value, int | str | None):
+                setattr(part, field.name, dense(value, FLOAT32))
+    return logits_of(TorchExecutor(pair, page_size=32), make_steps(pair.elasticity, ROUNDED))
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "compressed"])
@@ -39,11 +75,8 @@ def test_same_logits_as_the_portable_executor(family, kind, variant, monkeypatch
     native = create(make_pair(family, dtype), config)
     if isinstance(native, str):
         pytest.skip(native)
-    pair = make_pair(family, dtype)
-    portable = portable_of(pair)
-    # Whole prompts and chunks, short and beyond one block of the softmax; decode rows beside chunks; decode alone.
-    steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 150, 1], [1, 2, 1, 1, 1]])
-    assert_same_logits(native, portable, steps, 1e-4 if dtype == torch.float32 else 0.03)
+    steps = make_steps(native._pair.elasticity, MIXED)
+    assert_same_logits(native, expected(family, dtype, MIXED), steps, 1e-4 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 32])  # part of a line of K at a time, and whole ones
@@ -62,10 +95,8 @@ def test_many_rows_go_layer_by_layer_in_chunks(family, kind, variant, page_size,
     native = create(make_pair(family, dtype, **changes), config)
     if isinstance(native, str):
         pytest.skip(native)
-    pair = make_pair(family, dtype, **changes)
-    portable = portable_of(pair, page_size)
-    steps = make_steps(pair.elasticity, [[213, 150, 141, 90, 60], [1, 2, 150, 229, 1], [1, 1, 1, 1, 1]])
-    assert_same_logits(native, portable, steps, 1e-4 if dtype == torch.float32 else 0.03)
+    wanted, steps = expected(family, dtype, MANY, **changes), make_steps(native._pair.elasticity, MANY)
+    assert_same_logits(native, wanted, steps, 1e-4 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 32])
@@ -96,15 +127,7 @@ def test_int8_weights_are_the_rounded_ones(family, variant, monkeypatch):
     native = create(quantised(make_pair(family, torch.bfloat16)), EngineConfig(page_size=32, max_model_len=320))
     if isinstance(native, str):
         pytest.skip(native)
-    pair = quantised(make_pair(family, torch.bfloat16))
-    for part in (*pair.layers.values(), *pair.ends.values()):
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if not isinstance(value, int | str | None):
-                setattr(part, field.name, dense(value, FLOAT32))
-    portable = TorchExecutor(pair, page_size=32)
-    steps = make_steps(pair.elasticity, [[3, 0, 7, 1, 0], [1, 29, 1, 130, 4], [1, 1, 1, 50, 1]])
-    assert_same_logits(native, portable, steps, 0.03)
+    assert_same_logits(native, expected_of_int8(family), make_steps(native._pair.elasticity, ROUNDED), 0.03)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
