@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api import asking, templates
 from tests.api.asking import closed, events, post
-from tests.api.tiny import QUICK, RunningServer, make_pair
+from tests.api.tiny import QUICK, RunningServer, make_pair, noted
 
 
 def completion(url, status=200, **fields):
@@ -299,7 +299,7 @@ def configured(pair, tmp_path_factory):
         "repetition_detection": {"min_pattern_size": 1, "max_pattern_size": 4, "min_count": 4},
     }  # fmt: skip
     (teacher / "generation_config.json").write_text(json.dumps(config))
-    return teacher, pair[1]
+    return noted(teacher, pair[1])
 
 
 def test_sampling_defaults_are_those_of_the_makers(configured, plain):

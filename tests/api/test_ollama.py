@@ -58,7 +58,10 @@ def test_chat_is_the_chat_answer_in_another_shape(plain, client):
     chunks = list(client.chat(MODEL, MESSAGES, options=GREEDY, stream=True))
     assert "".join(chunk.message.content for chunk in chunks) == expected
     assert [chunk.done for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert chunks[-1].eval_count == 6 and chunks[-1].done_reason == "length" and len(chunks) > 2
+    assert chunks[-1].eval_count == 6 and chunks[-1].done_reason == "length"
+    # Tokens that nobody took yet are sent together: on a busy machine even a long answer may come whole.
+    long = GREEDY | {"num_predict": 200}
+    assert any(len(list(client.chat(MODEL, MESSAGES, options=long, stream=True))) > 4 for _ in range(9))
 
 
 def test_streaming_is_the_default_and_an_answer_says_its_size(plain):

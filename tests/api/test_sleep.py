@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.api.tiny import NAME, QUICK, ROOT, RunningServer, make_tokenizer
+from tests.api.tiny import NAME, QUICK, ROOT, RunningServer, make_tokenizer, noted
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def large(tmp_path_factory):
         json.dumps({"copied_teacher_layers": kept, "pruned_teacher_layers": pruned})
     )
     make_tokenizer(folder / "teacher")
-    return folder / "teacher", folder / "student"
+    return noted(folder / "teacher", folder / "student")
 
 
 def post(url: str, path: str = "/v1/completions", **body) -> httpx.Response:

@@ -92,7 +92,12 @@ def make_pair(folder: Path, max_len: int = MAX_LEN) -> tuple[Path, Path]:
     pruned = [layer for layer in range(NUM_LAYERS) if layer not in KEPT]
     config = {"copied_teacher_layers": list(KEPT), "pruned_teacher_layers": pruned}
     (student / "student_config.json").write_text(json.dumps(config))
-    open_pair(teacher, student)  # what a first opening asks transformers is kept: servers need not import it
+    return noted(teacher, student)
+
+
+def noted(teacher: Path, student: Path) -> tuple[Path, Path]:
+    """The folders, opened once: what that asks of transformers is kept, so that servers need not import it."""
+    open_pair(teacher, student)
     return teacher, student
 
 
