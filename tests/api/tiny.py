@@ -95,9 +95,9 @@ def make_pair(folder: Path, max_len: int = MAX_LEN) -> tuple[Path, Path]:
     return noted(teacher, student)
 
 
-def noted(teacher: Path, student: Path) -> tuple[Path, Path]:
-    """The folders, opened once: what that asks of transformers is kept, so that servers need not import it."""
-    open_pair(teacher, student)
+def noted(teacher: Path, student: Path | None, store: Path | None = None) -> tuple[Path, Path | None]:
+    """The folders, opened once: what that asks of transformers is kept in the store, and servers need not import it."""
+    open_pair(teacher, student or "none", store=store)
     return teacher, student
 
 

@@ -16,7 +16,6 @@ from itertools import islice
 import httpx
 import psutil
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from tests.api.tiny import RunningServer, make_pair
@@ -210,6 +209,8 @@ def try_examples(operation) -> tuple[Counter, list[str]]:
 
 @pytest.mark.timeout(3600)
 def test_every_operation_of_the_openapi_document(server):
+    import schemathesis  # a second, which every process of the suite would take
+
     document = schemathesis.openapi.from_url(server.url + "/openapi.json")
     problems, num_operations = [], 0
     for found in document.get_all_operations():

@@ -34,6 +34,8 @@ def test_near_the_oracle_with_hits_preemption_and_guesses(family, executor):  # 
     """Mixed sizes in room for about two of them, a shared beginning, and a smaller size that guesses."""
     teacher, student, oracle = family
     pair = open_order(teacher, student, "last_to_first")
+    if executor == "torch" and pair.spec.family not in ("llama", "smollm3", "gemma3_text", "gpt2"):
+        pytest.skip("what its families do differently about keys and values, these do")
     page_bytes = make_engine(pair, executor, kv_cache_dtype="int8").executor.page_bytes()
     for changes in ({}, {"speculative_size": 4}, {"state_bytes": 9 * 8 * 64 * 4}):
         engine = make_engine(pair, executor, kv_cache_dtype="int8", kv_cache_bytes=96 * page_bytes, **changes)
@@ -82,7 +84,7 @@ def test_the_simulator_has_more_pages():
 def test_a_server_with_the_flag(tmp_path):
     flags = ("--kv-cache-dtype", "int8", "--executor", "auto", "--size-policy", "auto", "--store", str(tmp_path))
     body = {"model": tiny.NAME, "prompt": "The quick brown fox", "max_tokens": 12, "temperature": 0}
-    with tiny.RunningServer(tiny.make_pair(tmp_path), *flags) as server:
+    with tiny.RunningServer(tiny.noted(*tiny.make_pair(tmp_path), tmp_path), *flags) as server:
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
         assert answer["usage"]["completion_tokens"] >= 1
         cards = httpx.get(f"{server.url}/v1/models").json()["data"]

@@ -59,6 +59,7 @@ def teacher(tmp_path_factory):
 
 def test_a_server_of_one_size(teacher, tmp_path):
     flags = ["--store", str(tmp_path), "--size-policy", "auto", "--slo-tpot-ms", "1000", "--speculative-size", "auto"]
+    tiny.noted(teacher, None, tmp_path)
     with tiny.RunningServer((teacher, "none"), *flags, *tiny.QUICK) as server:
         ask = lambda path, **body: httpx.post(server.url + path, json=body, timeout=60)  # noqa: E731
         cards = httpx.get(server.url + "/v1/models").json()["data"]
