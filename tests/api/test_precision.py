@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from server.cli import main
-from tests.api.tiny import NAME, QUICK, RunningServer, make_pair, noted
+from tests.api.tiny import NAME, RunningServer, make_pair, noted
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def url(folder):
     kind = {"sizes": {"4": {"kl": 0.5}, "5": {"kl": 0.2}}, "widths": {str(w): {"kl": 0.1 / w} for w in (8, 6, 5, 4)}}
     (pair[1] / "quality.json").write_text(json.dumps({"kinds": {"prose": kind, "code": kind}}))
     flags = ["--precision-dial", "on", "--exact", "on", "--dtype", "bfloat16", "--store", str(folder / "store")]
-    with RunningServer(noted(*pair, folder / "store"), *flags, "--size-policy", "auto", *QUICK) as server:
+    with RunningServer(noted(*pair, folder / "store"), *flags, "--size-policy", "auto") as server:
         yield server.url
 
 
