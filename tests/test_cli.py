@@ -256,6 +256,8 @@ def test_ctrl_c_at_any_time_is_no_traceback(seconds, pair):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
+    if said.startswith("Fatal Python error: init"):
+        return  # a busy machine: Python itself was not up yet
     assert process.returncode in (-signal.SIGINT, 0, 130) and "Traceback" not in said, said
 
 
