@@ -70,7 +70,7 @@ INSTEAD = {
 }
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _seen_unknown: set[str] = set()
-MAX_NESTING = 64
+MAX_NESTING, MAX_CONTAINERS = 64, 1 << 17
 MAX_MESSAGES, MAX_PARTS = 4096, 16_384  # of a conversation
 MAX_FRACTIONS = 1 << 17  # of one body, where they are kept as they were written
 
@@ -152,7 +152,7 @@ T = TypeVar("T", bound=Body)
 
 
 def parse_json(raw: bytes, written_mark: bytes | None = None) -> dict[str, Any]:
-    """A JSON object, or APIError for anything else, and for one nested deeper than `MAX_NESTING`.
+    """A JSON object, or APIError for anything else, and for one of too many parts or levels (`check_nesting`).
 
     Where `written_mark` occurs, fractions are `WrittenFloat`s.
     orjson refuses NaN, infinities, lone surrogates and bad UTF-8.
@@ -173,13 +173,17 @@ def parse_json(raw: bytes, written_mark: bytes | None = None) -> dict[str, Any]:
 
 
 def check_nesting(value: Any, param: str | None = None) -> None:
-    """400 for lists and objects within each other deeper than `MAX_NESTING`: what reads them next is recursive."""
-    level = [value] if isinstance(value, dict | list) else []
+    """400 for lists and objects within each other deeper than `MAX_NESTING`, for what reads them next is recursive; and
+    for more of them than any conversation or schema has."""
+    level, count = [value] if isinstance(value, dict | list) else [], 0
     for _ in range(MAX_NESTING):
         inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
         level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
             return
+        count += len(level)
+        if count > MAX_CONTAINERS:
+            raise invalid(f"The JSON holds more than {MAX_CONTAINERS} lists and objects.", param)
     raise invalid(f"The JSON is nested deeper than {MAX_NESTING} levels.", param)
 
 
