@@ -120,6 +120,8 @@ class Generation:
         self.changes: list[tuple[int, int, int]] = []  # (size, width, output tokens before it) of the first choice
         self.num_changes = 0  # of size or of width, of the first choice
         self.num_tokens_at: Counter[int] = Counter()  # output tokens of the first choice, by width
+        self._num_prompt_tokens = submission.num_prompt_tokens
+        self._num_output_tokens = self._num_cached_tokens = 0
         self._first: RequestOutput | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -200,7 +202,7 @@ class Generation:
             while True:
                 if output.finish_reason is not None:
                     self._raise_if_failed(output)
-                delta = sequence.feed(output)
+                delta = self._feed(sequence, output)
                 yield delta
                 if sequence.is_finished:
                     await self._retire(sequence, delta)
@@ -237,7 +239,7 @@ class Generation:
                     if sequence.is_finished:
                         continue
                     self._raise_if_failed(output)
-                    delta = sequence.feed(output)
+                    delta = self._feed(sequence, output)
                     yield delta
                     if sequence.is_finished:
                         unfinished -= 1
@@ -261,6 +263,14 @@ class Generation:
                 await sequence.stream.aclose()
 
     # --- parts
+
+    def _feed(self, sequence: Sequence, output: RequestOutput) -> Delta:
+        num_output, num_cached = sequence.num_output_tokens, sequence.num_cached_tokens
+        delta = sequence.feed(output)
+        self._num_output_tokens += sequence.num_output_tokens - num_output
+        if sequence.index % self.submission.n == 0:
+            self._num_cached_tokens += max(sequence.num_cached_tokens, 0) - max(num_cached, 0)
+        return delta
 
     def _submit(self, sequence: Sequence) -> None:
         sequence.stream = self.state.async_engine.submit(sequence.request)
@@ -325,15 +335,13 @@ class Generation:
     # --- reports
 
     def usage(self) -> dict[str, Any]:
-        """Token counts so far. A prompt that `n` choices share counts once."""
-        completion = sum(sequence.num_output_tokens for sequence in self.sequences)
-        num_prompt = self.submission.num_prompt_tokens
-        cached = sum(max(sequence.num_cached_tokens, 0) for sequence in self.sequences[:: self.submission.n])
+        """Token counts so far, which may be asked for with every token of a thousand sequences. A prompt that `n`
+        choices share counts once."""
         return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": completion,
-            "total_tokens": num_prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": self._num_output_tokens,
+            "total_tokens": self._num_prompt_tokens + self._num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens},
         }
 
     @property
