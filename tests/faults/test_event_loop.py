@@ -109,6 +109,11 @@ KINDS: dict[str, tuple[str, Any]] = {
         {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "anyOf": [{}] * 1_300_000}}}]),
     "a thousand texts of other letters": (COMPLETIONS, {"prompt": ["".join(
         chr(0x4E00 + (i * j) % 20_000) for j in range(1300)) for i in range(1024)], "max_tokens": 1}),
+    "usage with every token of a thousand answers": (COMPLETIONS, MANY | {
+        "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
+    "a grammar for every prompt": (COMPLETIONS, MANY | {"structured_outputs": {"json": properties(200)}}),
+    "a number of three million digits": (COMPLETIONS, b'{"prompt": [5], "temperature": 0.' + b"1" * 3_000_000 + b"}"),
+    "long integers": (COMPLETIONS, b'{"prompt": [' + b",".join([b"1234567890123456789012"] * 150_000) + b"]}"),
     "ids that are echoed": (COMPLETIONS, {"prompt": [[5] * 200] * 100, "max_tokens": 1, "echo": True, "logprobs": 5}),
 }  # fmt: skip
 

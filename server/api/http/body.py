@@ -5,6 +5,7 @@ Types are strict: a bool is no int, a float no int, NaN and infinity are refused
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -178,7 +179,7 @@ def check_nesting(value: Any, param: str | None = None) -> None:
     level, count = [value] if isinstance(value, dict | list) else [], 0
     for _ in range(MAX_NESTING):
         inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
-        level = [item for item in inner if isinstance(item, dict | list)]
+        level = list(itertools.islice((item for item in inner if isinstance(item, dict | list)), MAX_CONTAINERS + 1))
         if not level:
             return
         count += len(level)
