@@ -73,6 +73,7 @@ _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _seen_unknown: set[str] = set()
 MAX_NESTING, MAX_CONTAINERS = 64, 1 << 17
 MAX_MESSAGES, MAX_PARTS = 4096, 16_384  # of a conversation
+MAX_VALUES = 1 << 17  # of a call that is no text
 MAX_FRACTIONS = 1 << 17  # of one body, where they are kept as they were written
 
 
@@ -186,6 +187,17 @@ def check_nesting(value: Any, param: str | None = None) -> None:
         if count > MAX_CONTAINERS:
             raise invalid(f"The JSON holds more than {MAX_CONTAINERS} lists and objects.", param)
     raise invalid(f"The JSON is nested deeper than {MAX_NESTING} levels.", param)
+
+
+def check_values(value: Any, param: str) -> None:
+    """400 for more than `MAX_VALUES` in lists and objects: each is written and read again, a microsecond every time."""
+    level, count = [value], 0
+    while level:
+        inner = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        count += sum(map(len, inner))
+        if count > MAX_VALUES:
+            raise invalid(f"{param}: there are more than {MAX_VALUES} values in a call.", param)
+        level = [item for values in inner for item in values if isinstance(item, dict | list)]
 
 
 def parse_body(model: type[T], raw: bytes) -> T:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from server.api.chat.protocol import ChatCompletionRequest
 from server.api.generate.chat_template import to_json
 from server.api.generate.protocol import SizeFields
+from server.api.http.body import check_values
 from server.api.http.errors import APIError, from_validation, invalid
 from server.api.messages.protocol import Block, CountTokensRequest, Message, MessagesRequest
 
@@ -69,6 +70,7 @@ def _message(message: Message, param: str) -> list[dict[str, Any]]:
         if block.type == "text":
             texts.append(_text(block, where))
         elif block.type == "tool_use" and message.role == "assistant":
+            check_values(block.input or {}, where)
             arguments = to_json(block.input or {})
             call = {"type": "function", "function": {"name": block.name or "", "arguments": arguments}}
             calls.append(call | ({"id": block.id} if block.id else {}))

@@ -12,7 +12,7 @@ from server.api.completions.protocol import CompletionRequest
 from server.api.generate.chat_template import to_json
 from server.api.generate.conversation import Conversation
 from server.api.generate.protocol import SamplingFields, SizeFields
-from server.api.http.body import check_extra
+from server.api.http.body import check_extra, check_values
 from server.api.http.errors import APIError, from_validation, invalid
 from server.api.http.state import ServerState
 from server.api.ollama.protocol import (
@@ -140,7 +140,9 @@ def _messages(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
                     call.id or f"call{index:02d}{place:03d}"
                 )  # nine letters and digits, as Mistral's templates want
                 open_calls.append((call.function.name, call_id))
-                function = {"name": call.function.name, "arguments": to_json(call.function.arguments or {})}
+                arguments = call.function.arguments or {}
+                check_values(arguments, f"messages.{index}.tool_calls.{place}")
+                function = {"name": call.function.name, "arguments": to_json(arguments)}
                 item["tool_calls"].append({"id": call_id, "type": "function", "function": function})
         if message.role == "tool":
             found = next((call for call in open_calls if message.tool_name in (None, call[0])), None)
