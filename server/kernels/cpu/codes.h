@@ -43,8 +43,7 @@ struct Form {
     static constexpr int scale_bytes = scales == kHalf ? 64 : scales == kHalfMin ? 128 : scales == kChannel ? 0 : scales == kWide ? 512 : 64;
     static constexpr int super_bytes = scales == kTwoLevel ? 128 : scales == kTwoLevel16 ? 64 : 0;
     static constexpr int code_bytes = bits == 8 ? 1024 : kNibbleBytes + (bits - 4) * kPlaneBytes;
-    static constexpr int read = (scales == kNested ? 96 + kNibbleBytes + (bits - 4) * kPlaneBytes : scale_bytes + code_bytes);  // of a group by a product
-    static constexpr int record = scales == kNested ? 1312 : read;  // in memory
+    static constexpr int record = scales == kNested ? 1312 : scale_bytes + code_bytes;  // of a group
     static constexpr long head(int groups) { return long(super_bytes) * ((groups + kGroupsInSuper - 1) / kGroupsInSuper); }
     static constexpr long panel_bytes(int groups) { return head(groups) + long(record) * groups; }
 };
@@ -96,7 +95,8 @@ struct Packed {
     int groups, group = 0;
     Packed(const char* panel, int groups) : start(reinterpret_cast<const uint8_t*>(panel)), record(start + F::head(groups)), groups(groups) {}
     void next() { record += F::record, group++; }
-    static long reach(int groups) { return F::panel_bytes(groups); }  // bytes of a panel, from its start, that are read
+    static long first(int) { return 0; }  // where what is read of a panel begins, and ends
+    static long reach(int groups) { return F::panel_bytes(groups); }
     void fetch(long ahead) const {
         for (int i = 0; i < F::record; i += 64) prefetch_once(record + ahead + i);
     }

@@ -71,9 +71,17 @@ inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) 
 template <int bits>
 constexpr int kLinesInWords = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 
+// What is fetched while a block runs: what it reads itself soon (`own`), or, into the second-level cache, `share` bytes a group
+// from `next` on, up to `end`. Spread out: a burst of prefetches holds up the loads behind it.
+struct CodesAhead {
+    bool own = false;
+    const char *next = nullptr, *end = nullptr;
+    long share = 0;
+};
+
 // R rows from row `x` on by V vectors of channels from vector v0 on of a panel: out [R, ld] of floats.
 template <class Source, int R, int v0, int V>
-inline void code_rows(Source from, int groups, const RoundedRows& x, int row, float* out, long ld, long ahead) {
+inline void code_rows(Source from, int groups, const RoundedRows& x, int row, float* out, long ld, CodesAhead ahead) {
     using F = typename Source::Form;
     constexpr bool is_signed = (kSignedBytes || !kFours) && F::bits == 8 && F::centre >= 0;  // then codes are taken as they are meant, without their centre of 128
     constexpr int part_lines = kGroupLines / F::parts;
@@ -83,7 +91,8 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) total[r][v] = no_floats();
     for (int g = 0; g < groups; g++, from.next(), codes += kGroup, blocks++) {
-        if (ahead) from.fetch(ahead);
+        if (ahead.own) from.fetch(kAhead);
+        for (const char* stop = std::min(ahead.next + ahead.share, ahead.end); ahead.next < stop; ahead.next += 64) prefetch_second(ahead.next);
         typename Source::Lower low[V];
         each_line<0, V>([&](auto v) { low[v] = from.template lower<v0 + v>(); });
         each_line<0, F::parts>([&](auto part) {
@@ -174,24 +183,25 @@ constexpr int kMostPackedRows = kPackedRows;
 #endif
 
 template <class Source, int R>
-void code_block(const char* panel, int groups, const RoundedRows& x, int row, float* sums, long ahead) {
+void code_block(const char* panel, int groups, const RoundedRows& x, int row, float* sums, const CodesAhead& ahead) {
     constexpr int vectors = kPanel / kLanes;
     const Source from(panel, groups);
     if constexpr (R <= kWholePanelRows) {
         code_rows<Source, R, 0, vectors>(from, groups, x, row, sums, kPanel, ahead);
     } else {
         code_rows<Source, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, ahead);
-        code_rows<Source, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, 0);
+        code_rows<Source, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, {});
     }
 }
 
 // A row's sums are the same whatever rows are with it.
-using CodeBlock = void (*)(const char* panel, int groups, const RoundedRows& x, int row, float* sums, long ahead);
+using CodeBlock = void (*)(const char* panel, int groups, const RoundedRows& x, int row, float* sums, const CodesAhead& ahead);
 
 // What is done with codes of one type.
 struct CodeKernels {
     long (*panel_bytes)(int groups);
-    long (*reach)(int groups);  // of those, how far from the start a product reads
+    long (*first)(int groups), (*reach)(int groups);  // of those, where what a product reads begins and ends
+    bool is_one_stream;
     long wide_record;  // bytes of a group of a widened panel
     void (*widen)(const char* panel, int groups, uint8_t* to);
     void (*to_floats)(const uint8_t* widened, int groups, float* to);
@@ -217,7 +227,7 @@ void widened_to_floats(const uint8_t* lines, int groups, float* to) {
 template <class F>
 constexpr CodeKernels code_kernels() {
     using W = WideForm<F>;
-    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Packed<F>::reach, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}};
+    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Packed<F>::first, Packed<F>::reach, F::scales != kNested, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}};
     each_line<0, kPackedRows>([&](auto i) {
         all.packed[i] = code_block<Packed<F>, i + 1>;
     });
@@ -240,30 +250,50 @@ inline const CodeKernels* code_kernels_of(int type) {
     return found;
 }
 
-// sink(row, rows, panel, sums [rows, 32]) for rows [row0, row1) by panels [panel0, panel1) of [.., K] from `data` on.
+// Rows that read codes of one form.
+struct CodedRun {
+    const CodeKernels* kernels;
+    int row0, row1;
+    int num_rows() const { return row1 - row0; }
+    bool is_widened() const { return num_rows() > kernels->most_packed; }
+    int num_blocks() const { return chunks_for(num_rows(), is_widened() ? kCodeRows : kPackedRows); }
+};
+
+// sink(row, rows, panel, sums [rows, 32]) for the rows of all runs by panels [panel0, panel1) of [.., K] from `data` on. All
+// runs have the same panels, each reads what its form has of them: what two have in common comes from memory once. `alone`: as
+// of a Part.
 template <class Sink>
-void multiply_codes(const CodeKernels& kernels, const RoundedRows& x, const char* data, int K, int row0, int row1, int panel0, int panel1, Sink&& sink) {
-    const int groups = groups_of(K), all = row1 - row0;
-    const long panel_bytes = kernels.panel_bytes(groups), reach = kernels.reach(groups);
-    const bool is_widened = all > kernels.most_packed;
-    const int most = is_widened ? kCodeRows : kPackedRows;
-    const CodeBlock* blocks = is_widened ? kernels.widened : kernels.packed;
+void multiply_codes(const CodedRun* runs, int num_runs, const RoundedRows& x, const char* data, int K, int panel0, int panel1, bool alone, Sink&& sink) {
+    const int groups = groups_of(K);
+    const long panel_bytes = runs->kernels->panel_bytes(groups);
+    long first = panel_bytes, reach = 0;
+    int blocks = 0;
+    bool is_widened = false;
+    for (const CodedRun* run = runs; run != runs + num_runs; run++) {
+        first = std::min(first, run->kernels->first(groups)), reach = std::max(reach, run->kernels->reach(groups));
+        blocks += run->num_blocks(), is_widened |= run->is_widened();
+    }
+    const bool one = alone && blocks == 1 && !is_widened && runs->kernels->is_one_stream;
+    const long share = one ? 0 : round_up(chunks_for(int(reach - first), blocks * groups), 64);
     alignas(64) float sums[kCodeRows * kPanel];
     static thread_local Buffer<uint8_t> wide;
     for (int p = panel0; p < panel1; p++) {
-        const char *packed = data + p * panel_bytes, *panel = packed;
-        if (is_widened) {
-            uint8_t* lines = wide.at_least(groups * kernels.wide_record);
-            kernels.widen(packed, groups, lines);
-            panel = reinterpret_cast<const char*>(lines);
-        }
-        long fetched = 0;
-        for (int m = row0, rows; m < row1; m += rows) {
-            rows = chunks_for(row1 - m, chunks_for(row1 - m, most));
-            if (is_widened || all > most)  // of the next panel each block fetches its share
-                for (const long until = reach * (m + rows - row0) / all; fetched < until; fetched += 64) prefetch_second(packed + panel_bytes + fetched);
-            blocks[rows - 1](panel, groups, x, m, sums, all > most ? 0 : kAhead);
-            sink(m, rows, p, sums);
+        const char *packed = data + p * panel_bytes, *next = packed + panel_bytes;
+        CodesAhead ahead = {one, next + first, next + reach, share};  // of the next panel each block fetches its share
+        for (const CodedRun* run = runs; run != runs + num_runs; run++) {
+            const CodeKernels& kernels = *run->kernels;
+            const char* panel = packed;
+            if (run->is_widened()) {
+                uint8_t* lines = wide.at_least(groups * kernels.wide_record);
+                kernels.widen(packed, groups, lines);
+                panel = reinterpret_cast<const char*>(lines);
+            }
+            const int num = run->num_blocks();
+            for (int b = 0, m = run->row0, count; b < num; b++, m += count, ahead.next += share * groups) {
+                count = chunks_for(run->row1 - m, num - b);
+                (run->is_widened() ? kernels.widened : kernels.packed)[count - 1](panel, groups, x, m, sums, ahead);
+                sink(m, count, p, sums);
+            }
         }
     }
 }

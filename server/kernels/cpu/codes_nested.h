@@ -1,8 +1,8 @@
 // Nested codes (model_store/nested.py): one 8-bit parent, read at 4, 5, 6 or 8 bits; included by codes.h.
 //
-// A panel is ten streams, each with a piece for every group of 32 inputs: the place of zero, the plane of nibbles, and for
-// each width its scales and the planes that it adds. A reader of few bits leaves the later streams in memory. Within a
-// piece planes lie as codes.h says.
+// A panel is ten streams, each with a piece for every group of 32 inputs: scales of each width, the place of zero, the plane of
+// nibbles, and the planes of single bits. They lie so that what a reader of any width wants is nearly one run of bytes: at most
+// one stream of other scales is in it. Within a piece planes lie as codes.h says.
 //
 // weight = scale * (2^(8 - bits) * (code + 1/2) - zero).
 #pragma once
@@ -12,12 +12,16 @@ namespace boomerang {
 constexpr int kZeroPiece = kPanel, kScalePiece = 2 * kPanel;
 constexpr int kNestedRecord = kZeroPiece + 4 * kScalePiece + kNibbleBytes + 4 * kPlaneBytes;  // of a group, all streams together
 
-// Where streams begin, in bytes for each group of the panel.
-constexpr int kNibblesAt = kZeroPiece;
-constexpr int scale_at(int bits) { return kNibblesAt + kNibbleBytes + (bits == 4 ? 0 : (bits - 4) * (kPlaneBytes + kScalePiece) - (bits == 8 ? kScalePiece : 0)); }
-// Plane `p` below the nibbles, the highest bit first.
-constexpr int plane_at(int p) { return kNibblesAt + kNibbleBytes + kScalePiece + p * (kPlaneBytes + kScalePiece) - (p == 3 ? kScalePiece : 0); }
-static_assert(scale_at(8) == kNestedRecord - kScalePiece && plane_at(3) == scale_at(8) - kPlaneBytes, "streams follow each other");
+// Where streams begin, in bytes for each group of the panel: scales of 5 bits, of 4, zero, nibbles, planes 0 and 1 below the
+// nibbles (the highest bit first), scales of 6, planes 2 and 3, scales of 8.
+constexpr int kZeroAt = 2 * kScalePiece, kNibblesAt = kZeroAt + kZeroPiece;
+constexpr int plane_at(int p) { return kNibblesAt + kNibbleBytes + p * kPlaneBytes + (p < 2 ? 0 : kScalePiece); }
+constexpr int scale_at(int bits) { return bits == 5 ? 0 : bits == 4 ? kScalePiece : plane_at(bits == 6 ? 1 : 3) + kPlaneBytes; }
+static_assert(plane_at(2) == scale_at(6) + kScalePiece && kNestedRecord == scale_at(8) + kScalePiece, "streams follow each other");
+
+// What a reader of so many bits wants, from and to.
+constexpr int nested_from(int bits) { return bits > 5 ? kZeroAt : scale_at(bits); }
+constexpr int nested_to(int bits) { return bits > 5 ? scale_at(bits) + kScalePiece : plane_at(bits - 4); }
 
 template <int bits, int centre>
 struct Packed<Form<bits, kNested, centre>> {
@@ -27,25 +31,14 @@ struct Packed<Form<bits, kNested, centre>> {
     int groups, group = 0;
     Packed(const char* panel, int groups) : panel(reinterpret_cast<const uint8_t*>(panel)), groups(groups) {}
     void next() { group++; }
-    static long reach(int groups) { return long(scale_at(bits) + kScalePiece) * groups; }
+    static long first(int groups) { return long(nested_from(bits)) * groups; }
+    static long reach(int groups) { return long(nested_to(bits)) * groups; }
     const uint8_t* piece(int at, int size) const { return panel + long(at) * groups + long(size) * group; }
-    const uint8_t* zero() const { return piece(0, kZeroPiece); }
+    const uint8_t* zero() const { return piece(kZeroAt, kZeroPiece); }
     const uint8_t* nibbles() const { return piece(kNibblesAt, kNibbleBytes); }
     const uint8_t* plane(int p) const { return piece(plane_at(p), kPlaneBytes); }
 
-    // Fetches what a group about `bytes` later, in this panel or the next, will read.
-    void fetch(long bytes) const {
-        Packed later = *this;
-        const int to = group + int(bytes / Form::read) + 1;
-        later.panel += long(to / groups) * groups * kNestedRecord, later.group = to % groups;
-        auto lines = [](const uint8_t* from, int size) {
-            for (int i = 0; i < size; i += 64) prefetch_once(from + i);
-        };
-        lines(later.zero(), kZeroPiece);
-        lines(later.nibbles(), kNibbleBytes);
-        lines(later.piece(scale_at(bits), kScalePiece), kScalePiece);
-        for (int p = 0; p < more; p++) lines(later.plane(p), kPlaneBytes);
-    }
+    void fetch(long) const {}  // many streams: the next panel is fetched instead
 
     // The bits below the nibbles of vector v, of all lines of the group. Where there are two planes or four their bits are
     // brought together once for all lines, not plane by plane for each.

@@ -123,7 +123,7 @@ inline void pack_nested_panel(const BsPack& m, int panel) {
             const uint8_t* from = static_cast<const uint8_t*>(m.source) + row * m.K + g * kGroup;
             uint8_t *nibbles = piece(kNibblesAt, kNibbleBytes, g), *planes[4];
             for (int p = 0; p < 4; p++) planes[p] = piece(plane_at(p), kPlaneBytes, g) + c / 16 * 64;
-            piece(0, kZeroPiece, g)[c] = zeros[row * groups + g];
+            piece(kZeroAt, kZeroPiece, g)[c] = zeros[row * groups + g];
             for (int k = 0; k < kGroup; k++) {
                 const int i = k / 4, byte = c % 16 * 4 + k % 4;
                 nibbles[i * 64 + byte] |= uint8_t(from[k] >> 4 << (c < 16 ? 0 : 4));

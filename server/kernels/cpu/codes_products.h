@@ -1,5 +1,7 @@
 // Products with matrices of codes, each of a type of its own; included by products.h.
 #pragma once
+#include <vector>
+
 #include "products.h"
 
 namespace boomerang {
@@ -73,7 +75,8 @@ inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySin
         auto shifted = [&](int m, int rows, int panel, float* sums) { sink(m, rows, panel + before, sums); };
         const AnySink one = {&shifted, [](void* context, int m, int rows, int panel, float* sums) { (*static_cast<decltype(shifted)*>(context))(m, rows, panel, sums); }};
         if (part.panel0 < last) {
-            const Part mine = {part.row0, part.row1, part.panel0, last};
+            Part mine = part;
+            mine.panel1 = last;
             const CodeKernels* kernels = code_kernels_of(w.type);
             if (kernels && x.exact)
                 multiply_exactly(*kernels, x, w.data, w.K, mine, one);
@@ -81,9 +84,10 @@ inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySin
             else if (w.type == BS_INT8 && x.plain && !x.in_registers && part.row1 - part.row0 >= kTileCodeRows)
                 multiply_in_tiles(x, w.data, w.K, mine, one);
 #endif
-            else if (kernels)
-                multiply_codes(*kernels, x.rounded, w.data, w.K, part.row0, part.row1, part.panel0, last, one);
-            else {
+            else if (kernels) {
+                const CodedRun all = {kernels, part.row0, part.row1};
+                multiply_codes(&all, 1, x.rounded, w.data, w.K, part.panel0, last, part.alone, one);
+            } else {
                 const Rows<bf16> plain = {x.plain, x.ld_plain, x.M, x.in_registers};
                 if (w.type == BS_FLOAT) multiply_panels<float>({x.x, x.ldx, x.M}, w, mine, one);
                 if (w.type == BS_BF16) multiply_panels<bf16>(plain, w, mine, one);
@@ -98,18 +102,31 @@ inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySin
     }
 }
 
-// Each run of rows reads the form of its width. With several runs they go panel by panel, so that what two widths have in
-// common comes from memory once.
+// Runs of rows of one copy of the weights go panel by panel together: what they have in common comes from memory once. The
+// weights as loaded and their nested codes have nothing in common.
 inline void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink sink) {
     if (!w.nested || !x.widths) return multiply_one_form(x, w, part, sink);
-    auto run_end = [&](int m) { return int(std::find_if(x.widths + m, x.widths + part.row1, [&](uint8_t width) { return width != x.widths[m]; }) - x.widths); };
-    const int panels = run_end(part.row0) == part.row1 ? part.panel1 - part.panel0 : 1;
-    for (int p = part.panel0; p < part.panel1; p += panels)
+    static thread_local std::vector<CodedRun> runs;
+    runs.clear();
+    auto each_run = [&](bool as_loaded, auto&& body) {
         for (int m = part.row0, end; m < part.row1; m = end) {
-            end = run_end(m);
-            const Weights nested = {w.nested, w.N, w.K, nullptr, nullptr, nullptr, nullptr, x.widths[m] == 8 ? BS_NESTED_8 : BS_NESTED_4 + x.widths[m] - 4};
-            multiply_one_form(x, x.widths[m] == BS_EXACT ? w : nested, {m, end, p, p + panels}, sink);
+            const int width = x.widths[m];
+            end = int(std::find_if(x.widths + m, x.widths + part.row1, [&](uint8_t other) { return other != width; }) - x.widths);
+            if (as_loaded == (width == BS_EXACT)) body(m, end, width == 8 ? BS_NESTED_8 : BS_NESTED_4 + width - 4);
         }
+    };
+    int as_loaded = 0;
+    each_run(true, [&](int, int, int) { as_loaded++; });
+    each_run(false, [&](int m, int end, int type) { runs.push_back({code_kernels_of(type), m, end}); });
+    const int panels = as_loaded == 1 ? part.panel1 - part.panel0 : 1;
+    for (int p = part.panel0; as_loaded && p < part.panel1; p += panels)
+        each_run(true, [&](int m, int end, int) { multiply_one_form(x, w, {m, end, p, p + panels, 0, 0, nullptr, as_loaded == 1 && runs.empty()}, sink); });
+    if (x.exact)
+        each_run(false, [&](int m, int end, int type) {
+            multiply_one_form(x, {w.nested, w.N, w.K, nullptr, nullptr, nullptr, nullptr, type}, {m, end, part.panel0, part.panel1}, sink);
+        });
+    else if (!runs.empty())
+        multiply_codes(runs.data(), int(runs.size()), x.rounded, w.nested, w.K, part.panel0, part.panel1, !as_loaded, sink);
 }
 
 }  // namespace boomerang

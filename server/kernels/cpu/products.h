@@ -7,10 +7,10 @@
 namespace boomerang {
 
 // Blocks of rows times panels, or pieces of them: what is fetched while block `index` of `blocks` runs. `steps`: of
-// kUnitStep units each, of the block. `next`: what the blocks after these read, `bytes` of it.
+// kUnitStep units each, of the block. `next`: what the blocks after these read, `bytes` of it, and whether they come `at_once`.
 template <class W>
-inline Ahead ahead_of(const char* next, long bytes, int steps, int blocks, int index) {
-    if (blocks == 1) return {next - bytes + kAhead, kUnitStep * kLine<W>, true};
+inline Ahead ahead_of(const char* next, long bytes, int steps, int blocks, int index, bool at_once = true) {
+    if (blocks == 1) return {next - bytes + kAhead, kUnitStep * kLine<W>, at_once};
     const int share = round_up(chunks_for(bytes, blocks * steps), 64);
     const long from = long(index) * steps * share;
     return from < bytes ? Ahead{next + from, share} : Ahead{};
@@ -61,11 +61,13 @@ inline Rows<W> from_input(Rows<W> x, int k) {
 }
 
 // A part of a product: rows [row0, row1) by panels [panel0, panel1), of which units [unit0, unit1) if they are not all;
-// rows of x begin with unit0. `then`: what is read after it, where that is not what follows in memory.
+// rows of x begin with unit0. `then`: what is read after it, where that is not what follows in memory. `alone`: nothing else is
+// read before that, so that what is fetched for it may go past the second-level cache.
 struct Part {
     int row0, row1, panel0, panel1;
     int unit0 = 0, unit1 = 0;
     const char* then = nullptr;
+    bool alone = true;
 };
 
 // The most units of a panel that stay in the first-level cache while blocks of rows pass by.
@@ -134,7 +136,7 @@ struct Walk {
                         if (m1 - m0 > kDirectRows<W>) wide = widened(panel, length, side);
                     for (int m = m0, rows, index = 0; m < m1; m += rows, index++) {
                         rows = block_size<W>(m1 - m, x.in_registers);
-                        const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index) : Ahead{};
+                        const Ahead ahead = m0 == part.row0 ? ahead_of<W>(next, length * long(kLine<W>), length / kUnitStep, blocks, index, part.alone) : Ahead{};
                         const Act<W>* of = x.x + m * x.ldx + from * kPerUnit<W>;
                         if constexpr (kDirectRows<W> < kAllRows)
                             if (wide) {
