@@ -120,10 +120,10 @@ template <class F, int R>
 __attribute__((noinline)) void scattered_block(const Scattered<F>& from, int groups, const RoundedRows& x, int row, float* sums, long share) {
     constexpr int vectors = kPanel / kLanes;
     if constexpr (R <= kWholePanelRows) {
-        code_rows<Scattered<F>, R, 0, vectors>(from, groups, x, row, sums, kPanel, share);
+        code_rows<Scattered<F>, R, 0, vectors>(from, groups, x, row, sums, kPanel, CodesAhead{share});
     } else {
-        code_rows<Scattered<F>, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, share);
-        code_rows<Scattered<F>, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, 0);
+        code_rows<Scattered<F>, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, CodesAhead{share});
+        code_rows<Scattered<F>, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, {});
     }
 }
 

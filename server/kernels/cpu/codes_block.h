@@ -71,10 +71,10 @@ inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) 
 template <int bits>
 constexpr int kLinesInWords = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 
-// What is fetched while a block runs: what it reads itself soon (`own`), or, into the second-level cache, `share` bytes a group
-// from `next` on, up to `end`. Spread out: a burst of prefetches holds up the loads behind it.
+// What is fetched while a block runs: by its source's own `fetch`, with `own`; or, into the second-level cache, `share` bytes a
+// group from `next` on, up to `end`. Spread out: a burst of prefetches holds up the loads behind it.
 struct CodesAhead {
-    bool own = false;
+    long own = 0;
     const char *next = nullptr, *end = nullptr;
     long share = 0;
 };
@@ -91,7 +91,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) total[r][v] = no_floats();
     for (int g = 0; g < groups; g++, from.next(), codes += kGroup, blocks++) {
-        if (ahead.own) from.fetch(kAhead);
+        if (ahead.own) from.fetch(ahead.own);
         for (const char* stop = std::min(ahead.next + ahead.share, ahead.end); ahead.next < stop; ahead.next += 64) prefetch_second(ahead.next);
         typename Source::Lower low[V];
         each_line<0, V>([&](auto v) { low[v] = from.template lower<v0 + v>(); });
@@ -279,7 +279,7 @@ void multiply_codes(const CodedRun* runs, int num_runs, const RoundedRows& x, co
     static thread_local Buffer<uint8_t> wide;
     for (int p = panel0; p < panel1; p++) {
         const char *packed = data + p * panel_bytes, *next = packed + panel_bytes;
-        CodesAhead ahead = {one, next + first, next + reach, share};  // of the next panel each block fetches its share
+        CodesAhead ahead = {one ? kAhead : 0, next + first, next + reach, share};  // of the next panel each block fetches its share
         for (const CodedRun* run = runs; run != runs + num_runs; run++) {
             const CodeKernels& kernels = *run->kernels;
             const char* panel = packed;
