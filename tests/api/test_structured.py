@@ -98,6 +98,8 @@ def test_json_objects_and_tags(client):
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"type": "string", "format": ["date"]}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": {"minimum": "1", "maximum": 2**60}}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs"),
         ({"guided_json": {}}, "guided_json"),

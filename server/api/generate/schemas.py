@@ -131,7 +131,10 @@ def _rewrite(schema: dict[str, Any], change: Callable[[dict[str, Any]], dict[str
 
 
 def _prepare(schema: dict[str, Any], param: str) -> dict[str, Any]:
-    if "format" in schema and schema["format"] not in ENFORCED_FORMATS:
+    named = schema.get("format", "")
+    if not isinstance(named, str):
+        raise invalid(f"{param}: format is {str(named)[:40]!r}, not a text.", param)
+    if named not in ENFORCED_FORMATS:
         schema = {key: value for key, value in schema.items() if key != "format"}
     for value in _constants(schema):
         if _is_integer(value) and abs(value) > _EXACT and (abs(value) > _LARGEST or int(float(value)) != value):
@@ -141,6 +144,9 @@ def _prepare(schema: dict[str, Any], param: str) -> dict[str, Any]:
 
 def _bounded(schema: dict[str, Any], param: str) -> dict[str, Any]:
     """Large integer bounds, which the library would round to a double, moved inwards to the next double."""
+    for name in _BOUNDS:
+        if not isinstance(value := schema.get(name, 0), int | float) or isinstance(value, bool):
+            raise invalid(f"{param}: {name} is {str(value)[:40]!r}, not a number.", param)
     bounds = {name: schema[name] for name in _BOUNDS if _is_integer(schema.get(name))}
     if not any(abs(bound) > _EXACT for bound in bounds.values()):
         return schema
