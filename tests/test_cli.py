@@ -26,7 +26,7 @@ from server.loading import load_model
 from server.observe.metrics import Metrics
 from server.observe.throughput import ThroughputLog
 from server.options import SettingsError, flag_name, load_settings
-from tests.api.tiny import QUICK, ROOT, RunningServer, make_pair
+from tests.api.tiny import QUICK, ROOT, RunningServer, make_pair, noted
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,12 @@ def check_chat(answer: subprocess.CompletedProcess) -> None:
 
 
 def test_chat_with_a_pair_loaded_here(pair, tmp_path):
-    flags = [*pair_flags(pair), "--max-tokens", "6", "--size-policy", "largest"]
+    flags = [*pair_flags(noted(*pair, tmp_path)), "--max-tokens", "6", "--size-policy", "largest"]
     check_chat(boomerang("chat", *flags, stdin=CONVERSATION, store=tmp_path))
 
 
 def test_chat_draws_tokens_as_the_model_says(pair, tmp_path):
-    flags = [*pair_flags(pair), "--max-tokens", "8", "--override-generation-config"]
+    flags = [*pair_flags(noted(*pair, tmp_path)), "--max-tokens", "8", "--override-generation-config"]
     questions = "hello\n/reset\nhello\n/quit\n"
     answer = boomerang("chat", *flags, '{"temperature": 0}', stdin=questions, store=tmp_path)
     _, *answers = re.sub(r"[\d.]+ tokens/s", "", answer.stdout).split("auto> ")

@@ -73,7 +73,7 @@ def stream(url, size, count, seen):
 def test_sizes_appear_and_streams_go_on(teacher, tmp_path, executor, capsys):
     store = tmp_path / "store"
     flags = ["--store", str(store), "--executor", executor, "--size-policy", "auto", "--max-model-len", "256"]
-    with tiny.RunningServer((teacher, None), *flags) as server:
+    with tiny.RunningServer(tiny.noted(teacher, None, store), *flags) as server:
         ask = lambda size, count: tokens(httpx.post(  # noqa: E731
             server.url + "/v1/completions", timeout=60, json=GREEDY | {"size": size, "max_tokens": count}
         ).json()["choices"][0])  # fmt: skip
@@ -132,7 +132,7 @@ def open_prompt(teacher):
 
 
 def test_what_does_not_fit_is_refused_and_said(teacher, tmp_path):
-    with tiny.RunningServer((teacher, None), "--store", str(tmp_path), *tiny.QUICK) as server:
+    with tiny.RunningServer(tiny.noted(teacher, None, tmp_path), "--store", str(tmp_path), *tiny.QUICK) as server:
         broken = publish(teacher, tmp_path, 2)
         wait_for(lambda: len(sizes(server.url)) == 3)
         other = made.work_folder(broken.parent) / "pair"
@@ -164,6 +164,7 @@ def hurry(pid):
 def test_a_server_makes_its_own_student(teacher, tmp_path):
     """In a process that stands still while requests run, and that ends with the server."""
     flags = ["--store", str(tmp_path), "--make-minutes", "0.02", "--make-tokens", "4000", "--max-kl", "100"]
+    tiny.noted(teacher, None, tmp_path)
     with tiny.RunningServer((teacher, "make"), *flags) as server:
         (maker,) = psutil.Process(server.process.pid).children()
         wait_for(lambda: "distill" in maker.cmdline() and maker.nice() == 19)
@@ -188,6 +189,7 @@ def test_a_server_makes_its_own_student(teacher, tmp_path):
 
 
 def test_no_maker_outlives_its_server(teacher, tmp_path):
+    tiny.noted(teacher, None, tmp_path)
     server = tiny.RunningServer((teacher, "make"), "--store", str(tmp_path), *tiny.QUICK)
     server.wait_ready()
     (maker,) = psutil.Process(server.process.pid).children()

@@ -1,6 +1,7 @@
 """The real default pair against transformers: logits and greedy text in float32, at three sizes, in one mixed batch."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -30,12 +31,14 @@ def loaded(pair) -> LoadedPair:
 
 
 def assemble(teacher, loaded: LoadedPair, size: int):
-    """The intermediate model as a transformers module; the student shares embedding, norm and head with the teacher."""
-    model = copy.deepcopy(teacher)
+    """The intermediate model as a transformers module, with the teacher's own parameters wherever they are those; the
+    student shares embedding, norm and head with the teacher."""
+    own = {id(parameter): parameter for parameter in teacher.parameters()}
+    model = copy.deepcopy(teacher, dict(own))
     num_teacher, spec, layers = loaded.elasticity.num_teacher_layers, loaded.spec, []
     for position, layer_id in enumerate(loaded.elasticity.path(size).layers):
         kept = layer_id if layer_id < num_teacher else loaded.elasticity.kept[layer_id - num_teacher]
-        layer = copy.deepcopy(teacher.model.layers[kept])
+        layer = copy.deepcopy(teacher.model.layers[kept], {} if layer_id >= num_teacher else dict(own))
         layer.self_attn.layer_idx = position
         if layer_id >= num_teacher:
             weights = loaded.layers[layer_id]
@@ -54,8 +57,22 @@ def assemble(teacher, loaded: LoadedPair, size: int):
     return model
 
 
+@pytest.fixture(scope="module")
+def expected(pair, loaded):
+    """A function from size and text to transformers' log-probabilities [tokens, vocabulary], computed once."""
+    teacher = AutoModelForCausalLM.from_pretrained(pair.teacher_path, dtype=torch.float32).eval()
+    model = functools.cache(lambda size: assemble(teacher, loaded, size))
+
+    @functools.cache
+    @torch.no_grad()
+    def logprobs(size: int, text: tuple[int, ...]) -> torch.Tensor:
+        return torch.log_softmax(model(size)(torch.tensor([text]), use_cache=False).logits[0], -1)
+
+    return logprobs
+
+
 @pytest.mark.parametrize("executor", ["torch", "native"])
-def test_sizes_of_the_default_pair_match_transformers(pair, loaded, executor):
+def test_sizes_of_the_default_pair_match_transformers(pair, expected, executor):
     config = EngineConfig(executor=executor, max_model_len=128, max_num_batched_tokens=32, kv_cache_bytes=64 << 20)
     try:
         engine = Engine(
@@ -79,18 +96,14 @@ def test_sizes_of_the_default_pair_match_transformers(pair, loaded, executor):
     while engine.has_work:
         for output in engine.step():
             outputs[output.request_id].append(output)
-    teacher = AutoModelForCausalLM.from_pretrained(pair.teacher_path, dtype=torch.float32).eval()
     for size in sizes:
-        model = assemble(teacher, loaded, size)
         for request in (r for r in requests if r.sizes == (size,)):
             text = request.prompt_token_ids + request.output_token_ids
-            with torch.no_grad():
-                logprobs = torch.log_softmax(model(torch.tensor([text]), use_cache=False).logits[0], -1)
+            logprobs = expected(size, tuple(text))
             start = request.num_prompt_tokens
             assert logprobs[start - 1 : -1].argmax(-1).tolist() == request.output_token_ids
             prompt = next(o.prompt_logprobs for o in outputs[request.request_id] if o.prompt_logprobs)
             scores = prompt[1:] + [s for o in outputs[request.request_id] for s in o.new_logprobs or []]
             for position, score in enumerate(scores):
                 for token, value in ((score.token_id, score.logprob), *score.top):
-                    expected = logprobs[position, token].item()
-                    assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
+                    assert value == pytest.approx(logprobs[position, token].item(), rel=1e-4, abs=1e-4)
