@@ -39,21 +39,17 @@ def scripts() -> dict[str, Path]:
     return {path.stem.rstrip("_").replace("_", "-"): path for path in sorted(found)}
 
 
-def run_python(path: Path, url: str, folder: Path) -> tuple[str, str]:
-    """The script's last line, and the version of its first dependency."""
-    uv = [sys.executable, "-m", "uv"]
+def run_python(path: Path, url: str, folder: Path) -> dict[str, str]:
+    """What the script found; nothing if it did not start."""
     wheels = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", TORCH)} if "+cpu" in path.read_text() else {}
-    command = [*uv, "run", "--quiet", str(path), url]
+    command = [sys.executable, "-m", "uv", "run", "--quiet", "--upgrade", str(path), url]
     done = subprocess.run(command, cwd=folder, env=os.environ | wheels, capture_output=True, text=True)
     sys.stderr.write(done.stderr[-6000:])
-    package = re.search(r'dependencies = \["([\w-]+)', path.read_text())[1]
-    command = [*uv, "export", "--quiet", "--script", str(path)]
-    tree = subprocess.run(command, cwd=folder, env=os.environ | wheels, capture_output=True, text=True)
-    version = re.search(rf"^{package}(?:\[.*\])?==(\S+)", tree.stdout, re.MULTILINE)
-    return done.stdout.strip().split("\n")[-1], version[1] if version else "?"
+    return json.loads(done.stdout.strip().split("\n")[-1] or "{}")
 
 
-def run_javascript(path: Path, url: str, folder: Path) -> tuple[str, str]:
+def run_javascript(path: Path, url: str, folder: Path) -> dict[str, str]:
+    """The same of a script for node."""
     packages = re.search(r"packages: (.+)", path.read_text())[1].split()
     (folder / "package.json").write_text('{"type": "module"}')
     (folder / path.name).write_text(path.read_text())
@@ -62,20 +58,20 @@ def run_javascript(path: Path, url: str, folder: Path) -> tuple[str, str]:
     sys.stderr.write(done.stderr[-6000:])
     name = packages[0].split("@")[0]
     version = json.loads((folder / "node_modules" / name / "package.json").read_text())["version"]
-    return done.stdout.strip().split("\n")[-1], version
+    return {"version": version} | json.loads(done.stdout.strip().split("\n")[-1] or "{}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="some of them; default: all")
-    parser.add_argument("--write", type=Path, help="write the table to this page")
+    parser.add_argument("--write", type=Path, help="this page gets the rows, in place of those of the same names")
     arguments = parser.parse_args()
-    rows, num_failed = [], 0
+    rows, num_failed = {}, 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "template").write_text(templates.LLAMA3)
         # Open WebUI's own tools are 20,000 characters, and so are tokens here; it sets no limit to an answer.
-        room = ("--kv-cache-memory", "128MiB", "--max-num-batched-tokens", "1024", "--default-max-tokens", "200")
+        room = ("--kv-cache-memory", "128MiB", "--max-model-len", "32768", "--default-max-tokens", "2000")
         template = ("--chat-template", str(folder / "template"))
         with RunningServer(make_pair(folder, max_len=32768), *template, *room) as server:
             for name, path in scripts().items():
@@ -84,14 +80,16 @@ def main() -> int:
                 own = folder / name
                 own.mkdir()
                 run = run_python if path.suffix == ".py" else run_javascript
-                line, version = run(path, server.url, own)
-                results = json.loads(line or "{}")
+                results = run(path, server.url, own)
+                version = results.pop("version", "?")
                 cells = [results.get(check, "" if results else "did not start") for check in CHECKS]
                 num_failed += any(cell not in ("yes", "") for cell in cells)
-                rows.append("| " + " | ".join([name, version, *cells]) + " |")
-                print(rows[-1], flush=True)
+                rows[name] = "| " + " | ".join([name, version, *cells]) + " |"
+                print(rows[name], flush=True)
     if arguments.write:
-        arguments.write.write_text(PAGE + "\n".join(rows) + "\n")
+        before = arguments.write.read_text().splitlines() if arguments.write.is_file() else []
+        rows = {name: line for name in scripts() for line in before if line.startswith(f"| {name} |")} | rows
+        arguments.write.write_text(PAGE + "".join(f"{rows[name]}\n" for name in sorted(rows)))
     return int(num_failed > 0)
 
 

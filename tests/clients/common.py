@@ -1,11 +1,15 @@
-"""What every client's script does: ask the server of the command line, and print what worked as one line of JSON."""
+"""What every client's script does: ask the server of the command line, and print its version and what worked as one
+line of JSON."""
 
 import asyncio
 import inspect
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 
 URL = sys.argv[1]
 MODEL = "tiny:5L"
@@ -17,7 +21,8 @@ SAYS_CALL_OR_DONE = {"structured_outputs": {"choice": [json.dumps(CALL), "done"]
 
 def report(**checks: Callable[[], object]) -> None:
     """Run each check (a coroutine function, or a plain one): it passes unless it raises or returns False."""
-    results = {}
+    package = re.search(r'dependencies = \["([\w-]+)', Path(sys.argv[0]).read_text())[1]
+    results = {"version": version(package)}
     for name, check in checks.items():
         try:
             passed = asyncio.run(check()) if inspect.iscoroutinefunction(check) else check()

@@ -21,6 +21,7 @@ from common import MODEL, QUESTION, URL, report
 from playwright.sync_api import Page, sync_playwright
 
 asked: list[dict] = []  # bodies of chat completions
+refused: list[urllib.error.HTTPError] = []
 
 
 class Between(BaseHTTPRequestHandler):
@@ -36,6 +37,7 @@ class Between(BaseHTTPRequestHandler):
             answer = urllib.request.urlopen(request)
         except urllib.error.HTTPError as error:
             answer = error
+            refused.append(error)
         with answer:
             self.send_response(answer.status)
             self.send_header("content-type", answer.headers["content-type"])
@@ -125,7 +127,7 @@ def main() -> None:
             said = ask(page, address, MODEL, is_first=True)
             lengths.extend(page.evaluate("[...window.lengths]"))
             chat = next(body for body in asked if body.get("tools"))  # its built-in ones
-            return bool(said) and chat["model"] == MODEL and "Error" not in said[:20]
+            return bool(said) and chat["model"] == MODEL and not refused
 
         def stream() -> bool:
             return len(lengths) > 2 and next(body for body in asked if body.get("tools"))["stream"]
