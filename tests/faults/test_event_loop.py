@@ -107,6 +107,8 @@ KINDS: dict[str, tuple[str, Any]] = {
     "a million alternatives": asked(structured_outputs={"json": {"anyOf": [{}] * 1_300_000}}),
     "a million alternatives of a tool": chat(tool_choice="required", tools=[
         {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "anyOf": [{}] * 1_300_000}}}]),
+    "a million numbers in a tool": chat(tools=[
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "enum": [1] * 1_300_000}}}]),
     "a thousand texts of other letters": (COMPLETIONS, {"prompt": ["".join(
         chr(0x4E00 + (i * j) % 20_000) for j in range(1300)) for i in range(1024)], "max_tokens": 1}),
     "usage with every token of a thousand answers": (COMPLETIONS, MANY | {

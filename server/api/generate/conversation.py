@@ -20,6 +20,7 @@ from server.api.generate.history import plain_messages, with_tools_in_words
 from server.api.generate.serving import encode_prompt, truncate
 from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
 from server.api.generate.tools import ToolUse
+from server.api.http.body import check_values
 from server.api.http.errors import APIError, invalid
 from server.api.http.state import ServerState
 from server.api.routes.protocol import TokenizeRequest
@@ -249,7 +250,10 @@ def render(body: ChatCompletionRequest | TokenizeRequest, tools: ToolUse) -> str
     for name in ("reasoning_effort", "enable_thinking"):
         if (value := getattr(body, name, None)) is not None:
             options.setdefault(name, value)
+    documents = getattr(body, "documents", None)
     messages, described = plain_messages(body.messages or []), tools.for_template()
+    for name, value in (("tools", described), ("documents", documents), ("chat_template_kwargs", options)):
+        check_values(value or (), name)
     if tools.is_generic:
         messages, described = with_tools_in_words(messages, described), None
     try:
@@ -258,7 +262,7 @@ def render(body: ChatCompletionRequest | TokenizeRequest, tools: ToolUse) -> str
             add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
             continue_final_message=continue_final,
             tools=described,
-            documents=getattr(body, "documents", None),
+            documents=documents,
             variables=options,
         )
     except TemplateError as error:

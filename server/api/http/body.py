@@ -73,7 +73,7 @@ _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _seen_unknown: set[str] = set()
 MAX_NESTING, MAX_CONTAINERS = 64, 1 << 17
 MAX_MESSAGES, MAX_PARTS = 4096, 16_384  # of a conversation
-MAX_VALUES = 1 << 17  # of a call that is no text
+MAX_VALUES = 1 << 17  # of what a template may print as JSON
 MAX_FRACTIONS = 1 << 17  # of one body, where they are kept as they were written
 
 
@@ -196,7 +196,7 @@ def check_values(value: Any, param: str) -> None:
         inner = [outer.values() if isinstance(outer, dict) else outer for outer in level]
         count += sum(map(len, inner))
         if count > MAX_VALUES:
-            raise invalid(f"{param}: there are more than {MAX_VALUES} values in a call.", param)
+            raise invalid(f"{param} holds more than {MAX_VALUES} values.", param)
         level = [item for values in inner for item in values if isinstance(item, dict | list)]
 
 
