@@ -85,14 +85,12 @@ class Grammar:
 
 def fill_masks(grammars: Sequence[Grammar], seconds: float, num_threads: int) -> None:
     """Compute masks, those of whom waits longest first, until so much time has passed; one for each thread at least."""
-    waiting = sorted(grammars, key=lambda grammar: grammar.filled_at, reverse=True)
-    end, count = time.monotonic() + seconds, num_threads
-    while waiting and count:
-        started = time.monotonic()
-        _fill([waiting.pop() for _ in range(min(count, len(waiting)))], num_threads)
-        now = time.monotonic()
-        left = (end - now) / max(now - started, 1e-6)  # times what was done last
-        count = 0 if left <= 0 else min(max(int(count * left / 2), num_threads), 2 * count)
+    waiting = sorted(grammars, key=lambda grammar: grammar.filled_at)
+    end = time.monotonic() + seconds
+    for at in range(0, len(waiting), num_threads):
+        _fill(waiting[at : at + num_threads], num_threads)
+        if time.monotonic() > end:
+            return
 
 
 def _fill(grammars: list[Grammar], num_threads: int) -> None:
