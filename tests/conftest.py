@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import gc
 import os
 
 # The models here are tiny: a second thread only adds barriers, and test machines are small. Set before torch starts.
@@ -10,3 +11,8 @@ import torch
 # Without a GPU, Triton interprets the CUDA kernels. It reads this when it is imported, which any test may do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage, which pytest itself asks for at its end, needs to look at it."""
+    gc.freeze()
