@@ -14,5 +14,5 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: no collection of garbage, which pytest itself asks for at its end, needs to look at it."""
+    """What was imported stays: collections of garbage need not look at it."""
     gc.freeze()

@@ -32,7 +32,7 @@ from deploy.autoscaler.decision import ScalingPolicy
 from deploy.autoscaler.drivers import Replica
 from deploy.grafana.panels import draw
 from deploy.local.stack import LocalStack
-from tests.api.tiny import make_tokenizer
+from tests.api.tiny import make_tokenizer, noted
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("haproxy"), reason="needs haproxy"),
@@ -72,12 +72,13 @@ def make_pair(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> list[str]:
-    teacher, student = make_pair(tmp_path_factory.mktemp("pair"))
+    teacher, student = make_pair(folder := tmp_path_factory.mktemp("pair"))
+    noted(teacher, student, folder / "store")
     return server_command(
         *("--teacher", str(teacher), "--student", str(student), "--served-model-name", "pair", "--num-threads", "1"),
         *("--kv-cache-memory", "256MiB", "--max-model-len", "512", "--max-num-seqs", str(SLOTS)),
         *("--shutdown-timeout", "60"),
-        *("--device", "cpu", "--dtype", "bfloat16", "--store", str(teacher.parent / "store")),
+        *("--device", "cpu", "--dtype", "bfloat16", "--store", str(folder / "store")),
     )
 
 

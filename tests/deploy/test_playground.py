@@ -12,7 +12,7 @@ import sys
 import httpx
 import pytest
 
-from tests.api.tiny import RunningServer, make_pair
+from tests.api.tiny import RunningServer, make_pair, noted
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (the Python package)")
 expect = playwright.expect
@@ -27,7 +27,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 1000}, {"width": 375, "height": 800}
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     flags = ("--precision-dial", "on", "--exact", "on", "--store", str(folder / "store"), "--size-policy", "auto")
-    with RunningServer(make_pair(folder), *flags, "--api-key", KEY) as server:
+    with RunningServer(noted(*make_pair(folder), folder / "store"), *flags, "--api-key", KEY) as server:
         yield server
 
 
