@@ -60,7 +60,7 @@ COMBINATIONS = [
     (overlays, profiles)
     for number in range(len(OVERLAYS) + 1)
     for overlays in itertools.combinations(OVERLAYS, number)
-    for profiles in ((), ("two-gpus",))
+    for profiles in (((), ("two-gpus",)) if number in (0, len(OVERLAYS)) else (("two-gpus",),))
 ]
 
 
