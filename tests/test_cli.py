@@ -74,7 +74,7 @@ def check_chat(answer: subprocess.CompletedProcess) -> None:
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "4L 5L 6L" in answer.stdout
     assert "[6L, " in answer.stdout and "[5L, " in answer.stdout
-    assert "there is no size 99L" in answer.stdout
+    assert "there is no size 99L" in answer.stdout and "5L> no such command" in answer.stdout  # the one before again
     assert "no such command: /nonsense" in answer.stdout
 
 

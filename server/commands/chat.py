@@ -189,6 +189,7 @@ def run_chat(arguments: ChatOptions, settings: Settings) -> int:
         print(f"boomerang: {error}")
         return 1
     size, system = settings.size, arguments.system
+    last = size  # that answered
     messages = _start(system)
     read = _reader(backend.sizes(), settings)
     print(f"{backend.sizes()[0]} to {backend.sizes()[-1]}; /help for commands")
@@ -216,7 +217,8 @@ def run_chat(arguments: ChatOptions, settings: Settings) -> int:
         elif command.startswith("/"):
             print(f"no such command: {command}\n{HELP}")
         elif line:
-            _turn(backend, messages, line, size, arguments)
+            is_size = _turn(backend, messages, line, size, arguments)
+            size = last = size if is_size else last
 
 
 def _reader(sizes: list[str], settings: Settings) -> Callable[[str], str]:
@@ -229,8 +231,8 @@ def _reader(sizes: list[str], settings: Settings) -> Callable[[str], str]:
     return make_session(sizes, COMMANDS, store_root(settings.store) / "chat_history").prompt
 
 
-def _turn(backend: Backend, messages: list[dict[str, str]], line: str, size: str, arguments: ChatOptions) -> None:
-    """One question and its answer; a question without an answer is forgotten."""
+def _turn(backend: Backend, messages: list[dict[str, str]], line: str, size: str, arguments: ChatOptions) -> bool:
+    """One question and its answer; a question without an answer is forgotten. False if `size` is none that answers."""
     messages.append({"role": "user", "content": line})
     pieces: list[str] = []
     start = time.perf_counter()
@@ -243,10 +245,11 @@ def _turn(backend: Backend, messages: list[dict[str, str]], line: str, size: str
     except BoomerangError as error:
         messages.pop()
         print(f"[{error}]")
-        return
+        return not str(error).startswith("size:")
     seconds = time.perf_counter() - start
     print(f"\n[{backend.last_size}, {backend.num_tokens} tokens, {backend.num_tokens / seconds:.1f} tokens/s]")
     messages.append({"role": "assistant", "content": "".join(pieces)})
+    return True
 
 
 def _start(system: str | None) -> list[dict[str, str]]:
