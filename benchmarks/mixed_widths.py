@@ -4,9 +4,10 @@
 
 The default pair in bfloat16 with `--precision-dial on`. A mixed step reads the union of what its rows read. Nested
 codes of the widest hold those of the others, so `all at the widest` reads the same bytes; rows that read the weights as
-loaded share nothing with them, and `bytes` is then the time that both would take at the rate of a step of one row.
-Steps of the compared kinds take turns. Milliseconds are medians of decode steps, microseconds of a step's time outside
-the model.
+loaded share nothing with them: such a step reads both copies, and `bytes` is then the time that both would take at the
+rate of a step of one row. `apart`: a step of its own for each width. Steps of the compared kinds take turns.
+Milliseconds are medians of decode steps, microseconds of a step's time outside the model: of a change of precision they
+are the difference between steps that change and those between them, in one run.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ class Bench:
 
         return timed
 
-    def run(self, rows: int, widths: tuple[int, ...] = (), turns: tuple[int, ...] = (EXACT,)) -> tuple[float, float]:
-        """Seconds of a decode step in the model, and outside. `widths`: of the rows, in equal shares; else `turns`."""
+    def run(
+        self, rows: int, widths: tuple[int | None, ...] = (), turns: tuple[int, ...] = (EXACT,)
+    ) -> tuple[list[float], list[float]]:
+        """Seconds of each decode step in the model, and outside; the first four are left out. `widths`: of the rows, in
+        equal shares; None: as the step's, which are `turns`."""
         self.policy.widths = itertools.cycle(turns)
         sampling = SamplingParams(max_tokens=self.steps, temperature=0.0, ignore_eos=True)
         for row in range(rows):
@@ -82,12 +86,21 @@ class Bench:
             self.engine.step()
             inside.append(self.model_seconds)
             outside.append(time.perf_counter() - started - self.model_seconds)
-        return statistics.median(inside[4:]), statistics.median(outside[4:])
+        return inside[4:], outside[4:]
 
     def compare(self, rows: int, *kinds: tuple[int, ...]) -> list[float]:
         """Milliseconds of steps whose rows have these widths, the best of three turns."""
-        found = [[self.run(rows, widths)[0] for widths in kinds] for _ in range(3)]
+        found = [[statistics.median(self.run(rows, widths)[0]) for widths in kinds] for _ in range(3)]
         return [1000 * min(times) for times in zip(*found, strict=True)]
+
+    def change(self, rows: int, widths: tuple[int | None, ...] = ()) -> tuple[float, float]:
+        """Microseconds outside the model of steps between changes, and what a change adds: the median of five turns."""
+        still, added = [], []
+        for _ in range(5):
+            outside = self.run(rows, widths, turns=(8, 8, 5, 5))[1]  # steps change where they have even numbers
+            still.append(statistics.median(outside[1::2]))
+            added.append(statistics.median(outside[::2]) - still[-1])
+        return 1e6 * min(still), 1e6 * statistics.median(added)
 
 
 def main() -> None:
@@ -103,24 +116,26 @@ def main() -> None:
     print(", ".join(f"{width}: {read:.2f}" for width, read in reads.items()))
     alone = dict(zip(reads, bench.compare(1, *((width,) for width in reads)), strict=True))
     print("ms of one row: " + ", ".join(f"{width}: {ms:.2f}" for width, ms in alone.items()))
-    print("| rows | widths | mixed, ms | all at the widest, ms | bytes, ms | mixed to that |")
-    print("|---|---|---|---|---|---|")
+    print("| rows | widths | mixed, ms | all at the widest, ms | bytes, ms | mixed to that | apart, ms |")
+    print("|---|---|---|---|---|---|---|")
     for rows in (int(text) for text in arguments.rows.split(",")):
         for widths in MIXES:
             if len(widths) > rows:
                 continue
             mixed, widest = bench.compare(rows, widths, widths[:1])
+            apart = sum(bench.compare(rows // len(widths), *((width,) for width in widths)))
             bound = widest
             if widths[0] == EXACT:
                 bound = max(widest, alone[EXACT] * (reads[EXACT] + reads[widths[1]]) / reads[EXACT])
             print(
                 f"| {rows} | {', '.join(map(str, widths))} | {mixed:.2f} | {widest:.2f} | {bound:.2f} "
-                f"| {mixed / bound:.2f} |"
+                f"| {mixed / bound:.2f} | {apart:.2f} |"
             )
     for rows in (1, 16, 64):
-        found = [[bench.run(rows, turns=turns)[1] for turns in ((6,), (6, 5))] for _ in range(3)]
-        still, turned = (1e6 * min(times) for times in zip(*found, strict=True))
-        print(f"{rows} rows: {still:.0f} us outside the model, {turned:.0f} us with a change at every step")
+        for widths, kind in (((), "all change"), ((None, None, None, 6), "a quarter is pinned to 6 bits")):
+            if rows > 1 or not widths:
+                still, added = bench.change(rows, widths)
+                print(f"{rows} rows, {kind}: {still:.0f} us outside the model, a change adds {added:.0f}")
 
 
 if __name__ == "__main__":

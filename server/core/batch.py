@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import ne
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy as np
 from model_store.assembly import Elasticity, LayerPath
 from server.core.request import LiveRequest
 from server.core.state_rows import Part, StateCopy, parts_of, state_copies
+from server.core.width import EXACT
 
 Scheduled = list[tuple[LiveRequest, int]]  # (request, tokens it advances by)
 
@@ -225,7 +227,7 @@ class BatchBuilder:
             last.layout = next(_LAYOUTS)
             return last
         requests = last.requests
-        if not self._still_in_order(last):
+        if not self._still_together(last):
             self._last = None
             return self(scheduled)
         positions = np.array([request.num_computed_tokens for request in requests], np.int32)
@@ -250,15 +252,16 @@ class BatchBuilder:
             widths=self._widths,
         )
 
-    def _still_in_order(self, last: ForwardBatch) -> bool:
-        """Whether rows of one size still lie from wide to narrow; brings `_widths` up to date."""
+    def _still_together(self, last: ForwardBatch) -> bool:
+        """Whether rows of one size and width still lie side by side, in whatever order; brings `_widths` up to date."""
         now = bytes([request.width for request in last.requests])
         if now == self._seen:
             return True
         self._seen, self._widths = now, np.frombuffer(now, np.uint8)
         if now.count(now[0]) == len(now):
             return True
-        return not ((np.diff(self._widths.astype(np.int8)) > 0) & (np.diff(last.sizes) == 0)).any()
+        points = (last.sizes * (EXACT + 1) + self._widths).tolist()
+        return sum(map(ne, points, points[1:])) + 1 == len(set(points))
 
 
 def _is_decode(request: LiveRequest) -> bool:

@@ -58,6 +58,25 @@ def test_a_layout_that_is_taken_over_is_what_would_be_built_anew():
     assert layouts[0] == 0 and len(set(layouts)) < len(layouts) - 1  # prompts first; then one layout for several steps
 
 
+def test_a_layout_outlives_changes_of_width_that_leave_equal_rows_side_by_side():
+    replica = make_replica()
+    for _ in range(4):
+        replica.scheduler.add(make_request(1, sizes=(12,)))
+    for _ in range(2):
+        planned = replica.scheduler.schedule()
+        replica.now += replica.run_step(replica.now)[0]
+    build, layouts = BatchBuilder(ELASTICITY, replica.kv_cache.block_tables, (), 0), []
+    for widths in ((16, 8, 8, 4), (6, 8, 8, 4), (4, 8, 8, 5), (8, 8, 8, 8), (8, 6, 6, 8)):
+        for (request, _), width in zip(planned.scheduled, widths, strict=True):
+            request.width = width
+        batch = build(planned.scheduled)
+        layouts.append(batch.layout)
+        rows = [request.width for request in batch.requests]
+        assert batch.widths.tolist() == rows
+        assert rows == sorted(rows, key=rows.index), "equal rows lie side by side"
+    assert len(set(layouts[:4])) == 1 and layouts[4] != layouts[0]
+
+
 def test_a_wrong_model_learns_from_steps():
     """Steps take 1.6 times what was calibrated, and the error goes away within the steps of a few seconds."""
     cost, replica = machine(), make_replica()
