@@ -66,8 +66,8 @@ test-arm: install
 	  apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 	BOOMERANG_TEST_ARM=1 $(BIN)/python -m pytest tests/kernels/test_arm.py $(ARGS)
 
-# LiteLLM and LangChain as clients: many packages, so not part of `make test`.
-test-clients: install
+# Client stacks in their newest versions, Open WebUI in a browser among them: gigabytes of packages, so not part of `make test`.
+test-clients: install tools
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,clients]'
 	BOOMERANG_TEST_NPM=1 $(BIN)/python -m pytest tests/api/test_clients.py tests/api/test_tool_loops.py $(ARGS)
 	$(BIN)/python -m tests.clients --write docs/clients.md
