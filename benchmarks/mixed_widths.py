@@ -30,6 +30,10 @@ from server.core.width import EXACT
 from server.engine.engine import Engine
 from server.forms import load_weights, weight_form
 
+KINDS_OF_CHANGE: tuple[tuple[tuple[int | None, ...], str], ...] = (
+    ((), "all change"),
+    ((None, None, None, 6), "a quarter is pinned to 6 bits"),
+)
 MIXES = ((8, 4), (8, 6), (6, 4), (8, 6, 5, 4), (EXACT, 4), (EXACT, 8))
 
 
@@ -132,9 +136,9 @@ def main() -> None:
                 f"| {mixed / bound:.2f} | {apart:.2f} |"
             )
     for rows in (1, 16, 64):
-        for widths, kind in (((), "all change"), ((None, None, None, 6), "a quarter is pinned to 6 bits")):
-            if rows > 1 or not widths:
-                still, added = bench.change(rows, widths)
+        for own, kind in KINDS_OF_CHANGE:
+            if rows > 1 or not own:
+                still, added = bench.change(rows, own)
                 print(f"{rows} rows, {kind}: {still:.0f} us outside the model, a change adds {added:.0f}")
 
 
