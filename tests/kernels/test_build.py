@@ -128,3 +128,13 @@ def test_a_compiler_that_fails_leaves_nothing(compiler, tmp_path):
     with pytest.raises(build.BuildError, match="failed"):
         build.build_all(tmp_path / "wheel")
     assert not (tmp_path / "wheel").exists() and not list(build.cache_folder().glob("*.so"))
+
+
+RUNNABLE = [variant for variant in build.VARIANTS if not build.missing_instructions(variant)]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("variant", RUNNABLE)
+def test_what_this_machine_can_run_compiles(variant):
+    """Tests that need the kernels are skipped where there are none: sources that do not compile would go unseen."""
+    assert build.build(variant).is_file()
