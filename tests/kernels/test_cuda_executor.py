@@ -167,11 +167,12 @@ def test_launched_steps_follow_each_other_without_the_host():
     assert len({tuple(tokens) for tokens in chains[0]}) > 1
 
 
-def run_engine(executor: str, pair: LoadedPair) -> tuple[Engine, list[list[int]]]:
+def run_engine(executor: str, pair: LoadedPair, **changes) -> tuple[Engine, list[list[int]]]:
     """Requests of all sizes, greedy and seeded, some with a common prefix, in a pool so small that they preempt."""
     page_bytes = TorchExecutor(pair, page_size=PAGE).page_bytes()
     engine = Engine(pair, make_config(
-        executor=executor, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=12, kv_cache_bytes=19 * page_bytes
+        executor=executor, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=12, kv_cache_bytes=19 * page_bytes,
+        **changes,
     ))  # fmt: skip
     rng = random.Random(0)
     shared = [rng.randrange(VOCAB) for _ in range(10)]
@@ -192,6 +193,13 @@ def test_same_text_through_the_engine(kind):
     pair = make_small("llama") if kind == "plain" else quantised(make_low_rank("last_to_first", is_int8=True))
     engine, texts = run_engine("cuda", pair)
     assert engine.executor.name == "cuda" and engine.scheduler.num_preemptions > 0 and engine.lookahead.num_ahead > 0
+    assert texts == run_engine("torch", pair)[1]
+
+
+def test_guesses_are_rows_and_change_no_text():
+    pair = make_small("llama")
+    engine, texts = run_engine("cuda", pair, speculative_size=2)
+    assert engine.executor.name == "cuda" and sum(engine.speculator.stats.drafts.values()) > 0
     assert texts == run_engine("torch", pair)[1]
 
 
