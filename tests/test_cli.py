@@ -252,7 +252,10 @@ def test_a_size_that_is_not_there_ends_the_start_with_one_line(pair):
 @pytest.mark.parametrize("seconds", [0.05, 0.2, 0.5])
 def test_ctrl_c_at_any_time_is_no_traceback(seconds, pair):
     command = [sys.executable, "-m", "server", "serve", *pair_flags(pair), "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)

@@ -99,7 +99,7 @@ def test_other_forms_of_calls(url, form, text, content, calls, stream):
 def test_an_answer_in_json_flows_though_tools_are_given(url):
     text = json.dumps({"name": "Ann", "about": "She lives in a small house by the sea and reads."})
     got = ask(url, text, "llama3", stream=True)
-    assert got.content == text and len(got.chunks) > 8
+    assert got.content == text and len(got.chunks) > 3  # fast steps share one
 
 
 def test_a_schema_of_the_answer_beside_tools_is_no_call(url):
