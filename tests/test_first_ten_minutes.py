@@ -86,7 +86,7 @@ def test_the_curl_line_answers_at_the_size_it_asks_for(fresh):
 def test_the_python_lines_say_what_gravity_is(fresh):
     (code,) = blocks("python")
     said = run(fresh, ["python", "-c", code.replace("http://localhost:8000", fresh[2])])
-    assert said.startswith("smollm2-135m-instruct:20L ")
+    assert said.startswith("smollm2-135m-instruct:24L ")
     assert re.search(r"\bforce\b", said) and "gravity" in said.lower(), said
 
 
