@@ -42,8 +42,9 @@ class LocalServer:
 
     @staticmethod
     def environment(root: Path) -> dict[str, str]:
-        """Of a process that imports the code in `root`."""
-        own = {key: value for key, value in os.environ.items() if not key.startswith("BOOMERANG_")}
+        """Of a process that imports the code in `root`; of our variables it gets the choice of kernels alone."""
+        kept = "BOOMERANG_CPU_VARIANT"
+        own = {key: value for key, value in os.environ.items() if key == kept or not key.startswith("BOOMERANG_")}
         return own | {"PYTHONPATH": str(root)}
 
     def _read(self) -> None:
