@@ -3,7 +3,7 @@
     python -m benchmarks.codes_quality --text wikitext2_valid.txt [--windows 8] [--sizes 16,22,28,30]
 
 A student that is a low-rank difference runs in two forms: as a difference to the teacher's codes, and expanded into
-Q8_0. KL (nats per token) and top-1 agreement: of each form to the student's exact sum with the dequantised teacher, and
+Q5_1. KL (nats per token) and top-1 agreement: of each form to the student's exact sum with the dequantised teacher, and
 of that and of each form to the dequantised teacher. Windows of 512 tokens.
 """
 

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from model_store.arrays import Array, address, to_numpy
 from model_store.dual import DualMatrix
-from model_store.files import share
 from model_store.int8 import is_plain
 from model_store.loaded import LoadedPair
 from model_store.nested import GROUP, HEAD_BITS, WIDTHS, NestedMatrix, can_nest_width, nest
 from model_store.quantized import CodedMatrix
 from model_store.store import StoreError
-from model_store.tensor_file import TensorFile
+from model_store.tensor_file import TensorFile, write_tensors
 from model_store.weight_form import Storage, WeightForm
 from model_store.weights import MATRICES, EndWeights, LayerWeights
 
@@ -75,16 +73,12 @@ def write(
         tensors |= {f"{name}.{part}": to_numpy(tensor) for part, tensor in zip(_PARTS, nested.tensors(), strict=True)}
         each(name)
     about = {"version": VERSION, "fitted": bool(grams), "shared": shared}
-    partial = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial, metadata={"boomerang": json.dumps(about)})
-    share(partial)
-    partial.replace(file)
+    write_tensors(file, tensors, {"boomerang": json.dumps(about)})
 
 
 def nested_file(pair: Pair, store: Path) -> Path:
     """Where the store keeps the pair's nested codes."""
-    return store / "nested" / f"{pair.name.replace('/', '--')}-{pair.digest[:16]}.safetensors"
+    return store / "nested" / f"{pair.place}.safetensors"
 
 
 def has_nested(pair: Pair, store: Path) -> bool:

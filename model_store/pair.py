@@ -17,7 +17,7 @@ from model_store import made, published
 from model_store.arrays import FLOAT32, in_torch
 from model_store.assembly import AssemblyError, Elasticity
 from model_store.errors import PairError
-from model_store.expanded import Coded, can_code, code, expanded_bytes, read_or_make
+from model_store.expanded import can_code, expanded_bytes, read_or_make
 from model_store.figures import read_kinds, read_quality
 from model_store.files import read_json_if_there
 from model_store.footprint import CodeBytes, Footprint, MatrixBytes
@@ -78,6 +78,11 @@ class Pair:
         folders = [folder_digest(path, self.store) for path in (self.teacher_path, self.student_path) if path]
         return hashlib.sha256(json.dumps([folders, order]).encode()).hexdigest()
 
+    @property
+    def place(self) -> str:
+        """Name of what the store keeps of exactly this pair."""
+        return f"{self.name.replace('/', '--')}-{self.digest[:16]}"
+
     # --- arithmetic, from the shapes alone
 
     def parameters(self, size: int) -> int:
@@ -135,8 +140,7 @@ class Pair:
         def code_bytes(side: str, what: int | str, itemsize: int) -> int:
             if side not in sides:  # a low-rank student's, expanded
                 shapes = self.spec.matrix_shapes.values()
-                is_coded = all(can_code(k) for _, k in shapes)
-                return sum([expanded_bytes(n, k) if is_coded else n * k * itemsize for n, k in shapes])
+                return sum([expanded_bytes(n, k) if can_code(shapes) else n * k * itemsize for n, k in shapes])
             if isinstance(what, int):
                 return sides[side].layer_bytes(what, itemsize)
             return sides[side].matrix_bytes(sides[side].end_names(what)[:1], itemsize)
@@ -189,22 +193,20 @@ class Pair:
         teacher = Checkpoint(self.teacher_path, self.store)
         if index < 0 or self.student_spec is not None or not self.low_rank_student.has_own_layer(index):
             return teacher.layer(layer if index < 0 else kept[index], form)
-        return self._expanded(index, form)
+        return self._expanded(index, form, teacher)
 
-    def _expanded(self, index: int, form: WeightForm) -> LayerWeights:
+    def _expanded(self, index: int, form: WeightForm, teacher: Checkpoint) -> LayerWeights:
         """Layer `index` of a low-rank student in floats; beside a teacher in codes, in codes that the store keeps."""
         student, shapes = self.low_rank_student, self.spec.matrix_shapes
         # From the file in float32, so that rounding happens once even where the pair is bfloat16.
         exact = WeightForm(FLOAT32, storage=Storage.CODES if form.storage is Storage.CODES else Storage.AS_LOADED)
-        base = Checkpoint(self.teacher_path, self.store).layer(student.kept[index], exact)
+        base = teacher.layer(student.kept[index], exact)
 
-        def coded() -> Coded:
-            return {name: code(matrix) for name, matrix in student.sums(index, base).items()}
-
-        if form.storage is not Storage.CODES or not all(can_code(width) for _, width in shapes.values()):
+        if form.storage is not Storage.CODES or not can_code(shapes.values()):
             return student.layer(index, base, form, student.sums(index, base))
-        folder = store_root(self.store) / "expanded" / f"{self.name.replace('/', '--')}-{self.digest[:16]}"
-        return student.layer(index, base, form, read_or_make(folder, index, shapes, coded))
+        folder = store_root(self.store) / "expanded" / self.place
+        coded = read_or_make(folder, index, shapes, lambda: student.sums(index, base))
+        return student.layer(index, base, form, coded)
 
     def load(self, form: WeightForm, device: str = "cpu", memory_budget: int | None = None) -> LoadedPair:
         """Read the tensors, in this form: numpy's arrays on the CPU, torch's tensors on any other device.
@@ -277,7 +279,7 @@ class Pair:
             origin = student.kept[index]
             if not student.has_own_layer(index):
                 return layers[origin] if origin in layers else place(teacher.layer(origin, form))
-            return place(self._expanded(index, form))
+            return place(self._expanded(index, form, teacher))
 
         kept = [i for i in student_ids if form.low_rank and student.is_difference(i - num_teacher)]
         with ThreadPoolExecutor(_LOAD_THREADS) as threads:

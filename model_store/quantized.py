@@ -197,72 +197,42 @@ def stacked(matrices: list[CodedMatrix]) -> CodedMatrix:
     return CodedMatrix(tuple(CodedRows(np.concatenate([p.blocks for p in run]), run[0].type) for run in runs))
 
 
-def q8_0(matrix: np.ndarray) -> CodedMatrix:
-    """The nearest Q8_0 matrix to [N, K] of floats, K a multiple of 32: ggml's rounding, the scale rounded first."""
-    groups = matrix.astype(np.float32, copy=False).reshape(len(matrix), -1, 32)
-    scale = (np.abs(groups).max(axis=-1) / np.float32(127)).astype(np.float16)[..., None]
-    wide = np.broadcast_to(scale.astype(np.float32), groups.shape)
-    steps = np.divide(groups, wide, out=np.zeros_like(groups), where=wide > 0)
-    codes = np.rint(steps).clip(-127, 127).astype(np.int8)
-    blocks = np.concatenate((scale.view(np.uint8), codes.view(np.uint8)), axis=-1)
-    return CodedMatrix((CodedRows(blocks.reshape(len(matrix), -1), BLOCK_TYPES["Q8_0"]),))
-
-
-def q4_1(matrix: np.ndarray) -> CodedMatrix:
-    """A Q4_1 matrix near [N, K] of floats, K a multiple of 32; scales and minima are fitted (`_fit_affine`)."""
-    codes, scale, minimum = _fit_affine(matrix, 15)
-    return _coded("Q4_1", scale, minimum, _packed_nibbles(codes))
-
-
 def q5_1(matrix: np.ndarray) -> CodedMatrix:
-    """As `q4_1`, in Q5_1."""
-    codes, scale, minimum = _fit_affine(matrix, 31)
+    """A Q5_1 matrix near [N, K] of floats, K a multiple of 32; scales and minima are fitted (`_fit_rows`)."""
+    groups = matrix.reshape(len(matrix), -1, 32)
+    parts = [
+        _fit_rows(groups[start : start + _ROWS_AT_ONCE].astype(np.float32, copy=False))
+        for start in range(0, len(groups), _ROWS_AT_ONCE)
+    ]
+    codes, scale, minimum = map(np.concatenate, zip(*parts, strict=True))
     fifth = np.packbits(codes >> 4, axis=-1, bitorder="little")
-    return _coded("Q5_1", scale, minimum, fifth, _packed_nibbles(codes & 15))
+    low = codes & 15
+    nibbles = low[..., :16] | low[..., 16:] << 4
+    blocks = np.concatenate([part.view(np.uint8) for part in (scale, minimum, fifth, nibbles)], axis=-1)
+    return CodedMatrix((CodedRows(blocks.reshape(len(blocks), -1), BLOCK_TYPES["Q5_1"]),))
 
 
-def _packed_nibbles(codes: np.ndarray) -> np.ndarray:
-    """uint8 [..., 32] below 16 -> [..., 16]: the first half of a block lies in the low halves of its bytes."""
-    return codes[..., :16] | codes[..., 16:] << 4
-
-
-def _coded(name: str, *parts: np.ndarray) -> CodedMatrix:
-    """Blocks of the parts [N, G, ...], one after the other."""
-    blocks = np.concatenate([part.view(np.uint8) for part in parts], axis=-1)
-    return CodedMatrix((CodedRows(blocks.reshape(len(blocks), -1), BLOCK_TYPES[name]),))
-
-
+_MOST = 31  # a code of five bits
 _FITS = 4  # the error falls by less than a hundredth afterwards
 _ROWS_AT_ONCE = 64  # of which several copies stay in a cache
 
 
-def _fit_affine(matrix: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """codes uint8 [N, G, 32] from 0 to `most`, scale and minimum float16 [N, G, 1], with a small |w - scale c - m|^2.
+def _fit_rows(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of w [n, G, 32]: codes uint8 from 0 to 31, scale and minimum float16 [n, G, 1], with a small |w - scale c - m|^2.
 
     Codes for the extremes of a group come first; then by turns the best scale and minimum for the codes (a straight
     line by least squares), and the nearest codes for these.
     """
-    groups = matrix.reshape(len(matrix), -1, 32)
-    codes = np.empty(groups.shape, np.uint8)
-    scale, minimum = np.empty((2, *groups.shape[:2], 1), np.float16)
-    for start in range(0, len(groups), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        codes[part], scale[part], minimum[part] = _fit_rows(groups[part].astype(np.float32, copy=False), most)
-    return codes, scale, minimum
-
-
-def _fit_rows(w: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`_fit_affine` of a few rows w [n, G, 32]."""
     low, mean = w.min(axis=-1, keepdims=True), w.mean(axis=-1, keepdims=True)
     scale, minimum = (
-        ((w.max(axis=-1, keepdims=True) - low) / np.float32(most)).astype(np.float16),
+        ((w.max(axis=-1, keepdims=True) - low) / np.float32(_MOST)).astype(np.float16),
         low.astype(np.float16),
     )
     best = np.zeros(w.shape, np.uint8), np.zeros_like(scale), np.zeros_like(minimum)
     least = np.full(low.shape, np.inf, np.float32)
     for _ in range(_FITS):
         step, start = scale.astype(np.float32), minimum.astype(np.float32)
-        codes = np.rint((w - start) / np.where(step == 0, np.float32(1), step)).clip(0, most)
+        codes = np.rint((w - start) / np.where(step == 0, np.float32(1), step)).clip(0, _MOST)
         error = np.square(w - codes * step - start).sum(axis=-1, keepdims=True)
         for kept, found in zip(best, (codes, scale, minimum), strict=True):
             np.copyto(kept, found, "unsafe", where=error < least)

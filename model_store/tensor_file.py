@@ -6,14 +6,17 @@ The library checks the file and knows its entries; its own numpy arrays are copi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from model_store.arrays import BFLOAT16
+from model_store.files import share
 
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": BFLOAT16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -58,3 +61,15 @@ class TensorFile:
         if (view.ctypes.data % dtype.itemsize) != 0:
             view = view.copy()
         return view.view(dtype).reshape(entry["shape"])
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """A safetensors file that is whole as soon as it has its name. OSError, SafetensorError."""
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        share(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
