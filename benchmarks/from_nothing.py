@@ -11,6 +11,7 @@ otherwise left alone: the minutes are those of an idle machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", help="[the default pair's]")
     parser.add_argument("--minutes", type=float, default=20.0, help="of making [20]")
+    parser.add_argument("--keep", metavar="FOLDER", help="an empty one, for the store with the student, to evaluate it")
     arguments = parser.parse_args()
     teacher = str(resolve(arguments.teacher) if arguments.teacher else default_teacher())
     rows: list[tuple[str, str]] = []
@@ -53,7 +55,7 @@ def main() -> None:
         with_codes = f"{seconds_to([*common, *dial], '100%'):.1f} s"
         rows.append(("every width, codes being made", with_codes))
         rows.append(("every width, at later starts", f"{seconds_to([*common, *dial], '100%'):.1f} s"))
-    with tempfile.TemporaryDirectory() as store:
+    with contextlib.nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory() as store:
         flags = ["--teacher", teacher, "--store", store, "--student", "make", "--make-minutes", str(arguments.minutes)]
         folder, started = made_folder(teacher, store), time.monotonic()
         version = 0

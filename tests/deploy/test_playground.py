@@ -254,6 +254,7 @@ def test_what_is_out_of_date_is_marked(page):
     finished(page)
     expect(page.locator("#stale")).to_be_hidden()
     page.route("**/metrics", lambda route: route.abort())
+    page.reload()  # so that this page never hears anything
     expect(page.locator("#live-note")).to_contain_text("Out of date: nothing heard from the server for", timeout=15_000)
     assert "stale" in page.locator("#charts").get_attribute("class")
     page.unroute("**/metrics")

@@ -94,9 +94,10 @@ export class Live {
     this.charts.mix.text.textContent = running.length ? `Now: ${running.map(([size, n]) => `${n} at ${size}L`).join(", ")}.` : "Nothing is running.";
   }
 
-  // Seconds since the last figures, once that is long enough to say; else 0.
+  // Seconds since the last figures, or since they were first asked for, once that is long enough to say; else 0.
   age(now) {
-    const seconds = this.last ? (now - this.last.now) / 1000 : 0;
+    this.asked ??= now;
+    const seconds = (now - (this.last?.now ?? this.asked)) / 1000;
     return seconds > STALE_AFTER ? Math.round(seconds) : 0;
   }
 
