@@ -136,6 +136,7 @@ class Constraint(Protocol):
 
     error: str | None  # why it cannot be followed any further
     is_ready: bool  # whether the bitmask is there; if not, it has to be computed, which takes up to 20 ms
+    filled_at: float  # when it was, last; on the clock of time.monotonic
 
     def bitmask(self) -> np.ndarray:
         """int32 [ceil(V / 32)], bit i of word w set if token 32 w + i may come next."""

@@ -13,24 +13,24 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-from model_store.assembly import Elasticity
+from model_store.assembly import Elasticity, LayerPath
 from server.core.batch import Scheduled
+from server.core.block import Block
 from server.core.config import EngineConfig
 from server.core.load import Load
 from server.core.request import LiveRequest, RequestOutput, RequestStatus, SampledToken, SizeDecision
 from server.core.size_policy import LargestSize, PrefillBudget, Refusal, SizePolicy
-from server.core.width import EXACT, bits_read, offered_width
+from server.core.width import EXACT, bits_read
 from server.engine.extras.drafts import Drafts
+from server.engine.extras.masks import MaskTurns
 from server.engine.kv_cache import KVCacheManager
 from server.engine.queue import OUTPUT_TOKEN_COST, WaitingQueue
 from server.engine.size_schedule import following_size, planned_size, planned_width
+from server.engine.step_widths import StepWidths
 from server.engine.stopping import stop_status
 
 logger = logging.getLogger(__name__)
-
-_MASK_SECONDS = 0.002  # for masks in each step, however short the last one was
 
 
 @dataclass(slots=True)
@@ -71,7 +71,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_resizes = 0
         self.widths = widths
-        self._width = widths[-1]  # of this step, where a request's own limits say nothing else
+        self._widths = StepWidths(widths)
+        self._masks = MaskTurns(config.num_threads or 1)
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
         self._step_began = self._step_seconds = 0.0
@@ -106,16 +107,8 @@ class Scheduler:
         if reason := self.limit_sizes(request):
             return Refusal(reason, 400)
         refusal = self.policy.prepare(request, self, self.clock())
-        self._limit_widths(request)
+        self._widths.limit(request)
         return refusal
-
-    def _limit_widths(self, request: LiveRequest) -> None:
-        """Make the request's limits widths that are offered, and one where its answer must be repeatable."""
-        request.max_width = offered_width(request.max_width, self.widths)
-        request.min_width = min(offered_width(request.min_width, self.widths), request.max_width)
-        if request.is_repeatable:
-            request.min_width = request.max_width
-        request.width = request.max_width
 
     def add(self, request: LiveRequest) -> None:
         self.requests[request.request_id] = request
@@ -187,17 +180,14 @@ class Scheduler:
         """Decoding rows first, then running prompts, then waiting requests, until tokens, slots or pages run out."""
         output = SchedulerOutput()
         now = self.clock()
-        self._width = self._choose_width(now)
+        self._widths.choose(self.policy, self, now)
         for request in self.waiting.overdue(now):
             self._refuse(request, self.policy.refuse(self, now), output)
         for request, decision in self.policy.resize(self, now):
             self._change_size(request, decision, output)
         budget = self.config.max_num_batched_tokens * self.elasticity.num_teacher_layers
-        self._fill_masks()
         prompts = []
-        for request in list(self.running):
-            if request.grammar is not None and not request.grammar.is_ready:
-                continue  # its next step comes later
+        for request in self._masks.take(self.running, self._step_seconds):
             if request.num_tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
             elif request.slot >= 0 and budget >= request.path.size:  # else preempted for the sake of another
@@ -212,8 +202,7 @@ class Scheduler:
                     budget = self._advance(request, budget, output)
             if not output.num_preempted:
                 self._admit(output, budget, now, prefill)
-        if len(self.widths) > 1:
-            self._set_widths(output)
+        self._widths.set_rows(output.scheduled, self.policy)
         self._step_began = self.clock()
         return output
 
@@ -248,41 +237,6 @@ class Scheduler:
 
     # --- parts
 
-    def _fill_masks(self) -> None:
-        """What grammars allow next, for about as long as the last step took: costly ones hold back each other, and slow
-        down nobody else by more than half."""
-        waiting: list[Any] = [r.grammar for r in self.running if r.grammar is not None and not r.grammar.is_ready]
-        if waiting:
-            from server.engine.extras.grammar import fill_masks
-
-            fill_masks(waiting, max(self._step_seconds, _MASK_SECONDS), self.config.num_threads or 1)
-
-    def _choose_width(self, now: float) -> int:
-        if len(self.widths) == 1:
-            return self.widths[0]
-        try:
-            return offered_width(self.policy.width(self, now), self.widths)
-        except Exception:  # as for sizes
-            logger.exception("the size policy failed; taking the largest width")
-            return self.widths[-1]
-
-    def _width_of(self, request: LiveRequest) -> int:
-        return min(max(self._width, request.min_width), request.max_width)
-
-    def _set_widths(self, output: SchedulerOutput) -> None:
-        """What each row of the step reads: the policy's width within the request's limits, or more where it is paid."""
-        now = widest = self._width
-        for request, _ in output.scheduled:  # at every step, for up to hundreds of rows: without calls
-            if request.min_width <= now <= request.max_width:
-                request.width = now
-                continue
-            request.width = request.min_width if now < request.min_width else request.max_width
-            if request.width > widest:
-                widest = request.width
-        if widest > self._width and self.policy.raises_rows(output.scheduled, widest):
-            for request, _ in output.scheduled:
-                request.width = max(request.width, min(widest, request.max_width))
-
     def _book(self, request: LiveRequest, count: int, num_new: int) -> float:
         """`count` more tokens of the request hold KV, and it is about to get `num_new`.
 
@@ -298,8 +252,8 @@ class Scheduler:
         if request.resume_stop and computed >= request.resume_stop:
             self.kv_cache.finish_resuming(request)
         weight = OUTPUT_TOKEN_COST if count == 1 and request.output_token_ids else 1.0
-        if request.min_width > self._width:  # the step reads more for this request's sake
-            weight *= bits_read(request.min_width) / bits_read(self._width)
+        if request.min_width > self._widths.now:  # the step reads more for this request's sake
+            weight *= bits_read(request.min_width) / bits_read(self._widths.now)
         return count * request.path.size * weight
 
     def _advance(self, request: LiveRequest, budget: int, output: SchedulerOutput) -> int:
@@ -324,11 +278,7 @@ class Scheduler:
             request = self.waiting.peek(now, held, first_token_after)
             if request is None:
                 break
-            try:
-                choice = self.policy.choose(request, self, now)
-            except Exception:  # a choice gone wrong must not cost an answer, let alone the engine
-                logger.exception("the size policy failed; taking the largest size")
-                choice = SizeDecision(request.sizes[-1], "policy_failed")
+            choice = self._choose(request, now)
             if choice is None:
                 held.add(request.tenant)
                 continue
@@ -336,7 +286,7 @@ class Scheduler:
                 self._refuse(request, choice, output)
                 continue
             path = self.elasticity.path(choice.size)
-            request.width = self._width_of(request)
+            request.width = self._widths.of(request)
             prefix = self.kv_cache.find_prefix(request, path)
             num_cached = len(prefix) * self.kv_cache.page_size
             count = min(request.num_tokens - num_cached, budget // path.num_layers)
@@ -348,30 +298,34 @@ class Scheduler:
                 if count > 0 and self.drafts is not None and self.drafts.release():
                     continue
                 break
-            self.waiting.remove(request)
-            is_change = request.decision is not None and request.decision.size != choice.size
-            choice = replace(choice, after_tokens=len(request.output_token_ids), width=request.width)
-            request.path, request.decision = path, choice
-            if is_change or not request.decisions:
-                request.decisions.append(choice)
-            request.slot = self._free_slots.pop()
-            request.keep_station = self._keep_station(request)
-            self.kv_cache.adopt(request, prefix)
-            allocated = self.kv_cache.allocate(request, num_cached + count)
-            assert allocated
-            request.status = RequestStatus.RUNNING
-            self.running.append(request)
-            self.load.enter(request)
+            self._enter(request, path, prefix, count)
             output.scheduled.append((request, count))
             budget -= count * path.num_layers
-            if request.scheduled_time is None:
-                request.scheduled_time = now
-                request.num_cached_tokens = num_cached
-                admission = RequestOutput(request.request_id, decision=choice, num_cached_tokens=num_cached)
-                admission.scheduled_time = now
-                output.outputs.append(admission)
-            elif is_change:
-                output.outputs.append(RequestOutput(request.request_id, decision=choice))
+            self._note_choice(request, choice, now, output)
+
+    def _choose(self, request: LiveRequest, now: float) -> SizeDecision | Refusal | None:
+        try:
+            return self.policy.choose(request, self, now)
+        except Exception:  # a choice gone wrong must not cost an answer, let alone the engine
+            logger.exception("the size policy failed; taking the largest size")
+            return SizeDecision(request.sizes[-1], "policy_failed")
+
+    def _note_choice(self, request: LiveRequest, choice: SizeDecision, now: float, output: SchedulerOutput) -> None:
+        """The client hears of its admission, and of another size after a preemption."""
+        is_change = request.decision is not None and request.decision.size != choice.size
+        choice = replace(choice, after_tokens=len(request.output_token_ids), width=request.width)
+        request.decision = choice
+        if is_change or not request.decisions:
+            request.decisions.append(choice)
+        if request.scheduled_time is None:
+            request.scheduled_time = now
+            request.num_cached_tokens = request.num_computed_tokens
+            admission = RequestOutput(
+                request.request_id, decision=choice, num_cached_tokens=request.num_cached_tokens, scheduled_time=now
+            )
+            output.outputs.append(admission)
+        elif is_change:
+            output.outputs.append(RequestOutput(request.request_id, decision=choice))
 
     def _refuse(self, request: LiveRequest, refusal: Refusal, output: SchedulerOutput) -> None:
         for refused in self.fail([request], refusal.message, refusal.status):
@@ -432,21 +386,13 @@ class Scheduler:
             result.new_logprobs = [token.logprobs]
         if request.size_schedule and status is None:
             size = planned_size(request)
-            self._pin_width(request, planned_width(request))
+            self._widths.pin(request, planned_width(request), self.load)
             if size != request.path.size:
                 self._set_size(request, SizeDecision(size, "schedule"))
                 result.decision = request.decision
         return result
 
-    # --- a running request changes size or precision
-
-    def _pin_width(self, request: LiveRequest, width: int | None) -> None:
-        """From its next step on, `request` reads this width and no other; None: as it was."""
-        if width is None or (width := offered_width(width, self.widths)) == request.min_width == request.max_width:
-            return
-        self.load.leave(request)
-        request.min_width = request.max_width = request.width = width
-        self.load.enter(request)
+    # --- a running request changes size
 
     def _change_size(self, request: LiveRequest, decision: SizeDecision, output: SchedulerOutput) -> None:
         if request.status == RequestStatus.RUNNING and decision.size != request.path.size:
@@ -491,6 +437,19 @@ class Scheduler:
         self.requests.pop(request.request_id, None)
         self.policy.on_finish(request, self.clock())
         return RequestOutput(request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason)
+
+    def _enter(self, request: LiveRequest, path: LayerPath, prefix: list[Block], count: int) -> None:
+        """A waiting request runs: it gets a slot, the cached `prefix` of its text and pages for `count` tokens more."""
+        self.waiting.remove(request)
+        request.path = path
+        request.slot = self._free_slots.pop()
+        request.keep_station = self._keep_station(request)
+        self.kv_cache.adopt(request, prefix)
+        allocated = self.kv_cache.allocate(request, request.num_computed_tokens + count)
+        assert allocated
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        self.load.enter(request)
 
     def _leave(self, request: LiveRequest) -> None:
         self.running.remove(request)

@@ -55,7 +55,7 @@ def test_masks_filled_together_are_those_filled_alone(tmp_path, num_threads):
     ours = [compiler.compile(source).copy() for source in sources for _ in range(3)]
     alone = [compiler.compile(source).copy() for source in sources for _ in range(3)]
     for _ in range(4):
-        fill_masks([one for one in ours if not one.is_ready], 10.0, num_threads)
+        fill_masks([one for one in ours if not one.is_ready], num_threads)
         for one, other in zip(ours, alone, strict=True):
             assert one.is_ready
             np.testing.assert_array_equal(one.bitmask(), other.bitmask())
@@ -87,7 +87,7 @@ def test_a_parser_that_panics_among_others_fails_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grammar, "_threads", threads)
     fine.is_ready = broken.is_ready = False
-    fill_masks([fine, broken], 1.0, 2)
+    fill_masks([fine, broken], 2)
     assert fine.error is None and "worst of times" in broken.error
     np.testing.assert_array_equal(fine.bitmask(), first.bitmask())
     np.testing.assert_array_equal(np.unpackbits(broken.bitmask().view(np.uint8), bitorder="little").nonzero(), [[2]])

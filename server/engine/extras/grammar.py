@@ -1,7 +1,7 @@
 """Constrained decoding: a compiled grammar that says which tokens may come next. llguidance does the parsing.
 
-Every step is bounded: llguidance gives up on a mask that costs more than its fuel, and `fill_masks` on masks that cost
-more than the step. A constraint that gives up ends its own request with `error`; it cannot hold up the batch.
+Every mask is bounded: llguidance gives up on one that costs more than its fuel. A constraint that gives up ends its own
+request with `error`; it cannot hold up the batch. When masks are computed, and whose, is decided in `masks`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -83,17 +84,8 @@ class Grammar:
         return self.error is not None
 
 
-def fill_masks(grammars: Sequence[Grammar], seconds: float, num_threads: int) -> None:
-    """Compute masks, those of whom waits longest first, until so much time has passed; one for each thread at least."""
-    waiting = sorted(grammars, key=lambda grammar: grammar.filled_at)
-    end = time.monotonic() + seconds
-    for at in range(0, len(waiting), num_threads):
-        _fill(waiting[at : at + num_threads], num_threads)
-        if time.monotonic() > end:
-            return
-
-
-def _fill(grammars: list[Grammar], num_threads: int) -> None:
+def fill_masks(grammars: Sequence[Any], num_threads: int) -> None:
+    """Compute the masks of these grammars, as many at once as there are threads."""
     if len(grammars) > 1 and num_threads > 1:
         masks = np.zeros((len(grammars), len(grammars[0]._mask)), np.int32)
         matchers = [(grammar._matcher, row) for row, grammar in enumerate(grammars)]
