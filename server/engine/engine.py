@@ -5,46 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from model_store.pair import LoadedPair
 from server.core.batch import ForwardBatch, Scheduled
 from server.core.config import EngineConfig
 from server.core.executor import Executor
-from server.core.request import LiveRequest, Order, Request, RequestOutput, SampledToken, SamplingParams
+from server.core.request import LiveRequest, Order, Request, RequestOutput, SampledToken
 from server.core.size_policy import Refusal, RequestRefused, SizePolicy
 from server.engine.extras.drafts import DraftPool, Drafts, OwnDrafts
 from server.engine.extras.lookahead import Lookahead
 from server.engine.extras.speculation import Speculator
-from server.engine.isolation import (
-    ComputeError,
-    EngineBroken,
-    NoTokenLeft,
-    Quarantine,
-    bisect,
-    is_out_of_memory,
-)
+from server.engine.fault_handler import FaultHandler
+from server.engine.isolation import ComputeError, bisect
+from server.engine.observer import ComputedStep, Observer, num_prompt_tokens
 from server.engine.queue import WaitingQueue
-from server.engine.runner import Faults, StepRunner, outcome
+from server.engine.runner import StepRunner, outcome
 from server.engine.scheduler import Scheduler, SchedulerOutput
 from server.engine.sleep import RETRY_SECONDS, Sleeper, SleepState
-from server.engine.stats import EngineStats, MetricsSink, StepStats
+from server.engine.stats import EngineStats, MetricsSink
 from server.engine.step_clock import Gap, StepClock
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-class _Computed(NamedTuple):
-    """A step that has been computed and is not booked yet. Times in seconds, on the monotonic clock."""
-
-    batch: ForwardBatch
-    sampled: dict[str, SampledToken]
-    faults: Faults
-    start: float  # of the model call
-    end: float
-    drafting: float  # seconds that guessing took before it
-    gap: Gap
 
 
 class Engine:
@@ -88,7 +70,8 @@ class Engine:
             self.lookahead = Lookahead(self.executor, self.scheduler, self.sampler, self.build_batch)
         self.metrics, self.sleeper = metrics, sleeper
         self._clock = StepClock()
-        self._quarantine = Quarantine()
+        self._observer = Observer(metrics, config.speculates)
+        self._fault_handler = FaultHandler(self.scheduler, self.runner, self._forget)
         # The lists of the request before, which the other sequences of its HTTP request share: they may be long.
         self._checked: tuple[Any, Any, Any] | None = None
         self.num_step_failures = 0
@@ -108,7 +91,7 @@ class Engine:
         self._check_tokens(request)
         if request.request_id in self.scheduler.requests:
             raise ValueError(f"request id {request.request_id!r} is already in use")
-        if self._quarantine.holds(request):
+        if self._fault_handler.refuses(request):
             raise ValueError("The same request made the model fail a short while ago; it is not tried again for now.")
         if refusal := self.scheduler.prepare(request):
             raise RequestRefused(refusal)
@@ -215,7 +198,7 @@ class Engine:
         if planned is None:
             planned = self.scheduler.schedule()
         self._clock.lap("schedule")
-        self._count_decisions(planned.outputs)
+        self._observer.on_outputs(planned.outputs)
         return planned
 
     def _advance(
@@ -232,20 +215,17 @@ class Engine:
         if step.faults:
             faulty = [request for request, _ in planned.scheduled if request.request_id in step.faults]
             planned.scheduled = [item for item in planned.scheduled if item[0].request_id not in step.faults]
-        num_prompt = 0 if step.batch.layout else _num_prompt_tokens(planned.scheduled)
+        num_prompt = 0 if step.batch.layout else num_prompt_tokens(planned.scheduled)
         outputs = self._update(planned, step.sampled)
-        try:
-            self._observe(planned, step, started, num_prompt)
-        except Exception:  # the step is booked: what only watches it must not undo that
-            logger.exception("a step could not be observed")
+        self._observe(planned, step, started, num_prompt)
         self._clock.lap("book")
         for request in faulty:
-            outputs += self._condemn(request, step.faults[request.request_id])
+            outputs += self._fault_handler.condemn(request, step.faults[request.request_id])
         if not self.has_work:
             self._rest()
         return outputs
 
-    def _compute(self, planned: SchedulerOutput, before_model: Callable[[], None]) -> _Computed:
+    def _compute(self, planned: SchedulerOutput, before_model: Callable[[], None]) -> ComputedStep:
         """Guess, build the batch, run the model and sample; or take over the step that already runs ahead."""
         drafting = 0.0 if self.speculator is None else self._draft(self.speculator, planned, before_model)
         if self.lookahead is not None and self.lookahead.takes(planned):
@@ -258,7 +238,7 @@ class Engine:
             sampled, faults = self.runner.run(batch, self.speculator)
         end = time.monotonic()
         self._clock.model_ended(end)
-        return _Computed(batch, sampled, faults, start, end, drafting, gap)
+        return ComputedStep(batch, sampled, faults, start, end, drafting, gap)
 
     def _model_begins(self, drafting: float, before_model: Callable[[], None]) -> tuple[float, Gap]:
         """Now, and the time since the last model call."""
@@ -282,35 +262,15 @@ class Engine:
         self.runner.prompt_scores.attach(outputs)
         self.runner.pooled_states.attach(outputs, planned.scheduled)
         self._forget(planned.finished)
-        self._count_decisions(outputs)
+        self._observer.on_outputs(outputs)
         return outputs
 
-    def _observe(self, planned: SchedulerOutput, step: _Computed, started: float, num_prompt: int) -> None:
-        """Tell policy and metrics of a booked step; `num_prompt` tokens of it were of prompts."""
-        batch, seconds = step.batch, step.end - step.start
-        self.scheduler.policy.observe_step(batch, seconds, step.end)
-        if self.metrics is None:
-            return
-        num_first, num_generated = 0, len(step.sampled)
-        if self.speculator is not None:
-            num_generated += sum(len(token.following) for token in step.sampled.values())
-        if not batch.layout:  # with one, everybody had a token before
-            for request, _ in planned.scheduled:
-                if len(request.output_token_ids) == 1 and request.request_id in step.sampled:
-                    num_first += 1
-                    self.metrics.on_first_token(request)
-        self.metrics.on_step(
-            StepStats(
-                num_scheduled_tokens=batch.num_tokens,
-                num_prompt_tokens=num_prompt,
-                num_generation_tokens=num_generated,
-                step_time=time.monotonic() - started,
-                model_time=step.drafting + seconds,
-                gap=step.gap,
-                num_preempted=planned.num_preempted,
-                num_first_tokens=num_first,
-            )
-        )
+    def _observe(self, planned: SchedulerOutput, step: ComputedStep, started: float, num_prompt: int) -> None:
+        try:
+            self.scheduler.policy.observe_step(step.batch, step.end - step.start, step.end)
+            self._observer.on_step(planned, step, started, num_prompt)
+        except Exception:  # the step is booked: what only watches it must not undo that
+            logger.exception("a step could not be observed")
 
     def _rest(self) -> None:
         """The time to the next step is waiting for work, not overhead."""
@@ -319,18 +279,11 @@ class Engine:
         if self.sleeper is not None:
             self.sleeper.rest()
 
-    def _count_decisions(self, outputs: list[RequestOutput]) -> None:
-        if self.metrics is not None:
-            for output in outputs:
-                if output.decision is not None:
-                    _tell(self.metrics.on_size_decision, output.decision)
-
     def _forget(self, requests: list[LiveRequest]) -> None:
         for request in requests:
             self.runner.prompt_scores.forget(request.request_id)
             self.runner.pooled_states.forget(request.request_id)
-            if self.metrics is not None:
-                _tell(self.metrics.on_request_finished, request)
+            self._observer.on_finished(request)
 
     # --- when a step fails
 
@@ -348,47 +301,12 @@ class Engine:
             except ComputeError as failure:
                 raise failure.error from None
 
-        outputs = bisect(scheduled, error, run, self._condemn)
+        outputs = bisect(scheduled, error, run, self._fault_handler.condemn)
         return [output for part in outputs for output in part]
-
-    def _condemn(self, request: LiveRequest, error: Exception) -> list[RequestOutput]:
-        """Fail a request that cannot be computed. EngineBroken if a harmless one at its size cannot be either."""
-        if request.is_finished:  # aborted, or preempted and refused, in between
-            return []
-        if isinstance(error, NoTokenLeft):
-            outputs = self.scheduler.fail([request], str(error), 400)
-            self._forget([request])
-            return outputs
-        size = request.path.size
-        pages = self.kv_cache.discard(request)
-        if is_out_of_memory(error):
-            message, status = "There is not enough memory to compute this request now.", 503
-        else:
-            message, status = f"The model step failed on this request: {type(error).__name__}: {error}", 500
-        outputs = self.scheduler.fail([request], message, status)
-        self._forget([request])
-        self.runner.wipe(pages)
-        self.probe(size)
-        if status == 500:
-            self._quarantine.add(request)
-        logger.error("request %s was at fault and is failed: %s", request.request_id, error)
-        return outputs
 
     def probe(self, size: int) -> None:
         """Compute one token at `size`, alone. EngineBroken if that fails or yields no number."""
-        probe = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), sizes=(size,))
-        error = self.scheduler.borrow(LiveRequest(probe), size, self._run_alone)
-        if error is not None:
-            raise EngineBroken(f"nothing can be computed at {size}L: {error}")
-
-    def _run_alone(self, request: LiveRequest) -> str | None:
-        """What is wrong with a step of only this request, or None."""
-        try:
-            _, faults = self.runner.run(self.build_batch([(request, 1)]))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        fault = faults.get(request.request_id)
-        return None if fault is None else str(fault)
+        self._fault_handler.probe(size)
 
     # --- reports
 
@@ -413,19 +331,3 @@ class Engine:
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
-
-
-def _num_prompt_tokens(scheduled: Scheduled) -> int:
-    """Tokens of prompts, not of answers, that a plan computes; before it is booked."""
-    return sum(
-        max(0, min(request.num_computed_tokens + count, request.num_prompt_tokens) - request.num_computed_tokens)
-        for request, count in scheduled
-    )
-
-
-def _tell(hear: Callable[[T], None], subject: T) -> None:
-    """Metrics only watch: what fails in them is logged, and fails nobody."""
-    try:
-        hear(subject)
-    except Exception:
-        logger.exception("metrics could not be told of %.200s", subject)
