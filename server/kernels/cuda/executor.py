@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
-import sysconfig
 import time
 from collections.abc import Iterator
 
@@ -23,7 +20,6 @@ import numpy as np
 import torch
 
 from model_store.pair import LoadedPair
-from model_store.weight_form import Storage
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
 from server.core.executor import GREEDY, Draw, Executor, Follows
@@ -34,8 +30,8 @@ from server.kernels.cuda.graphs import Graphs, bucket_of, buckets
 from server.kernels.cuda.inputs import DecodeInputs, StepInputs
 from server.kernels.cuda.layer import Difference, Lane, Layers
 from server.kernels.cuda.logits import DeviceLogits
-from server.kernels.cuda.runtime import INTERPRETED
 from server.kernels.cuda.staging import Download, Upload
+from server.kernels.cuda.support import refusal
 from server.kernels.cuda.tables import DeviceTables
 
 logger = logging.getLogger(__name__)
@@ -43,54 +39,7 @@ logger = logging.getLogger(__name__)
 
 def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
     """The executor, or the reason why this pair or this machine cannot have it."""
-    if pair.device != "cuda" and not (INTERPRETED and config.executor == "cuda"):
-        return f"runs on cuda, not on {pair.device}"
-    if pair.device == "cuda":
-        device = pair.ends["teacher"].final_norm_weight.device
-        if device.index:
-            return "runs on the first visible device only: set CUDA_VISIBLE_DEVICES instead of --device"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"needs compute capability 8.0, the device has {major}.{minor}"
-        if missing := _missing_for_triton():
-            return f"Triton needs {missing} at run time"
-    if config.kv_cache_dtype == "int8":
-        return "takes no --kv-cache-dtype int8"
-    if pair.form.storage in (Storage.CODES, Storage.NESTED):
-        return f"takes no {pair.form.storage}"
-    if len(pair.widths) > 1:
-        return "reads weights at one precision only"
-    if refusal := _not_computed(pair, config):
-        return refusal
-    if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
-        return "runs students kept as differences only where all of their layers are"
-    return CudaExecutor(pair.in_torch(), config)
-
-
-def _not_computed(pair: LoadedPair, config: EngineConfig) -> str | None:
-    """What of a family the kernels here do not compute."""
-    spec = pair.spec
-    lacking = {
-        "norms of what attention and the MLP give": spec.norm_after,
-        "layers without a norm before them": not spec.norm_before,
-        "norms whose weights are offsets": spec.norm_offset != 0.0,
-        "norms over all heads together": spec.qk_norm_of_all,
-    }
-    for what, is_there in lacking.items():
-        if is_there:
-            return f"has no kernel for {what} ({spec.family})"
-    windows = [layer.window for layer in pair.layers.values() if layer.window is not None]
-    if windows and min(windows) < config.max_model_len:
-        return f"has no kernel for sliding windows: --max-model-len up to {min(windows)} is served"
-    return None
-
-
-def _missing_for_triton() -> str | None:
-    """What Triton compiles its launchers with and cannot find, as it looks for it."""
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "gcc, clang or CC"
-    headers = sysconfig.get_paths()["include"]
-    return None if os.path.exists(os.path.join(headers, "Python.h")) else f"Python.h in {headers}"
+    return refusal(pair, config) or CudaExecutor(pair.in_torch(), config)
 
 
 class CudaExecutor(Executor):
