@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
-from server.api.generate.answer_parts import CallPart, Part, Reasoning, Text, joined
+from server.api.generate.answer_parts import CallPart, Part, Text, joined
 from server.api.generate.json_text import BLANKS, ObjectScanner, call_arguments, is_json, parse, skip_blanks
+from server.api.generate.thought import ThoughtReader, num_begun
 from server.api.generate.tool_forms import MISTRAL, ToolForm
 
 # Members of a bare call; another one shows that an answer in JSON is just that.
@@ -21,7 +22,6 @@ _MISTRAL_NAME = re.compile(r"[ \t\r\n]*([A-Za-z0-9_.:-]{1,256})(?:\[CALL_ID\]\w{
 _MISTRAL_BEGUN = re.compile(
     r"[ \t\r\n]*(?:[A-Za-z0-9_.:-]{1,256}(?:\[[A-Z_]{0,8}\]?\w{0,256})?(?:\[[A-Z]{0,8}\]?)?[ \t\r\n]*)?"
 )
-THINK, THOUGHT = "<think>", "</think>"
 # Characters behind opening marks that turned out to open no call, after which no more are looked for in this answer:
 # each is read again from the next mark on, and a text may consist of nothing but marks.
 _MOST_READ_AGAIN = 1 << 16
@@ -49,16 +49,10 @@ class AnswerReader:
         self._allows_several = allows_several
         self._buffer = ""  # not handed out yet
         self._blanks = ""  # trailing blanks of content, dropped if the answer ends in calls
-        self._state = "lead"
-        if is_forced:
-            self._state = "forced"
-        elif has_thought_begun:
-            self._state = "thought"
-        elif thinks:
-            self._state = "before"
-        self._has_text = False
+        self._state = "forced" if is_forced else "lead"
+        has_thought = not is_forced and (thinks or has_thought_begun)
+        self._thought = ThoughtReader(has_thought_begun) if has_thought else None  # None: it is over, too
         self._strips_lead = False
-        self._thought_text = False
         self.num_calls = 0
         self.is_partial = False  # the last call was cut short
         self._scanner: ObjectScanner | None = None
@@ -71,57 +65,32 @@ class AnswerReader:
 
     @property
     def is_thinking(self) -> bool:
-        return self._state in ("before", "thought")
+        return self._thought is not None
 
     def push(self, text: str) -> list[Part]:
-        self._buffer += text
-        return self._run()
+        return self._run(text)
 
     def finish(self, is_cut: bool = False) -> list[Part]:
         """`is_cut`: the answer ended for want of tokens or at a stop string; a call that had begun is handed out."""
         self._is_final, self._is_cut = True, is_cut
-        parts = self._run()
+        parts = self._run("")
         if not self.num_calls and self._blanks:
             parts.append(Text(self._blanks))
         return parts
 
-    def _run(self) -> list[Part]:
+    def _run(self, text: str) -> list[Part]:
         self._parts = []
+        if self._thought is not None:
+            self._parts += self._thought.read(text, self._is_final)
+            if self._thought.rest is None:
+                return self._parts
+            text, self._strips_lead, self._thought = self._thought.rest, self._thought.has_begun, None
+        self._buffer += text
         while getattr(self, f"_{self._state}")():
             pass
         return joined(self._parts)
 
     # --- states: True if there may be more to do
-
-    def _before(self) -> bool:
-        """Nothing but blanks so far; reasoning may begin."""
-        rest = self._buffer.lstrip()
-        if rest.startswith(THINK):
-            self._buffer, self._state = rest[len(THINK) :], "thought"
-            return True
-        if THINK.startswith(rest) and not self._is_final:
-            return False
-        self._state = "lead"
-        return True
-
-    def _thought(self) -> bool:
-        at = self._buffer.find(THOUGHT)
-        if at >= 0:
-            self._think(self._buffer[:at].rstrip())
-            self._buffer, self._state, self._strips_lead = self._buffer[at + len(THOUGHT) :], "lead", True
-            return True
-        end = len(self._buffer) if self._is_final else len(self._buffer) - _begun(self._buffer, THOUGHT)
-        end = len(self._buffer[:end].rstrip())
-        self._think(self._buffer[:end])
-        self._buffer = "" if self._is_final else self._buffer[end:]
-        return False
-
-    def _think(self, text: str) -> None:
-        if not self._thought_text:
-            text = text.lstrip()
-        if text:
-            self._thought_text = True
-            self._parts.append(Reasoning(text))
 
     def _lead(self) -> bool:
         """The answer proper begins."""
@@ -158,7 +127,7 @@ class AnswerReader:
             if form is MISTRAL:
                 self._state = "mistral"
             return True
-        end = len(self._buffer) if self._is_final else len(self._buffer) - _begun(self._buffer, form.opening)
+        end = len(self._buffer) if self._is_final else len(self._buffer) - num_begun(self._buffer, form.opening)
         self._say(self._buffer[:end])
         self._buffer = self._buffer[end:]
         return False
@@ -418,11 +387,6 @@ class AnswerReader:
         self._blanks = text[end:]
         if end:
             self._parts.append(Text(text[:end]))
-
-
-def _begun(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins the mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
 def _call_id() -> str:

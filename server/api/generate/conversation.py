@@ -12,13 +12,14 @@ from typing import Any
 
 from server.api.chat.protocol import ChatCompletionRequest
 from server.api.generate.answer_parts import CallPart, Part, Reasoning, Text
-from server.api.generate.answer_reader import THINK, THOUGHT, AnswerReader
+from server.api.generate.answer_reader import AnswerReader
 from server.api.generate.chat_template import ChatTemplate, TemplateError
 from server.api.generate.generation import Delta, Generation
 from server.api.generate.grammar import grammar_factory
 from server.api.generate.history import plain_messages, with_tools_in_words
 from server.api.generate.serving import encode_prompt, truncate
 from server.api.generate.submission import Caller, OutputLimits, PromptInput, Submission
+from server.api.generate.thought import THINK, THOUGHT
 from server.api.generate.tools import ToolUse
 from server.api.http.body import check_values
 from server.api.http.errors import APIError, invalid
