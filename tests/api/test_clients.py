@@ -1,14 +1,13 @@
 """LiteLLM, LangChain and Ollama's JavaScript client as people configure them, for `make test-clients`."""
 
 import json
-import os
-import subprocess
 
 import httpx
 import pytest
 
 from tests.api.tiny import NAME, QUICK, ROOT, RunningServer, make_pair
-from tests.clients.__main__ import scripts
+from tests.clients import javascript
+from tests.clients.__main__ import main, scripts
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -116,12 +115,9 @@ console.log(JSON.stringify({ names, blocks: shown.model_info['llama.block_count'
 """
 
 
-@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_NPM"), reason="make test-clients: installs npm packages")
+@javascript.needs_npm
 def test_ollamas_javascript_client(server, tmp_path):
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    (tmp_path / "ask.mjs").write_text(OLLAMA_JS)
-    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "ollama@0.6"], cwd=tmp_path, check=True)
-    done = subprocess.run(["node", "ask.mjs", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = javascript.run(OLLAMA_JS, ["ollama@0.6"], server.url, tmp_path)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
     assert got["names"] == [f"{NAME}:{tag}" for tag in ("latest", "4L", "5L", "6L")] and got["blocks"] == 5
@@ -136,3 +132,10 @@ def test_the_page_has_every_client_and_all_of_them_work():
     ]
     assert [row[0].strip() for row in rows] == list(scripts())
     assert all(cell.strip() in ("yes", "") for row in rows for cell in row[2:])
+
+
+def test_without_npm_its_clients_are_skipped_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(javascript.shutil, "which", lambda tool: None)
+    monkeypatch.setattr("sys.argv", ["clients", "vercel-ai"])
+    assert main() == 1, "it was asked for by name"
+    assert capsys.readouterr().err == "vercel-ai is skipped: it needs npm and node (https://nodejs.org).\n"

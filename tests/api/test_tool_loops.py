@@ -1,8 +1,6 @@
 """Agents' tool loops end to end with the clients' own helpers: the model is forced, the loop is real."""
 
 import json
-import os
-import subprocess
 from typing import Literal
 
 import anthropic
@@ -13,6 +11,7 @@ import pytest
 from tests.api import templates
 from tests.api.asking import MESSAGES, closed, post
 from tests.api.tiny import NAME, QUICK, RunningServer, make_pair
+from tests.clients import javascript
 
 DONE = {"structured_outputs": {"choice": ["done"]}}
 WEATHER = closed(city={"enum": ["Bern", "Köln"]})
@@ -161,13 +160,9 @@ console.log(JSON.stringify({ cities, steps: [whole.steps.length, (await streamed
 """
 
 
-@pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_NPM"), reason="make test-clients: installs npm packages")
+@javascript.needs_npm
 def test_vercels_ai_sdk_loop(server, tmp_path):
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    (tmp_path / "loop.mjs").write_text(AI_SDK)
-    packages = ("ai@7", "@ai-sdk/openai-compatible@3")
-    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=tmp_path, check=True)
-    done = subprocess.run(["node", "loop.mjs", server.url], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = javascript.run(AI_SDK, ["ai@7", "@ai-sdk/openai-compatible@3"], server.url, tmp_path)
     assert done.returncode == 0, done.stderr
     # A choice is forced in the first step only: the second answers.
     got = json.loads(done.stdout)

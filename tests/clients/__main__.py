@@ -1,7 +1,8 @@
 """Every client stack of this folder in its newest version against a server: `python -m tests.clients`.
 
 Python's run with `uv run`, which makes each an environment from the head of its script; JavaScript's with npm.
-Prints a table and exits 1 if anything failed.
+Those are skipped where npm is missing. Prints a table and exits 1 if anything failed, or a client that was named
+could not be tried.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from tests.api import templates
 from tests.api.tiny import RunningServer, make_pair
+from tests.clients import javascript
 
 FOLDER = Path(__file__).parent
 TORCH = "https://download.pytorch.org/whl/torch"  # builds for CPU: the one of PyPI brings gigabytes of CUDA
@@ -43,22 +45,27 @@ def run_python(path: Path, url: str, folder: Path) -> dict[str, str]:
     """What the script found; nothing if it did not start."""
     wheels = {"UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", TORCH)} if "+cpu" in path.read_text() else {}
     command = [sys.executable, "-m", "uv", "run", "--quiet", "--upgrade", str(path), url]
-    done = subprocess.run(command, cwd=folder, env=os.environ | wheels, capture_output=True, text=True)
-    sys.stderr.write(done.stderr[-6000:])
-    return json.loads(done.stdout.strip().split("\n")[-1] or "{}")
+    return results_of(subprocess.run(command, cwd=folder, env=os.environ | wheels, capture_output=True, text=True))
 
 
 def run_javascript(path: Path, url: str, folder: Path) -> dict[str, str]:
     """The same of a script for node."""
-    packages = re.search(r"packages: (.+)", path.read_text())[1].split()
-    (folder / "package.json").write_text('{"type": "module"}')
-    (folder / path.name).write_text(path.read_text())
-    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", *packages], cwd=folder, check=True)
-    done = subprocess.run(["node", path.name, url], cwd=folder, capture_output=True, text=True)
+    script = path.read_text()
+    packages = re.search(r"packages: (.+)", script)[1].split()
+    results = results_of(javascript.run(script, packages, url, folder))
+    if not results:
+        return {}
+    manifest = folder / "node_modules" / packages[0].split("@")[0] / "package.json"
+    return {"version": json.loads(manifest.read_text())["version"]} | results
+
+
+def results_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """What a client's script printed last."""
     sys.stderr.write(done.stderr[-6000:])
-    name = packages[0].split("@")[0]
-    version = json.loads((folder / "node_modules" / name / "package.json").read_text())["version"]
-    return {"version": version} | json.loads(done.stdout.strip().split("\n")[-1] or "{}")
+    try:
+        return json.loads(done.stdout.strip().split("\n")[-1])
+    except ValueError:
+        return {}
 
 
 def main() -> int:
@@ -66,7 +73,17 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="some of them; default: all")
     parser.add_argument("--write", type=Path, help="this page gets the rows, in place of those of the same names")
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(scripts()):
+        parser.error(f"there is no {', '.join(sorted(unknown))}, only {', '.join(scripts())}")
+    wanted = {name: path for name, path in scripts().items() if name in (arguments.names or scripts())}
     rows, num_failed = {}, 0
+    if reason := javascript.why_not():
+        for name in [name for name, path in wanted.items() if path.suffix == ".mjs"]:
+            print(f"{name} is skipped: it {reason}.", file=sys.stderr)
+            num_failed += name in arguments.names
+            del wanted[name]
+    if not wanted:
+        return int(num_failed > 0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "template").write_text(templates.LLAMA3)
@@ -74,9 +91,7 @@ def main() -> int:
         room = ("--kv-cache-memory", "128MiB", "--max-model-len", "32768", "--default-max-tokens", "2000")
         template = ("--chat-template", str(folder / "template"))
         with RunningServer(make_pair(folder, max_len=32768), *template, *room) as server:
-            for name, path in scripts().items():
-                if arguments.names and name not in arguments.names:
-                    continue
+            for name, path in wanted.items():
                 own = folder / name
                 own.mkdir()
                 run = run_python if path.suffix == ".py" else run_javascript
