@@ -7,118 +7,26 @@ there.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import os
 import re
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from tests.api.tiny import make_pair
+from tests.compose.project import IMAGE, KEYS, PROJECT, UPDATED, URL, Project, docker, is_clone, run_alone, until
+from tests.compose.traffic import probe_once, probing, prometheus, stream, under_streams
 from tests.faults.ledger import Ledger
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("BOOMERANG_TEST_COMPOSE"), reason="make test-compose"),
     pytest.mark.timeout(1800),
 ]
-
-ROOT = Path(__file__).parents[2]
-PROJECT = "boomerang-test"
-IMAGE = os.environ.get("BOOMERANG_IMAGE", "boomerang-serve:cpu")
-UPDATED = "boomerang-test:cpu"  # the name that the project runs: the image, and later one made after it
-URL = "http://127.0.0.1:18000"
-KEYS = "/run/secrets/boomerang/api_keys"
-# Seconds long: what comes in the middle of it does.
-STREAM = {"prompt": "The quick", "max_tokens": 3000, "ignore_eos": True, "temperature": 0, "stream": True}
-
-
-def docker(*command: str, check: bool = True, stdin: str | None = None) -> str:
-    result = subprocess.run(
-        ["docker", *command], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + ("" if result.returncode == 0 else result.stderr)
-
-
-class Project:
-    """A project of its own, whose ports on loopback end in `port`."""
-
-    def __init__(self, secrets: Path, name: str = PROJECT, port: int = 0) -> None:
-        self.secrets, self.name = secrets, name
-        self.overlays: tuple[str, ...] = ()
-        self.more: tuple[str, ...] = ()  # further files, in tests/compose
-        self.variables = {
-            "COMPOSE_PROJECT_NAME": name,
-            "BOOMERANG_IMAGE": UPDATED,
-            "BOOMERANG_TEACHER": "/store/tiny",
-            "BOOMERANG_STUDENT": "/store/student",
-            "BOOMERANG_NUM_THREADS": "1",
-            "BOOMERANG_MIN_REPLICAS": "1",
-            "BOOMERANG_MAX_REPLICAS": "3",
-            "BOOMERANG_SECRETS": str(secrets),
-            "BOOMERANG_PUBLISH": f"127.0.0.1:{18000 + port}",
-            "BOOMERANG_PUBLISH_STATS": f"127.0.0.1:{18404 + port}",
-            "BOOMERANG_PUBLISH_PROMETHEUS": f"127.0.0.1:{19090 + port}",
-            "BOOMERANG_PUBLISH_GRAFANA": f"127.0.0.1:{13000 + port}",
-        }
-
-    def compose(self, *command: str, check: bool = True) -> str:
-        os.environ.update(self.variables)
-        files = [
-            "docker-compose.yml",
-            *(f"docker-compose.{name}.yml" for name in self.overlays),
-            *(f"tests/compose/{name}.yml" for name in ("small", *self.more)),
-        ]
-        return docker("compose", *(part for name in files for part in ("-f", name)), *command, check=check)
-
-    def create(self, pair: Path) -> None:
-        """The first container and its store, with `pair` in it."""
-        self.compose("create", "--no-build", "server")
-        (container,) = self.compose("ps", "--all", "-q", "server").split()
-        docker("cp", f"{pair}/.", f"{container}:/store/")
-
-    def down(self) -> None:
-        self.compose("down", "--remove-orphans", "--volumes", "--timeout", "5", check=False)
-
-    def replicas(self) -> dict[str, dict]:
-        """Container id -> what `docker inspect` says, of all containers of the service that run."""
-        labels = [f"com.docker.compose.project={self.name}", "com.docker.compose.service=server"]
-        filters = [part for label in labels for part in ("--filter", f"label={label}")]
-        found = (docker("inspect", id, check=False) for id in docker("ps", "-q", *filters).split())
-        # One that has gone between the two calls is an empty list and a message.
-        items = [json.loads(text)[0] for text in found if not text.startswith("[]")]
-        return {item["Id"]: item for item in items}
-
-    def wait_replicas(self, number: int, seconds: float = 120, without: tuple[str, ...] = ()) -> dict[str, dict]:
-        def healthy() -> dict[str, dict]:
-            found = self.replicas()
-            return {id: item for id, item in found.items() if item["State"]["Health"]["Status"] == "healthy"}
-
-        until(
-            lambda: not set(without) & set(self.replicas()) and len(healthy()) == len(self.replicas()) == number,
-            seconds,
-            lambda: {id: item["State"] for id, item in self.replicas().items()},
-        )
-        return healthy()
-
-
-def until(condition, seconds: float, state=lambda: "") -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, state()
-        time.sleep(0.5)
-
-
-def is_clone(item: dict) -> bool:
-    return "io.boomerang.autoscaler" in item["Config"]["Labels"]
 
 
 @pytest.fixture(scope="module")
@@ -133,69 +41,6 @@ def project(tmp_path_factory) -> Iterator[Project]:
     yield project
     project.down()
     docker("image", "rm", UPDATED, check=False)
-
-
-@contextlib.contextmanager
-def probing(key: str = "") -> Iterator[Ledger]:
-    """Asks through the load balancer all the time; what came of it."""
-    ledger = Ledger()
-    stop = threading.Event()
-
-    def probe() -> None:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        while not stop.wait(0.1):
-            body = {"prompt": "x", "max_tokens": 1}
-            try:
-                status = httpx.post(URL + "/v1/completions", json=body, headers=headers, timeout=30).status_code
-            except httpx.TransportError as error:
-                ledger.tell("connection refused" if isinstance(error, httpx.ConnectError) else "connection broken")
-                continue
-            if status == 200:
-                ledger.answered += 1
-            else:
-                ledger.tell(str(status))
-
-    thread = threading.Thread(target=probe)
-    thread.start()
-    try:
-        yield ledger
-    finally:
-        stop.set()
-        thread.join()
-
-
-def stream(ledger: Ledger, after_four: Callable[[], object] = lambda: None, key: str = "") -> None:
-    """One streamed answer to its end; `after_four` is called in the middle of it."""
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    lines: list[str] = []
-    try:
-        with httpx.stream("POST", URL + "/v1/completions", json=STREAM, headers=headers, timeout=120) as answer:
-            if answer.status_code != 200:
-                return ledger.tell(str(answer.status_code))
-            for line in answer.iter_lines():
-                lines += [line] if line else []
-                if len(lines) == 4:
-                    after_four()
-    except httpx.TransportError:
-        return ledger.tell("connection broken")
-    if lines[-1] == "data: [DONE]":
-        ledger.answered += 1
-    elif "error" in lines[-1]:
-        ledger.tell("error event")
-    else:
-        ledger.lost.append(f"a stream ended with {lines[-1]!r}")
-    return None
-
-
-def under_streams(ledger: Ledger, fault: Callable[[], object]) -> None:
-    """Sixteen streams to their ends; `fault` comes when half of them have begun."""
-    begun = itertools.count(1)
-    after_four = lambda: next(begun) == 8 and fault()  # noqa: E731
-    threads = [threading.Thread(target=stream, args=(ledger, after_four)) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 def test_the_image_is_small_and_names_the_licence_of_everything_inside():
@@ -245,18 +90,6 @@ def test_scaled_by_the_autoscaler(project):
     assert sorted(map(is_clone, project.replicas().values())) == [False, True]
     assert not seen.told
     until(lambda: prometheus('count(up{job="boomerang"} == 1)') == 2, 30)
-
-
-def prometheus(query: str) -> float | None:
-    """The value of the first series."""
-    answer = httpx.get("http://127.0.0.1:19090/api/v1/query", params={"query": query}).json()
-    return next((float(series["value"][1]) for series in answer["data"]["result"]), None)
-
-
-def probe_once(url: str = URL) -> str:
-    with contextlib.suppress(httpx.HTTPError):
-        return str(httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=10).status_code)
-    return ""
 
 
 def test_a_clone_is_what_compose_made(project):
@@ -365,7 +198,7 @@ def test_a_failed_update_to_keys_leaves_none_without(project, fault):
         file.write_text("first\n")
         file.chmod(0o600)  # the server is another user
     project.compose("up", "-d", "--no-build")
-    until(lambda: names_the_file(project, fault), 60)
+    until(lambda: project.logs_name(FAULTS[fault]), 60)
     until(lambda: not open_replicas(project), 60, project.replicas)
     assert probe_once() == "503"
     file.unlink(missing_ok=True)
@@ -373,11 +206,6 @@ def test_a_failed_update_to_keys_leaves_none_without(project, fault):
     project.compose("up", "-d", "--no-build")
     project.wait_replicas(2, 240)
     Ledger().record(f"update to keys, the secret {fault}", "no replica without keys is left, so none; the log says why")
-
-
-def names_the_file(project: Project, fault: str) -> bool:
-    log = project.compose("logs", "--no-color", "--no-log-prefix", "server", check=False)
-    return any(KEYS in line and FAULTS[fault] in line for line in log.splitlines())
 
 
 def open_replicas(project: Project) -> list[str]:
@@ -471,7 +299,7 @@ def test_a_restart_without_its_secret_serves_nobody_without_keys(project, fault)
     else:
         file.chmod(0o600)
     project.compose("up", "-d", "--no-build", "--force-recreate", "server")
-    until(lambda: names_the_file(project, fault), 60)
+    until(lambda: project.logs_name(FAULTS[fault]), 60)
     assert probe_once() in ("401", "503")
     if fault == "missing":
         (project.secrets / "away").rename(file)
@@ -480,27 +308,6 @@ def test_a_restart_without_its_secret_serves_nobody_without_keys(project, fault)
     project.compose("up", "-d", "--no-build", "--force-recreate", "server")
     project.wait_replicas(2, 240)
     Ledger().record(f"restart of a replica, its secret {fault}", "the log names the file; none without keys serves")
-
-
-def run_alone(*options: str, seconds: float = 90) -> tuple[int | None, str]:
-    """(exit status, or None if it still runs ready, its log) of one container of the image, read-only as in Compose."""
-    id = docker("run", "-d", "--read-only", "--cap-drop", "ALL", "--network", "none", *options, IMAGE, "serve").strip()
-    try:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            state = json.loads(docker("inspect", id))[0]["State"]
-            if not state["Running"]:
-                return state["ExitCode"], logs_of(id)
-            if "after the process started" in logs_of(id):
-                return None, logs_of(id)
-            time.sleep(0.5)
-        raise AssertionError(logs_of(id))
-    finally:
-        docker("rm", "-f", "-v", id)
-
-
-def logs_of(id: str) -> str:
-    return subprocess.run(["docker", "logs", id], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
 def test_a_store_that_is_full_is_said_before_anything_is_fetched():
