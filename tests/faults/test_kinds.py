@@ -13,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from server.api.generate.answer_reader import AnswerReader
 from server.api.generate.detokenizer import Detokenizer
-from server.api.generate.grammar import Compiler
+from server.api.generate.grammar_compiler import Compiler
 from server.api.generate.history import with_tools_in_words
+from server.api.generate.recent import Recent
 from server.api.generate.serving import is_crowded, written
 from server.api.generate.tokenizer import ServingTokenizer
 from server.api.generate.tool_forms import HERMES
@@ -28,6 +30,7 @@ from server.api.http.sse import dumped_parts, dumps, entries_of, listed
 from server.api.routes.operations import POSTS
 from server.config import Settings
 from server.core.request import LiveRequest, RepetitionLimit, Request, SamplingParams
+from server.engine.extras.grammar import Grammar
 from server.engine.stopping import stop_status
 from server.growing import _without_secrets
 from server.process import bind
@@ -227,9 +230,64 @@ def test_a_trial_process_that_something_else_has_ended_is_no_grammars_fault(comp
             process.kill()
             await process.wait()
         await compiler.factory('["regex", "[d-f]+"]', "regex")
-        assert not compiler._refused
+        assert not len(compiler._refused)
 
     asyncio.run(scenario())
+
+
+def follow(constraint: Grammar, draw: random.Random) -> str | None:
+    """150 tokens of what the constraint allows; why it could not be followed, or None."""
+    for _ in range(150):
+        allowed = np.flatnonzero(np.unpackbits(constraint.bitmask().view(np.uint8), bitorder="little"))
+        if not constraint.accept(int(draw.choice(allowed))):
+            assert constraint.error is not None, "it would be taken for a text that is whole"
+        if constraint.is_terminated():
+            break
+    return constraint.error
+
+
+def test_a_grammar_that_many_have_followed_can_be_followed(compiler):
+    """A compiled grammar's copies share a lexer, whose states are limited: once all were met, none can go on."""
+    draw, source = random.Random(0), '["regex", "(.*[a-m].{14})*"]'
+
+    async def scenario() -> None:
+        alone = await compiler.factory(source, "regex")
+        assert any("too many states" in (follow(alone(), draw) or "") for _ in range(20)), "it shows nothing, then"
+        for _ in range(3):
+            constraint = await compiler.factory(source, "regex", count=16)
+            assert [follow(constraint(), draw) for _ in range(16)] == [None] * 16
+
+    asyncio.run(scenario())
+
+
+def test_texts_of_grammars_are_kept_up_to_so_many_bytes(compiler):
+    sources = [json.dumps(["choice", [f"{name}{n}" for n in range(1000)]]) for name in "abcdef"]
+    compiler._texts = Recent(40_000)
+    tried, convert = [], compiler._try
+
+    async def note(key: bytes, source: str, param: str) -> str:
+        tried.append(source)
+        return await convert(key, source, param)
+
+    async def scenario() -> None:
+        compiler._try = note
+        for source in [*sources, *sources[::-1]]:
+            await compiler.factory(source, "choice")
+            assert compiler._texts.weight <= 40_000
+
+    asyncio.run(scenario())
+    assert tried == [*sources, *sources[1::-1]], "four of them fit"
+
+
+def test_what_weighs_too_much_by_itself_drives_out_nothing():
+    recent: Recent[str] = Recent(10)
+    for key, weight in ((b"a", 4), (b"b", 4), (b"c", 11)):
+        recent.put(key, "value", weight)
+    assert recent.get(b"a") and not recent.get(b"c") and recent.weight == 8
+    recent.put(b"d", "value", 4)
+    assert recent.get(b"a") and not recent.get(b"b") and len(recent) == 2
+    recent.put(b"a", "value", 1)
+    assert recent.weight == 5
 
 
 def test_a_trial_process_that_cannot_be_started_is_started_later(compiler, monkeypatch):

@@ -39,7 +39,7 @@ class Continuation:
             logprobs=body.logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
         )
-        grammar = await grammar_factory(body, state, tenant=caller.tenant)
+        grammar = await grammar_factory(body, state, tenant=caller.tenant, num_prompts=len(prompts))
         submission = Submission.build(state, caller, body, prompts, answer_id=answer_id, limits=limits, grammar=grammar)
         generation = Generation(state, submission)
         if self.echo:  # echoed text comes first, and offsets of generated tokens count from its beginning

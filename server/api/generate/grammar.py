@@ -1,125 +1,29 @@
-"""`response_format`, `structured_outputs` and forced tool calls -> constraints for the sampler."""
+"""`response_format`, `structured_outputs` and forced tool calls -> sources of grammars (`grammar_compiler`)."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from server.api.generate.grammar_trial import Trial
 from server.api.generate.protocol import ResponseFormat, SamplingFields, Structure, StructuredOutputs
 from server.api.generate.schemas import prepare_schema
+from server.api.generate.submission import num_choices
 from server.api.http.body import check_nesting
-from server.api.http.errors import APIError, invalid
-from server.config import Settings
+from server.api.http.errors import invalid
 
 if TYPE_CHECKING:
-    from server.api.generate.tokenizer import ServingTokenizer
     from server.api.generate.tools import ToolUse
     from server.api.http.state import ServerState
     from server.engine.extras.grammar import Grammar
 
-logger = logging.getLogger(__name__)
-
-_CACHED = 128
-_REFUSED = 1024
-_COMPILE_SECONDS = 10.0
-_TRIALS = 2
-_MOST_WAITING = 16  # compilations of one tenant
 _MOST_TAGS = 128
 # What is looked at at all, times the size that is allowed: the grammar is shorter than the request that asks for it.
 _AS_WRITTEN = 4
 # Between JSON tokens. Without a bound a small model falls into writing blanks until its tokens run out.
 _BLANKS = r" |\n[ \t]{0,20}"
-
-
-class Compiler:
-    """Compiles grammars off the event loop and keeps the recent ones, and the reasons why others were refused.
-
-    Each new one is converted and tried in one of two processes apart from the server; a tenant uses one at a time, so
-    that what one of them sends cannot take both from the others.
-    """
-
-    def __init__(self, tokenizer: ServingTokenizer, settings: Settings) -> None:
-        self._tokenizer = tokenizer
-        self._max_bytes = settings.max_grammar_bytes
-        self._compiler: Any = None  # made on first use: it takes a third of a second
-        self._trials = [Trial(tokenizer, settings.max_replicas) for _ in range(_TRIALS)]
-        self._idle: asyncio.Queue[Trial] = asyncio.Queue()
-        for trial in self._trials:
-            self._idle.put_nowait(trial)
-        self._cache: OrderedDict[str, Grammar] = OrderedDict()
-        self._refused: OrderedDict[str, str] = OrderedDict()
-        self._turns: dict[str, asyncio.Lock] = {}  # of tenants with compilations under way
-        self._waiting: Counter[str] = Counter()
-
-    async def factory(self, source: str, param: str, tenant: str = "") -> Callable[[], Grammar]:
-        """A function that makes a fresh constraint. 400 if the grammar is too large, invalid or too complex."""
-        if len(source) > self._max_bytes:
-            raise invalid(f"{param} is too large: at most {self._max_bytes} bytes.", param)
-        first = self._known(source, param)
-        if first is None:
-            if self._waiting[tenant] >= _MOST_WAITING:
-                raise APIError("Too many grammars of yours wait to be compiled.", param=param, status=503)
-            self._waiting[tenant] += 1
-            turn = self._turns.setdefault(tenant, asyncio.Lock())
-            try:
-                async with turn:
-                    first = self._known(source, param) or await self._new(source, param)
-            finally:
-                self._waiting[tenant] -= 1
-                if not self._waiting[tenant]:
-                    del self._waiting[tenant], self._turns[tenant]
-        return first.copy
-
-    def _known(self, source: str, param: str) -> Grammar | None:
-        if (problem := self._refused.get(source)) is not None:
-            raise invalid(f"{param} {problem}", param)
-        if (first := self._cache.get(source)) is not None:
-            self._cache.move_to_end(source)
-        return first
-
-    async def _new(self, source: str, param: str) -> Grammar:
-        from server.engine.extras.grammar import GrammarError
-
-        for trial in self._trials:
-            trial.warm()
-        trial = await self._idle.get()
-        try:
-            await trial.ready()
-            async with asyncio.timeout(_COMPILE_SECONDS):
-                grammar = await trial.convert(source)
-                first = await asyncio.to_thread(self._compile, grammar)
-        except (GrammarError, TimeoutError) as error:
-            problem = f"cannot be used: {error}" if isinstance(error, GrammarError) else "is too complex to compile."
-            _keep(self._refused, source, problem, _REFUSED)
-            raise invalid(f"{param} {problem}", param) from None
-        except OSError as error:  # no process, no descriptor: that passes
-            logger.warning("a grammar cannot be tried: %s", error)
-            raise APIError("No grammar can be compiled now.", param=param, status=503) from None
-        finally:
-            self._idle.put_nowait(trial)
-        _keep(self._cache, source, first, _CACHED)
-        return first
-
-    def _compile(self, grammar: str) -> Grammar:
-        from server.engine.extras.grammar import GrammarCompiler
-
-        if self._compiler is None:
-            tokenizer = self._tokenizer
-            self._compiler = GrammarCompiler(tokenizer.backend.to_str(), tokenizer.vocab_size, tokenizer.eos_token_ids)
-        return self._compiler.compile(grammar)
-
-
-def _keep(cache: OrderedDict[str, Any], key: str, value: Any, most: int) -> None:
-    cache[key] = value
-    while len(cache) > most:
-        cache.popitem(last=False)
 
 
 def _source(kind: str, *arguments: Any) -> str:
@@ -128,9 +32,10 @@ def _source(kind: str, *arguments: Any) -> str:
 
 
 async def grammar_factory(
-    body: SamplingFields, state: ServerState, tools: ToolUse | None = None, tenant: str = ""
+    body: SamplingFields, state: ServerState, tools: ToolUse | None = None, tenant: str = "", num_prompts: int = 1
 ) -> Callable[[], Grammar] | None:
-    """What constrains the text of this request, or None. `tools` may have to be called, or called in a certain form."""
+    """What makes the constraint for each sequence of this request, or None. `tools` may have to be called, or called in
+    a certain form."""
     most = _AS_WRITTEN * state.settings.max_grammar_bytes
     for name in ("response_format", "structured_outputs"):
         if (asked := getattr(body, name)) is not None and len(asked.model_dump_json()) > most:
@@ -151,7 +56,8 @@ async def grammar_factory(
     if found is None:
         return None
     source, param = found
-    return await state.grammars.factory(source, param, tenant)
+    count = num_prompts * num_choices(body, num_prompts, state.settings)
+    return await state.grammars.factory(source, param, tenant, count)
 
 
 def _requested(body: SamplingFields) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from server.api.generate.protocol import RepetitionDetection, SamplingFields
 from server.api.generate.sampling import check_logprobs, output_limit, sampling_params, stop_strings
 from server.api.generate.size_choice import SizeChoice
 from server.api.http.errors import invalid
+from server.config import Settings
 from server.core.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Submission:
         assert state.chooser is not None
         sizes = state.chooser.choose(body, catalog.split_model(body.model), caller.headers, caller.tenant)
         stop = stop_strings(body, settings)
-        n = _num_choices(body, len(prompts), state)
+        n = num_choices(body, len(prompts), settings)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         asked, room = (limits.max_tokens, limits.param, limits.default), catalog.max_model_len
         most = [output_limit(*asked, length, room, limits.prompt) for length in lengths]
@@ -142,8 +143,9 @@ class Submission:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
 
-def _num_choices(body: SamplingFields, num_prompts: int, state: ServerState) -> int:
-    settings, n = state.settings, body.n or 1
+def num_choices(body: SamplingFields, num_prompts: int, settings: Settings) -> int:
+    """Sequences for each prompt. 400 if there are too many of them."""
+    n = body.n or 1
     if n > settings.max_n:
         raise invalid(f"n is {n}; at most {settings.max_n} are allowed here.", "n")
     most = max(settings.max_completion_prompts, settings.max_n)

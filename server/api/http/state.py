@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 
 from server.api.generate.catalog import Catalog
-from server.api.generate.grammar import Compiler
+from server.api.generate.grammar_compiler import Compiler
 from server.api.generate.sampling_defaults import SamplingDefaults
 from server.api.generate.size_choice import SizeChooser
 from server.api.generate.tokenizer import ServingTokenizer

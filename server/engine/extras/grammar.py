@@ -66,7 +66,8 @@ class Grammar:
         """Advance over a sampled token; False if the constraint has failed."""
         self.is_ready = False
         try:
-            return not self._fails() and self._matcher.consume_token(token_id) and not self._fails()
+            is_accepted = not self._fails() and self._matcher.consume_token(token_id)
+            return not self._fails() and is_accepted  # a token that is refused is an error, which is to be noted
         except BaseException as error:
             self.error = f"the parser failed: {error}"
             return False
@@ -114,8 +115,8 @@ class GrammarCompiler:
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids) or None)
 
     def compile(self, grammar: str) -> Grammar:
-        """A constraint in its first state, with its first mask; `start` one for each sequence. GrammarError if it is
-        no good."""
+        """A constraint in its first state, with its first mask, to be copied for each sequence. GrammarError if it is
+        no good. Its copies share the lexer: the limit on states (`LIMITS`) is one for all of them."""
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         first = Grammar(matcher, self._eos, np.zeros((self._vocab_size + 31) // 32, np.int32), is_ready=False)
         first.bitmask()
