@@ -71,8 +71,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_resizes = 0
         self.widths = widths
-        self._widths = StepWidths(widths)
-        self._masks = MaskTurns(config.num_threads or 1)
+        self._step_widths = StepWidths(widths)
+        self._mask_turns = MaskTurns(config.num_threads or 1)
         self.clock = clock
         self._free_slots = list(range(config.max_num_seqs))[::-1]
         self._step_began = self._step_seconds = 0.0
@@ -107,7 +107,7 @@ class Scheduler:
         if reason := self.limit_sizes(request):
             return Refusal(reason, 400)
         refusal = self.policy.prepare(request, self, self.clock())
-        self._widths.limit(request)
+        self._step_widths.limit(request)
         return refusal
 
     def add(self, request: LiveRequest) -> None:
@@ -174,20 +174,20 @@ class Scheduler:
                 self._preempt(request, SchedulerOutput())
         self.elasticity, self.policy = elasticity, policy
 
-    # --- one step
+    # --- a step's plan
 
     def schedule(self) -> SchedulerOutput:
         """Decoding rows first, then running prompts, then waiting requests, until tokens, slots or pages run out."""
         output = SchedulerOutput()
         now = self.clock()
-        self._widths.choose(self.policy, self, now)
+        self._step_widths.choose(self.policy, self, now)
         for request in self.waiting.overdue(now):
             self._refuse(request, self.policy.refuse(self, now), output)
         for request, decision in self.policy.resize(self, now):
             self._change_size(request, decision, output)
         budget = self.config.max_num_batched_tokens * self.elasticity.num_teacher_layers
         prompts = []
-        for request in self._masks.take(self.running, self._step_seconds):
+        for request in self._mask_turns.take(self.running, self._step_seconds):  # others wait for a mask
             if request.num_tokens - request.num_computed_tokens > 1:
                 prompts.append(request)
             elif request.slot >= 0 and budget >= request.path.size:  # else preempted for the sake of another
@@ -202,59 +202,9 @@ class Scheduler:
                     budget = self._advance(request, budget, output)
             if not output.num_preempted:
                 self._admit(output, budget, now, prefill)
-        self._widths.set_rows(output.scheduled, self.policy)
+        self._step_widths.set_rows(output.scheduled, self.policy)
         self._step_began = self.clock()
         return output
-
-    def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
-        """Book a finished step: advance, append sampled tokens, stop, free. Returns what clients should hear."""
-        now = self.clock()
-        self._step_seconds = now - self._step_began
-        results = []
-        served: defaultdict[str, float] = defaultdict(float)  # by tenant
-        for request, count in output.scheduled:
-            if request.slot < 0:  # aborted while the step ran
-                continue
-            if request.draft_token_ids:  # guesses count as computed only once they have become tokens
-                count -= len(request.draft_token_ids)
-                request.draft_token_ids = []
-            token = sampled.get(request.request_id)
-            served[request.tenant] += self._book(request, count, 0 if token is None else 1)
-            if token is not None:
-                results.append(self._append(request, token, now))
-                for another in token.following:
-                    if request.slot < 0:
-                        break
-                    served[request.tenant] += self._book(request, 1, 1)
-                    results.append(self._append(request, another, now))
-            elif request.sampling.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
-                results.append(self._finish(request, RequestStatus.FINISHED_LENGTH))
-            if request.slot < 0:
-                output.finished.append(request)
-        for tenant, layer_tokens in served.items():
-            self.waiting.charge(tenant, layer_tokens)
-        return results
-
-    # --- parts
-
-    def _book(self, request: LiveRequest, count: int, num_new: int) -> float:
-        """`count` more tokens of the request hold KV, and it is about to get `num_new`.
-
-        Returns what its tenant is charged for that, in layer-tokens.
-        """
-        before, page_size = request.num_computed_tokens, self.kv_cache.page_size
-        request.num_computed_tokens = computed = before + count
-        if request.width < request.kv_width:
-            request.kv_width = request.width
-        self.load.advance(request, count, num_new)
-        if computed // page_size > before // page_size:
-            self.kv_cache.cache_full_blocks(request)
-        if request.resume_stop and computed >= request.resume_stop:
-            self.kv_cache.finish_resuming(request)
-        weight = OUTPUT_TOKEN_COST if count == 1 and request.output_token_ids else 1.0
-        if request.min_width > self._widths.now:  # the step reads more for this request's sake
-            weight *= bits_read(request.min_width) / bits_read(self._widths.now)
-        return count * request.path.size * weight
 
     def _advance(self, request: LiveRequest, budget: int, output: SchedulerOutput) -> int:
         """Plan a running request's tokens for this step; returns what is left of the layer-token budget."""
@@ -271,6 +221,37 @@ class Scheduler:
         output.scheduled.append((request, count))
         return budget - count * depth
 
+    def _make_room(self, request: LiveRequest, num_tokens: int, output: SchedulerOutput) -> bool:
+        """Allocate up to `num_tokens`, preempting others if need be; False if `request` itself had to go."""
+        while not self.kv_cache.allocate(request, num_tokens):
+            if self.drafts is not None and self.drafts.release():
+                continue
+            victim = self._victim()
+            self._preempt(victim, output)
+            if victim is request:
+                return False
+        return True
+
+    def _victim(self) -> LiveRequest:
+        """The youngest request of the least priority, of the tenant that holds most for its weight."""
+        candidates = self.running
+        held = self.load.held
+        if len(held) > 1:
+            heaviest = max(
+                held, key=lambda name: (self.waiting.rank(name), held[name] / self.waiting.weight(name), name)
+            )
+            candidates = [request for request in candidates if request.tenant == heaviest]
+        return max(candidates, key=lambda r: (r.priority, r.arrival_time))
+
+    def _preempt(self, request: LiveRequest, output: SchedulerOutput) -> None:
+        output.scheduled = [item for item in output.scheduled if item[0] is not request]
+        self._leave(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        output.num_preempted += 1
+        self.waiting.push_front(request)
+
     def _admit(self, output: SchedulerOutput, budget: int, now: float, prefill: PrefillBudget | None) -> None:
         held: set[str] = set()  # tenants whose next request the policy holds back; others may still go
         first_token_after = None if prefill is None else partial(prefill.first_token_after, load=self.load)
@@ -286,7 +267,7 @@ class Scheduler:
                 self._refuse(request, choice, output)
                 continue
             path = self.elasticity.path(choice.size)
-            request.width = self._widths.of(request)
+            request.width = self._step_widths.of(request)
             prefix = self.kv_cache.find_prefix(request, path)
             num_cached = len(prefix) * self.kv_cache.page_size
             count = min(request.num_tokens - num_cached, budget // path.num_layers)
@@ -332,36 +313,55 @@ class Scheduler:
             refused.retry_after = refusal.retry_after
             output.outputs.append(refused)
 
-    def _make_room(self, request: LiveRequest, num_tokens: int, output: SchedulerOutput) -> bool:
-        """Allocate up to `num_tokens`, preempting others if need be; False if `request` itself had to go."""
-        while not self.kv_cache.allocate(request, num_tokens):
-            if self.drafts is not None and self.drafts.release():
+    # --- a step's end
+
+    def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> list[RequestOutput]:
+        """Book a finished step: advance, append sampled tokens, stop, free. Returns what clients should hear."""
+        now = self.clock()
+        self._step_seconds = now - self._step_began
+        results = []
+        served: defaultdict[str, float] = defaultdict(float)  # by tenant
+        for request, count in output.scheduled:
+            if request.slot < 0:  # aborted while the step ran
                 continue
-            victim = self._victim()
-            self._preempt(victim, output)
-            if victim is request:
-                return False
-        return True
+            if request.draft_token_ids:  # guesses count as computed only once they have become tokens
+                count -= len(request.draft_token_ids)
+                request.draft_token_ids = []
+            token = sampled.get(request.request_id)
+            served[request.tenant] += self._book(request, count, 0 if token is None else 1)
+            if token is not None:
+                results.append(self._append(request, token, now))
+                for another in token.following:
+                    if request.slot < 0:
+                        break
+                    served[request.tenant] += self._book(request, 1, 1)
+                    results.append(self._append(request, another, now))
+            elif request.sampling.max_tokens == 0 and request.num_computed_tokens == request.num_tokens:
+                results.append(self._finish(request, RequestStatus.FINISHED_LENGTH))
+            if request.slot < 0:
+                output.finished.append(request)
+        for tenant, layer_tokens in served.items():
+            self.waiting.charge(tenant, layer_tokens)
+        return results
 
-    def _victim(self) -> LiveRequest:
-        """The youngest request of the least priority, of the tenant that holds most for its weight."""
-        candidates = self.running
-        held = self.load.held
-        if len(held) > 1:
-            heaviest = max(
-                held, key=lambda name: (self.waiting.rank(name), held[name] / self.waiting.weight(name), name)
-            )
-            candidates = [request for request in candidates if request.tenant == heaviest]
-        return max(candidates, key=lambda r: (r.priority, r.arrival_time))
+    def _book(self, request: LiveRequest, count: int, num_new: int) -> float:
+        """`count` more tokens of the request hold KV, and it is about to get `num_new`.
 
-    def _preempt(self, request: LiveRequest, output: SchedulerOutput) -> None:
-        output.scheduled = [item for item in output.scheduled if item[0] is not request]
-        self._leave(request)
-        request.status = RequestStatus.PREEMPTED
-        request.num_preemptions += 1
-        self.num_preemptions += 1
-        output.num_preempted += 1
-        self.waiting.push_front(request)
+        Returns what its tenant is charged for that, in layer-tokens.
+        """
+        before, page_size = request.num_computed_tokens, self.kv_cache.page_size
+        request.num_computed_tokens = computed = before + count
+        if request.width < request.kv_width:
+            request.kv_width = request.width
+        self.load.advance(request, count, num_new)
+        if computed // page_size > before // page_size:
+            self.kv_cache.cache_full_blocks(request)
+        if request.resume_stop and computed >= request.resume_stop:
+            self.kv_cache.finish_resuming(request)
+        weight = OUTPUT_TOKEN_COST if count == 1 and request.output_token_ids else 1.0
+        if request.min_width > self._step_widths.now:  # the step reads more for this request's sake
+            weight *= bits_read(request.min_width) / bits_read(self._step_widths.now)
+        return count * request.path.size * weight
 
     def _append(self, request: LiveRequest, token: SampledToken, now: float) -> RequestOutput:
         is_first = request.first_token_time is None
@@ -386,7 +386,7 @@ class Scheduler:
             result.new_logprobs = [token.logprobs]
         if request.size_schedule and status is None:
             size = planned_size(request)
-            self._widths.pin(request, planned_width(request), self.load)
+            self._step_widths.pin(request, planned_width(request), self.load)
             if size != request.path.size:
                 self._set_size(request, SizeDecision(size, "schedule"))
                 result.decision = request.decision
@@ -427,16 +427,7 @@ class Scheduler:
             return 0
         return request.path.first_difference(self.elasticity.path(size))
 
-    def _finish(self, request: LiveRequest, status: RequestStatus) -> RequestOutput:
-        if request.status == RequestStatus.RUNNING:
-            self._leave(request)
-        else:
-            self.waiting.remove(request)
-            self.parked.discard(request)
-        request.status = status
-        self.requests.pop(request.request_id, None)
-        self.policy.on_finish(request, self.clock())
-        return RequestOutput(request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason)
+    # --- who runs
 
     def _enter(self, request: LiveRequest, path: LayerPath, prefix: list[Block], count: int) -> None:
         """A waiting request runs: it gets a slot, the cached `prefix` of its text and pages for `count` tokens more."""
@@ -460,6 +451,17 @@ class Scheduler:
             self.drafts.drop(request.request_id)
         self._free_slots.append(request.slot)
         request.slot = -1
+
+    def _finish(self, request: LiveRequest, status: RequestStatus) -> RequestOutput:
+        if request.status == RequestStatus.RUNNING:
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
+            self.parked.discard(request)
+        request.status = status
+        self.requests.pop(request.request_id, None)
+        self.policy.on_finish(request, self.clock())
+        return RequestOutput(request.request_id, finish_reason=status.finish_reason, stop_reason=request.stop_reason)
 
     def borrow(self, request: LiveRequest, size: int, use: Callable[[LiveRequest], str | None]) -> str | None:
         """Lend a slot and pages to a request that is in no queue, for the length of one call; None if none are free."""
