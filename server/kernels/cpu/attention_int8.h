@@ -110,9 +110,15 @@ struct Scattered : Packed<F> {
     const char* const* ahead;
     Scattered(const uint8_t* const* records, const char* const* ahead) : Packed<F>(reinterpret_cast<const char*>(*records), 0), records(records), ahead(ahead) {}
     void next() { this->record = *++records, ahead++; }
-    void fetch(long share) const {
-        for (int i = 0; i < share && *ahead; i += 64) prefetch_second(*ahead + i);
+};
+struct FetchElsewhere {
+    long share;
+    template <class Source>
+    void group(const Source& from) const {
+        for (int i = 0; i < share && *from.ahead; i += 64) prefetch_second(*from.ahead + i);
     }
+    template <class Source, int i>
+    void line() const {}
 };
 
 // sums [R, 32] = R rows from `row` on by a panel of `groups` groups. Not inlined: compiled once for all callers.
@@ -120,10 +126,10 @@ template <class F, int R>
 __attribute__((noinline)) void scattered_block(const Scattered<F>& from, int groups, const RoundedRows& x, int row, float* sums, long share) {
     constexpr int vectors = kPanel / kLanes;
     if constexpr (R <= kWholePanelRows) {
-        code_rows<Scattered<F>, R, 0, vectors>(from, groups, x, row, sums, kPanel, CodesAhead{share});
+        code_rows<Scattered<F>, R, 0, vectors>(from, groups, x, row, sums, kPanel, FetchElsewhere{share});
     } else {
-        code_rows<Scattered<F>, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, CodesAhead{share});
-        code_rows<Scattered<F>, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, {});
+        code_rows<Scattered<F>, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, FetchElsewhere{share});
+        code_rows<Scattered<F>, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, FetchNothing{});
     }
 }
 

@@ -97,9 +97,7 @@ struct Packed {
     void next() { record += F::record, group++; }
     static long first(int) { return 0; }  // where what is read of a panel begins, and ends
     static long reach(int groups) { return F::panel_bytes(groups); }
-    void fetch(long ahead) const {
-        for (int i = 0; i < F::record; i += 64) prefetch_once(record + ahead + i);
-    }
+    const uint8_t* here() const { return record; }
 
     struct Lower {};  // what vector v of all lines has in common
     template <int v>
@@ -153,7 +151,6 @@ struct Widened {
     const uint8_t* record;
     Widened(const char* panel, int) : record(reinterpret_cast<const uint8_t*>(panel)) {}
     void next() { record += kRecord; }
-    void fetch(long) const {}
 
     struct Lower {};
     template <int v>

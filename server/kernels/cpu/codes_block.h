@@ -22,9 +22,67 @@ struct RoundedRows {
     long ldb = 0;
 };
 
+#ifndef __aarch64__
+// Of 32 inputs times `inverse`.
+inline __m256i rounded_block(const float* x, float inverse) {
+#ifdef __AVX512F__
+    const __m512 factor = _mm512_set1_ps(inverse);
+    auto half = [&](int i) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), factor))); };
+    return _mm256_set_m128i(half(1), half(0));
+#else
+    const __m256 factor = _mm256_set1_ps(inverse);
+    auto eight = [&](int i) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor)); };
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(eight(0), eight(1)), _mm256_packs_epi32(eight(2), eight(3)));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#endif
+}
+
+// Four blocks at once, whose maxima and sums are found side by side.
+inline void round_four(const float* x, int8_t* codes, BlockOfRow* blocks) {
+#ifdef __AVX512F__
+    __m512 m[4];
+    for (int b = 0; b < 4; b++) m[b] = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + 32 * b)), _mm512_abs_ps(_mm512_loadu_ps(x + 32 * b + 16)));
+    auto pairs = [](__m512 a, __m512 b) { return _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512 p = pairs(m[0], m[1]), q = pairs(m[2], m[3]), wide = _mm512_max_ps(_mm512_shuffle_ps(p, q, 0x44), _mm512_shuffle_ps(p, q, 0xee));
+    const __m256 both = _mm256_max_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+#else
+    __m256 m[4];
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (int b = 0; b < 4; b++) {
+        auto eight = [&](int i) { return _mm256_andnot_ps(sign, _mm256_loadu_ps(x + 32 * b + 8 * i)); };
+        m[b] = _mm256_max_ps(_mm256_max_ps(eight(0), eight(1)), _mm256_max_ps(eight(2), eight(3)));
+    }
+    auto pairs = [](__m256 a, __m256 b) { return _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
+    const __m256 p = pairs(m[0], m[1]), q = pairs(m[2], m[3]), both = _mm256_max_ps(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee));
+#endif
+    const __m128 most = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)), top = _mm_set1_ps(127.0f);
+    alignas(16) float inverse[4];
+    _mm_store_ps(inverse, _mm_and_ps(_mm_cmpgt_ps(most, _mm_setzero_ps()), _mm_div_ps(top, most)));
+    __m256i sums[4];  // by eights of inputs, of codes + 128
+    for (int b = 0; b < 4; b++) {
+        const __m256i block = rounded_block(x + 32 * b, inverse[b]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * b), block);
+        sums[b] = _mm256_sad_epu8(_mm256_xor_si256(block, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    }
+    auto halves = [](__m256i a, __m256i b) { return _mm256_castsi256_ps(_mm256_add_epi64(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))); };
+    const __m256i of_halves = _mm256_castps_si256(_mm256_shuffle_ps(halves(sums[0], sums[1]), halves(sums[2], sums[3]), 0x88)), bias = _mm256_set1_epi32(16 * 128);
+    const __m256i negative = _mm256_sub_epi32(bias, of_halves);
+    const __m128i first = _mm256_castsi256_si128(negative), all = _mm_add_epi32(first, _mm256_extracti128_si256(negative, 1));
+    const __m128 scale = _mm_div_ps(most, top), sum = _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_sub_epi32(_mm_setzero_si128(), all)));
+    __m128 of[4] = {scale, sum, _mm_castsi128_ps(all), _mm_castsi128_ps(first)};
+    _MM_TRANSPOSE4_PS(of[0], of[1], of[2], of[3]);
+    static_assert(sizeof(BlockOfRow) == 16, "one vector for each block");
+    for (int b = 0; b < 4; b++) _mm_storeu_ps(&blocks[b].scale, of[b]);
+}
+#endif
+
 // x [n] -> codes [32 blocks], blocks.
 inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) {
-    for (int k = 0; k < n; k += kGroup, blocks++) {
+    int k = 0;
+#ifndef __aarch64__
+    for (; k + 4 * kGroup <= n; k += 4 * kGroup, blocks += 4) round_four(x + k, codes + k, blocks);
+#endif
+    for (; k < n; k += kGroup, blocks++) {
         F16 low, high;
         if (n - k >= kGroup)
             low = load16(x + k), high = load16(x + k + 16);
@@ -71,17 +129,47 @@ inline void round_row(const float* x, int n, int8_t* codes, BlockOfRow* blocks) 
 template <int bits>
 constexpr int kLinesInWords = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 
-// What is fetched while a block runs: by its source's own `fetch`, with `own`; or, into the second-level cache, `share` bytes a
-// group from `next` on, up to `end`. Spread out: a burst of prefetches holds up the loads behind it.
-struct CodesAhead {
-    long own = 0;
+// What is fetched while a block runs, spread out: a burst of prefetches holds up the loads behind it.
+//
+// Of what the next block reads: `share` bytes a group from `next` on, up to `end`, into the second-level cache.
+struct FetchNext {
     const char *next = nullptr, *end = nullptr;
     long share = 0;
+    template <class Source>
+    void group(const Source&) {
+        for (const char* stop = std::min(next + share, end); next < stop; next += 64) prefetch_second(next);
+    }
+    template <class Source, int i>
+    void line() const {}
+};
+// What the same block, or the one after it, reads `bytes` later. What would lie from `end` on lies `jump` further.
+struct FetchLater {
+    long bytes;
+    const char* end;
+    long jump;
+    const char* at = nullptr;
+    template <class Source>
+    void group(const Source& from) {
+        at = reinterpret_cast<const char*>(from.here()) + bytes;
+        at += at < end ? 0 : jump;
+        for (int i = Source::Form::record / 64 / kGroupLines * kGroupLines * 64; i < Source::Form::record; i += 64) prefetch_once(at + i);
+    }
+    template <class Source, int i>
+    void line() const {
+        constexpr int each = Source::Form::record / 64 / kGroupLines;
+        for (int n = 0; n < each; n++) prefetch_once(at + (i * each + n) * 64);
+    }
+};
+struct FetchNothing {
+    template <class Source>
+    void group(const Source&) const {}
+    template <class Source, int i>
+    void line() const {}
 };
 
 // R rows from row `x` on by V vectors of channels from vector v0 on of a panel: out [R, ld] of floats.
-template <class Source, int R, int v0, int V>
-inline void code_rows(Source from, int groups, const RoundedRows& x, int row, float* out, long ld, CodesAhead ahead) {
+template <class Source, int R, int v0, int V, class Fetch>
+inline void code_rows(Source from, int groups, const RoundedRows& x, int row, float* out, long ld, Fetch ahead) {
     using F = typename Source::Form;
     constexpr bool is_signed = (kSignedBytes || !kFours) && F::bits == 8 && F::centre >= 0;  // then codes are taken as they are meant, without their centre of 128
     constexpr int part_lines = kGroupLines / F::parts;
@@ -91,8 +179,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) total[r][v] = no_floats();
     for (int g = 0; g < groups; g++, from.next(), codes += kGroup, blocks++) {
-        if (ahead.own) from.fetch(ahead.own);
-        for (const char* stop = std::min(ahead.next + ahead.share, ahead.end); ahead.next < stop; ahead.next += 64) prefetch_second(ahead.next);
+        ahead.group(from);
         typename Source::Lower low[V];
         each_line<0, V>([&](auto v) { low[v] = from.template lower<v0 + v>(); });
         each_line<0, F::parts>([&](auto part) {
@@ -108,6 +195,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
             }
             if constexpr (kFours) {
                 each_line<part * part_lines, (part + 1) * part_lines>([&](auto i) {
+                    ahead.template line<Source, i>();
                     Bytes w[V];
                     each_line<0, V>([&](auto v) {
                         w[v] = from.template code<i, v0 + v>(low[v]);
@@ -126,6 +214,7 @@ inline void code_rows(Source from, int groups, const RoundedRows& x, int row, fl
                     Bytes words[R][V];
                     each_line<0, lines>([&](auto l) {
                         constexpr int i = part * part_lines + turn * lines + l;
+                        ahead.template line<Source, i>();
                         Bytes w[V];
                         each_line<0, V>([&](auto v) {
                             w[v] = from.template code<i, v0 + v>(low[v]);
@@ -182,31 +271,32 @@ template <class F>
 constexpr int kMostPackedRows = kPackedRows;
 #endif
 
-template <class Source, int R>
-void code_block(const char* panel, int groups, const RoundedRows& x, int row, float* sums, const CodesAhead& ahead) {
+template <class Source, int R, class Fetch>
+void code_block(const char* panel, int groups, const RoundedRows& x, int row, float* sums, const Fetch& ahead) {
     constexpr int vectors = kPanel / kLanes;
     const Source from(panel, groups);
     if constexpr (R <= kWholePanelRows) {
         code_rows<Source, R, 0, vectors>(from, groups, x, row, sums, kPanel, ahead);
     } else {
         code_rows<Source, R, 0, vectors / 2>(from, groups, x, row, sums, kPanel, ahead);
-        code_rows<Source, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, {});
+        code_rows<Source, R, vectors / 2, vectors / 2>(from, groups, x, row, sums, kPanel, FetchNothing{});
     }
 }
 
 // A row's sums are the same whatever rows are with it.
-using CodeBlock = void (*)(const char* panel, int groups, const RoundedRows& x, int row, float* sums, const CodesAhead& ahead);
+template <class Fetch>
+using CodeBlock = void (*)(const char* panel, int groups, const RoundedRows& x, int row, float* sums, const Fetch& ahead);
 
 // What is done with codes of one type.
 struct CodeKernels {
     long (*panel_bytes)(int groups);
     long (*first)(int groups), (*reach)(int groups);  // of those, where what a product reads begins and ends
-    bool is_one_stream;
     long wide_record;  // bytes of a group of a widened panel
     void (*widen)(const char* panel, int groups, uint8_t* to);
     void (*to_floats)(const uint8_t* widened, int groups, float* to);
     int most_packed;
-    CodeBlock packed[kPackedRows], widened[kCodeRows];  // by rows - 1
+    CodeBlock<FetchNext> packed[kPackedRows], widened[kCodeRows];  // by rows - 1
+    CodeBlock<FetchLater> alone[kPackedRows];                      // where all rows are one block; null for codes of many streams
 };
 
 // Channels of a widened panel as floats, one line of 32 per input (what a panel of floats is).
@@ -227,12 +317,13 @@ void widened_to_floats(const uint8_t* lines, int groups, float* to) {
 template <class F>
 constexpr CodeKernels code_kernels() {
     using W = WideForm<F>;
-    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Packed<F>::first, Packed<F>::reach, F::scales != kNested, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}};
+    CodeKernels all = {[](int groups) { return F::panel_bytes(groups); }, Packed<F>::first, Packed<F>::reach, Widened<W>::kRecord, widen_codes<F>, widened_to_floats<W>, kMostPackedRows<F>, {}, {}, {}};
     each_line<0, kPackedRows>([&](auto i) {
-        all.packed[i] = code_block<Packed<F>, i + 1>;
+        all.packed[i] = code_block<Packed<F>, i + 1, FetchNext>;
+        if constexpr (F::scales != kNested) all.alone[i] = code_block<Packed<F>, i + 1, FetchLater>;
     });
     each_line<0, kCodeRows>([&](auto i) {
-        all.widened[i] = code_block<Widened<W>, i + 1>;
+        all.widened[i] = code_block<Widened<W>, i + 1, FetchNext>;
     });
     return all;
 }
@@ -261,25 +352,32 @@ struct CodedRun {
 
 // sink(row, rows, panel, sums [rows, 32]) for the rows of all runs by panels [panel0, panel1) of [.., K] from `data` on. All
 // runs have the same panels, each reads what its form has of them: what two have in common comes from memory once. `alone`: as
-// of a Part.
+// of a Part. `then`: what is read after these panels, or null for what follows in memory.
 template <class Sink>
-void multiply_codes(const CodedRun* runs, int num_runs, const RoundedRows& x, const char* data, int K, int panel0, int panel1, bool alone, Sink&& sink) {
+void multiply_codes(const CodedRun* runs, int num_runs, const RoundedRows& x, const char* data, int K, int panel0, int panel1, bool alone, const char* then, Sink&& sink) {
     const int groups = groups_of(K);
     const long panel_bytes = runs->kernels->panel_bytes(groups);
+    const char* end = data + panel1 * panel_bytes;
+    alignas(64) float sums[kCodeRows * kPanel];
+    if (alone && num_runs == 1 && runs->num_blocks() == 1 && !runs->is_widened() && runs->kernels->alone[0]) {
+        const FetchLater ahead = {kAhead, end, then ? then - end : 0};
+        for (int p = panel0; p < panel1; p++) {
+            runs->kernels->alone[runs->num_rows() - 1](data + p * panel_bytes, groups, x, runs->row0, sums, ahead);
+            sink(runs->row0, runs->num_rows(), p, sums);
+        }
+        return;
+    }
     long first = panel_bytes, reach = 0;
     int blocks = 0;
-    bool is_widened = false;
     for (const CodedRun* run = runs; run != runs + num_runs; run++) {
         first = std::min(first, run->kernels->first(groups)), reach = std::max(reach, run->kernels->reach(groups));
-        blocks += run->num_blocks(), is_widened |= run->is_widened();
+        blocks += run->num_blocks();
     }
-    const bool one = alone && blocks == 1 && !is_widened && runs->kernels->is_one_stream;
-    const long share = one ? 0 : round_up(chunks_for(int(reach - first), blocks * groups), 64);
-    alignas(64) float sums[kCodeRows * kPanel];
+    const long share = round_up(chunks_for(int(reach - first), blocks * groups), 64);
     static thread_local Buffer<uint8_t> wide;
     for (int p = panel0; p < panel1; p++) {
-        const char *packed = data + p * panel_bytes, *next = packed + panel_bytes;
-        CodesAhead ahead = {one ? kAhead : 0, next + first, next + reach, share};  // of the next panel each block fetches its share
+        const char *packed = data + p * panel_bytes, *next = p + 1 == panel1 && then ? then : packed + panel_bytes;
+        FetchNext ahead = {next + first, next + reach, share};  // each block fetches its share of the next panel
         for (const CodedRun* run = runs; run != runs + num_runs; run++) {
             const CodeKernels& kernels = *run->kernels;
             const char* panel = packed;

@@ -38,8 +38,6 @@ struct Packed<Form<bits, kNested, centre>> {
     const uint8_t* nibbles() const { return piece(kNibblesAt, kNibbleBytes); }
     const uint8_t* plane(int p) const { return piece(plane_at(p), kPlaneBytes); }
 
-    void fetch(long) const {}  // many streams: the next panel is fetched instead
-
     // The bits below the nibbles of vector v, of all lines of the group. Where there are two planes or four their bits are
     // brought together once for all lines, not plane by plane for each.
     struct Lower {

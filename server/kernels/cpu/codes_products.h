@@ -77,6 +77,7 @@ inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySin
         if (part.panel0 < last) {
             Part mine = part;
             mine.panel1 = last;
+            if (last < part.panel1) mine.then = nullptr;
             const CodeKernels* kernels = code_kernels_of(w.type);
             if (kernels && x.exact)
                 multiply_exactly(*kernels, x, w.data, w.K, mine, one);
@@ -86,7 +87,7 @@ inline void multiply_one_form(const Rows<Codes>& x, Weights w, Part part, AnySin
 #endif
             else if (kernels) {
                 const CodedRun all = {kernels, part.row0, part.row1};
-                multiply_codes(&all, 1, x.rounded, w.data, w.K, part.panel0, last, part.alone, one);
+                multiply_codes(&all, 1, x.rounded, w.data, w.K, mine.panel0, last, mine.alone, mine.then, one);
             } else {
                 const Rows<bf16> plain = {x.plain, x.ld_plain, x.M, x.in_registers};
                 if (w.type == BS_FLOAT) multiply_panels<float>({x.x, x.ldx, x.M}, w, mine, one);
@@ -120,13 +121,13 @@ inline void multiply_parts(const Rows<Codes>& x, Weights w, Part part, AnySink s
     each_run(false, [&](int m, int end, int type) { runs.push_back({code_kernels_of(type), m, end}); });
     const int panels = as_loaded == 1 ? part.panel1 - part.panel0 : 1;
     for (int p = part.panel0; as_loaded && p < part.panel1; p += panels)
-        each_run(true, [&](int m, int end, int) { multiply_one_form(x, w, {m, end, p, p + panels, 0, 0, nullptr, as_loaded == 1 && runs.empty()}, sink); });
+        each_run(true, [&](int m, int end, int) { multiply_one_form(x, w, {m, end, p, p + panels, 0, 0, p + panels == part.panel1 ? part.then : nullptr, nullptr, as_loaded == 1 && runs.empty()}, sink); });
     if (x.exact)
         each_run(false, [&](int m, int end, int type) {
             multiply_one_form(x, {w.nested, w.N, w.K, nullptr, nullptr, nullptr, nullptr, type}, {m, end, part.panel0, part.panel1}, sink);
         });
     else if (!runs.empty())
-        multiply_codes(runs.data(), int(runs.size()), x.rounded, w.nested, w.K, part.panel0, part.panel1, !as_loaded, sink);
+        multiply_codes(runs.data(), int(runs.size()), x.rounded, w.nested, w.K, part.panel0, part.panel1, !as_loaded, part.then_nested, sink);
 }
 
 }  // namespace boomerang

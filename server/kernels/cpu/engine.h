@@ -251,24 +251,45 @@ class Engine {
         count(kNorm);
     }
 
-    // part(Part) for all parts of a product.
+    // What a product is followed by, for threads to fetch: their ranges of its panels.
+    struct Next {
+        const BsWeights* w = nullptr;
+        int panels = 0, K = 0, chunk = 1;
+    };
+    int panels_at_once(int panels) const { return std::max(1, std::min(8, panels / (8 * pool_.num_threads()))); }
+    Next next_product(const BsWeights& w, int panels, int K) const { return {&w, panels, K, panels_at_once(panels)}; }
+
+    // Where chunk `c` of `num` ends a thread's range, `part` is followed by that thread's range of the next product.
+    void set_then(Part& part, int c, int num, const Next& next) const {
+        for (int i = 0; next.w && i < pool_.num_threads(); i++) {
+            if (c + 1 != pool_.first(i + 1, num) || c + 1 == pool_.first(i, num)) continue;
+            const BsWeights then = from_panel(*next.w, pool_.first(i, chunks_for(next.panels, next.chunk)) * next.chunk, next.K);
+            part.then = static_cast<const char*>(then.data), part.then_nested = static_cast<const char*>(then.nested);
+        }
+    }
+
+    // part(Part) for all parts of a product. `next`: of codes.
     template <class Each>
-    void in_parts(int M, int panels, Each&& each) {
+    void in_parts(int M, int panels, const Next& next, Each&& each) {
         // Many rows: each thread takes rows, and finds them in its own cache in one product after the other. Few: panels.
         const int threads = pool_.num_threads();
         if (M >= kRowsPerThread * threads) {
             const int rows = std::min(512, round_up(chunks_for(M, threads), 32));
             pool_.run(chunks_for(M, rows), [&](int c, int) { each(Part{c * rows, std::min(M, (c + 1) * rows), 0, panels}); });
         } else {
-            const int chunk = std::max(1, std::min(8, panels / (8 * threads)));
-            pool_.run(chunks_for(panels, chunk), [&](int c, int) { each(Part{0, M, c * chunk, std::min(panels, (c + 1) * chunk)}); });
+            const int chunk = panels_at_once(panels), num = chunks_for(panels, chunk);
+            pool_.run(num, [&](int c, int) {
+                Part part = {0, M, c * chunk, std::min(panels, (c + 1) * chunk)};
+                if constexpr (kCoded) set_then(part, c, num, next);
+                each(part);
+            });
         }
         count(kProduct);
     }
 
     template <class V, class Sink>
     void product(const Rows<V>& x, const Weights& w, int panels, Sink&& sink) {
-        in_parts(x.M, panels, [&](const Part& part) { multiply<V>(x, w, part, sink); });
+        in_parts(x.M, panels, {}, [&](const Part& part) { multiply<V>(x, w, part, sink); });
     }
 
     // A part of y (+)= x w + bias.
@@ -283,9 +304,9 @@ class Engine {
     }
 
     template <bool add>
-    void product_to(const Rows<W>& x, const BsWeights& w, int N, int K, const void* bias, float* y, long ldy) {
+    void product_to(const Rows<W>& x, const BsWeights& w, int N, int K, const void* bias, float* y, long ldy, const Next& next) {
         const float* b = widen(bias, N, false);
-        in_parts(x.M, panels_of(N), [&](const Part& part) { product_part<add>(x, w, N, K, b, y, ldy, part); });
+        in_parts(x.M, panels_of(N), next, [&](const Part& part) { product_part<add>(x, w, N, K, b, y, ldy, part); });
     }
 
     // y [rows of x, ldy] (+)= b (a x).
@@ -349,8 +370,15 @@ class Engine {
         count(kProduct);
     }
 
-    // Requests [r0, split) run layer `id`; [split, r1) run the difference `d` to it, as layer `student`.
-    void layer(const Segment& segment) {
+    // The first product of a segment, or after the last one of the step the head's.
+    Next first_product(const Segment* segment) const {
+        if (segment) return next_product(layers_[segment->layer].qkv, panels_of(qkv_width()), s_.hidden);
+        const int panels = panels_of(s_.vocab);
+        return {&ends_[step_->norm_cut > 0 ? 0 : 1].head, panels, s_.hidden, head_chunk(panels)};
+    }
+
+    // Requests [r0, split) run layer `id`; [split, r1) run the difference `d` to it, as layer `student`. `after`: what follows.
+    void layer(const Segment& segment, const Next& after) {
         const auto [id, r0, r1, split, student] = segment;
         const BsLayer& w = layers_[id];
         const BsDifference& d = differences_[student];
@@ -370,36 +398,37 @@ class Engine {
         X* act = act_.data() + long(t0) * act_ld();
         norms(w.attn_norm_w, w.attn_norm_b, d.attn_norm_w);
         Rows<W> x = prepared(normed, hidden_ld(), M, E, rounded_, widths);
-        product_to<false>(x, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld());
+        product_to<false>(x, w.qkv, qkv_width(), E, w.qkv_b, qkv_.data() + long(t0) * qkv_ld(), qkv_ld(), others ? Next{} : next_product(w.o, panels_of(E), q_width()));
         product_of_factors<true>(from_row(x, first), d.qkv, E, qkv_.data() + long(ts) * qkv_ld(), qkv_ld());
         if (first) place(id, w, r0, split), attention(id, w, r0, split);
         if (others) place(student, w, split, r1), attention(student, w, split, r1);
         if (s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         // A product that is added to the hidden state, what a difference adds to it included.
-        auto add_product = [&](const BsWeights& weights, const BsFactors& factors, int K, const void* bias, const void* norm_w) {
+        auto add_product = [&](const BsWeights& weights, const BsFactors& factors, int K, const void* bias, const void* norm_w, const Next& next) {
             float* to = before_norm(norm_w, hidden, M, post_);
-            product_to<true>(x, weights, E, K, bias, to, stream_ld());
+            product_to<true>(x, weights, E, K, bias, to, stream_ld(), others ? Next{} : next);
             product_of_factors<true>(from_row(x, first), factors, K, to + long(first) * stream_ld(), stream_ld());
             if (norm_w) pool_.run(chunks_for(M, 8), [&](int c, int) { add_normed(to, hidden, norm_w, 8 * c, std::min(M, 8 * c + 8)); }), count(kNorm);
         };
         x = prepared(attended_.data() + long(t0) * attended_ld(), attended_ld(), M, q_width(), rounded_, widths);
-        add_product(w.o, d.o, q_width(), w.o_b, w.post_attn_norm_w);
+        const int up_panels = num_panels(up_width(), s_.gated);
+        add_product(w.o, d.o, q_width(), w.o_b, w.post_attn_norm_w, next_product(w.up, up_panels, E));
         if (!s_.parallel_residual) norms(w.mlp_norm_w, w.mlp_norm_b, d.mlp_norm_w);
         // What the difference adds to gate and up has to be there before the activation.
         const int N = up_width();
         float* extra = d.up.num_terms && others ? extra_.at_least(size_t(others) * N) : nullptr;
         x = prepared(normed, hidden_ld(), M, E, rounded_, widths);
         product_of_factors<false>(from_row(x, first), d.up, E, extra, N);
-        mlp_up(w, x, act, extra, first);
+        mlp_up(w, x, act, extra, first, others ? Next{} : next_product(w.down, panels_of(E), s_.intermediate));
         x = prepared(act, act_ld(), M, s_.intermediate, rounded_, widths);
-        add_product(w.down, d.down, s_.intermediate, w.down_b, w.post_mlp_norm_w);
+        add_product(w.down, d.down, s_.intermediate, w.down_b, w.post_mlp_norm_w, after);
     }
 
     // `extra`: [rows from `first` on, up_width()] to add before the activation, or null.
-    void mlp_up(const BsLayer& w, const Rows<W>& x, X* act, const float* extra, int first_extra) {
+    void mlp_up(const BsLayer& w, const Rows<W>& x, X* act, const float* extra, int first_extra, const Next& next) {
         const int N = up_width();
         const float* b = widen(w.up_b, N, s_.gated);
-        in_parts(x.M, num_panels(N, s_.gated), [&](const Part& part) { mlp_up_part(w, x, b, act, act_ld(), extra, first_extra, part); });
+        in_parts(x.M, num_panels(N, s_.gated), next, [&](const Part& part) { mlp_up_part(w, x, b, act, act_ld(), extra, first_extra, part); });
     }
 
     // `act` [rows, ld] begins with what panel `panel0` gives.

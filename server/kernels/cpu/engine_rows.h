@@ -26,7 +26,8 @@ void Engine<T, W>::run_program() {
         }
         const Segment now = segment(i);
         if (!by_rows(now)) {
-            layer(now);
+            const Segment next = i + 1 < step_->num_segments ? segment(i + 1) : Segment{};
+            layer(now, first_product(i + 1 < step_->num_segments ? &next : nullptr));
             continue;
         }
         const int first = step_->query_start[now.first];

@@ -73,6 +73,9 @@ class Pool {
         if (has_failed_.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
+    // The first chunk of a thread's range.
+    int first(int range, int num_chunks) const { return int(int64_t(num_chunks) * range / num_threads_); }
+
   private:
     struct Job {
         void (*call)(void*, int, int);
@@ -106,8 +109,6 @@ class Pool {
     struct alignas(64) Range {
         std::atomic<uint64_t> ticket{0};
     };
-
-    int first(int range, int num_chunks) const { return int(int64_t(num_chunks) * range / num_threads_); }
 
     bool take_chunks(int thread) {
         bool any = false;

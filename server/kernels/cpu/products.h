@@ -61,12 +61,12 @@ inline Rows<W> from_input(Rows<W> x, int k) {
 }
 
 // A part of a product: rows [row0, row1) by panels [panel0, panel1), of which units [unit0, unit1) if they are not all;
-// rows of x begin with unit0. `then`: what is read after it, where that is not what follows in memory. `alone`: nothing else is
-// read before that, so that what is fetched for it may go past the second-level cache.
+// rows of x begin with unit0. `then`: what is read after it, where that is not what follows in memory; of nested codes,
+// `then_nested`. `alone`: nothing else is read before that, so that what is fetched for it may go past the second-level cache.
 struct Part {
     int row0, row1, panel0, panel1;
     int unit0 = 0, unit1 = 0;
-    const char* then = nullptr;
+    const char *then = nullptr, *then_nested = nullptr;
     bool alone = true;
 };
 
