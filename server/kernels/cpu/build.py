@@ -50,6 +50,7 @@ X86_VARIANTS = {
     ),
     "avx512_bf16": Variant([*_AVX512, *_BF16], (*_512, "avx512_bf16", "avx512_vnni")),
     "avx512": Variant(_AVX512, _512),
+    "avx2_vnni": Variant(["-mavx2", "-mfma", "-mf16c", "-mavxvnni"], ("avx2", "fma", "avx_vnni")),
     "avx2": Variant(["-mavx2", "-mfma", "-mf16c"], ("avx2", "fma")),
 }
 ARM_VARIANTS = {
