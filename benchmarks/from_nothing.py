@@ -19,6 +19,7 @@ import httpx
 
 from benchmarks.local_server import LocalServer
 from model_store import made
+from model_store.figures import read_quality
 from model_store.pair import made_folder
 from model_store.sources import default_teacher, resolve
 
@@ -70,8 +71,8 @@ def main() -> None:
                         rows.append((f"{size} is served", f"{(time.monotonic() - started) / 60:.1f} min"))
                 if newest is not None and made.version_of(newest) > version:
                     version = made.version_of(newest)
-                    assert progress is not None
-                    kl = ", ".join(f"{size}L {value:.3f}" for size, value in sorted(progress.kl.items(), reverse=True))
+                    quality = read_quality(newest / "quality.json")
+                    kl = ", ".join(f"{size}L {quality[size]['kl']:.3f}" for size in sorted(quality, reverse=True)[1:])
                     rows.append((f"student {version}: KL {kl}", f"{(time.monotonic() - started) / 60:.1f} min"))
                 if progress is not None and progress.is_done:
                     break

@@ -34,6 +34,8 @@ from benchmarks.peers.environments import python_of, versions
 
 HERE, ROOT = Path(__file__).parent / "peers", Path(__file__).parents[1]
 SLOTS, CONTEXT, NUM_NEW = 64, 1024, 64
+# A connection for each request: llama.cpp's server closes kept ones at moments of its own.
+LIMITS = httpx.Limits(max_connections=SLOTS, max_keepalive_connections=0)
 
 
 class Engine:
@@ -47,7 +49,7 @@ class Engine:
                 command, cwd=cwd, env=os.environ | env, stdout=log, stderr=log, start_new_session=True
             )
         self.url = self._address()
-        self.client = httpx.Client(base_url=self.url, timeout=600, limits=httpx.Limits(max_connections=SLOTS))
+        self.client = httpx.Client(base_url=self.url, timeout=600, limits=LIMITS)
         while not self._is_healthy():
             time.sleep(0.01)
         self.ready_seconds = time.perf_counter() - started
