@@ -23,6 +23,7 @@ from model_store.gguf_import import import_gguf, tensor_names
 from model_store.gguf_pretokenizers import BY_NAME
 from model_store.gguf_tokenizer import cuts, read_tokenizer
 from model_store.layout import full_name, layer_prefix
+from model_store.opening import put_around
 from model_store.spec import ModelSpec
 from model_store.store import scratch_folder
 from model_store.tokenizer_files import TokenizerFiles, read_tokenizer_files, text_of
@@ -214,10 +215,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
 
 def _add_special_tokens(writer: gguf.GGUFWriter, files: TokenizerFiles, config: dict[str, Any]) -> None:
     """What is put around every text, as the tokenizer does it; and what ends an answer."""
-    plain = files.backend.encode("a", add_special_tokens=False).ids
-    whole = files.backend.encode("a").ids
-    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    before, after = whole[:at], whole[at + len(plain) :]
+    before, after = put_around(files.backend)
     if len(before) > 1 or len(after) > 1:
         raise ExportError(f"--gguf: llama.cpp adds one token before and after a text; this tokenizer {before}, {after}")
     named = {key: _token_id(files, config, key) for key in ("bos", "pad", "unk")}

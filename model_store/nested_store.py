@@ -29,7 +29,7 @@ from model_store.weights import MATRICES, EndWeights, LayerWeights
 if TYPE_CHECKING:
     from model_store.pair import Pair
 
-VERSION = 1  # of the codes and of the text that scales are fitted on: files of other versions are made again
+VERSION = 2  # of the codes and of the text that scales are fitted on: files of other versions are made again
 _PARTS = ("codes", "zero", "scales")
 
 Grams = dict[int, Array]  # address of a matrix -> X^T X of the inputs that it met

@@ -17,6 +17,7 @@ from model_store import nested_store
 from model_store.arrays import FLOAT32
 from model_store.loaded import LoadedPair
 from model_store.nested_store import Grams, places
+from model_store.opening import opening
 from model_store.pair import Pair
 from model_store.weight_form import WeightForm
 from server.core.config import EngineConfig
@@ -38,9 +39,10 @@ def make_nested(pair: Pair, file: Path) -> None:
     loaded = pair.load(WeightForm(FLOAT32)).in_torch()
     grams: Grams | None = None
     if pair.parameters(pair.elasticity.sizes[-1]) <= _MOST_FITTED_PARAMETERS:
-        ids = Tokenizer.from_file(str(pair.tokenizer_path / "tokenizer.json")).encode(TEXT.read_text()).ids
-        length = min(_WINDOW, pair.spec.max_context - 1)
-        texts = [ids[i * length : (i + 1) * length] for i in range(min(_WINDOWS, len(ids) // length))]
+        tokenizer = Tokenizer.from_file(str(pair.tokenizer_path / "tokenizer.json"))
+        ids, first = tokenizer.encode(TEXT.read_text(), add_special_tokens=False).ids, opening(tokenizer)
+        length = min(_WINDOW, pair.spec.max_context - 1) - len(first)
+        texts = [[*first, *ids[i * length : (i + 1) * length]] for i in range(min(_WINDOWS, len(ids) // length))]
         logger.info("nested codes: measuring what the matrices of %s meet in %d tokens", pair.name, length * len(texts))
         grams = measure_grams(loaded, texts)
     else:

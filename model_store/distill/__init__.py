@@ -50,6 +50,7 @@ def run(
     from model_store.distill.write import freeze_vectors
     from model_store.evaluate import end_tokens
     from model_store.evaluate.chat import transformers_generate
+    from model_store.opening import opening
     from model_store.sources import default_teacher, resolve
     from model_store.weights import Checkpoint
 
@@ -90,7 +91,8 @@ def run(
     documents = [document for document in documents if not document.needs_answer]
     check_speakers(documents, model.elasticity.sizes, are_needed=bool(job.tokens and preset.unlikelihood))
     calibration = job.calibration_rows * job.row_tokens
-    rows = pack(documents, tokenizer, int(job.tokens) + calibration, job.row_tokens, job.loss_on, job.seed)
+    num_tokens, first = int(job.tokens) + calibration, opening(tokenizer)
+    rows = pack(documents, tokenizer, num_tokens, job.row_tokens, job.loss_on, job.seed, first)
     if len(rows) < job.calibration_rows + bool(job.tokens):
         raise ValueError(f"--tokens and --data leave {len(rows)} rows, not more than --calibration-rows")
     _say(f"{len(documents)} documents, {len(rows)} rows of {job.row_tokens} tokens")

@@ -161,11 +161,13 @@ def encode(document: Document, tokenizer: Any, loss_on: str) -> tuple[list[int],
 
 
 def pack(
-    documents: Sequence[Document], tokenizer: Any, tokens: int, row_tokens: int, loss_on: str, seed: int
-) -> PackedRows:
+    documents: Sequence[Document], tokenizer: Any, tokens: int, row_tokens: int, loss_on: str, seed: int,
+    opening: Sequence[int] = (),
+) -> PackedRows:  # fmt: skip
     """Shuffle the documents, join them with the end token between, cut rows of `row_tokens`, about `tokens` in all.
 
-    Documents repeat in a new order if there are too few. ValueError if they do not fill one row.
+    Every row begins with `opening` (opening.py), which does not count. Documents repeat in a new order if there are too
+    few. ValueError if they do not fill one row.
     """
     rng = random.Random(seed)
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
@@ -187,8 +189,15 @@ def pack(
                 break
         if len(ids) == before:
             raise ValueError("--data: there is no document with text in it")
-    rows = max(tokens // row_tokens, 1)
-    if len(ids) < row_tokens:
+    step = row_tokens - len(opening)
+    if len(ids) < step:
         raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
-    size = min(rows, len(ids) // row_tokens) * row_tokens
-    return PackedRows(*(torch.tensor(kind[:size]).view(-1, row_tokens) for kind in (ids, mask, said, loops)))
+    count = min(max(tokens // row_tokens, 1), len(ids) // step)
+    before = torch.tensor([*opening], dtype=torch.int64).expand(count, -1)
+
+    def rows(values: list[int] | list[bool], first: torch.Tensor) -> torch.Tensor:
+        cut = torch.tensor(values[: count * step]).view(count, step)
+        return torch.cat((first.to(cut.dtype), cut), 1)
+
+    nothing = torch.zeros_like(before)
+    return PackedRows(rows(ids, before), rows(mask, nothing), rows(said, nothing), rows(loops, nothing))

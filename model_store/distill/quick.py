@@ -29,6 +29,7 @@ from model_store.distill.elastic import ElasticModel
 from model_store.distill.gate import gated, order_by_kl
 from model_store.distill.polish import Clock, train
 from model_store.distill.warm_start import fit_by_least_squares, fit_layer
+from model_store.opening import opening
 
 if TYPE_CHECKING:
     from model_store.distill.job import DistillJob
@@ -288,12 +289,12 @@ def _text(
     job: DistillJob, tokenizer: Any, teacher_path: Path, generator: Callable[[DistillJob], Generate] | None
 ) -> torch.Tensor:
     """Rows of token ids [rows, row_tokens]: of --data, else what the teacher says itself."""
-    wanted = int(min(job.tokens, _TOKENS if job.minutes else _FIT_TOKENS))
+    wanted, first = int(min(job.tokens, _TOKENS if job.minutes else _FIT_TOKENS)), opening(tokenizer)
     if job.data:
         from model_store.distill.data import pack, read_documents
 
         documents = [document for path in job.data for document in read_documents(path)]
-        return pack(documents, tokenizer, wanted, job.row_tokens, "all", job.seed).ids
+        return pack(documents, tokenizer, wanted, job.row_tokens, "all", job.seed, first).ids
     from model_store.distill.elastic import ElasticModel as Model
     from model_store.distill.from_pair import load_transformers
     from model_store.evaluate import end_tokens
@@ -309,15 +310,16 @@ def _text(
         model = Model(teacher, Elasticity.of_teacher(num_layers), {})
         generate = transformers_generate(model, end_tokens(model, tokenizer))
     stream: list[int] = []
+    step = job.row_tokens - len(first)
     with tqdm(total=wanted, desc="the teacher's own text", unit="token", file=sys.stderr) as bar:
         while len(stream) < wanted:
             asked = [pieces[(len(stream) + i) % len(pieces)] for i in range(_AT_ONCE)]
-            said = generate(num_layers, asked, job.row_tokens - _PROMPT, job.temperature)
+            said = generate(num_layers, [[*first, *piece] for piece in asked], step - _PROMPT, job.temperature)
             new = [token for one, more in zip(asked, said, strict=True) for token in (*one, *more)]
             stream += new
             bar.update(len(new))
-    whole = min(len(stream), wanted) // job.row_tokens * job.row_tokens
-    rows = torch.tensor(stream[:whole]).view(-1, job.row_tokens)
+    whole = torch.tensor(stream[: min(len(stream), wanted) // step * step]).view(-1, step)
+    rows = torch.cat((torch.tensor(first, dtype=whole.dtype).expand(len(whole), -1), whole), 1)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed))]
 
 

@@ -17,6 +17,8 @@ from model_store.evaluate.job import EvaluateJob
 from model_store.files import read_json_if_there
 
 if TYPE_CHECKING:
+    import torch
+
     from model_store.evaluate.chat import Generate
     from model_store.pair import Pair
 
@@ -70,11 +72,12 @@ def run(
         model.elasticity = pair.elasticity
     provenance["patch_order"] = pair.patch_order
     rows: Rows = {size: {} for size in sizes}
-    ids = tokenizer("\n\n".join(held_out), add_special_tokens=False).input_ids if job.text else []
+    cut = lambda texts: _windows(texts, tokenizer, job)  # noqa: E731
+    text = cut(held_out) if job.text else []
     if job.text:
         provenance["text"] = f"{job.text.name}, first {job.windows} windows of {job.window_tokens} tokens"
-        _add(rows, measure_text(model, sizes, ids, job.window_tokens, job.windows))
-    kinds = _measure_kinds(model, pair, job, tokenizer, texts, sizes, nested, provenance)
+        _add(rows, measure_text(model, sizes, text))
+    kinds = _measure_kinds(model, pair, job, cut, texts, sizes, nested, provenance)
     generate = generator(job) if generator else None
     if job.chat:
         provenance["chat"] = f"{job.chat.name}, {job.chat_limit} messages, greedy, at most {job.max_new_tokens}"
@@ -87,7 +90,7 @@ def run(
         speeds = measure_speed(speak, sizes, tokenizer)
         _add(rows, {size: {"tokens_per_second": speed} for size, speed in speeds.items()})
     _add_costs(pair, rows, getattr(torch, job.dtype))
-    orders = compare_orders(model, sizes, ids, job, found) if job.compare_orders and job.text else {}
+    orders = compare_orders(model, sizes, text, job, found) if job.compare_orders and job.text else {}
     _report(job, pair, rows, provenance, orders, kinds)
     if not job.no_store:
         _store(job, pair, is_own, rows, provenance, orders, kinds)
@@ -95,8 +98,8 @@ def run(
 
 
 def _measure_kinds(
-    model: Any, pair: Pair, job: EvaluateJob, tokenizer: Any, texts: Mapping[str, list[str]], sizes: Sequence[int],
-    nested: Callable[[Pair], Path] | None, provenance: dict[str, Any],
+    model: Any, pair: Pair, job: EvaluateJob, cut: Callable[[list[str]], Any], texts: Mapping[str, list[str]],
+    sizes: Sequence[int], nested: Callable[[Pair], Path] | None, provenance: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Figures and provenance by kind of text."""
     from model_store.evaluate.kinds import KindsOfText
@@ -108,13 +111,20 @@ def _measure_kinds(
     file = nested(pair) if job.precisions and nested is not None else None
     measure, found = KindsOfText(model, pair, file, job.precisions), {}
     for name, path in job.kind:
-        ids = tokenizer("\n\n".join(texts[name]), add_special_tokens=False).input_ids
-        figures: dict[str, Any] = measure.measure(name, ids, job.window_tokens, job.windows, sizes)
+        figures: dict[str, Any] = measure.measure(name, cut(texts[name]), sizes)
         figures["text"] = f"{path.name}, first {job.windows} windows of {job.window_tokens} tokens"
         if (overlap := provenance.pop(f"{name}_kind_overlap", None)) is not None:
             figures["overlap"] = overlap
         found[name] = figures
     return found
+
+
+def _windows(texts: list[str], tokenizer: Any, job: EvaluateJob) -> list[torch.Tensor]:
+    from model_store.evaluate.measure import windows
+    from model_store.opening import opening
+
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False).input_ids
+    return windows(ids, job.window_tokens, job.windows, opening(tokenizer))
 
 
 def _add(rows: Rows, more: Mapping[int, dict[str, Any]]) -> None:
@@ -197,15 +207,12 @@ def _note(value: Any) -> str:
     return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
 
 
-def measure_text(
-    model: Any, sizes: Sequence[int], ids: Sequence[int], window_tokens: int, limit: int | None
-) -> dict[int, dict[str, float]]:
-    """Perplexity, KL and agreement per size on consecutive windows of token ids."""
+def measure_text(model: Any, sizes: Sequence[int], sequences: Sequence[torch.Tensor]) -> dict[int, dict[str, float]]:
+    """Perplexity, KL and agreement per size on windows of token ids."""
     from tqdm import tqdm
 
-    from model_store.evaluate.measure import score, summary, windows
+    from model_store.evaluate.measure import score, summary
 
-    sequences = windows(ids, window_tokens, limit)
     top = model.elasticity.sizes[-1]
     with tqdm(total=len(sequences), desc="windows", file=sys.stderr) as bar:
         scores = score(model, sorted({*sizes, top}), sequences, progress=lambda done: bar.update(done - bar.n))

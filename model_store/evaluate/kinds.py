@@ -13,7 +13,7 @@ import torch
 
 from model_store.arrays import FLOAT32, to_torch
 from model_store.distill.elastic import ElasticModel
-from model_store.evaluate.measure import score, summary, windows
+from model_store.evaluate.measure import score, summary
 from model_store.nested import HEAD_BITS, NestedMatrix
 from model_store.nested_store import places
 from model_store.tensor_file import TensorFile
@@ -36,10 +36,9 @@ class KindsOfText:
         self.model, self.pair, self.nested, self.widths = model, pair, nested, widths
         self._reduced: ElasticModel | None = None  # the same model, read at one width after the other
 
-    def measure(self, name: str, ids: Sequence[int], length: int, limit: int, sizes: Sequence[int]) -> Kind:
-        """Figures on the first `limit` windows of `length` tokens: of `sizes` as loaded, of widths at full depth, and
-        of widths at the smallest and the middle size, which tell whether the two losses add up."""
-        sequences = windows(ids, length, limit)
+    def measure(self, name: str, sequences: Sequence[torch.Tensor], sizes: Sequence[int]) -> Kind:
+        """Figures on windows of token ids: of `sizes` as loaded, of widths at full depth, and of widths at the smallest
+        and the middle size, which tell whether the two losses add up."""
         top = self.model.elasticity.sizes[-1]
         scores = score(self.model, sorted({*sizes, top}), sequences)
         found: Kind = {

@@ -26,12 +26,18 @@ class Scores:
     tokens: list[int] = field(default_factory=list)
 
 
-def windows(ids: Sequence[int], length: int, limit: int | None = None) -> list[torch.Tensor]:
-    """Consecutive windows of `length` tokens, the remainder dropped. ValueError if there is not even one."""
-    count = min(len(ids) // length, limit or len(ids))
+def windows(
+    ids: Sequence[int], length: int, limit: int | None = None, opening: Sequence[int] = ()
+) -> list[torch.Tensor]:
+    """Consecutive windows of `length` tokens, the remainder dropped. Each begins with `opening` (opening.py).
+
+    ValueError if there is not even one.
+    """
+    step = length - len(opening)
+    count = min(len(ids) // step, limit or len(ids))
     if count == 0:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
-    return [torch.tensor(ids[i * length : (i + 1) * length]) for i in range(count)]
+    return [torch.tensor([*opening, *ids[i * step : (i + 1) * step]]) for i in range(count)]
 
 
 @torch.no_grad()

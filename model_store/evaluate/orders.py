@@ -11,6 +11,8 @@ from model_store.assembly import Elasticity
 from model_store.files import read_json, read_json_if_there
 
 if TYPE_CHECKING:
+    import torch
+
     from model_store.distill.elastic import ElasticModel
     from model_store.evaluate.job import EvaluateJob
     from model_store.pair import Pair
@@ -39,6 +41,7 @@ def search_order(model: ElasticModel, tokenizer: Any, job: EvaluateJob) -> Elast
     from model_store.distill.data import encode, read_documents
     from model_store.distill.order import greedy_order, kl_of_paths
     from model_store.evaluate.measure import windows
+    from model_store.opening import opening
 
     found: list[torch.Tensor] = []
     separator = tokenizer("\n\n", add_special_tokens=False).input_ids
@@ -48,7 +51,7 @@ def search_order(model: ElasticModel, tokenizer: Any, job: EvaluateJob) -> Elast
             ids += [*(separator if ids else []), *encode(document, tokenizer, "all")[0]]
             if len(ids) >= job.calibration_windows * job.window_tokens:
                 break
-        found += windows(ids, job.window_tokens, job.calibration_windows)
+        found += windows(ids, job.window_tokens, job.calibration_windows, opening(tokenizer))
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     divergence = kl_of_paths(model, [torch.stack(found).to(model.device)])
     own = model.elasticity
@@ -57,9 +60,10 @@ def search_order(model: ElasticModel, tokenizer: Any, job: EvaluateJob) -> Elast
 
 
 def compare_orders(
-    model: ElasticModel, sizes: Sequence[int], ids: Sequence[int], job: EvaluateJob, found: Elasticity | None
-) -> dict[str, dict[int, dict[str, float]]]:
-    """Figures on the held-out text in the fixed orders and in the one that was `found`, by order and size."""
+    model: ElasticModel, sizes: Sequence[int], held_out: Sequence[torch.Tensor], job: EvaluateJob,
+    found: Elasticity | None,
+) -> dict[str, dict[int, dict[str, float]]]:  # fmt: skip
+    """Figures on windows of held-out text in the fixed orders and in the one that was `found`, by order and size."""
     from model_store.evaluate import measure_text
 
     own, measured = model.elasticity, {}
@@ -72,7 +76,7 @@ def compare_orders(
     for name, order in others.items():
         model.elasticity = order
         shared = [size for size in sizes if size in order.sizes]  # blocks of unequal lengths give each order its own
-        measured[name] = measure_text(model, shared, ids, job.window_tokens, job.windows)
+        measured[name] = measure_text(model, shared, held_out)
     model.elasticity = own
     return measured
 
