@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import os
+import random
 import shutil
 import signal
 import sys
@@ -41,7 +42,7 @@ _CHOICE_ROWS, _SCORED_ROWS, _ORDER_ROWS = 16, 4, 4
 _GATE_SHARE, _GATE_ROWS = 8, 16  # the gate gets one row of so many, and at most so many
 _SHARE = 0.2  # of the layers that are taken away by default
 _CALIBRATION = Path(__file__).parents[1] / "calibration.txt"
-_PROMPT, _AT_ONCE = 24, 32  # tokens of that text that the teacher goes on from, and how many at once
+_PROMPT, _AT_ONCE = 24, 32  # tokens of that text that the teacher goes on from, and how many texts at once
 _FITTED = ("self_attn.o_proj", "mlp.down_proj")  # what a fit changes in families whose students can be differences
 _RANK = 256
 _SHARES = {"text": 0.1, "blocks": 0.2, "fit": 0.25, "training": 0.97}  # of the work, when each is done
@@ -55,6 +56,7 @@ def run_quick(
     gate. `nested` makes nested codes of a pair, where the store has those of the teacher."""
     if job.background:
         _retire()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products where processors have them: half of a fit's time
     making = _Making(job, nested)
     if making.place is None:
         making.run(generator)
@@ -288,7 +290,11 @@ def _name_of(path: Path) -> str:
 def _text(
     job: DistillJob, tokenizer: Any, teacher_path: Path, generator: Callable[[DistillJob], Generate] | None
 ) -> torch.Tensor:
-    """Rows of token ids [rows, row_tokens]: of --data, else what the teacher says itself."""
+    """Rows of token ids [rows, row_tokens]: of --data, else what the teacher says itself.
+
+    Half of that goes on from a text, half from one token, any of the vocabulary: without these, blocks that an
+    encyclopaedia needs look cheap (docs/log/2026-11-30-sizes-that-appear.md).
+    """
     wanted, first = int(min(job.tokens, _TOKENS if job.minutes else _FIT_TOKENS)), opening(tokenizer)
     if job.data:
         from model_store.distill.data import pack, read_documents
@@ -301,6 +307,8 @@ def _text(
     from model_store.evaluate.chat import transformers_generate
 
     prompt = tokenizer(_CALIBRATION.read_text(), add_special_tokens=False).input_ids
+    rng, special = random.Random(job.seed), {*tokenizer.all_special_ids}
+    words = [token for token in range(tokenizer.vocab_size) if token not in special]
     pieces = [prompt[at : at + _PROMPT] for at in range(0, len(prompt) - _PROMPT, _PROMPT)]
     num_layers = AutoConfig.from_pretrained(teacher_path).num_hidden_layers
     if generator is not None:
@@ -313,7 +321,9 @@ def _text(
     step = job.row_tokens - len(first)
     with tqdm(total=wanted, desc="the teacher's own text", unit="token", file=sys.stderr) as bar:
         while len(stream) < wanted:
-            asked = [pieces[(len(stream) + i) % len(pieces)] for i in range(_AT_ONCE)]
+            asked = [
+                pieces[(len(stream) + i) % len(pieces)] if i % 2 else [rng.choice(words)] for i in range(_AT_ONCE)
+            ]
             said = generate(num_layers, [[*first, *piece] for piece in asked], step - _PROMPT, job.temperature)
             new = [token for one, more in zip(asked, said, strict=True) for token in (*one, *more)]
             stream += new
