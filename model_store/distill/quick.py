@@ -56,15 +56,19 @@ def run_quick(
     gate. `nested` makes nested codes of a pair, where the store has those of the teacher."""
     if job.background:
         _retire()
-    torch.set_float32_matmul_precision("medium")  # bfloat16 products where processors have them: half of a fit's time
     making = _Making(job, nested)
-    if making.place is None:
-        making.run(generator)
-        return 0
-    before = made.newest(making.place)
-    with made.only_one(making.place):
-        if made.newest(making.place) == before or (making.work / "state.pt").is_file():
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products where processors have them: half of a fit's time
+    try:
+        if making.place is None:
             making.run(generator)
+            return 0
+        before = made.newest(making.place)
+        with made.only_one(making.place):
+            if made.newest(making.place) == before or (making.work / "state.pt").is_file():
+                making.run(generator)
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return 0
 
 
@@ -321,9 +325,7 @@ def _text(
     step = job.row_tokens - len(first)
     with tqdm(total=wanted, desc="the teacher's own text", unit="token", file=sys.stderr) as bar:
         while len(stream) < wanted:
-            asked = [
-                pieces[(len(stream) + i) % len(pieces)] if i % 2 else [rng.choice(words)] for i in range(_AT_ONCE)
-            ]
+            asked = [pieces[(len(stream) + i) % len(pieces)] if i % 2 else [rng.choice(words)] for i in range(_AT_ONCE)]
             said = generate(num_layers, [[*first, *piece] for piece in asked], step - _PROMPT, job.temperature)
             new = [token for one, more in zip(asked, said, strict=True) for token in (*one, *more)]
             stream += new
