@@ -7,6 +7,7 @@ text has shown to be worth it are offered. A run goes on from where an earlier o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import os
@@ -14,7 +15,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,19 +58,25 @@ def run_quick(
     if job.background:
         _retire()
     making = _Making(job, nested)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")  # bfloat16 products where processors have them: half of a fit's time
-    try:
-        if making.place is None:
+    if making.place is None:
+        making.run(generator)
+        return 0
+    before = made.newest(making.place)
+    with made.only_one(making.place):
+        if made.newest(making.place) == before or (making.work / "state.pt").is_file():
             making.run(generator)
-            return 0
-        before = made.newest(making.place)
-        with made.only_one(making.place):
-            if made.newest(making.place) == before or (making.work / "state.pt").is_file():
-                making.run(generator)
-    finally:
-        torch.set_float32_matmul_precision(precision)
     return 0
+
+
+@contextlib.contextmanager
+def _fast_products() -> Iterator[None]:
+    """float32 products in bfloat16 where processors have them: half of the time of a fit, which is as good."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _retire() -> None:
@@ -146,7 +153,8 @@ class _Making:
         teacher, num_layers = self._teacher(), self.config.num_hidden_layers
         if "kept" not in state:
             self.tell("choosing blocks", _SHARES["text"])
-            state["kept"] = _kept(self.job, num_layers, lambda: block_costs(teacher, rows[:_CHOICE_ROWS], _say))
+            with _fast_products():
+                state["kept"] = _kept(self.job, num_layers, lambda: block_costs(teacher, rows[:_CHOICE_ROWS], _say))
             self._save(state, _SHARES["blocks"])
         kept = state["kept"]
         model = ElasticModel(teacher, Elasticity.last_to_first(num_layers, kept))
@@ -157,7 +165,8 @@ class _Making:
         self.tell("fitting", _SHARES["blocks"])
         enough = rows[: max(1, _FIT_TOKENS // rows.shape[1])]
         _say(f"the student keeps {len(kept)} of {num_layers} layers; fitting on {enough.numel():,} tokens")
-        fit_by_least_squares(model, list(enough.split(8)), progress=_say, fits_attention=True)
+        with _fast_products():
+            fit_by_least_squares(model, list(enough.split(8)), progress=_say, fits_attention=True)
         if self.is_low_rank:
             round_to_rank(model, self._rank_of(is_trained=False))
         order_by_kl(model, rows[:_ORDER_ROWS])
