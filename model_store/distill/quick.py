@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from model_store.pair import Pair
 
 _FIT_TOKENS, _TOKENS = 50_000, 150_000  # of text that is enough for a fit, and for minutes of training
-_CHOICE_ROWS, _SCORED_ROWS, _ORDER_ROWS = 16, 4, 4
+_CHOICE_ROWS, _SCORED_ROWS, _ORDER_ROWS, _TOLD_ROWS = 16, 6, 12, 4
 _GATE_SHARE, _GATE_ROWS = 8, 16  # the gate gets one row of so many, and at most so many
 _SHARE = 0.2  # of the layers that are taken away by default
 _CALIBRATION = Path(__file__).parents[1] / "calibration.txt"
@@ -153,8 +153,9 @@ class _Making:
         teacher, num_layers = self._teacher(), self.config.num_hidden_layers
         if "kept" not in state:
             self.tell("choosing blocks", _SHARES["text"])
+            costs = lambda: block_costs(teacher, rows[:_CHOICE_ROWS], self._judged(rows, _SCORED_ROWS), _say)  # noqa: E731
             with _fast_products():
-                state["kept"] = _kept(self.job, num_layers, lambda: block_costs(teacher, rows[:_CHOICE_ROWS], _say))
+                state["kept"] = _kept(self.job, num_layers, costs)
             self._save(state, _SHARES["blocks"])
         kept = state["kept"]
         model = ElasticModel(teacher, Elasticity.last_to_first(num_layers, kept))
@@ -169,10 +170,21 @@ class _Making:
             fit_by_least_squares(model, list(enough.split(8)), progress=_say, fits_attention=True)
         if self.is_low_rank:
             round_to_rank(model, self._rank_of(is_trained=False))
-        order_by_kl(model, rows[:_ORDER_ROWS])
+        with _fast_products():
+            order_by_kl(model, self._judged(rows, _ORDER_ROWS))
         state["student"], state["thresholds"] = model.student.state_dict(), list(model.elasticity.thresholds)
         self._save(state, _SHARES["fit"])
         return model
+
+    def _judged(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """So many rows of text by which blocks are compared: of --data, else of what people wrote. In the teacher's own
+        text blocks look equal of which one costs an encyclopaedia twice as much as the other."""
+        if self.job.data:
+            return rows[:count]
+        text = _in_rows(
+            self.tokenizer(_CALIBRATION.read_text(), add_special_tokens=False).input_ids, self.tokenizer, rows.shape[1]
+        )
+        return text[:: max(1, len(text) // count)][:count]
 
     def _first(self, model: ElasticModel, gate: torch.Tensor, state: dict[str, Any]) -> None:
         """Offer what the fit alone is worth, while the training goes on from it."""
@@ -196,7 +208,7 @@ class _Making:
         with tqdm(total=100, desc="training", unit="%", file=sys.stderr) as bar:
 
             def report(phase: str, share: float) -> None:
-                divergence = kl_of_paths(trained, [gate[:_SCORED_ROWS]])
+                divergence = kl_of_paths(trained, [gate[:_TOLD_ROWS]])
                 self.kl = {size: divergence(own.path(size).teacher_stations) for size in own.sizes[:-1]}
                 self.tell(f"training {phase}", first + share * (_SHARES["training"] - first))
                 bar.set_postfix_str("KL " + ", ".join(f"{size}L {kl:.3f}" for size, kl in self.kl.items()))
@@ -339,9 +351,16 @@ def _text(
             new = [token for one, more in zip(asked, said, strict=True) for token in (*one, *more)]
             stream += new
             bar.update(len(new))
-    whole = torch.tensor(stream[: min(len(stream), wanted) // step * step]).view(-1, step)
-    rows = torch.cat((torch.tensor(first, dtype=whole.dtype).expand(len(whole), -1), whole), 1)
+    rows = _in_rows(stream[:wanted], tokenizer, job.row_tokens)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed))]
+
+
+def _in_rows(ids: list[int], tokenizer: Any, row_tokens: int) -> torch.Tensor:
+    """Token ids in rows [n, row_tokens], each with the tokenizer's opening; the remainder is dropped."""
+    first = torch.tensor(opening(tokenizer), dtype=torch.int64)
+    step = row_tokens - len(first)
+    whole = torch.tensor(ids[: len(ids) // step * step]).view(-1, step)
+    return torch.cat((first.expand(len(whole), -1), whole), 1)
 
 
 def _kept(job: DistillJob, num_layers: int, costs: Callable[[], list[float]]) -> list[int]:
@@ -375,20 +394,23 @@ def cheapest_blocks(costs: Sequence[float], count: int) -> list[int]:
 
 
 @torch.no_grad()
-def block_costs(teacher: Any, rows: torch.Tensor, say: Callable[[str], None] = lambda line: None) -> list[float]:
-    """By first layer: KL to the teacher, in nats per token, where a block of two layers is its first one, fitted."""
+def block_costs(
+    teacher: Any, rows: torch.Tensor, judged: torch.Tensor, say: Callable[[str], None] = lambda line: None
+) -> list[float]:
+    """By first layer: KL to the teacher, in nats per token of `judged`, where a block of two layers is its first one,
+    fitted on `rows`; token ids [rows, tokens] both."""
     num_layers = teacher.config.num_hidden_layers
     every = ElasticModel(teacher, Elasticity(num_layers, range(num_layers - 1), [num_layers] * (num_layers - 1)), {})
-    states = [every.embed(rows)]
+    states = [every.embed(torch.cat((rows, judged)))]
     rope = every.rope(states[0])
     for layer in every.body.layers:
         states.append(every.run_layer(layer, states[-1], rope))
-    scored = slice(0, _SCORED_ROWS)
+    fitted, scored = slice(0, len(rows)), slice(len(rows), None)
     reference = F.log_softmax(every.logits(states[-1][scored]).float(), -1)
     costs = []
     for first in tqdm(range(num_layers - 1), desc="blocks", file=sys.stderr):
         layer = copy.deepcopy(every.body.layers[first]).float()
-        fit_layer(every, layer, [([states[first]], 1.0)], [states[first + 2]], [rope], 3e-3)
+        fit_layer(every, layer, [([states[first][fitted]], 1.0)], [states[first + 2][fitted]], [rope], 3e-3)
         hidden = every.run_layer(layer, states[first][scored], rope)
         for after in every.body.layers[first + 2 :]:
             hidden = every.run_layer(after, hidden, rope)
