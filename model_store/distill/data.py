@@ -193,11 +193,11 @@ def pack(
     if len(ids) < step:
         raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
     count = min(max(tokens // row_tokens, 1), len(ids) // step)
-    before = torch.tensor([*opening], dtype=torch.int64).expand(count, -1)
+    starts = torch.tensor([*opening], dtype=torch.int64).expand(count, -1)
 
     def rows(values: list[int] | list[bool], first: torch.Tensor) -> torch.Tensor:
         cut = torch.tensor(values[: count * step]).view(count, step)
         return torch.cat((first.to(cut.dtype), cut), 1)
 
-    nothing = torch.zeros_like(before)
-    return PackedRows(rows(ids, before), rows(mask, nothing), rows(said, nothing), rows(loops, nothing))
+    nothing = torch.zeros_like(starts)
+    return PackedRows(rows(ids, starts), rows(mask, nothing), rows(said, nothing), rows(loops, nothing))
