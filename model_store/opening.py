@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -16,3 +17,10 @@ def put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 def opening(tokenizer: Any) -> list[int]:
     """Token ids that stand before every text: mostly none or one, the BOS token."""
     return put_around(tokenizer)[0]
+
+
+def in_windows(ids: Sequence[Any], length: int, opening: Sequence[Any] = (), limit: int | None = None) -> list[list]:
+    """Consecutive windows of `length`, each of which begins with `opening`; the remainder is dropped."""
+    step = length - len(opening)
+    count = min(len(ids) // step, limit or len(ids))
+    return [[*opening, *ids[i * step : (i + 1) * step]] for i in range(count)]

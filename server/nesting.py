@@ -17,7 +17,7 @@ from model_store import nested_store
 from model_store.arrays import FLOAT32
 from model_store.loaded import LoadedPair
 from model_store.nested_store import Grams, places
-from model_store.opening import opening
+from model_store.opening import in_windows, opening
 from model_store.pair import Pair
 from model_store.weight_form import WeightForm
 from server.core.config import EngineConfig
@@ -41,9 +41,9 @@ def make_nested(pair: Pair, file: Path) -> None:
     if pair.parameters(pair.elasticity.sizes[-1]) <= _MOST_FITTED_PARAMETERS:
         tokenizer = Tokenizer.from_file(str(pair.tokenizer_path / "tokenizer.json"))
         ids, first = tokenizer.encode(TEXT.read_text(), add_special_tokens=False).ids, opening(tokenizer)
-        length = min(_WINDOW, pair.spec.max_context - 1) - len(first)
-        texts = [[*first, *ids[i * length : (i + 1) * length]] for i in range(min(_WINDOWS, len(ids) // length))]
-        logger.info("nested codes: measuring what the matrices of %s meet in %d tokens", pair.name, length * len(texts))
+        texts = in_windows(ids, min(_WINDOW, pair.spec.max_context - 1), first, _WINDOWS)
+        num_tokens = sum(map(len, texts))
+        logger.info("nested codes: measuring what the matrices of %s meet in %d tokens", pair.name, num_tokens)
         grams = measure_grams(loaded, texts)
     else:
         logger.info("nested codes: scales of %s are fitted to its weights alone, for its size", pair.name)

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from model_store.opening import in_windows
+
 Message = dict[str, str]
 REPEAT_NGRAM = 4  # tokens of a run that counts as repeated
 LOOP_TOKENS = 8  # as many repeated tokens on end are a loop: fewer are names and turns of phrase
@@ -189,15 +191,8 @@ def pack(
                 break
         if len(ids) == before:
             raise ValueError("--data: there is no document with text in it")
-    step = row_tokens - len(opening)
-    if len(ids) < step:
+    if len(ids) < row_tokens - len(opening):
         raise ValueError(f"--data: {len(ids)} tokens do not fill one row of {row_tokens}")
-    count = min(max(tokens // row_tokens, 1), len(ids) // step)
-    starts = torch.tensor([*opening], dtype=torch.int64).expand(count, -1)
-
-    def rows(values: list[int] | list[bool], first: torch.Tensor) -> torch.Tensor:
-        cut = torch.tensor(values[: count * step]).view(count, step)
-        return torch.cat((first.to(cut.dtype), cut), 1)
-
-    nothing = torch.zeros_like(starts)
-    return PackedRows(rows(ids, starts), rows(mask, nothing), rows(said, nothing), rows(loops, nothing))
+    count, nothing = max(tokens // row_tokens, 1), [False] * len(opening)
+    kinds = ((ids, opening), (mask, nothing), (said, nothing), (loops, nothing))
+    return PackedRows(*(torch.tensor(in_windows(values, row_tokens, first, count)) for values, first in kinds))

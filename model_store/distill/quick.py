@@ -31,7 +31,7 @@ from model_store.distill.elastic import ElasticModel
 from model_store.distill.gate import gated, order_by_kl
 from model_store.distill.polish import Clock, train
 from model_store.distill.warm_start import fit_by_least_squares, fit_layer
-from model_store.opening import opening
+from model_store.opening import in_windows, opening
 
 if TYPE_CHECKING:
     from model_store.distill.job import DistillJob
@@ -357,10 +357,7 @@ def _text(
 
 def _in_rows(ids: list[int], tokenizer: Any, row_tokens: int) -> torch.Tensor:
     """Token ids in rows [n, row_tokens], each with the tokenizer's opening; the remainder is dropped."""
-    first = torch.tensor(opening(tokenizer), dtype=torch.int64)
-    step = row_tokens - len(first)
-    whole = torch.tensor(ids[: len(ids) // step * step]).view(-1, step)
-    return torch.cat((first.expand(len(whole), -1), whole), 1)
+    return torch.tensor(in_windows(ids, row_tokens, opening(tokenizer)))
 
 
 def _kept(job: DistillJob, num_layers: int, costs: Callable[[], list[float]]) -> list[int]:

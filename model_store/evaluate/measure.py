@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from model_store.distill.elastic import ElasticModel
+from model_store.opening import in_windows
 
 
 @dataclass(slots=True)
@@ -33,11 +34,10 @@ def windows(
 
     ValueError if there is not even one.
     """
-    step = length - len(opening)
-    count = min(len(ids) // step, limit or len(ids))
-    if count == 0:
+    found = in_windows(ids, length, opening, limit)
+    if not found:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
-    return [torch.tensor([*opening, *ids[i * step : (i + 1) * step]]) for i in range(count)]
+    return [torch.tensor(window) for window in found]
 
 
 @torch.no_grad()
