@@ -2,6 +2,7 @@
 
     python -m benchmarks.trace_compare --base ../e5d4d51 --minutes 8
     python -m benchmarks.trace_compare --base ../e5d4d51 --own-args "--quantization none --precision-dial on"
+    BOOMERANG_CPU_VARIANT=avx2 python -m benchmarks.trace_compare --base ../e5d4d51 --limits 3000,120 --rate 2
 
 `--base` is a checkout of the earlier build (`git worktree add ../e5d4d51 e5d4d51`). Its limits are ten times its idle
 time to the first token and eight times its idle time per token; load 1 is the rate at which its teacher meets them for
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--server-args", default="", help="flags of both servers, in one string")
     parser.add_argument("--own-args", default="", help="further flags of this build's, in one string")
     parser.add_argument("--rate", type=float, help="load 1 in requests per second, instead of the earlier build's plan")
+    parser.add_argument("--limits", help="ms to the first token and per token, instead of multiples of idle ones")
     parser.add_argument("--out", type=Path, help="write plan and records here (JSON)")
     args = parser.parse_args()
     say("starting this build once: it may make nested codes and calibrates, which is not counted")
@@ -93,18 +95,22 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         asyncio.run(keep_busy(server.url, args.max_prompt, args.max_output))
         models = httpx.get(server.url + "/v1/models").json()["data"]
     sizes = {card["layers"]: (card["quality"] or {}) for card in models if "layers" in card}
+    ttft, tpot = TTFT_TIMES * idle["ttft"], TPOT_TIMES * idle["tpot"]
+    if args.limits:
+        ttft, tpot = (float(limit) / 1000 for limit in args.limits.split(","))
     plan = {
         "requests": 150,
         "max_prompt": args.max_prompt,
         "max_output": args.max_output,
         "idle": idle,
-        "ttft": round(TTFT_TIMES * idle["ttft"], 3),
-        "tpot": round(TPOT_TIMES * idle["tpot"], 4),
+        "ttft": round(ttft, 3),
+        "tpot": round(tpot, 4),
         "sizes": sorted(sizes),
         "quality": {size: {key: row.get(key) for key in ("kl", "top1_agreement")} for size, row in sizes.items()},
         "calibration": calibration(server),
     }
-    say("asking its simulator for the rate that the teacher carries")
+    if args.rate is None:
+        say("asking its simulator for the rate that the teacher carries")
     plan["rate"] = args.rate or rate_by(base, plan)
     return plan
 
