@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from server.kernels.cuda import activation, attention, draw, linear, norm, rotary, tables
+from server.kernels.cuda import activation, attention, coded_linear, draw, linear, norm, rotary, tables
+from server.kernels.cuda.codes import FORMS, CodeForm
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -121,6 +122,33 @@ def product_cases() -> list[Case]:
                 Case(f"{name}, {rows} rows", linear.linear_kernel, types, constants, num_warps=tiles.num_warps,
                      num_stages=tiles.num_stages, unaligned=("split_ptr",), whole=("num_outputs", "width", "x_stride"))
             )  # fmt: skip
+    return found + _coded_cases()
+
+
+def _coded_cases() -> list[Case]:
+    """Two forms that have all there is between them: scales by 16 inputs and by block, and the most planes."""
+    found = []
+    whole = ("num_outputs", "width", "x_stride", "out_stride")
+    for name, form in (("Q6_K", FORMS["Q6_K"][0]), ("nested codes", CodeForm(8, is_nested=True))):
+        integers = "*u8" if form.is_nested else "*i8"
+        codes = {"low_ptr": "*i32", "high_ptr": "*i32", "scale_ptr": "*fp16" if form.is_nested else integers,
+                 "minimum_ptr": integers, "block_scale_ptr": "*fp16", "block_minimum_ptr": "*fp16",
+                 "num_outputs": "i32", "width": "i32"}  # fmt: skip
+        for rows in (1, 16, 64, 512):
+            tiles = coded_linear.Tiles.of(rows)
+            types = codes | {"x_ptr": "*T", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "x_stride": "i32",
+                             "out_stride": "i32"}  # fmt: skip
+            constants = coded_linear.constants(form) | {
+                "HAS_BIAS": True, "ADD": True, "ONE": rows == 1, "BLOCK_M": tiles.rows,
+                "BLOCK_N": tiles.outputs, "GROUPS": tiles.groups, "STAGES": tiles.num_stages,
+            }  # fmt: skip
+            found.append(
+                Case(f"{name} product, {rows} rows", coded_linear.coded_linear_kernel, types, constants,
+                     num_warps=tiles.num_warps, num_stages=tiles.num_stages, whole=whole)
+            )  # fmt: skip
+        types = codes | {"ids_ptr": "*i32", "out_ptr": "*T", "num_tokens": "i32"}
+        constants = coded_linear.constants(form) | {"TOKENS": 1, "GROUPS": 32}
+        found.append(Case(f"{name}, embedding", coded_linear.coded_rows_kernel, types, constants, whole=whole[:2]))
     return found
 
 

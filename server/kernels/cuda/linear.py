@@ -1,7 +1,7 @@
-"""Products that no library does as they are needed here: int8 weights, and low-rank terms of a station's student rows.
+"""The products of a layer. Plain weights go to the library, weights in codes to the kernel of `coded_linear.py`.
 
-One kernel for all of them. Weights are widened to the type of the activations in registers (int8 is exact in each),
-sums are float32 and scaled once. Plain weights go to the library.
+The kernel here multiplies int8 weights, and the low-rank terms of a station's student rows: weights are widened to the
+type of the activations in registers (int8 is exact in each), sums are float32 and scaled once.
 
 T = rows, N = outputs, K = inputs, R = ranks of a group's terms together.
 """
@@ -17,7 +17,11 @@ import triton.language as tl
 
 from model_store.int8 import Factor, Int8Matrix, Matrix, dense, tensors_of
 from model_store.lowrank import LowRankTerm
+from server.kernels.cuda.coded_linear import coded_linear
+from server.kernels.cuda.codes import DeviceCodes, DeviceNested
 from server.kernels.cuda.runtime import INTERPRETED
+
+Weight = Matrix | DeviceCodes | DeviceNested
 
 TERM_BLOCK = 64  # output channels of a low-rank term that one program adds to
 _RANK_STEP = 16  # ranks are filled up with zeros to a multiple: columns that a program reads begin on whole vectors
@@ -113,14 +117,24 @@ def _launch(
     )  # fmt: skip
 
 
+def _multiply(
+    x: torch.Tensor, weight: Weight, out: torch.Tensor, *, bias: torch.Tensor | None, add: bool = False
+) -> None:
+    if isinstance(weight, DeviceNested):
+        weight = weight.at(weight.width)
+    if isinstance(weight, DeviceCodes):
+        coded_linear(x, weight, out, bias=bias, add=add)
+    else:
+        _launch(x, weight, out, bias=bias, add=add)
+
+
 def linear(
-    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [T, K] -> x W^T + b [T, N], contiguous."""
-    assert isinstance(weight, torch.Tensor | Int8Matrix)
-    if isinstance(weight, Int8Matrix):
+    if not isinstance(weight, torch.Tensor):
         out = x.new_empty(len(x), weight.shape[0]) if out is None else out
-        _launch(x, weight, out, bias=bias)
+        _multiply(x, weight, out, bias=bias)
         return out
     if out is None:
         return F.linear(x, weight, bias)
@@ -130,11 +144,10 @@ def linear(
     return out
 
 
-def add_linear(x: torch.Tensor, rows: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> None:
+def add_linear(x: torch.Tensor, rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> None:
     """x [T, N] += rows [T, K] W^T + b."""
-    assert isinstance(weight, torch.Tensor | Int8Matrix)
-    if isinstance(weight, Int8Matrix):
-        _launch(rows, weight, x, bias=bias, add=True)
+    if not isinstance(weight, torch.Tensor):
+        _multiply(rows, weight, x, bias=bias, add=True)
         return
     x.addmm_(rows, weight.t())
     if bias is not None:

@@ -1,0 +1,230 @@
+"""Products with weights in codes, and rows of embeddings in codes: kernels for every form that `codes.py` has.
+
+Codes pass from memory once and become numbers in registers. A code is not moved to the lowest bits of its word: the
+input or the scale that it is multiplied with is made smaller instead, by a power of two. One row is multiplied in
+float32 with the codes as they are, and a group's sum is scaled: weights are exactly the file's. For more rows tiles of
+weights are scaled, rounded to the type of the activations and given to the tensor cores.
+
+T = rows, N = outputs, K = inputs, G = K / 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from server.kernels.cuda.codes import CodeForm, CodeRun, DeviceCodes
+from server.kernels.cuda.runtime import INTERPRETED
+
+
+@triton.jit
+def _read_bytes(low, high_ptr, at, mask, plane, HALF: tl.constexpr, BITS: tl.constexpr):
+    """uint32 [n, g, 4]: in four bytes the codes of inputs 16 HALF + 4 b + q of each group; `low` is their plane there,
+    `at` [n, g] where the others have them, `plane` the words of a plane."""
+    codes = (low >> 4 * HALF) & 0x0F0F0F0F
+    place = 2 * tl.arange(0, 4)[None, None, :]
+    if BITS > 4:
+        fifth = tl.load(high_ptr + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        codes = codes << 1 | (fifth[:, :, None] >> place + HALF) & 0x01010101
+    if BITS > 5:
+        sixth = tl.load(high_ptr + plane + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        codes = codes << 1 | (sixth[:, :, None] >> place + HALF) & 0x01010101
+    if BITS > 6:
+        last = tl.load(high_ptr + (2 + HALF) * plane + at, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        codes = codes << 2 | (last[:, :, None] >> place) & 0x03030303
+    return codes
+
+
+@triton.jit
+def _read_scales(
+    scale_ptr, minimum_ptr, block_scale_ptr, block_minimum_ptr, at, blocks, mask, HALF: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, HAS_MINIMUM: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr, IS_NESTED: tl.constexpr,
+):  # fmt: skip
+    """float32 scale and offset [n, g]: weight = scale * code + offset."""
+    at = at * (32 // GROUP)
+    if GROUP == 16:
+        at += HALF
+    scale = tl.load(scale_ptr + at, mask=mask, other=0).to(tl.float32)
+    if HAS_BLOCKS:
+        scale *= tl.load(block_scale_ptr + blocks, mask=mask, other=0).to(tl.float32)
+    if IS_NESTED:
+        zero = tl.load(minimum_ptr + at, mask=mask, other=0).to(tl.float32)
+        offset = scale * ((1 << (8 - BITS)) * 0.5 - zero)  # codes stand for the centres of their cells
+        scale *= 1 << (8 - BITS)
+    elif HAS_MINIMUM:
+        offset = tl.load(minimum_ptr + at, mask=mask, other=0).to(tl.float32)
+        if HAS_BLOCKS:
+            offset *= tl.load(block_minimum_ptr + blocks, mask=mask, other=0).to(tl.float32)
+    else:
+        offset = scale * -CENTRE
+    return scale, offset
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def coded_linear_kernel(
+    x_ptr, low_ptr, high_ptr, scale_ptr, minimum_ptr, block_scale_ptr, block_minimum_ptr, bias_ptr, out_ptr,
+    num_rows, num_outputs, width, x_stride, out_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, HAS_MINIMUM: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    IS_NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, ONE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < num_rows
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < num_outputs
+    num_groups = width // 32
+    quarter = tl.arange(0, 4)
+    if ONE:
+        partial = tl.zeros([BLOCK_N, GROUPS, 4], tl.float32)
+    else:
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, num_groups, GROUPS, num_stages=STAGES):
+        groups = first + tl.arange(0, GROUPS)
+        is_group = groups < num_groups
+        at = outputs[:, None].to(tl.int64) * num_groups + groups[None, :]
+        blocks = outputs[:, None].to(tl.int64) * (width // 256) + groups[None, :] // 8
+        mask = is_output[:, None] & is_group[None, :]
+        words = at[:, :, None] * 4 + quarter[None, None, :]
+        low = tl.load(low_ptr + words, mask=mask[:, :, None], other=0).to(tl.uint32, bitcast=True)
+        inputs = groups[:, None] * 32 + quarter[None, :]
+        if ONE:
+            x_ptrs, x_mask = x_ptr + inputs, is_group[:, None]
+        else:
+            x_ptrs = x_ptr + rows[:, None, None].to(tl.int64) * x_stride + inputs[None, :, :]
+            x_mask = is_row[:, None, None] & is_group[None, :, None]
+        for half in tl.static_range(2):
+            codes = _read_bytes(low, high_ptr, at, mask, num_outputs.to(tl.int64) * num_groups, half, BITS)
+            if half == 0 or GROUP == 16:
+                scale, offset = _read_scales(
+                    scale_ptr, minimum_ptr, block_scale_ptr, block_minimum_ptr, at, blocks, mask, half,
+                    BITS, GROUP, CENTRE, HAS_MINIMUM, HAS_BLOCKS, IS_NESTED,
+                )  # fmt: skip
+                if ONE:
+                    products = tl.zeros([BLOCK_N, GROUPS, 4], tl.float32)
+                    total = tl.zeros([GROUPS, 4], tl.float32)
+            for byte in tl.static_range(4):
+                code = (codes & (255 << 8 * byte)).to(tl.float32)  # times 256 ** byte
+                x = tl.load(x_ptrs + 16 * half + 4 * byte, mask=x_mask, other=0.0)
+                if ONE:
+                    x = x.to(tl.float32)
+                    products += (x * 256.0**-byte)[None, :, :] * code
+                    total += x
+                else:
+                    weight = code * (scale * 256.0**-byte)[:, :, None] + offset[:, :, None]
+                    weight = tl.reshape(weight.to(x.dtype), [BLOCK_N, GROUPS * 4])
+                    x = tl.reshape(x, [BLOCK_M, GROUPS * 4])
+                    sums += tl.dot(x, tl.trans(weight), input_precision="ieee")
+            if ONE and (half == 1 or GROUP == 16):
+                partial += products * scale[:, :, None] + total[None, :, :] * offset[:, :, None]
+    if ONE:
+        sums = tl.sum(tl.reshape(partial, [BLOCK_N, GROUPS * 4]), axis=1)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    mask = is_row[:, None] & is_output[None, :]
+    target = out_ptr + rows[:, None].to(tl.int64) * out_stride + outputs[None, :]
+    if ADD:
+        sums += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def coded_rows_kernel(
+    ids_ptr, low_ptr, high_ptr, scale_ptr, minimum_ptr, block_scale_ptr, block_minimum_ptr, out_ptr,
+    num_tokens, num_outputs, width,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, HAS_MINIMUM: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    IS_NESTED: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    is_token = tokens < num_tokens
+    rows = tl.load(ids_ptr + tokens, mask=is_token, other=0).to(tl.int64)[:, None]
+    num_groups = width // 32
+    groups = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :]
+    mask = is_token[:, None] & (groups < num_groups)
+    at = rows * num_groups + groups
+    quarter = tl.arange(0, 4)[None, None, :]
+    low = tl.load(low_ptr + at[:, :, None] * 4 + quarter, mask=mask[:, :, None], other=0).to(tl.uint32, bitcast=True)
+    target = out_ptr + tokens[:, None, None].to(tl.int64) * width + groups[:, :, None] * 32 + quarter
+    for half in tl.static_range(2):
+        codes = _read_bytes(low, high_ptr, at, mask, num_outputs.to(tl.int64) * num_groups, half, BITS)
+        scale, offset = _read_scales(
+            scale_ptr, minimum_ptr, block_scale_ptr, block_minimum_ptr, at, rows * (width // 256) + groups // 8, mask,
+            half, BITS, GROUP, CENTRE, HAS_MINIMUM, HAS_BLOCKS, IS_NESTED,
+        )  # fmt: skip
+        for byte in tl.static_range(4):
+            code = ((codes >> 8 * byte) & 255).to(tl.float32)
+            weight = code * scale[:, :, None] + offset[:, :, None]
+            tl.store(target + 16 * half + 4 * byte, weight.to(out_ptr.dtype.element_ty), mask=mask[:, :, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows, outputs and groups of inputs of one turn of a program."""
+
+    rows: int
+    outputs: int
+    groups: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, num_rows: int) -> Tiles:
+        rows = max(triton.next_power_of_2(num_rows), 16)
+        if INTERPRETED:
+            return cls(1 if num_rows == 1 else min(rows, 128), 128, 8, 4, 1)
+        if num_rows == 1:
+            return cls(1, 32, 16, 4, 3)
+        if rows == 16:
+            return cls(16, 32, 8, 4, 4)
+        if rows <= 64:
+            return cls(rows, 64, 4, 4, 4)
+        return cls(128, 128, 4, 8, 3)
+
+
+def constants(form: CodeForm) -> dict[str, Any]:
+    """What the kernels are compiled for, as they call it."""
+    return {
+        "BITS": form.bits, "GROUP": form.group, "CENTRE": form.centre, "HAS_MINIMUM": form.has_minimum,
+        "HAS_BLOCKS": form.has_blocks, "IS_NESTED": form.is_nested,
+    }  # fmt: skip
+
+
+def _pointers(run: CodeRun) -> list[torch.Tensor]:
+    """Planes and scales; what the form lacks is never read."""
+    some = (run.high, run.scale, run.minimum, run.block_scale, run.block_minimum)
+    return [run.low, *(run.low if tensor is None or not tensor.numel() else tensor for tensor in some)]
+
+
+def coded_linear(
+    x: torch.Tensor, weight: DeviceCodes, out: torch.Tensor, *, bias: torch.Tensor | None = None, add: bool = False
+) -> None:
+    """x [T, K] -> x W^T + b to `out` [T, N], or added to it. Columns of x and of `out` are contiguous."""
+    if not len(x):
+        return
+    tiles, start = Tiles.of(len(x)), 0
+    assert x.stride(1) == out.stride(1) == 1
+    for run in weight.parts:
+        num_outputs, width = run.shape
+        part = slice(start, start := start + num_outputs)
+        grid = triton.cdiv(num_outputs, tiles.outputs), triton.cdiv(len(x), tiles.rows)
+        coded_linear_kernel[grid](
+            x, *_pointers(run), x if bias is None else bias[part], out[:, part], len(x), num_outputs, width,
+            x.stride(0), out.stride(0), **constants(run.form), HAS_BIAS=bias is not None, ADD=add,
+            ONE=tiles.rows == 1, BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, GROUPS=tiles.groups,
+            STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        )  # fmt: skip
+
+
+def coded_rows(ids: torch.Tensor, matrix: DeviceCodes, out: torch.Tensor) -> None:
+    """Rows `ids` [T] of a matrix in one form to `out` [T, K], contiguous."""
+    (run,), width = matrix.parts, matrix.shape[1]
+    assert out.is_contiguous()
+    tokens, groups = (16, 32) if INTERPRETED else (1, 32)
+    grid = triton.cdiv(len(ids), tokens), triton.cdiv(width // 32, groups)
+    coded_rows_kernel[grid](
+        ids, *_pointers(run), out, len(ids), *run.shape, **constants(run.form), TOKENS=tokens, GROUPS=groups
+    )
