@@ -61,10 +61,12 @@ def float32(array: Array) -> Array:
 
 
 def to_torch(array: Array, device: Any = "cpu") -> Any:
-    """The torch.Tensor of the same numbers; on the CPU it shares the memory."""
+    """The torch.Tensor of the same numbers; on the CPU it shares the memory, unless that is read-only."""
     if not isinstance(array, np.ndarray):
         return array.to(device)
     torch = need_torch("this executor")
+    if not array.flags.writeable:  # a file's map: torch has no such tensors
+        array = array.copy()
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(array).to(device)
@@ -83,7 +85,7 @@ def to_numpy(tensor: Array) -> np.ndarray:
 def in_torch(weights: Any, device: Any = "cpu", done: dict[int, tuple[Any, Any]] | None = None) -> Any:
     """Weights (dataclasses, dicts, lists of arrays) with every array as a tensor on a device; what is shared stays so.
 
-    Codes of a GGUF file stay as they are: they are unpacked on the host.
+    Codes of a GGUF file stay the bytes that they are; on the CPU those stay arrays.
     """
     from model_store.quantized import CodedMatrix
 
@@ -93,11 +95,15 @@ def in_torch(weights: Any, device: Any = "cpu", done: dict[int, tuple[Any, Any]]
     converted = weights
     if isinstance(weights, np.ndarray):
         converted = to_torch(weights, device)
+    elif isinstance(weights, CodedMatrix):
+        if str(device) != "cpu":
+            parts = [dataclasses.replace(part, blocks=to_torch(part.blocks, device)) for part in weights.parts]
+            converted = CodedMatrix(tuple(parts))
     elif isinstance(weights, dict):
         converted = {key: in_torch(value, device, done) for key, value in weights.items()}
     elif isinstance(weights, list):
         converted = [in_torch(value, device, done) for value in weights]
-    elif dataclasses.is_dataclass(weights) and not isinstance(weights, CodedMatrix | type):
+    elif dataclasses.is_dataclass(weights) and not isinstance(weights, type):
         fields = {f.name: in_torch(getattr(weights, f.name), device, done) for f in dataclasses.fields(weights)}
         converted = dataclasses.replace(weights, **fields)
     done[id(weights)] = weights, converted  # the original is kept too: an id is one object's only while it lives

@@ -79,13 +79,11 @@ def dense(matrix: Matrix, dtype: Any) -> Array:
 
 
 def tensors_of(value: Matrix | None) -> Iterator[Array]:
-    """What a field of weights holds in memory."""
+    """What a field of weights holds in memory, in whatever form an executor has put it."""
     if isinstance(value, Int8Matrix):
         yield from (value.values, value.scale)
-    elif isinstance(value, CodedMatrix | NestedMatrix | DualMatrix):
-        yield from value.tensors()
     elif value is not None:
-        yield value
+        yield from value.tensors() if hasattr(value, "tensors") else (value,)
 
 
 def int8_bytes(num_rows: int, width: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,44 @@ class LoadedPair:
     def in_torch(self, device: str = "cpu") -> LoadedPair:
         """The same pair for an executor made of torch: on the CPU its tensors share the arrays' memory.
 
-        A pair that is in torch already is itself.
+        A pair that is in torch already is itself, but for arrays that were put into one on another device.
         """
-        if not isinstance(self.ends["teacher"].final_norm_weight, np.ndarray):
+        if device == "cpu" and not isinstance(self.ends["teacher"].final_norm_weight, np.ndarray):
             return self
         tensors = arrays.in_torch([self.layers, self.ends, self.low_rank], device)
         return dataclasses.replace(self, layers=tensors[0], ends=tensors[1], low_rank=tensors[2])
+
+    def places(self) -> Iterator[tuple[LayerWeights | EndWeights, str]]:
+        """(owner, field) of every matrix of layers and ends; of owners that several layers or sides share, once."""
+        owners: list[LayerWeights | EndWeights] = [*self.layers.values(), *self.ends.values()]
+        for owner in {id(owner): owner for owner in owners}.values():
+            for name in MATRICES if isinstance(owner, LayerWeights) else ("embed", "head"):
+                yield owner, name
+
+    def replace_matrices(self, convert: Callable[[Matrix], Any]) -> None:
+        """Put what `convert` makes of a matrix in its place, one after the other, so that hardly anything exists twice.
+
+        What is shared is converted once, and stays shared.
+        """
+        users: dict[int, list[tuple[LayerWeights | EndWeights, str]]] = {}
+        for owner, name in self.places():
+            users.setdefault(id(getattr(owner, name)), []).append((owner, name))
+        for places in users.values():
+            converted = convert(getattr(*places[0]))
+            for owner, name in places:
+                setattr(owner, name, converted)
+
+    def widen_codes(self) -> None:
+        """Put plain matrices in the dtype in place of a file's codes: for an executor without a kernel for them where
+        they are. They are unpacked on the host."""
+
+        def widened(matrix: Matrix) -> Matrix:
+            if not isinstance(matrix, CodedMatrix):
+                return matrix
+            parts = [dataclasses.replace(part, blocks=arrays.to_numpy(part.blocks)) for part in matrix.parts]
+            return arrays.to_torch(CodedMatrix(tuple(parts)).dense(self.dtype), self.device)
+
+        self.replace_matrices(widened)
 
     @property
     def form(self) -> WeightForm:

@@ -112,8 +112,9 @@ def _base_form(settings: Settings, pair: Pair) -> WeightForm:
     from model_store.weight_form import Storage, WeightForm
 
     if settings.quantization is None:
-        keeps_codes = pair.has_codes and settings.executor != "cuda" and pick_device(settings) == "cpu"
-        storage = Storage.CODES if keeps_codes else Storage.AS_LOADED
+        device = pick_device(settings)
+        has_kernel = device == "cpu" or (device.startswith("cuda") and settings.executor != "torch")
+        storage = Storage.CODES if pair.has_codes and has_kernel else Storage.AS_LOADED
     else:
         bits = _NESTED_BITS.get(settings.quantization)
         if bits is not None:
@@ -157,6 +158,6 @@ def load_weights(settings: Settings, pair: Pair, form: WeightForm, device: str) 
     from model_store import nested_store
 
     file = nested_codes(pair, settings.store)
-    loaded = pair.load(form, device, settings.memory_budget)
+    loaded = pair.load(form, "cpu", settings.memory_budget)  # nothing goes to a device that codes take the place of
     nested_store.put(loaded, file, form)
-    return loaded
+    return loaded if device == "cpu" else loaded.in_torch(device)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from model_store.arrays import need_torch
+from model_store.weight_form import Storage
 from server.core.executor import Executor
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def _torch(pair: LoadedPair, config: EngineConfig) -> Executor | str:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if pair.device != "cpu" and pair.form.storage is Storage.CODES:
+        logger.info("the file's codes (%s) are widened: the torch executor reads them on a CPU only", pair.kinds())
+        pair.widen_codes()
 
     return TorchExecutor(pair, page_size=config.page_size, kv_cache_dtype=config.kv_cache_dtype)
 

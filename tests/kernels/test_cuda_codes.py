@@ -6,10 +6,13 @@ import torch
 
 from model_store.arrays import FLOAT32
 from model_store.nested import WIDTHS, nest
-from model_store.quantized import BLOCK_TYPES, CodedMatrix, stacked
+from model_store.quantized import BLOCK_TYPES, CodedMatrix, CodedRows, stacked
+from model_store.weight_form import Storage
 from server.kernels.cuda.coded_linear import coded_linear, coded_rows
 from server.kernels.cuda.codes import FORMS, DeviceCodes, DeviceNested
+from tests.kernels.steps import make_pair
 from tests.kernels.tensors import DEVICE, assert_close, randn
+from tests.kernels.test_codes import SHAPE, all_of, in_codes
 from tests.model_store.test_quantized import random_matrix
 
 ROWS = (1, 3, 16, 17, 64)
@@ -68,3 +71,17 @@ def test_rows_of_an_embedding_are_those_of_the_file(name):
     out = torch.empty(5, 1280, device=DEVICE)
     coded_rows(torch.from_numpy(ids).to(DEVICE, torch.int32), DeviceCodes.of(matrix, DEVICE), out)
     np.testing.assert_allclose(out.cpu().numpy(), matrix.rows(ids), rtol=1e-6, atol=1e-8)
+
+
+def test_an_executor_without_kernels_gets_plain_matrices():
+    """Codes that lie on a device, as `Pair.load` leaves them there."""
+    pair = in_codes(make_pair("llama", torch.bfloat16, **SHAPE), all_of("Q5_K")).in_torch("cpu:0")
+    head, num_bytes = pair.ends["teacher"].head, pair.num_bytes()
+    assert all(isinstance(part.blocks, torch.Tensor) for part in head.parts) and pair.form.storage is Storage.CODES
+    blocks = head.parts[0].blocks.numpy()
+    pair.widen_codes()
+    assert pair.form.storage is Storage.AS_LOADED and pair.num_bytes() > 2.8 * num_bytes
+    end = pair.ends["teacher"]
+    assert end.embed is end.head and end.head.dtype == torch.bfloat16
+    expected = CodedRows(blocks, BLOCK_TYPES["Q5_K"]).groups().dense()
+    assert torch.equal(end.head, torch.from_numpy(expected).to(torch.bfloat16))

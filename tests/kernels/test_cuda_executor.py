@@ -26,6 +26,8 @@ from server.loading import engine_config
 from server.model.executor import create_executor
 from server.model.torch_executor import TorchExecutor
 from tests.kernels.steps import FAMILIES, PAGE, assert_same_logits, make_pair, make_steps, quantised
+from tests.kernels.test_codes import MIXED, all_of, densified, in_codes
+from tests.kernels.test_nested import nested
 
 VOCAB = 61
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,13 +78,17 @@ def make_config(**changes) -> EngineConfig:
     return EngineConfig(**(values | {"executor": "cuda", "kv_cache_bytes": 1 << 20} | changes))
 
 
-def check_steps(pair: LoadedPair, counts: list[list[int]], sizes: tuple[int, ...]) -> None:
-    cuda, portable = create(pair, make_config()), TorchExecutor(pair, page_size=PAGE)
+def check_steps(
+    pair: LoadedPair, counts: list[list[int]], sizes: tuple[int, ...], plain: LoadedPair | None = None
+) -> CudaExecutor:
+    """`plain`: the same numbers for the portable executor, where it would compute otherwise."""
+    portable, cuda = TorchExecutor(plain or pair, page_size=PAGE), create(pair, make_config())
     assert isinstance(cuda, CudaExecutor), cuda
     tolerance = 1e-4 if pair.ends["teacher"].final_norm_weight.dtype == torch.float32 else 0.02
     assert cuda.shared_stations == (pair.shared_stations if pair.low_rank else frozenset())
     steps = make_steps(pair.elasticity, counts, sizes, VOCAB, is_shared=bool(cuda.shared_stations))
     assert_same_logits(cuda, portable, steps, tolerance)
+    return cuda
 
 
 @pytest.mark.parametrize(("family", "what"), [("gemma3_text", "norms of what attention"), ("olmo2", "norms of what"),
@@ -142,6 +148,23 @@ def test_int8_weights(family):
 def test_half_precision_int8_and_differences():
     pair = quantised(make_low_rank("middle", is_int8=True, dtype=torch.float16))
     check_steps(pair, [[3, 0, 5, 1], [1, 1, 1, 1]], sizes=(6, 5, 4, 3))
+
+
+IN_CODES = SMALL | {"hidden_size": 256, "intermediate_size": 256, "num_heads": 4, "num_kv_heads": 1, "head_dim": 64}
+
+
+@pytest.mark.parametrize(("family", "types", "bits"), [("llama", MIXED, 5.29), ("qwen2", all_of("Q4_1"), 5.0)])
+def test_codes_of_a_file(family, types, bits):
+    """As they are, against the dequantised model in float32: several types in a matrix, biases, the embedding too."""
+    make = lambda: in_codes(make_pair(family, torch.float32, ORDERS["last_to_first"], **IN_CODES), types)  # noqa: E731
+    cuda = check_steps(make(), [[3, 0, 5, 1], [1, 9, 1, 3], [0, 0, 0, 1]], (4, 3, 2, 2), densified(make()))
+    assert "weights in codes (qkv" in cuda.describe() and 8 * cuda.bytes_per_weight == pytest.approx(bits, abs=0.01)
+
+
+def test_nested_codes_at_one_width():
+    make = lambda: nested(make_pair("llama", torch.float32, ORDERS["last_to_first"], **IN_CODES), 5)  # noqa: E731
+    cuda = check_steps(make(), [[3, 0, 5, 1], [1, 1, 1, 1]], (4, 3, 2, 2), densified(make()))
+    assert cuda.bytes_per_weight == (5 + 0.75) / 8
 
 
 def test_launched_steps_follow_each_other_without_the_host():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from importlib.util import find_spec
 
 import gguf
 import numpy as np
@@ -45,11 +46,13 @@ def pair(request, tmp_path_factory) -> Pair:
     return open_pair(folder / "teacher", folder / "student")
 
 
-def test_codes_are_the_default_on_a_cpu(pair):
+def test_codes_are_the_default_where_a_kernel_reads_them(pair):
     assert weight_form(Settings(device="cpu"), pair) == WeightForm(storage=Storage.CODES)
     assert weight_form(Settings(device="cpu", low_rank="on"), pair) == WeightForm(low_rank=True, storage=Storage.CODES)
     assert weight_form(Settings(device="cpu", quantization="none"), pair) == WeightForm()
     assert weight_form(Settings(device="cpu", quantization="int8"), pair) == WeightForm(storage=Storage.INT8)
+    assert weight_form(Settings(device="cuda"), pair) == WeightForm(storage=Storage.CODES)
+    assert weight_form(Settings(device="cuda", executor="torch"), pair) == WeightForm()
     assert pair.code_kinds() == "qkv: Q4_1 + Q5_1; o: Q5_0; up: Q4_1; down: Q4_0; embedding, head: Q8_0"
 
 
@@ -93,13 +96,17 @@ def test_an_expanded_student_is_kept_in_the_store(pair, tmp_path, caplog):
     assert "could not be kept" in caplog.text
 
 
-@pytest.mark.parametrize("executor", ["torch", "native"])
+@pytest.mark.parametrize("executor", ["torch", "native", "cuda"])
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_every_size_answers_as_the_dequantised_pair(pair, executor, low_rank):
+    """Triton's interpreter, which cuda runs in without a GPU, multiplies no bfloat16."""
+    if executor == "cuda" and (pair.spec.family != "llama" or find_spec("triton") is None):
+        pytest.skip("one family is enough" if pair.spec.family != "llama" else "Triton is not installed")
     if executor == "native" and isinstance(reasons := library.choose(), list):
         pytest.skip("; ".join(reasons))
     sizes = pair.elasticity.sizes
-    form = WeightForm(low_rank=low_rank, storage=Storage.CODES)
+    dtype = torch.float32 if executor == "cuda" else torch.bfloat16
+    form = WeightForm(dtype, low_rank=low_rank, storage=Storage.CODES)
     exact = pair.load(WeightForm(torch.float32))
     for layer, weights in {} if low_rank else pair.load(form).layers.items():  # an expanded student has its own codes
         for name in pair.spec.matrix_shapes:

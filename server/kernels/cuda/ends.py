@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from model_store.int8 import Int8Matrix
 from model_store.spec import ModelSpec
 from model_store.weights import EndWeights
-from server.kernels.cuda.linear import linear
+from server.kernels.cuda.coded_linear import coded_rows
+from server.kernels.cuda.codes import DeviceCodes, DeviceNested
+from server.kernels.cuda.linear import Weight, linear
 from server.kernels.cuda.norm import norm
 
 
@@ -41,12 +43,17 @@ class Ends:
 
     def embed(self, end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         """Rows `ids` [T] of the embedding, with learned positions where there are such, to out [T, E]."""
-        if isinstance(end.embed, Int8Matrix):
-            values, scale = end.embed.values.index_select(0, ids), end.embed.scale.index_select(0, ids)
+        matrix: Weight = end.embed
+        if isinstance(matrix, DeviceNested):
+            matrix = matrix.at(matrix.width)
+        if isinstance(matrix, DeviceCodes):
+            coded_rows(ids, matrix, out)
+        elif isinstance(matrix, Int8Matrix):
+            values, scale = matrix.values.index_select(0, ids), matrix.scale.index_select(0, ids)
             out.copy_(values * scale[:, None])
         else:
-            assert isinstance(end.embed, torch.Tensor)
-            torch.index_select(end.embed, 0, ids, out=out)
+            assert isinstance(matrix, torch.Tensor)
+            torch.index_select(matrix, 0, ids, out=out)
         if self.spec.input_scale != 1.0:
             out *= self.spec.input_scale
         if end.positions is not None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from model_store.pair import LoadedPair
+from model_store.weight_form import Storage
 from server.core.batch import ForwardBatch
 from server.core.config import EngineConfig
 from server.core.executor import GREEDY, Draw, Executor, Follows
@@ -33,6 +34,7 @@ from server.kernels.cuda.logits import DeviceLogits
 from server.kernels.cuda.staging import Download, Upload
 from server.kernels.cuda.support import refusal
 from server.kernels.cuda.tables import DeviceTables
+from server.kernels.cuda.weights import bytes_per_weight, pack
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def create(pair: LoadedPair, config: EngineConfig) -> CudaExecutor | str:
 
 
 class CudaExecutor(Executor):
-    """Library products, Triton kernels, and a graph for whatever repeats."""
+    """Library products, Triton kernels, and a graph for whatever repeats. Takes over the pair: its codes are packed."""
 
     name = "cuda"
     can_draw = can_launch = True
@@ -52,12 +54,14 @@ class CudaExecutor(Executor):
     def __init__(self, pair: LoadedPair, config: EngineConfig) -> None:
         self.spec, self.elasticity, self._ends = pair.spec, pair.elasticity, Ends(pair.spec, pair.ends)
         self.sizes = pair.sizes
-        self.weight_form = pair.form
+        self.weight_form, self._kinds = pair.form, pair.kinds()
         self.shared_stations = pair.shared_stations if pair.low_rank else frozenset()
         sample = pair.ends["teacher"].final_norm_weight
         self.dtype, self.device = sample.dtype, sample.device
         self.page_size = config.page_size
         spec, device = self.spec, self.device
+        pack(pair, device)
+        self.bytes_per_weight = bytes_per_weight(pair)
         # Each guess is a row.
         max_rows = config.max_num_seqs * (1 + (config.num_speculative_tokens if config.speculates else 0))
         num_stations = len(self.elasticity.stations)
@@ -98,7 +102,10 @@ class CudaExecutor(Executor):
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu (interpreted)"
         graphs = f"{len(self._graphs)} CUDA graphs" if self._graphs.enabled else "no CUDA graphs"
-        return f"Triton on {where}, {self.weight_form}, {graphs}, pages of {self.page_size} tokens"
+        kind = str(self.weight_form)
+        if self.weight_form.storage in (Storage.CODES, Storage.NESTED):
+            kind = f"{self.weight_form.dtype}, weights in codes ({self._kinds})"
+        return f"Triton on {where}, {kind}, {graphs}, pages of {self.page_size} tokens"
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize

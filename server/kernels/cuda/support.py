@@ -9,7 +9,6 @@ import sysconfig
 import torch
 
 from model_store.pair import LoadedPair
-from model_store.weight_form import Storage
 from server.core.config import EngineConfig
 from server.kernels.cuda.runtime import INTERPRETED
 
@@ -29,8 +28,6 @@ def refusal(pair: LoadedPair, config: EngineConfig) -> str | None:
             return f"Triton needs {missing} at run time"
     if config.kv_cache_dtype == "int8":
         return "takes no --kv-cache-dtype int8"
-    if pair.form.storage in (Storage.CODES, Storage.NESTED):
-        return f"takes no {pair.form.storage}"
     if len(pair.widths) > 1:
         return "reads weights at one precision only"
     if reason := _not_computed(pair, config):
