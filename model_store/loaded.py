@@ -83,6 +83,8 @@ class LoadedPair:
         they are. They are unpacked on the host."""
 
         def widened(matrix: Matrix) -> Matrix:
+            if isinstance(matrix, DualMatrix):
+                return DualMatrix(widened(matrix.exact), matrix.nested)
             if not isinstance(matrix, CodedMatrix):
                 return matrix
             parts = [dataclasses.replace(part, blocks=arrays.to_numpy(part.blocks)) for part in matrix.parts]

@@ -181,13 +181,13 @@ class Settings(BaseModel):
     quantization: Literal["none", "int8", "q8", "q6", "q5", "q4"] | None = option(
         None,
         "none: matrices in --dtype; int8: of 8 bits, rounded when loaded, one scale per output channel; q8, q6, q5, "
-        "q4: nested codes read at so many bits, made once and kept in the store; not given: a GGUF file's own codes on "
-        "CPU, --dtype for other checkpoints",
+        "q4: nested codes read at so many bits, made once and kept in the store; not given: a GGUF file's own codes, "
+        "--dtype for other checkpoints",
         group="model",
     )
     precision_dial: Literal["auto", "on", "off"] = option(
         "auto",
-        "whether requests choose how many bits of the weights they read, from one copy (CPU). on: nested codes, made "
+        "whether requests choose how many bits of the weights they read, from one copy. on: nested codes, made "
         "once and kept in the store; auto: where the store has them and a file's own codes are not used; off: never",
         group="model",
     )

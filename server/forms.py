@@ -81,8 +81,9 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
     if not is_asked and form.storage is not Storage.AS_LOADED:  # as small as what the dial would read
         return form
     refusal = None
-    if settings.executor == "cuda" or pick_device(settings) != "cpu":
-        refusal = "the dial needs a CPU"
+    device = pick_device(settings)
+    if not _reads_codes(settings, device):
+        refusal = f"the dial needs a CPU, or the cuda executor; this is {settings.executor} on {device}"
     elif form.storage in (Storage.INT8, Storage.NESTED):
         refusal = f"it does not go with --quantization {settings.quantization}"
     if refusal and is_asked:
@@ -94,7 +95,7 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
         return form
     widths = tuple(sorted(WIDTHS))
     both = dataclasses.replace(form, widths=(*widths, EXACT))
-    most = min(settings.memory_budget or math.inf, _LOAD_SHARE * available_memory(settings.max_replicas))
+    most = min(settings.memory_budget or math.inf, _LOAD_SHARE * _memory(settings, device))
     if settings.exact == "on" or (settings.exact == "auto" and pair.union_bytes(pair.elasticity.sizes, both) <= most):
         return both
     if not is_asked:
@@ -102,6 +103,18 @@ def _with_widths(settings: Settings, pair: Pair, form: WeightForm) -> WeightForm
     if settings.exact == "auto":
         logger.warning("no memory for the weights as loaded beside their codes: 8 bits are the most that can be read")
     return dataclasses.replace(form, storage=Storage.NESTED, low_rank=False, widths=widths)
+
+
+def _reads_codes(settings: Settings, device: str) -> bool:
+    """Whether an executor there has a kernel for codes: on a CPU each has, on an NVIDIA GPU cuda."""
+    return device == "cpu" or (device.startswith("cuda") and settings.executor != "torch")
+
+
+def _memory(settings: Settings, device: str) -> int:
+    """Bytes that weights may take: of a GPU all, for this is asked again when they lie there."""
+    if device == "cpu":
+        return available_memory(settings.max_replicas)
+    return need_torch(device).cuda.mem_get_info(device)[1]
 
 
 def _base_form(settings: Settings, pair: Pair) -> WeightForm:
@@ -112,9 +125,8 @@ def _base_form(settings: Settings, pair: Pair) -> WeightForm:
     from model_store.weight_form import Storage, WeightForm
 
     if settings.quantization is None:
-        device = pick_device(settings)
-        has_kernel = device == "cpu" or (device.startswith("cuda") and settings.executor != "torch")
-        storage = Storage.CODES if pair.has_codes and has_kernel else Storage.AS_LOADED
+        keeps_codes = pair.has_codes and _reads_codes(settings, pick_device(settings))
+        storage = Storage.CODES if keeps_codes else Storage.AS_LOADED
     else:
         bits = _NESTED_BITS.get(settings.quantization)
         if bits is not None:

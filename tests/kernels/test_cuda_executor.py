@@ -19,15 +19,20 @@ from model_store.lowrank import LowRankDelta, LowRankTerm
 from server.config import Settings
 from server.core.config import EngineConfig
 from server.core.executor import GREEDY, Draw
-from server.core.request import Request, SamplingParams
+from server.core.request import LiveRequest, Request, SamplingParams
+from server.core.width import EXACT
 from server.engine.engine import Engine
+from server.engine.extras import lookahead
 from server.kernels.cuda.executor import CudaExecutor, create
 from server.loading import engine_config
+from server.model import linear as portable_products
 from server.model.executor import create_executor
 from server.model.torch_executor import TorchExecutor
 from tests.kernels.steps import FAMILIES, PAGE, assert_same_logits, make_pair, make_steps, quantised
 from tests.kernels.test_codes import MIXED, all_of, densified, in_codes
 from tests.kernels.test_nested import nested
+from tests.kernels.test_widths import assert_same, dual, with_widths
+from tests.model.test_widths_oracle import Dial
 
 VOCAB = 61
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,21 +155,84 @@ def test_half_precision_int8_and_differences():
     check_steps(pair, [[3, 0, 5, 1], [1, 1, 1, 1]], sizes=(6, 5, 4, 3))
 
 
-IN_CODES = SMALL | {"hidden_size": 256, "intermediate_size": 256, "num_heads": 4, "num_kv_heads": 1, "head_dim": 64}
+IN_CODES = SMALL | {"hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+IN_K_QUANTS = IN_CODES | {"hidden_size": 256, "intermediate_size": 256, "num_heads": 4, "head_dim": 64}
 
 
-@pytest.mark.parametrize(("family", "types", "bits"), [("llama", MIXED, 5.29), ("qwen2", all_of("Q4_1"), 5.0)])
-def test_codes_of_a_file(family, types, bits):
+def make_wide(family: str = "llama", shape: dict = IN_CODES) -> LoadedPair:
+    """With rows of whole groups, so that every matrix can be in codes."""
+    return make_pair(family, torch.float32, ORDERS["last_to_first"], **shape)
+
+
+@pytest.mark.parametrize(
+    ("family", "types", "shape", "bits"),
+    [("llama", MIXED, IN_K_QUANTS, 5.29), ("qwen2", all_of("Q4_1"), IN_CODES, 5.0)],
+)
+def test_codes_of_a_file(family, types, shape, bits):
     """As they are, against the dequantised model in float32: several types in a matrix, biases, the embedding too."""
-    make = lambda: in_codes(make_pair(family, torch.float32, ORDERS["last_to_first"], **IN_CODES), types)  # noqa: E731
-    cuda = check_steps(make(), [[3, 0, 5, 1], [1, 9, 1, 3], [0, 0, 0, 1]], (4, 3, 2, 2), densified(make()))
+    pair, plain = (in_codes(make_wide(family, shape), types) for _ in range(2))
+    cuda = check_steps(pair, [[3, 0, 5, 1], [1, 9, 1, 3], [0, 0, 0, 1]], (4, 3, 2, 2), densified(plain))
     assert "weights in codes (qkv" in cuda.describe() and 8 * cuda.bytes_per_weight == pytest.approx(bits, abs=0.01)
 
 
 def test_nested_codes_at_one_width():
-    make = lambda: nested(make_pair("llama", torch.float32, ORDERS["last_to_first"], **IN_CODES), 5)  # noqa: E731
-    cuda = check_steps(make(), [[3, 0, 5, 1], [1, 1, 1, 1]], (4, 3, 2, 2), densified(make()))
+    pair, plain = (nested(make_wide(), 5) for _ in range(2))
+    cuda = check_steps(pair, [[3, 0, 5, 1], [1, 1, 1, 1]], (4, 3, 2, 2), densified(plain))
     assert cuda.bytes_per_weight == (5 + 0.75) / 8
+
+
+@pytest.fixture
+def unrounded(monkeypatch):
+    """The portable executor rounds activations to eight bits where it multiplies codes; the kernels here do not."""
+    monkeypatch.setattr(portable_products, "round_activations", lambda x: x.float())
+
+
+@pytest.mark.parametrize("keeps_exact", [True, False])
+def test_rows_of_several_widths(keeps_exact, unrounded):
+    """Mixed and alone, prompts and decode, of both sides; a file's codes as the exact form, or nested codes alone."""
+    pair, plain = (dual(in_codes(make_wide(), all_of("Q4_0")), keeps_exact) for _ in range(2))
+    cuda, portable = create(pair, make_config()), TorchExecutor(plain, page_size=PAGE)
+    widths, counts = portable.widths, [[3, 0, 5, 1], [1, 9, 1, 3], [1, 1, 1, 1], [1, 1, 1, 1]]
+    steps = make_steps(portable.elasticity, counts, (4, 3, 2, 2), VOCAB)
+    mixed = [with_widths(batch, widths, turn) for turn, batch in enumerate(steps[:3])]
+    assert_same(cuda, portable, [*mixed, replace(steps[3], widths=np.full(4, 5, np.uint8))], 1e-4)
+    bits = [8 * cuda.bytes_per_weight_at(width) for width in cuda.widths]
+    assert cuda.widths == widths and bits[:4] == sorted(bits[:4])
+    assert 4.75 < bits[0] < 5 and bits[3] == 8.75 and (bits[-1] == 4.5) == keeps_exact
+
+
+def test_widths_that_change_while_steps_run_ahead(unrounded, monkeypatch):
+    """Rows keep their places as widths change, and are sorted anew as one ends: every token is its own request's."""
+    monkeypatch.setattr(lookahead, "_MAX_RUN", 1)
+    limits, counts = [(4, EXACT), (8, 8), (6, 6)], [5, 5, 4]
+
+    def answers(executor: str, policies: list[Dial], groups: list[list[int]]) -> list[LiveRequest]:
+        found = []
+        for policy, group in zip(policies, groups, strict=True):
+            engine = Engine(dual(make_wide()), make_config(executor=executor, max_model_len=64), policy=policy)
+            requests = [
+                LiveRequest(Request(
+                    f"r{i}", [7 * i + 3, i, 11], SamplingParams(max_tokens=counts[i], temperature=0.0, ignore_eos=True),
+                    sizes=(4,), min_width=limits[i][0], max_width=limits[i][1],
+                )) for i in group
+            ]  # fmt: skip
+            for request in requests:
+                engine.add(request)
+            while engine.has_work:
+                engine.step()
+            assert engine.num_step_failures == 0 and (executor != "cuda" or engine.lookahead.num_ahead > 0)
+            found += requests
+        return found
+
+    together = answers("cuda", [Dial((EXACT, EXACT, 4))], [[0, 1, 2]])
+    read = []
+    for request, count in zip(together, counts, strict=True):
+        starts = np.searchsorted([start for _, start in request.widths], np.arange(count), side="right") - 1
+        read.append(tuple(request.widths[i][0] for i in starts))
+    assert {*read[0]} == {EXACT, 4} and {*read[1], *read[2]} == {8, 6}
+    alone = answers("torch", [Dial(widths) for widths in read], [[0], [1], [2]])
+    for request, expected in zip(together, alone, strict=True):
+        assert request.output_token_ids == expected.output_token_ids
 
 
 def test_launched_steps_follow_each_other_without_the_host():

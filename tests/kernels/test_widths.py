@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.arrays import address
+from model_store.arrays import address, to_numpy
 from model_store.dual import DualMatrix
 from model_store.int8 import is_plain
 from model_store.loaded import LoadedPair
@@ -64,6 +64,7 @@ def assert_same(native, portable, steps: list[ForwardBatch], tolerance: float) -
         hidden = native.forward(batch)
         got = native.logits(hidden, num_teacher, widths)
         assert native.greedy(hidden, num_teacher, widths) == got.argmax(-1).tolist()
+        got = to_numpy(got)
         expected = portable.logits(portable.forward(batch), num_teacher, widths)
         error = np.linalg.norm(got - expected, axis=1) / np.linalg.norm(expected, axis=1)
         assert error.max() < tolerance, (batch.widths, error)

@@ -186,5 +186,7 @@ def test_the_dial_turns_only_where_it_can(pair, tmp_path):
     assert form_of(memory_budget=most, precision_dial="on", exact="on").widths == both
     with pytest.raises(ValueError, match="--precision-dial on: it does not go with --quantization int8"):
         form_of(precision_dial="on", quantization="int8")
-    with pytest.raises(ValueError, match="--exact off: the dial needs a CPU"):
-        form_of(exact="off", executor="cuda")
+    assert form_of(exact="off", executor="cuda").widths == (4, 5, 6, 8)
+    on_a_gpu = Settings(store=str(tmp_path), low_rank="off", device="cuda", exact="off", executor="torch")
+    with pytest.raises(ValueError, match="--exact off: the dial needs a CPU, or the cuda executor"):
+        weight_form(on_a_gpu, pair)

@@ -104,7 +104,8 @@ class Lookahead:
             raise
         if len(rows) == len(tokens):
             return step.batch, tokens
-        return self._build_batch(planned.scheduled), [tokens[row] for row in rows]
+        batch = self._build_batch(planned.scheduled)
+        return batch, [tokens[row] for row in _rows_of(batch, step.batch)]
 
     def drop(self) -> None:
         """Forget what runs ahead; numbers drawn for it serve the next draw of their requests."""
@@ -126,10 +127,9 @@ class Lookahead:
         if not rows or not all(allocate(request, request.num_computed_tokens + 2) for request in requests):
             return None
         batch = self._build_batch([(request, 1) for request in requests])
-        assert batch.requests == requests, "rows must stay in order"
         batch = replace(batch, positions=batch.positions + 1, context_lens=batch.context_lens + 1)
         assert step.tokens is not None, "the step before is launched"
-        return self._launch(batch, (step.tokens, np.asarray(rows, np.int32)))
+        return self._launch(batch, (step.tokens, np.array(_rows_of(batch, step.batch), np.int32)))
 
     def _launch(self, batch: ForwardBatch, follows: Follows | None) -> _Launched:
         launched = _Launched(
@@ -152,6 +152,12 @@ class Lookahead:
         if step is not None:
             for request, draw in zip(step.batch.requests, step.draws, strict=True):
                 self._sampler.give_back(request, draw)
+
+
+def _rows_of(batch: ForwardBatch, before: ForwardBatch) -> list[int]:
+    """Where its requests had their rows in a batch before: where widths have changed, others lie in another order."""
+    rows = {id(request): row for row, request in enumerate(before.requests)}
+    return [rows[id(request)] for request in batch.requests]
 
 
 def _is_plain_decode(request: LiveRequest) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from model_store.arrays import to_torch
+from model_store.int8 import Matrix
 from model_store.nested import WIDTHS, NestedMatrix
 from model_store.quantized import CodedMatrix, CodedRows
 
@@ -85,13 +86,13 @@ class DeviceCodes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNested:
-    """Nested codes [N, K]: one copy, read at `width` bits or, by `at`, at any other of WIDTHS."""
+    """Nested codes [N, K]: one copy, read at any of WIDTHS."""
 
     low: torch.Tensor
     high: torch.Tensor
     zero: torch.Tensor  # uint8 [N, S]
     scales: torch.Tensor  # float16 [widths, N, S]
-    width: int
+    width: int  # that is read where no other is asked for
 
     @classmethod
     def of(cls, matrix: NestedMatrix, device: torch.device) -> DeviceNested:
@@ -100,6 +101,8 @@ class DeviceNested:
         return cls(*_joined(parts), zero, scales, matrix.width)
 
     def at(self, width: int) -> DeviceCodes:
+        """What a row of this width reads."""
+        width = width if width in WIDTHS else self.width
         scale = self.scales[WIDTHS.index(width)]
         return DeviceCodes((CodeRun(CodeForm(width, is_nested=True), self.low, self.high, scale, self.zero),))
 
@@ -114,6 +117,33 @@ class DeviceNested:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         return iter((self.low, self.high, self.zero, self.scales))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceDual:
+    """A matrix [N, K] in two forms, as `model_store/dual.py` has them."""
+
+    exact: torch.Tensor | DeviceCodes
+    nested: DeviceNested
+
+    def at(self, width: int) -> torch.Tensor | DeviceCodes:
+        """What a row of this width reads."""
+        return self.nested.at(width) if width in WIDTHS else self.exact
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.nested.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.exact.nbytes + self.nested.nbytes
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.exact.tensors() if isinstance(self.exact, DeviceCodes) else (self.exact,)
+        yield from self.nested.tensors()
+
+
+Weight = Matrix | DeviceCodes | DeviceNested | DeviceDual
 
 
 @dataclass(frozen=True, slots=True)

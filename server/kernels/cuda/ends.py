@@ -5,16 +5,19 @@ T = tokens, S = rows whose logits are wanted, E = hidden, V = vocabulary.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model_store.int8 import Int8Matrix
 from model_store.spec import ModelSpec
 from model_store.weights import EndWeights
+from server.core.width import EXACT
 from server.kernels.cuda.coded_linear import coded_rows
-from server.kernels.cuda.codes import DeviceCodes, DeviceNested
-from server.kernels.cuda.linear import Weight, linear
+from server.kernels.cuda.codes import DeviceCodes, DeviceDual, DeviceNested, Weight
+from server.kernels.cuda.linear import linear
 from server.kernels.cuda.norm import norm
+from server.kernels.cuda.widths import head_widths, runs_of
 
 
 class Ends:
@@ -30,10 +33,11 @@ class Ends:
         sides = [(self.teacher, slice(0, split)), (self.student, slice(split, num))]
         return [(end, rows) for end, rows in sides if rows.start < rows.stop]
 
-    def head(self, hidden: torch.Tensor, num_teacher: int, out: torch.Tensor) -> None:
-        """Logits of normed rows [S, E] to out [S, V]."""
+    def head(self, hidden: torch.Tensor, num_teacher: int, out: torch.Tensor, widths: np.ndarray | None = None) -> None:
+        """Logits of normed rows [S, E] to out [S, V]. `widths` uint8 [S]: those of the rows; None: the widest."""
+        read = head_widths(widths)
         for end, rows in self.sides(num_teacher, len(hidden)):
-            linear(hidden[rows], end.head, end.head_bias, out=out[rows])
+            linear(hidden[rows], end.head, end.head_bias, out[rows], runs_of(None if read is None else read[rows]))
         if self.spec.logit_scale != 1.0:
             out *= self.spec.logit_scale
 
@@ -44,8 +48,8 @@ class Ends:
     def embed(self, end: EndWeights, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
         """Rows `ids` [T] of the embedding, with learned positions where there are such, to out [T, E]."""
         matrix: Weight = end.embed
-        if isinstance(matrix, DeviceNested):
-            matrix = matrix.at(matrix.width)
+        if isinstance(matrix, DeviceNested | DeviceDual):
+            matrix = matrix.at(EXACT)
         if isinstance(matrix, DeviceCodes):
             coded_rows(ids, matrix, out)
         elif isinstance(matrix, Int8Matrix):

@@ -61,7 +61,9 @@ class CudaExecutor(Executor):
         self.page_size = config.page_size
         spec, device = self.spec, self.device
         pack(pair, device)
-        self.bytes_per_weight = bytes_per_weight(pair)
+        self.widths = pair.widths
+        self._bytes_per_weight = {width: bytes_per_weight(pair, width) for width in self.widths}
+        self.bytes_per_weight = self._bytes_per_weight[self.widths[-1]]
         # Each guess is a row.
         max_rows = config.max_num_seqs * (1 + (config.num_speculative_tokens if config.speculates else 0))
         num_stations = len(self.elasticity.stations)
@@ -84,7 +86,7 @@ class CudaExecutor(Executor):
             ]
         )  # from a row of the block tables of a station's first layer to the same row of its student layer's
         self._inputs = DecodeInputs(
-            max_rows, num_stations, device, self._student_slots if self.shared_stations else None
+            max_rows, num_stations, device, self.widths[-1], self._student_slots if self.shared_stations else None
         )
         self._students = {layer: Difference.of(delta) for layer, delta in pair.low_rank.items()}
         self._upload = Upload(8 * config.max_num_batched_tokens, np.int32, device)
@@ -106,6 +108,9 @@ class CudaExecutor(Executor):
         if self.weight_form.storage in (Storage.CODES, Storage.NESTED):
             kind = f"{self.weight_form.dtype}, weights in codes ({self._kinds})"
         return f"Triton on {where}, {kind}, {graphs}, pages of {self.page_size} tokens"
+
+    def bytes_per_weight_at(self, width: int) -> float:
+        return self._bytes_per_weight[width]
 
     def page_bytes(self) -> int:
         return 2 * self.spec.num_kv_heads * self.page_size * self.spec.head_dim * self.dtype.itemsize
@@ -130,7 +135,7 @@ class CudaExecutor(Executor):
             return self._forward(batch)
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
-        if self._is_decode(batch):
+        if self._is_decode(batch) and self._width_of(batch) is not None:
             self._run_decode(batch)
             if len(batch.logits_rows) == batch.num_tokens:
                 self._ready = self._hidden[: batch.num_tokens]
@@ -143,7 +148,7 @@ class CudaExecutor(Executor):
         if hidden is self._ready:
             return self._logits[: len(hidden)].float()
         out = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
-        self._ends.head(hidden, num_teacher, out)
+        self._ends.head(hidden, num_teacher, out, widths)
         return out.float()
 
     @torch.inference_mode()
@@ -153,7 +158,7 @@ class CudaExecutor(Executor):
             logits = self._logits[: len(hidden)]
         else:
             logits = torch.empty(len(hidden), self.spec.vocab_size, dtype=self.dtype, device=self.device)
-            self._ends.head(hidden, num_teacher, logits)
+            self._ends.head(hidden, num_teacher, logits, widths)
         return self._draw(logits, [GREEDY] * len(logits)).wait()
 
     @torch.inference_mode()
@@ -172,8 +177,13 @@ class CudaExecutor(Executor):
         """
         assert self._is_decode(batch) and len(batch.logits_rows) == batch.num_requests == len(draws)
         with self._undone_if_it_fails():
-            self._run_decode(batch, follows=follows)
-            return self._draw(self._logits[: batch.num_requests], draws)
+            logits = self._logits[: batch.num_requests]
+            if self._width_of(batch) is None:
+                hidden = self._run_any(batch, follows=follows)
+                self._ends.head(hidden, batch.head_cut, logits, batch.widths)
+            else:
+                self._run_decode(batch, follows=follows)
+            return self._draw(logits, draws)
 
     @contextlib.contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
@@ -189,11 +199,15 @@ class CudaExecutor(Executor):
 
     # --- steps of any kind
 
-    def _run_any(self, batch: ForwardBatch) -> torch.Tensor:
+    def _run_any(self, batch: ForwardBatch, *, follows: Follows | None = None) -> torch.Tensor:
         self._ready = None
         updates = self._tables.changes(batch, self.page_size)
         inputs = StepInputs.send(batch, updates, self._upload, self._attention.max_queries, self._no_limit)
         self._tables.apply(inputs.updates)
+        if follows is not None:
+            before, followed = follows
+            assert isinstance(before, Download), "a step follows one of this executor's own"
+            inputs.ids.copy_(before.ids(torch.from_numpy(followed).to(self.device)))
         x = torch.empty(batch.num_tokens, self.spec.hidden_size, dtype=self.dtype, device=self.device)
         split = int(batch.query_start[batch.embed_cut])
         for end, rows in self._ends.sides(split, batch.num_tokens):
@@ -218,8 +232,17 @@ class CudaExecutor(Executor):
     def _is_decode(self, batch: ForwardBatch) -> bool:
         return batch.num_tokens == batch.num_requests
 
+    def _width_of(self, batch: ForwardBatch) -> int | None:
+        """The width that all rows read; None if there are several."""
+        if batch.widths is None:
+            return self.widths[-1]
+        first = int(batch.widths[0])
+        return first if (batch.widths == first).all() else None
+
     def _run_decode(self, batch: ForwardBatch, *, follows: Follows | None = None) -> None:
         """Leaves final-normed rows in `_hidden` and their logits in `_logits`, in batch order."""
+        width = self._width_of(batch)
+        assert width is not None, "rows of several widths are launched kernel by kernel"
         self._ready = None
         updates = self._tables.changes(batch, self.page_size)
         before, followed = follows or (None, np.zeros(0, np.int32))
@@ -230,9 +253,9 @@ class CudaExecutor(Executor):
             self._tables.apply(sent[0])
         num, sizes = batch.num_requests, batch.sizes
         splits = np.searchsorted(-sizes, -np.asarray(self.elasticity.thresholds), side="right").astype(np.int32)
-        self._inputs.send(batch, splits)
+        self._inputs.send(batch, splits, width)
         if before is not None and sent:
-            self._inputs.take_ids(before.values.index_select(0, sent[1]))
+            self._inputs.take_ids(before.ids(sent[1]))
         if sizes[0] == sizes[-1]:
             self._run_path(int(sizes[0]), bucket_of(num, self._buckets))
         elif self.shared_stations:
@@ -251,9 +274,10 @@ class CudaExecutor(Executor):
                 own = layer if student is None else self.elasticity.kept[layer - self.elasticity.num_teacher_layers]
                 self._layers.run(x, own, lane, kv_layer=layer, student=student)
             self._ends.norm(getattr(self._ends, path.norm_from), x, self._hidden[:rows])
-            self._ends.head(self._hidden[:rows], rows if path.head_from == "teacher" else 0, self._logits[:rows])
+            num_teacher = rows if path.head_from == "teacher" else 0
+            self._ends.head(self._hidden[:rows], num_teacher, self._logits[:rows], self._inputs.widths(rows))
 
-        self._graphs.run(("path", size, rows), run)
+        self._graphs.run(("path", size, rows, self._inputs.width), run)
 
     def _run_sides(self, batch: ForwardBatch, splits: list[int]) -> None:
         num, cut = batch.num_requests, batch.embed_cut
@@ -274,7 +298,7 @@ class CudaExecutor(Executor):
         if cut < num:
             rows = self._x[1, : num - cut].flip(0)
             self._ends.norm(self._ends.student, rows, self._hidden[cut:num])
-        self._ends.head(self._hidden[:num], batch.head_cut, self._logits[:num])
+        self._ends.head(self._hidden[:num], batch.head_cut, self._logits[:num], batch.widths)
 
     def _run_station(self, index: int, side: int, rows: int) -> None:
         station = self.elasticity.stations[index]
@@ -285,7 +309,7 @@ class CudaExecutor(Executor):
             for layer in layers:
                 self._layers.run(self._x[side, :rows], layer, lane)
 
-        self._graphs.run(("station", index, side, rows), run)
+        self._graphs.run(("station", index, side, rows, self._inputs.width), run)
 
     def _run_joint(self, num: int, splits: list[int]) -> None:
         """Stations that both sides run together: all rows in batch order, the teacher's in front."""
@@ -299,7 +323,7 @@ class CudaExecutor(Executor):
             if split:
                 self._run_rest(station, bucket_of(split, self._buckets))
         self._ends.norm(end, self._x[0, :num], self._hidden[:num])
-        self._ends.head(self._hidden[:num], num, self._logits[:num])
+        self._ends.head(self._hidden[:num], num, self._logits[:num], self._inputs.widths(num))
 
     def _run_shared_layer(self, index: int, rows: int) -> None:
         def run() -> None:
@@ -307,7 +331,7 @@ class CudaExecutor(Executor):
             lane = self._inputs.joint_lane(rows, index)
             self._layers.run(self._x[0, :rows], layer, lane, student=self._student_of(index))
 
-        self._graphs.run(("shared layer", index, rows), run)
+        self._graphs.run(("shared layer", index, rows, self._inputs.width), run)
 
     def _run_rest(self, index: int, rows: int) -> None:
         """The other layers of a station, on a copy: behind the teacher's rows lie the student's, not padding."""
@@ -323,7 +347,7 @@ class CudaExecutor(Executor):
             is_teacher = self._row_numbers[:rows] < lane.count
             torch.where(is_teacher[:, None], copy, x, out=x)
 
-        self._graphs.run(("rest", index, rows), run)
+        self._graphs.run(("rest", index, rows, self._inputs.width), run)
 
     def _student_of(self, station: int) -> Difference | None:
         return self._students.get(self.elasticity.student_layer(station))
@@ -338,6 +362,7 @@ class CudaExecutor(Executor):
 
     def _record(self) -> None:
         """Record what any mix of sizes needs, and whole paths of the ends of the dial; other paths when first used.
+        Likewise narrower widths than the widest.
 
         Counts are 0 meanwhile, so nothing is written to the pages. Largest first, so that all share its memory.
         """

@@ -14,6 +14,7 @@ from server.core.batch import ForwardBatch
 from server.kernels.cuda.attention import Items
 from server.kernels.cuda.layer import Lane
 from server.kernels.cuda.staging import Upload
+from server.kernels.cuda.widths import runs_of
 
 
 def _chunk_items(batch: ForwardBatch, rows: np.ndarray, max_queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +46,7 @@ class StepInputs:
     chunk_start: np.ndarray
     chunk_keys: np.ndarray  # [n], of each chunk item
     no_limit: torch.Tensor  # a count that no row reaches
+    widths: np.ndarray | None  # uint8 [T], on the host; None: all at the widest
 
     @classmethod
     def send(
@@ -68,6 +70,7 @@ class StepInputs:
             chunk_start=starts[1],
             chunk_keys=chunks[1] + chunks[3],
             no_limit=no_limit,
+            widths=batch.widths_of(batch.query_start),
             **dict(zip(names, upload.send(arrays), strict=True)),
         )
 
@@ -79,7 +82,8 @@ class StepInputs:
             self._items(self.decode, self.decode_start[start], self.decode_start[stop], True),
             self._items(self.chunks, begin, end, False, int(self.chunk_keys[begin:end].max(initial=0))),
         )
-        return Lane(self.positions[tokens], self.slots[tokens], self.no_limit, items, tokens.start)
+        runs = runs_of(None if self.widths is None else self.widths[tokens])
+        return Lane(self.positions[tokens], self.slots[tokens], self.no_limit, items, tokens.start, runs=runs)
 
     def joint_lane(self, start: int, stop: int, split: int, student_slots: int) -> Lane:
         """Requests [start, stop), of which those from `split` on are the student's.
@@ -109,12 +113,15 @@ class DecodeInputs:
 
     Side 0 holds the requests in batch order (largest size first), side 1 in reverse, so that both the rows on the
     teacher's side and those on the student's are a prefix at every station. How long the prefix is, `count` says.
+    All rows read at `width`.
     """
 
     def __init__(
-        self, max_rows: int, num_stations: int, device: torch.device, student_slots: np.ndarray | None = None
-    ) -> None:
+        self, max_rows: int, num_stations: int, device: torch.device, width: int,
+        student_slots: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         """`student_slots` [stations], where both sides run together: what to add to the slots of the student's rows."""
+        self.width = width
         self._shape, self._student_slots = (2, max_rows), student_slots
         num_values, num_joint = 6 * max_rows, 0 if student_slots is None else num_stations * max_rows
         self._upload = Upload(num_values + num_joint + 2 * num_stations + 1, np.int32, device)
@@ -124,8 +131,9 @@ class DecodeInputs:
         self._tokens = torch.arange(max_rows, dtype=torch.int32, device=device)
         self._lengths = torch.ones(max_rows, dtype=torch.int32, device=device)
 
-    def send(self, batch: ForwardBatch, splits: np.ndarray) -> None:
-        """splits [stations]: how many requests run the teacher's block there."""
+    def send(self, batch: ForwardBatch, splits: np.ndarray, width: int) -> None:
+        """splits [stations]: how many requests run the teacher's block there; `width` is that of all rows."""
+        self.width = width
         num = batch.num_requests
         rows = np.zeros((3, *self._shape), np.int32)
         for values, array in zip(rows, (batch.input_ids, batch.positions, batch.slots), strict=True):
@@ -138,9 +146,12 @@ class DecodeInputs:
             joint = rows[2, 0] + (is_student * self._student_slots[:, None]).astype(np.int32)
         self._upload.send([rows, joint, counts])
 
-    def take_ids(self, tokens: torch.Tensor) -> None:
-        """Input ids that the host does not know yet: the tokens just drawn, in batch order."""
-        ids = tokens.clamp_min(0)  # -1: nothing could be drawn, which the host will see
+    def widths(self, rows: int) -> np.ndarray:
+        """Of the first rows, uint8."""
+        return np.full(rows, self.width, np.uint8)
+
+    def take_ids(self, ids: torch.Tensor) -> None:
+        """Input ids that the host does not know yet, in batch order."""
         self.ids[0, : len(ids)] = ids
         self.ids[1, : len(ids)] = ids.flip(0)
 
@@ -150,7 +161,7 @@ class DecodeInputs:
         count = self._counts[index:][:1]
         positions, slots = self._positions[side, :rows], self._slots[side, :rows]
         items = Items(self._tokens[:rows], self._lengths[:rows], slots, positions, count, is_decode=True)
-        return Lane(positions, slots, count, (items,), 0)
+        return Lane(positions, slots, count, (items,), 0, runs=((slice(0, rows), self.width),))
 
     def joint_lane(self, rows: int, station: int) -> Lane:
         """The first `rows` requests: the teacher's, and from the split on the student's."""

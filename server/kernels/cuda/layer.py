@@ -21,6 +21,7 @@ from server.kernels.cuda.linear import Factors, add_linear, add_low_rank, linear
 from server.kernels.cuda.norm import norm
 from server.kernels.cuda.rotary import rotate_and_write
 from server.kernels.cuda.tables import DeviceTables
+from server.kernels.cuda.widths import Runs
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class Lane:
     items: tuple[Items, ...]
     first_token: int  # the token, as items count them, that is row 0
     split: torch.Tensor | None = None  # int32 [1]: rows from there on are the student's, in a lane of both
+    runs: Runs = ()  # the widths at which rows read
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class Layers:
                 add_low_rank(out, rows, student.factors[name], split)
 
         normed = normalise("attn_norm")
-        qkv = linear(normed, weights.qkv_weight, weights.qkv_bias)
+        qkv = linear(normed, weights.qkv_weight, weights.qkv_bias, runs=lane.runs)
         differ(qkv, normed, "qkv")
         q = rotate_and_write(
             qkv, self.k_pages, self.v_pages, table, lane.positions, lane.slots, lane.count, *self._angles[weights.rope],
@@ -109,12 +111,12 @@ class Layers:
         attended = attended.view(len(x), -1)
         if spec.parallel_residual:  # the MLP reads what attention has not been added to
             normed = normalise("mlp_norm")
-        add_linear(x, attended, weights.o_weight, weights.o_bias)
+        add_linear(x, attended, weights.o_weight, weights.o_bias, lane.runs)
         differ(x, attended, "o")
         if not spec.parallel_residual:
             normed = normalise("mlp_norm")
-        up = linear(normed, weights.up_weight, weights.up_bias)
+        up = linear(normed, weights.up_weight, weights.up_bias, runs=lane.runs)
         differ(up, normed, "up")
         hidden = activate(up, kind=spec.activation, is_gated=spec.gated_mlp)
-        add_linear(x, hidden, weights.down_weight, weights.down_bias)
+        add_linear(x, hidden, weights.down_weight, weights.down_bias, lane.runs)
         differ(x, hidden, "down")

@@ -18,10 +18,9 @@ import triton.language as tl
 from model_store.int8 import Factor, Int8Matrix, Matrix, dense, tensors_of
 from model_store.lowrank import LowRankTerm
 from server.kernels.cuda.coded_linear import coded_linear
-from server.kernels.cuda.codes import DeviceCodes, DeviceNested
+from server.kernels.cuda.codes import DeviceCodes, Weight
 from server.kernels.cuda.runtime import INTERPRETED
-
-Weight = Matrix | DeviceCodes | DeviceNested
+from server.kernels.cuda.widths import Runs, read_by
 
 TERM_BLOCK = 64  # output channels of a low-rank term that one program adds to
 _RANK_STEP = 16  # ranks are filled up with zeros to a multiple: columns that a program reads begin on whole vectors
@@ -120,8 +119,6 @@ def _launch(
 def _multiply(
     x: torch.Tensor, weight: Weight, out: torch.Tensor, *, bias: torch.Tensor | None, add: bool = False
 ) -> None:
-    if isinstance(weight, DeviceNested):
-        weight = weight.at(weight.width)
     if isinstance(weight, DeviceCodes):
         coded_linear(x, weight, out, bias=bias, add=add)
     else:
@@ -129,29 +126,33 @@ def _multiply(
 
 
 def linear(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None, runs: Runs = ()
 ) -> torch.Tensor:
-    """x [T, K] -> x W^T + b [T, N], contiguous."""
-    if not isinstance(weight, torch.Tensor):
-        out = x.new_empty(len(x), weight.shape[0]) if out is None else out
-        _multiply(x, weight, out, bias=bias)
-        return out
+    """x [T, K] -> x W^T + b [T, N], contiguous. `runs`: the widths at which rows read the matrix."""
+    parts = read_by(weight, runs)
     if out is None:
-        return F.linear(x, weight, bias)
-    torch.mm(x, weight.t(), out=out)
-    if bias is not None:
-        out += bias
+        if len(parts) == 1 and isinstance(parts[0][1], torch.Tensor):
+            return F.linear(x, parts[0][1], bias)
+        out = x.new_empty(len(x), weight.shape[0])
+    for rows, part in parts:
+        if not isinstance(part, torch.Tensor):
+            _multiply(x[rows], part, out[rows], bias=bias)
+            continue
+        torch.mm(x[rows], part.t(), out=out[rows])
+        if bias is not None:
+            out[rows] += bias
     return out
 
 
-def add_linear(x: torch.Tensor, rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> None:
+def add_linear(x: torch.Tensor, rows: torch.Tensor, weight: Weight, bias: torch.Tensor | None, runs: Runs = ()) -> None:
     """x [T, N] += rows [T, K] W^T + b."""
-    if not isinstance(weight, torch.Tensor):
-        _multiply(rows, weight, x, bias=bias, add=True)
-        return
-    x.addmm_(rows, weight.t())
-    if bias is not None:
-        x.add_(bias)
+    for some, part in read_by(weight, runs):
+        if not isinstance(part, torch.Tensor):
+            _multiply(rows[some], part, x[some], bias=bias, add=True)
+            continue
+        x[some].addmm_(rows[some], part.t())
+        if bias is not None:
+            x[some].add_(bias)
 
 
 @dataclass(frozen=True, slots=True)

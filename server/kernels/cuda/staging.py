@@ -71,6 +71,10 @@ class Download:
         else:
             self._host = values.clone()
 
+    def ids(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of these rows, as input ids that the host does not know yet: 0 for -1, which it will see."""
+        return self.values.index_select(0, rows).clamp_min(0)
+
     def wait(self) -> list[int]:
         if self._event is not None:
             self._event.synchronize()

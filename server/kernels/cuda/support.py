@@ -28,8 +28,6 @@ def refusal(pair: LoadedPair, config: EngineConfig) -> str | None:
             return f"Triton needs {missing} at run time"
     if config.kv_cache_dtype == "int8":
         return "takes no --kv-cache-dtype int8"
-    if len(pair.widths) > 1:
-        return "reads weights at one precision only"
     if reason := _not_computed(pair, config):
         return reason
     if pair.low_rank and len(pair.shared_stations) < len(pair.elasticity.stations):
