@@ -135,9 +135,9 @@ BLOCK_TYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodedRows:
-    """Rows of one type: blocks uint8 [N, bytes of a row]."""
+    """Rows of one type: blocks uint8 [N, bytes of a row], in an array or, on a device, in a tensor."""
 
-    blocks: np.ndarray
+    blocks: Array
     type: BlockType
 
     @property

@@ -11,6 +11,7 @@ from model_store.int8 import Matrix
 from model_store.loaded import LoadedPair
 from model_store.nested import WIDTHS, NestedMatrix, bytes_read
 from model_store.quantized import CodedMatrix
+from server.core.width import EXACT
 from server.kernels.cuda.codes import DeviceCodes, DeviceDual, DeviceNested, Weight
 
 
@@ -31,17 +32,17 @@ def pack(pair: LoadedPair, device: torch.device) -> None:
         torch.cuda.empty_cache()  # of what lay between
 
 
+def bytes_of_product(matrix: Weight, width: int = EXACT) -> float:
+    """Bytes of a matrix that a product at this width reads."""
+    if isinstance(matrix, DeviceDual):
+        matrix = matrix.nested if width in WIDTHS else matrix.exact
+    if isinstance(matrix, DeviceNested):
+        return math.prod(matrix.shape) * bytes_read(width if width in WIDTHS else matrix.width)
+    return matrix.nbytes
+
+
 def bytes_per_weight(pair: LoadedPair, width: int) -> float:
     """Bytes of one weight as products of rows of this width read it: matrices of layers and heads, each once."""
-    matrices = {id(getattr(owner, name)): (getattr(owner, name), name) for owner, name in pair.places()}
-    num_weights, num_read = 0, 0.0
-    for matrix, name in matrices.values():
-        if name == "embed":
-            continue
-        count, bits = math.prod(matrix.shape), head_width(width) if name == "head" else width
-        if isinstance(matrix, DeviceDual) and bits not in WIDTHS:
-            matrix = matrix.exact
-        is_nested = isinstance(matrix, DeviceNested | DeviceDual)
-        num_weights += count
-        num_read += count * bytes_read(bits if bits in WIDTHS else matrix.width) if is_nested else matrix.nbytes
-    return num_read / num_weights
+    found = {id(m): (m, name) for m, name in ((getattr(owner, name), name) for owner, name in pair.places())}
+    products = [(m, head_width(width) if name == "head" else width) for m, name in found.values() if name != "embed"]
+    return sum(bytes_of_product(*product) for product in products) / sum(math.prod(m.shape) for m, _ in products)
