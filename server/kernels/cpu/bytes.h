@@ -37,6 +37,7 @@ inline Bytes minus32(Bytes a, Bytes b) { return _mm512_sub_epi32(a, b); }
 inline Bytes plus32(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
 inline Bytes plus8(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
 inline Bytes plus16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
+inline void in_this_order(Bytes& sum) { asm("" : "+v"(sum)); }
 inline Bytes pair_products(Bytes w, Bytes x) { return _mm512_maddubs_epi16(w, x); }
 inline Bytes sum_pairs(Bytes x) { return _mm512_madd_epi16(x, _mm512_set1_epi16(1)); }
 inline Bytes magnitude(Bytes w) { return _mm512_abs_epi8(w); }
@@ -72,6 +73,7 @@ inline Bytes minus32(Bytes a, Bytes b) { return _mm256_sub_epi32(a, b); }
 inline Bytes plus32(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
 inline Bytes plus8(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
 inline Bytes plus16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+inline void in_this_order(Bytes& sum) { asm("" : "+x"(sum)); }
 inline Bytes pair_products(Bytes w, Bytes x) { return _mm256_maddubs_epi16(w, x); }
 inline Bytes sum_pairs(Bytes x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 inline Bytes magnitude(Bytes w) { return _mm256_abs_epi8(w); }

@@ -30,6 +30,7 @@ inline Bytes minus32(Bytes a, Bytes b) { return bytes_of(vsubq_s32(sums_of(a), s
 inline Bytes plus32(Bytes a, Bytes b) { return bytes_of(vaddq_s32(sums_of(a), sums_of(b))); }
 inline Bytes plus8(Bytes a, Bytes b) { return vaddq_u8(a, b); }
 inline Bytes plus16(Bytes a, Bytes b) { return vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(a), vreinterpretq_u16_u8(b))); }
+inline void in_this_order(Bytes& sum) { asm("" : "+w"(sum)); }
 inline Bytes pair_products(Bytes w, Bytes x) {
     const int16x8_t low = vmull_s8(vget_low_s8(signed_of(w)), vget_low_s8(signed_of(x))), high = vmull_high_s8(signed_of(w), signed_of(x));
     return vreinterpretq_u8_s16(vpaddq_s16(low, high));

@@ -34,8 +34,8 @@ inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 inline void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
 #endif
 // To the second-level cache; or past it, where it is read once and soon.
-inline void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
-inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
+inline __attribute__((always_inline)) void prefetch_second(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline __attribute__((always_inline)) void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 }  // namespace boomerang
 
