@@ -223,4 +223,4 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
     wanted = {"chunk attention, any splits"} | {f"chunk, reduce {splits} splits" for splits in (2, 4, 8, 16, 32)}
     assert wanted <= {row["kernel"] for row in rows}
     for row in rows:
-        assert row["spilled"] == 0 and row["shared"] <= 227 * 1024, row
+        assert row["spilled"] == 0 and row["shared"] <= (99 if "codes" in row["kernel"] else 227) * 1024, row

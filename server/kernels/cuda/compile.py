@@ -129,13 +129,13 @@ def _coded_cases() -> list[Case]:
     """Two forms that have all there is between them: scales by 16 inputs and by block, and the most planes."""
     found = []
     whole = ("num_outputs", "width", "x_stride", "out_stride")
-    for name, form in (("Q6_K", FORMS["Q6_K"][0]), ("nested codes", CodeForm(8, is_nested=True))):
+    for name, form in (("codes in Q6_K", FORMS["Q6_K"][0]), ("nested codes", CodeForm(8, is_nested=True))):
         integers = "*u8" if form.is_nested else "*i8"
         codes = {"low_ptr": "*i32", "high_ptr": "*i32", "scale_ptr": "*fp16" if form.is_nested else integers,
                  "minimum_ptr": integers, "block_scale_ptr": "*fp16", "block_minimum_ptr": "*fp16",
                  "num_outputs": "i32", "width": "i32"}  # fmt: skip
         for rows in (1, 16, 64, 512):
-            tiles = coded_linear.Tiles.of(rows)
+            tiles = coded_linear.Tiles.of(rows, item_bytes=2)
             types = codes | {"x_ptr": "*T", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "x_stride": "i32",
                              "out_stride": "i32"}  # fmt: skip
             constants = coded_linear.constants(form) | {
