@@ -8,7 +8,7 @@ from model_store.arrays import FLOAT32
 from model_store.nested import WIDTHS, nest
 from model_store.quantized import BLOCK_TYPES, CodedMatrix, CodedRows, stacked
 from model_store.weight_form import Storage
-from server.kernels.cuda.coded_linear import coded_linear, coded_rows
+from server.kernels.cuda.coded_linear import Tiles, coded_linear, coded_rows
 from server.kernels.cuda.codes import FORMS, DeviceCodes, DeviceNested
 from tests.kernels.steps import make_pair
 from tests.kernels.tensors import DEVICE, assert_close, randn
@@ -28,7 +28,8 @@ def test_every_type_of_a_file_has_a_form():
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_products_of_every_type_and_number_of_rows(name):
-    """768 inputs are three turns of a program, two of them full; 150 outputs two programs, the second nearly empty."""
+    """Three turns of a program, the last not full where it can be; 150 outputs are two programs, the second nearly
+    empty."""
     matrix = random_matrix(name, 150, 768 if name.endswith("K") else 544)
     weight, codes = dense(matrix), DeviceCodes.of(matrix, DEVICE)
     assert codes.shape == matrix.shape and matrix.nbytes <= codes.nbytes <= 1.03 * matrix.nbytes
@@ -62,6 +63,19 @@ def test_mixed_types_bias_and_sum_in_half_precision(num_rows):
     coded_linear(x, codes, out, bias=bias, add=True)
     assert_close(out, expected, torch.float16)
     coded_linear(x[:0], codes, out[:0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 19])
+def test_few_outputs_split_the_inputs(num_rows):
+    """Interpreted, seven turns of a program in two shares, of four and three."""
+    matrix = stacked([random_matrix("Q5_1", 20, 1600), random_matrix("Q8_0", 9, 1600)])
+    tiles = Tiles.of(num_rows, 4)
+    assert tiles.splits(num_rows, 20, 1600, 2) > 1
+    assert tiles.splits(300, 20, 1600, 132) == 1 and tiles.splits(num_rows, 10**6, 1600, 132) == 1
+    x, bias, out = randn(num_rows, 1600), randn(29), randn(num_rows, 29)
+    expected = out + x @ dense(matrix).t() + bias
+    coded_linear(x, DeviceCodes.of(matrix, DEVICE), out, bias=bias, add=True)
+    assert_close(out, expected, torch.float32)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)

@@ -10,6 +10,7 @@ T = rows, N = outputs, K = inputs, G = K / 32.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ import triton.language as tl
 
 from server.kernels.cuda.codes import CodeForm, CodeRun, DeviceCodes
 from server.kernels.cuda.runtime import INTERPRETED
+
+MAX_SPLITS = 8
+JOIN_COLUMNS = 1024
 
 
 @triton.jit
@@ -83,9 +87,12 @@ def coded_linear_kernel(
         partial = tl.zeros([BLOCK_N, GROUPS, 4], tl.float32)
     else:
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.range(0, num_groups, GROUPS, num_stages=STAGES):
+    share = tl.cdiv(tl.cdiv(num_groups, GROUPS), tl.num_programs(2)) * GROUPS
+    begin = tl.program_id(2) * share
+    end = tl.minimum(begin + share, num_groups)
+    for first in tl.range(begin, end, GROUPS, num_stages=STAGES):
         groups = first + tl.arange(0, GROUPS)
-        is_group = groups < num_groups
+        is_group = groups < end
         at = outputs[:, None].to(tl.int64) * num_groups + groups[None, :]
         blocks = outputs[:, None].to(tl.int64) * (width // 256) + groups[None, :] // 8
         mask = is_output[:, None] & is_group[None, :]
@@ -126,7 +133,28 @@ def coded_linear_kernel(
     if HAS_BIAS:
         sums += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
     mask = is_row[:, None] & is_output[None, :]
-    target = out_ptr + rows[:, None].to(tl.int64) * out_stride + outputs[None, :]
+    first_row = tl.program_id(2) * num_rows  # of the sums of this share of the inputs
+    target = out_ptr + (first_row + rows)[:, None].to(tl.int64) * out_stride + outputs[None, :]
+    if ADD:
+        sums += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def join_kernel(
+    partial_ptr, bias_ptr, out_ptr, num_rows, num_outputs, out_stride,
+    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out [T, N] = or += the sum of partial [SPLITS, T, N], and bias."""
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < num_outputs
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(partial_ptr + (split * num_rows + row) * num_outputs + columns, mask=mask, other=0.0)
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    target = out_ptr + row.to(tl.int64) * out_stride + columns
     if ADD:
         sums += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=mask)
@@ -186,6 +214,19 @@ class Tiles:
             return cls(min(rows, 64), 64, 4, 4, 4 if item_bytes <= 2 else 2)
         return cls(128, 128, 4, 8, 2)
 
+    def splits(self, num_rows: int, num_outputs: int, width: int, num_processors: int) -> int:
+        """Shares of the inputs, a power of two, so that a product of few rows and outputs fills the device."""
+        programs = triton.cdiv(num_outputs, self.outputs)
+        if num_rows > self.rows or self.rows > 64:
+            return 1
+        most = min(4 * num_processors // programs, triton.cdiv(width, 32 * self.groups) // 2, MAX_SPLITS)
+        return 1 << max(most.bit_length() - 1, 0)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
 
 def constants(form: CodeForm) -> dict[str, Any]:
     """What the kernels are compiled for, as they call it."""
@@ -207,18 +248,26 @@ def coded_linear(
     """x [T, K] -> x W^T + b to `out` [T, N], or added to it. Columns of x and of `out` are contiguous."""
     if not len(x):
         return
-    tiles, start = Tiles.of(len(x), x.element_size()), 0
+    tiles, start, processors = Tiles.of(len(x), x.element_size()), 0, _num_processors(x.device)
     assert x.stride(1) == out.stride(1) == 1
     for run in weight.parts:
         num_outputs, width = run.shape
         part = slice(start, start := start + num_outputs)
-        grid = triton.cdiv(num_outputs, tiles.outputs), triton.cdiv(len(x), tiles.rows)
+        target, add_to = out[:, part], x if bias is None else bias[part]
+        splits = tiles.splits(len(x), num_outputs, width, processors)
+        sums = target if splits == 1 else x.new_empty(splits * len(x), num_outputs, dtype=torch.float32)
+        ends = {"HAS_BIAS": bias is not None, "ADD": add}
+        grid = triton.cdiv(num_outputs, tiles.outputs), triton.cdiv(len(x), tiles.rows), splits
         coded_linear_kernel[grid](
-            x, *_pointers(run), x if bias is None else bias[part], out[:, part], len(x), num_outputs, width,
-            x.stride(0), out.stride(0), **constants(run.form), HAS_BIAS=bias is not None, ADD=add,
-            ONE=tiles.rows == 1, BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, GROUPS=tiles.groups,
-            STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+            x, *_pointers(run), add_to, sums, len(x), num_outputs, width, x.stride(0), sums.stride(0),
+            **constants(run.form), **(ends if splits == 1 else dict.fromkeys(ends, False)), ONE=tiles.rows == 1,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, GROUPS=tiles.groups, STAGES=tiles.num_stages,
+            num_warps=tiles.num_warps,
         )  # fmt: skip
+        if splits > 1:
+            join_kernel[(triton.cdiv(num_outputs, JOIN_COLUMNS), len(x))](
+                sums, add_to, target, len(x), num_outputs, out.stride(0), **ends, SPLITS=splits, COLUMNS=JOIN_COLUMNS
+            )
 
 
 def coded_rows(ids: torch.Tensor, matrix: DeviceCodes, out: torch.Tensor) -> None:

@@ -149,6 +149,10 @@ def _coded_cases() -> list[Case]:
         types = codes | {"ids_ptr": "*i32", "out_ptr": "*T", "num_tokens": "i32"}
         constants = coded_linear.constants(form) | {"TOKENS": 1, "GROUPS": 32}
         found.append(Case(f"{name}, embedding", coded_linear.coded_rows_kernel, types, constants, whole=whole[:2]))
+    types = {"partial_ptr": "*fp32", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "num_outputs": "i32",
+             "out_stride": "i32"}  # fmt: skip
+    constants = {"HAS_BIAS": True, "ADD": True, "SPLITS": coded_linear.MAX_SPLITS, "COLUMNS": coded_linear.JOIN_COLUMNS}
+    found.append(Case("join of split products", coded_linear.join_kernel, types, constants, whole=(whole[0], whole[3])))
     return found
 
 
@@ -171,7 +175,8 @@ def compile_case(case: Case, dtype: str, capability: int) -> dict[str, Any]:
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
     """Registers a thread and spilled bytes, as the assembler that Triton brings along reports them."""
-    assembler = triton.knobs.nvidia.ptxas.path
+    tools = triton.knobs.nvidia
+    assembler = (tools.ptxas_blackwell if capability >= 100 else tools.ptxas).path
     arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
