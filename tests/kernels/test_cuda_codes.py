@@ -8,6 +8,7 @@ from model_store.arrays import FLOAT32
 from model_store.nested import WIDTHS, nest
 from model_store.quantized import BLOCK_TYPES, CodedMatrix, CodedRows, stacked
 from model_store.weight_form import Storage
+from server.kernels.cuda import coded_linear as coded_linear_module
 from server.kernels.cuda.coded_linear import Tiles, coded_linear, coded_rows
 from server.kernels.cuda.codes import FORMS, DeviceCodes, DeviceNested
 from tests.kernels.steps import make_pair
@@ -75,6 +76,17 @@ def test_few_outputs_split_the_inputs(num_rows):
     x, bias, out = randn(num_rows, 1600), randn(29), randn(num_rows, 29)
     expected = out + x @ dense(matrix).t() + bias
     coded_linear(x, DeviceCodes.of(matrix, DEVICE), out, bias=bias, add=True)
+    assert_close(out, expected, torch.float32)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_many_rows_are_multiplied_with_widened_parts(add, monkeypatch):
+    """Parts of 20 outputs of the first run, 20 and 9 of the second."""
+    monkeypatch.setattr(coded_linear_module, "WIDENED", 20 * 96)
+    matrix = stacked([random_matrix("Q4_0", 20, 96), random_matrix("Q5_0", 29, 96)])
+    x, bias, out = randn(300, 96), randn(49), randn(300, 49)
+    expected = x @ dense(matrix).t() + bias + (out if add else 0)
+    coded_linear(x, DeviceCodes.of(matrix, DEVICE), out, bias=bias, add=add)
     assert_close(out, expected, torch.float32)
 
 

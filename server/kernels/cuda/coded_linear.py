@@ -3,7 +3,8 @@
 Codes pass from memory once and become numbers in registers. A code is not moved to the lowest bits of its word: the
 input or the scale that it is multiplied with is made smaller instead, by a power of two. One row is multiplied in
 float32 with the codes as they are, and a group's sum is scaled: weights are exactly the file's. For more rows tiles of
-weights are scaled, rounded to the type of the activations and given to the tensor cores.
+weights are scaled, rounded to the type of the activations and given to the tensor cores. Very many rows are the
+library's.
 
 T = rows, N = outputs, K = inputs, G = K / 32.
 """
@@ -21,6 +22,8 @@ import triton.language as tl
 from server.kernels.cuda.codes import CodeForm, CodeRun, DeviceCodes
 from server.kernels.cuda.runtime import INTERPRETED
 
+MOST_ROWS = 256  # of a product from codes; beyond, widening them once takes less time than the product
+WIDENED = 1 << 25  # weights that are plain at a time
 MAX_SPLITS = 8
 JOIN_COLUMNS = 1024
 
@@ -246,36 +249,59 @@ def coded_linear(
     x: torch.Tensor, weight: DeviceCodes, out: torch.Tensor, *, bias: torch.Tensor | None = None, add: bool = False
 ) -> None:
     """x [T, K] -> x W^T + b to `out` [T, N], or added to it. Columns of x and of `out` are contiguous."""
-    if not len(x):
-        return
-    tiles, start, processors = Tiles.of(len(x), x.element_size()), 0, _num_processors(x.device)
     assert x.stride(1) == out.stride(1) == 1
-    for run in weight.parts:
-        num_outputs, width = run.shape
-        part = slice(start, start := start + num_outputs)
-        target, add_to = out[:, part], x if bias is None else bias[part]
-        splits = tiles.splits(len(x), num_outputs, width, processors)
-        sums = target if splits == 1 else x.new_empty(splits * len(x), num_outputs, dtype=torch.float32)
-        ends = {"HAS_BIAS": bias is not None, "ADD": add}
-        grid = triton.cdiv(num_outputs, tiles.outputs), triton.cdiv(len(x), tiles.rows), splits
-        coded_linear_kernel[grid](
-            x, *_pointers(run), add_to, sums, len(x), num_outputs, width, x.stride(0), sums.stride(0),
-            **constants(run.form), **(ends if splits == 1 else dict.fromkeys(ends, False)), ONE=tiles.rows == 1,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, GROUPS=tiles.groups, STAGES=tiles.num_stages,
-            num_warps=tiles.num_warps,
-        )  # fmt: skip
-        if splits > 1:
-            join_kernel[(triton.cdiv(num_outputs, JOIN_COLUMNS), len(x))](
-                sums, add_to, target, len(x), num_outputs, out.stride(0), **ends, SPLITS=splits, COLUMNS=JOIN_COLUMNS
-            )
+    multiply, start = _multiply if len(x) <= MOST_ROWS else _multiply_widened, 0
+    for run in weight.parts if len(x) else ():
+        part = slice(start, start := start + run.shape[0])
+        multiply(x, run, out[:, part], None if bias is None else bias[part], add)
+
+
+def _multiply(x: torch.Tensor, run: CodeRun, out: torch.Tensor, bias: torch.Tensor | None, add: bool) -> None:
+    (num_rows, width), num_outputs = x.shape, out.shape[1]
+    tiles = Tiles.of(num_rows, x.element_size())
+    splits = tiles.splits(num_rows, num_outputs, width, _num_processors(x.device))
+    sums = out if splits == 1 else x.new_empty(splits * num_rows, num_outputs, dtype=torch.float32)
+    ends = {"HAS_BIAS": bias is not None, "ADD": add}
+    bias = x if bias is None else bias
+    grid = triton.cdiv(num_outputs, tiles.outputs), triton.cdiv(num_rows, tiles.rows), splits
+    coded_linear_kernel[grid](
+        x, *_pointers(run), bias, sums, num_rows, num_outputs, width, x.stride(0), sums.stride(0),
+        **constants(run.form), **(ends if splits == 1 else dict.fromkeys(ends, False)), ONE=tiles.rows == 1,
+        BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, GROUPS=tiles.groups, STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps,
+    )  # fmt: skip
+    if splits > 1:
+        join_kernel[(triton.cdiv(num_outputs, JOIN_COLUMNS), num_rows)](
+            sums, bias, out, num_rows, num_outputs, out.stride(0), **ends, SPLITS=splits, COLUMNS=JOIN_COLUMNS
+        )
+
+
+def _multiply_widened(x: torch.Tensor, run: CodeRun, out: torch.Tensor, bias: torch.Tensor | None, add: bool) -> None:
+    """For many rows, which would unpack the codes again and again: the library's products with plain parts of them."""
+    for ids in torch.arange(len(run.low), dtype=torch.int32, device=x.device).split(WIDENED // x.shape[1]):
+        plain = x.new_empty(len(ids), x.shape[1])
+        _read_rows(ids, run, plain)
+        part, out = out[:, : len(ids)], out[:, len(ids) :]
+        if add:
+            part.addmm_(x, plain.t())
+        else:
+            torch.mm(x, plain.t(), out=part)
+        if bias is not None:
+            part += bias[: len(ids)]
+            bias = bias[len(ids) :]
 
 
 def coded_rows(ids: torch.Tensor, matrix: DeviceCodes, out: torch.Tensor) -> None:
     """Rows `ids` [T] of a matrix in one form to `out` [T, K], contiguous."""
-    (run,), width = matrix.parts, matrix.shape[1]
+    (run,) = matrix.parts
+    _read_rows(ids, run, out)
+
+
+def _read_rows(ids: torch.Tensor, run: CodeRun, out: torch.Tensor) -> None:
+    num_outputs, width = run.shape
     assert out.is_contiguous()
-    tokens, groups = (16, 32) if INTERPRETED else (1, 32)
+    tokens, groups = (64, 32) if INTERPRETED else (1, 32)
     grid = triton.cdiv(len(ids), tokens), triton.cdiv(width // 32, groups)
     coded_rows_kernel[grid](
-        ids, *_pointers(run), out, len(ids), *run.shape, **constants(run.form), TOKENS=tokens, GROUPS=groups
+        ids, *_pointers(run), out, len(ids), num_outputs, width, **constants(run.form), TOKENS=tokens, GROUPS=groups
     )

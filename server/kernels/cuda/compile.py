@@ -134,7 +134,7 @@ def _coded_cases() -> list[Case]:
         codes = {"low_ptr": "*i32", "high_ptr": "*i32", "scale_ptr": "*fp16" if form.is_nested else integers,
                  "minimum_ptr": integers, "block_scale_ptr": "*fp16", "block_minimum_ptr": "*fp16",
                  "num_outputs": "i32", "width": "i32"}  # fmt: skip
-        for rows in (1, 16, 64, 512):
+        for rows in (1, 16, 64, 256):
             tiles = coded_linear.Tiles.of(rows, item_bytes=2)
             types = codes | {"x_ptr": "*T", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "x_stride": "i32",
                              "out_stride": "i32"}  # fmt: skip
