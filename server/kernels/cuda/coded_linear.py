@@ -22,7 +22,7 @@ import triton.language as tl
 from server.kernels.cuda.codes import CodeForm, CodeRun, DeviceCodes
 from server.kernels.cuda.runtime import INTERPRETED
 
-MOST_ROWS = 256  # of a product from codes; beyond, widening them once takes less time than the product
+MOST_ROWS = 256  # of a product from codes: every tile of rows unpacks them again (an estimate, not measured)
 WIDENED = 1 << 25  # weights that are plain at a time
 MAX_SPLITS = 8
 JOIN_COLUMNS = 1024

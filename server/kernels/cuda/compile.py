@@ -1,7 +1,7 @@
 """Compiles every kernel to machine code for a GPU that need not be there: `python -m server.kernels.cuda.compile`.
 
-Prints registers, spilled bytes and shared memory of each, at the shapes of common models. Finds what the interpreter
-cannot: type errors, tiles beyond shared memory, spills.
+Prints registers, spilled bytes, shared memory and the instructions of the longest loop of each, at the shapes of common
+models. Finds what the interpreter cannot: type errors, tiles beyond shared memory, spills.
 """
 
 from __future__ import annotations
@@ -126,11 +126,12 @@ def product_cases() -> list[Case]:
 
 
 def _coded_cases() -> list[Case]:
-    """Two forms that have all there is between them: scales by 16 inputs and by block, and the most planes."""
+    """Forms that have all there is between them: minima, scales by 16 inputs and by block, no plane and the most."""
     found = []
     whole = ("num_outputs", "width", "x_stride", "out_stride")
-    for name, form in (("codes in Q6_K", FORMS["Q6_K"][0]), ("nested codes", CodeForm(8, is_nested=True))):
-        integers = "*u8" if form.is_nested else "*i8"
+    forms = {f"codes in {name}": FORMS[name][0] for name in ("Q4_K", "Q6_K")}
+    for name, form in (forms | {"nested codes": CodeForm(8, is_nested=True)}).items():
+        integers = "*i8" if form.group == 16 else "*u8"
         codes = {"low_ptr": "*i32", "high_ptr": "*i32", "scale_ptr": "*fp16" if form.is_nested else integers,
                  "minimum_ptr": integers, "block_scale_ptr": "*fp16", "block_minimum_ptr": "*fp16",
                  "num_outputs": "i32", "width": "i32"}  # fmt: skip
@@ -174,18 +175,36 @@ def compile_case(case: Case, dtype: str, capability: int) -> dict[str, Any]:
 
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers a thread and spilled bytes, as the assembler that Triton brings along reports them."""
+    """Registers a thread and spilled bytes, as the assembler that Triton brings along reports them; instructions of the
+    longest loop."""
     tools = triton.knobs.nvidia
     assembler = (tools.ptxas_blackwell if capability >= 100 else tools.ptxas).path
     arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
-        command = [assembler, "-v", f"-arch={arch}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
+        binary = str(Path(folder, "kernel.cubin"))
+        command = [assembler, "-v", f"-arch={arch}", str(file), "-o", binary]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        code = subprocess.run([tools.nvdisasm.path, binary], check=True, capture_output=True, text=True).stdout
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill", report)]
     (registers,) = re.findall(r"Used (\d+) registers", report)
-    return {"registers": int(registers), "spilled": sum(spills)}
+    return {"registers": int(registers), "spilled": sum(spills), "loop": longest_loop(code)}
+
+
+def longest_loop(code: str) -> int:
+    """Instructions between a label and the last branch back to it, of disassembled machine code; 0 without loops."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if back and back[1] in labels:
+                longest = max(longest, count - labels[back[1]])
+    return longest
 
 
 SHAPES = {
@@ -210,11 +229,11 @@ def main() -> int:
     if arguments.json:
         json.dump(rows, sys.stdout)
         return 0
-    print(f"{'shapes':14}{'kernel':36}{'dtype':10}{'registers':>10}{'spilled':>9}{'shared':>9}")
+    print(f"{'shapes':14}{'kernel':36}{'dtype':10}{'registers':>10}{'spilled':>9}{'shared':>9}{'loop':>7}")
     for row in rows:
         print(
             f"{row['shape']:14}{row['kernel']:36}{row['dtype']:10}{row['registers']:>10}{row['spilled']:>9}"
-            f"{row['shared']:>9}"
+            f"{row['shared']:>9}{row['loop']:>7}"
         )
     return 0
 
