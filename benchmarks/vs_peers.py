@@ -1,6 +1,6 @@
 """Against vLLM (CPU) and llama.cpp: same weights, same machine, one run, interleaved. Peers are installed on first use.
 
-    python -m benchmarks.vs_peers [--repeats 3] [--only decode,prefill,ratio,sizes,int8] [--json FILE] [--plot FILE]
+    python -m benchmarks.vs_peers [--repeats 3] [--only decode,prefill,ratio,sizes,int8,codes] [--json FILE] [--plot FILE]
 
 Every engine is a process of its own that is stopped while another is measured. A job is timed inside the worker: `T(n)`
 seconds for n greedy tokens of every prompt; prefill is T(1), decode is T(n) - T(1) over n - 1 tokens. The limit of the
@@ -25,7 +25,7 @@ from benchmarks.peers.models import checkpoint, gguf
 from benchmarks.peers.process import Worker
 
 HERE = Path(__file__).parent / "peers"
-PARTS = ("decode", "prefill", "ratio", "int8", "sizes")
+PARTS = ("decode", "prefill", "ratio", "int8", "codes", "sizes")
 NUM_NEW = 64
 MIXED = (16, 20, 25, 30)
 
@@ -83,7 +83,7 @@ class Run:
 
 def _command(kind: str, variant: str) -> tuple[list[str], dict[str, str]]:
     if kind == "boomerang":
-        options = ["--quantization", "int8"] if variant == "int8" else []
+        options = [] if variant == "codes" else ["--quantization", variant or "none"]
         return [sys.executable, "-m", "benchmarks.peers.worker_boomerang", *options], {}
     if kind == "vllm":
         size, _, core = variant.partition("@")
@@ -146,6 +146,13 @@ def measure_ratio(run: Run) -> None:
 def measure_int8(run: Run) -> None:
     run.add("int8 weights, decode, 1 request", _decode(run, ["boomerang:int8", "llamacpp:q8_0"], 1), "tokens/s")
     run.close("boomerang:int8", "llamacpp:q8_0")
+
+
+def measure_codes(run: Run) -> None:
+    """The default pair in its file's four bits, against bfloat16 there: vLLM's CPU build reads no GGUF file."""
+    for num in (16, 64):
+        run.add(f"a file's codes, decode, {num} requests", _decode(run, ["boomerang:codes", "vllm"], num), "tokens/s")
+    run.close("boomerang:codes")
 
 
 def measure_sizes(run: Run) -> None:
