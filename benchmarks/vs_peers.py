@@ -1,6 +1,7 @@
 """Against vLLM (CPU) and llama.cpp: same weights, same machine, one run, interleaved. Peers are installed on first use.
 
-    python -m benchmarks.vs_peers [--repeats 3] [--only decode,prefill,ratio,sizes,int8,codes] [--json FILE] [--plot FILE]
+    python -m benchmarks.vs_peers [--repeats 3] [--only decode,prefill,ratio,sizes,int8,codes] [--json FILE]
+        [--plot FILE]
 
 Every engine is a process of its own that is stopped while another is measured. A job is timed inside the worker: `T(n)`
 seconds for n greedy tokens of every prompt; prefill is T(1), decode is T(n) - T(1) over n - 1 tokens. The limit of the
