@@ -70,7 +70,7 @@ def test_mixed_types_bias_and_sum_in_half_precision(num_rows):
 def test_few_outputs_split_the_inputs(num_rows):
     """Interpreted, seven turns of a program in two shares, of four and three."""
     matrix = stacked([random_matrix("Q5_1", 20, 1600), random_matrix("Q8_0", 9, 1600)])
-    tiles = Tiles.of(num_rows, 4)
+    tiles = Tiles.of(num_rows, 4, 9)
     assert tiles.splits(num_rows, 20, 1600, 2) > 1
     assert tiles.splits(300, 20, 1600, 132) == 1 and tiles.splits(num_rows, 10**6, 1600, 132) == 1
     x, bias, out = randn(num_rows, 1600), randn(29), randn(num_rows, 29)

@@ -78,7 +78,7 @@ def coded_linear_kernel(
     num_rows, num_outputs, width, x_stride, out_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, CENTRE: tl.constexpr, HAS_MINIMUM: tl.constexpr, HAS_BLOCKS: tl.constexpr,
     IS_NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, ONE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, OUTPUTS_LEFT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < num_rows
@@ -88,6 +88,8 @@ def coded_linear_kernel(
     quarter = tl.arange(0, 4)
     if ONE:
         partial = tl.zeros([BLOCK_N, GROUPS, 4], tl.float32)
+    elif OUTPUTS_LEFT:
+        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     share = tl.cdiv(tl.cdiv(num_groups, GROUPS), tl.num_programs(2)) * GROUPS
@@ -128,11 +130,16 @@ def coded_linear_kernel(
                     weight = code * (scale * 256.0**-byte)[:, :, None] + offset[:, :, None]
                     weight = tl.reshape(weight.to(x.dtype), [BLOCK_N, GROUPS * 4])
                     x = tl.reshape(x, [BLOCK_M, GROUPS * 4])
-                    sums += tl.dot(x, tl.trans(weight), input_precision="ieee")
+                    if OUTPUTS_LEFT:
+                        sums += tl.dot(weight, tl.trans(x), input_precision="ieee")
+                    else:
+                        sums += tl.dot(x, tl.trans(weight), input_precision="ieee")
             if ONE and (half == 1 or GROUP == 16):
                 partial += products * scale[:, :, None] + total[None, :, :] * offset[:, :, None]
     if ONE:
         sums = tl.sum(tl.reshape(partial, [BLOCK_N, GROUPS * 4]), axis=1)[None, :]
+    elif OUTPUTS_LEFT:
+        sums = tl.trans(sums)
     if HAS_BIAS:
         sums += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
     mask = is_row[:, None] & is_output[None, :]
@@ -195,27 +202,37 @@ def coded_rows_kernel(
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """Rows, outputs and groups of inputs of one turn of a program; they fit 99 KiB of shared memory, as GPUs with
-    compute capability 8.6 and 8.9 have it."""
+    compute capability 8.6 and 8.9 have it.
+
+    The eight products of a turn add to one sum. Triton takes them for chained ones, as attention has them: it gives all
+    warps rows of the left operand, unless the right one has more columns, and every warp unpacks the other operand
+    whole. So codes are to the right where there are more outputs than rows (a warp needs 16 rows or 8 columns, 32
+    outputs give four warps work as columns only), and to the left in larger tiles. Two kinds of tensor cores differ.
+    Capability 9.0 has wgmma from 64 rows, whose right operand all warps share; with codes to the left its loop is a
+    tenth longer. Capabilities 10 and 11 have tensor memory from 64 rows, of which eight sums take too much.
+    """
 
     rows: int
     outputs: int
     groups: int
     num_warps: int
     num_stages: int
+    outputs_left: bool = False  # the product of a turn is W x^T
 
     @classmethod
-    def of(cls, num_rows: int, item_bytes: int) -> Tiles:
-        """`item_bytes`: of an activation."""
+    def of(cls, num_rows: int, item_bytes: int, major: int) -> Tiles:
+        """`item_bytes`: of an activation; `major`: of the compute capability."""
         rows = max(triton.next_power_of_2(num_rows), 16)
         if INTERPRETED:
-            return cls(1 if num_rows == 1 else min(rows, 128), 128, 8, 4, 1)
+            return cls(1 if num_rows == 1 else min(rows, 128), 128, 8, 4, 1, rows > 16)
         if num_rows == 1:
             return cls(1, 32, 16, 4, 3)
         if rows == 16:
             return cls(16, 32, 8, 4, 4)
+        rows, outputs_left = min(rows, 32 if major in (10, 11) else 128), major not in (9, 10, 11)
         if rows <= 64 or item_bytes > 2:
-            return cls(min(rows, 64), 64, 4, 4, 4 if item_bytes <= 2 else 2)
-        return cls(128, 128, 4, 8, 2)
+            return cls(min(rows, 64), 64, 4, 4, 4 if item_bytes <= 2 else 2, outputs_left)
+        return cls(128, 128, 4, 8, 2, outputs_left)
 
     def splits(self, num_rows: int, num_outputs: int, width: int, num_processors: int) -> int:
         """Shares of the inputs, a power of two, so that a product of few rows and outputs fills the device."""
@@ -227,8 +244,12 @@ class Tiles:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the major number of the compute capability."""
+    if device.type != "cuda":
+        return 2, 8
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
 
 
 def constants(form: CodeForm) -> dict[str, Any]:
@@ -258,8 +279,9 @@ def coded_linear(
 
 def _multiply(x: torch.Tensor, run: CodeRun, out: torch.Tensor, bias: torch.Tensor | None, add: bool) -> None:
     (num_rows, width), num_outputs = x.shape, out.shape[1]
-    tiles = Tiles.of(num_rows, x.element_size())
-    splits = tiles.splits(num_rows, num_outputs, width, _num_processors(x.device))
+    num_processors, major = _device(x.device)
+    tiles = Tiles.of(num_rows, x.element_size(), major)
+    splits = tiles.splits(num_rows, num_outputs, width, num_processors)
     sums = out if splits == 1 else x.new_empty(splits * num_rows, num_outputs, dtype=torch.float32)
     ends = {"HAS_BIAS": bias is not None, "ADD": add}
     bias = x if bias is None else bias
@@ -268,7 +290,7 @@ def _multiply(x: torch.Tensor, run: CodeRun, out: torch.Tensor, bias: torch.Tens
         x, *_pointers(run), bias, sums, num_rows, num_outputs, width, x.stride(0), sums.stride(0),
         **constants(run.form), **(ends if splits == 1 else dict.fromkeys(ends, False)), ONE=tiles.rows == 1,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, GROUPS=tiles.groups, STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
+        OUTPUTS_LEFT=tiles.outputs_left, num_warps=tiles.num_warps,
     )  # fmt: skip
     if splits > 1:
         join_kernel[(triton.cdiv(num_outputs, JOIN_COLUMNS), num_rows)](

@@ -1,7 +1,8 @@
 """Compiles every kernel to machine code for a GPU that need not be there: `python -m server.kernels.cuda.compile`.
 
 Prints registers, spilled bytes, shared memory and the instructions of the longest loop of each, at the shapes of common
-models. Finds what the interpreter cannot: type errors, tiles beyond shared memory, spills.
+models; for products also those of a thread for each weight that it unpacks there. Finds what the interpreter cannot:
+type errors, tiles beyond shared memory, spills, warps that all do the same.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Case:
     num_stages: int = 3
     unaligned: tuple[str, ...] = ()  # pointers that may start anywhere
     whole: tuple[str, ...] = ()  # numbers that are multiples of 16
+    weights: int = 0  # unpacked in a turn of the longest loop, by all threads
 
 
 def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int = 32) -> list[Case]:
@@ -101,7 +103,7 @@ def cases(*, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, page
     return found
 
 
-def product_cases() -> list[Case]:
+def product_cases(capability: int) -> list[Case]:
     """Whatever the model: int8 weights; both products of low-rank terms, with int8 factors and plain ones."""
     found = []
     for rows in (1, 64, 512):
@@ -120,12 +122,13 @@ def product_cases() -> list[Case]:
             }  # fmt: skip
             found.append(
                 Case(f"{name}, {rows} rows", linear.linear_kernel, types, constants, num_warps=tiles.num_warps,
-                     num_stages=tiles.num_stages, unaligned=("split_ptr",), whole=("num_outputs", "width", "x_stride"))
+                     num_stages=tiles.num_stages, unaligned=("split_ptr",), whole=("num_outputs", "width", "x_stride"),
+                     weights=constants["BLOCK_N"] * tiles.inputs)
             )  # fmt: skip
-    return found + _coded_cases()
+    return found + _coded_cases(capability)
 
 
-def _coded_cases() -> list[Case]:
+def _coded_cases(capability: int) -> list[Case]:
     """Forms that have all there is between them: minima, scales by 16 inputs and by block, no plane and the most."""
     found = []
     whole = ("num_outputs", "width", "x_stride", "out_stride")
@@ -136,16 +139,18 @@ def _coded_cases() -> list[Case]:
                  "minimum_ptr": integers, "block_scale_ptr": "*fp16", "block_minimum_ptr": "*fp16",
                  "num_outputs": "i32", "width": "i32"}  # fmt: skip
         for rows in (1, 16, 64, 256):
-            tiles = coded_linear.Tiles.of(rows, item_bytes=2)
+            tiles = coded_linear.Tiles.of(rows, item_bytes=2, major=capability // 10)
             types = codes | {"x_ptr": "*T", "bias_ptr": "*T", "out_ptr": "*T", "num_rows": "i32", "x_stride": "i32",
                              "out_stride": "i32"}  # fmt: skip
             constants = coded_linear.constants(form) | {
                 "HAS_BIAS": True, "ADD": True, "ONE": rows == 1, "BLOCK_M": tiles.rows,
                 "BLOCK_N": tiles.outputs, "GROUPS": tiles.groups, "STAGES": tiles.num_stages,
+                "OUTPUTS_LEFT": tiles.outputs_left,
             }  # fmt: skip
             found.append(
                 Case(f"{name} product, {rows} rows", coded_linear.coded_linear_kernel, types, constants,
-                     num_warps=tiles.num_warps, num_stages=tiles.num_stages, whole=whole)
+                     num_warps=tiles.num_warps, num_stages=tiles.num_stages, whole=whole,
+                     weights=tiles.outputs * tiles.groups * 32)
             )  # fmt: skip
         types = codes | {"ids_ptr": "*i32", "out_ptr": "*T", "num_tokens": "i32"}
         constants = coded_linear.constants(form) | {"TOKENS": 1, "GROUPS": 32}
@@ -168,10 +173,9 @@ def compile_case(case: Case, dtype: str, capability: int) -> dict[str, Any]:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return {
-        "kernel": case.name, "dtype": dtype, **resources(compiled.asm["ptx"], capability),
-        "shared": compiled.metadata.shared,
-    }  # fmt: skip
+    found = resources(compiled.asm["ptx"], capability)
+    each = round(found["loop"] * 32 * case.num_warps / case.weights, 1) if case.weights else None
+    return {"kernel": case.name, "dtype": dtype, **found, "each": each, "shared": compiled.metadata.shared}
 
 
 def resources(ptx: str, capability: int) -> dict[str, int]:
@@ -219,21 +223,23 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(_TYPES))
     parser.add_argument("--capability", type=int, default=90, help="compute capability, 90 for Hopper")
+    parser.add_argument("--kernels", default="", metavar="PATTERN", help="only those whose names match")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
     wanted = [(shape, case) for shape in arguments.shapes for case in cases(**SHAPES[shape])]
-    for shape, case in [*wanted, *(("any", case) for case in product_cases())]:
-        for dtype in arguments.dtypes:
+    wanted += [("any", case) for case in product_cases(arguments.capability)]
+    for shape, case in wanted:
+        for dtype in arguments.dtypes if re.search(arguments.kernels, case.name) else ():
             rows.append({"shape": shape} | compile_case(case, dtype, arguments.capability))
     if arguments.json:
         json.dump(rows, sys.stdout)
         return 0
-    print(f"{'shapes':14}{'kernel':36}{'dtype':10}{'registers':>10}{'spilled':>9}{'shared':>9}{'loop':>7}")
+    print(f"{'shapes':14}{'kernel':36}{'dtype':10}{'registers':>10}{'spilled':>9}{'shared':>9}{'loop':>7}{'each':>7}")
     for row in rows:
         print(
             f"{row['shape']:14}{row['kernel']:36}{row['dtype']:10}{row['registers']:>10}{row['spilled']:>9}"
-            f"{row['shared']:>9}{row['loop']:>7}"
+            f"{row['shared']:>9}{row['loop']:>7}{row['each'] or '':>7}"
         )
     return 0
 
