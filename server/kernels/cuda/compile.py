@@ -173,6 +173,8 @@ def compile_case(case: Case, dtype: str, capability: int) -> dict[str, Any]:
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    if (getattr(compiled.metadata, "tmem_size", None) or 0) > 512:  # columns; the code is a trap then
+        raise triton.OutOfResources(compiled.metadata.tmem_size, 512, "tensor memory")
     found = resources(compiled.asm["ptx"], capability)
     each = round(found["loop"] * 32 * case.num_warps / case.weights, 1) if case.weights else None
     return {"kernel": case.name, "dtype": dtype, **found, "each": each, "shared": compiled.metadata.shared}
