@@ -80,11 +80,11 @@ def _fast_products() -> Iterator[None]:
 
 
 def _retire() -> None:
-    """The lowest priority there is, and no longer life than the process that started this one."""
-    os.nice(19)
+    """No longer life than the process that started this one, and the lowest priority there is."""
     if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: holds for stopped processes, too
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(19)
 
 
 class _Making:

@@ -126,6 +126,7 @@ def test_lanes_know_the_most_keys_of_their_chunks():
     batch = SimpleNamespace(
         query_start=start, positions=positions, input_ids=positions, slots=np.arange(5, dtype=np.int32),
         logits_rows=start[1:] - 1, tokens=lambda first, last: slice(int(start[first]), int(start[last])),
+        widths_of=lambda starts: None,
     )  # fmt: skip
     upload = Upload(1000, np.int32, DEVICE)
     inputs = StepInputs.send(batch, np.zeros((0, 2), np.int32), upload, 16, NO_LIMIT)
