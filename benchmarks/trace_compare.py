@@ -109,14 +109,13 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "quality": {size: {key: row.get(key) for key in ("kl", "top1_agreement")} for size, row in sizes.items()},
         "calibration": calibration(server),
     }
-    if args.rate is None:
-        say("asking its simulator for the rate that the teacher carries")
     plan["rate"] = args.rate or rate_by(base, plan)
     return plan
 
 
 def rate_by(base: Path, plan: dict[str, Any]) -> float:
     """Requests per second that the earlier build's simulator says its teacher carries."""
+    say("asking its simulator for the rate that the teacher carries")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(plan, file)
         file.flush()
